@@ -1,0 +1,31 @@
+"""Commands: `megatron-lowbit <stage> [--config FILE] [key.path=value ...]`, each stage also as
+`python -m megatron_lowbit.launch.<stage>` for torchrun and the `deepspeed` launcher. Exit codes: 0 done; 2 bad input.
+"""
+
+from __future__ import annotations
+
+import sys
+
+STAGES = {
+    "demo": "the whole pipeline on the embedded model, two ranks, no network",
+    "calibrate": "measure the ranges that the collective quantizes with; writes CommPlans",
+    "quantize": "quantize the weights; writes a LowBitCheckpoint (and CommPlans, given calibration.data)",
+    "evaluate": "perplexity, KL divergence, SQNR and bytes on the wire",
+    "generate": "continue a prompt",
+    "benchmark": "time patched against unpatched engines, in pairs",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the `megatron-lowbit` command."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, STAGES))
+        lines = [f"  {name:{width}}  {what}" for name, what in STAGES.items()]
+        print("usage: megatron-lowbit STAGE [options] [key.path=value ...]\n\n" + "\n".join(lines))
+        return 0
+    from megatron_lowbit.launch.runner import fail, run_stage
+
+    if argv[0] not in STAGES:
+        return fail(f"unknown stage {argv[0]!r}; choose one of {', '.join(STAGES)}")
+    return run_stage(argv[0], argv[1:])

@@ -1,0 +1,5 @@
+import sys
+
+from megatron_lowbit.launch import main
+
+sys.exit(main())

@@ -1,0 +1,105 @@
+"""megatron-lowbit benchmark: seconds of a forward pass, patched against unpatched engine, measured in pairs.
+
+Each pair runs the unpatched and the patched engine one after the other on the same tokens, so a machine whose speed drifts
+moves both; the figure to read is the median of the pairs' ratios.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import distributed as dist
+
+from megatron_lowbit.adapters import patching
+from megatron_lowbit.artifacts import Artifact
+from megatron_lowbit.config import BenchmarkConfig, CommConfig, LowBitError, WeightsConfig
+from megatron_lowbit.distributed import device, env_rank
+from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
+from megatron_lowbit.launch.runner import run_stage
+from megatron_lowbit.metrics import MetricLogger, progress
+from megatron_lowbit.ranges import build_plan
+
+CONFIG = BenchmarkConfig
+
+
+def run(config: BenchmarkConfig, logger: MetricLogger) -> dict[str, Any]:
+    engine = start_engine(config, [WeightsConfig(scheme="W4A16"), WeightsConfig(scheme="W4A8")])
+    size = engine.tp_size
+    if size == 1:
+        raise LowBitError("the benchmark compares collectives: set tp=2 (or engine=huggingface tp=1 virtual_tp=2)")
+    stats = calibrate_engine(engine, config.calibration, [size], logger)
+    plan = build_plan(stats, size, CommConfig(), config.seed)
+    artifacts = {
+        "patched, nothing quantized": Artifact(),
+        "hybrid": Artifact(None, {size: plan}),
+        "W4A16": Artifact(engine.checkpoints["W4A16"]),
+        "W4A8 + hybrid": Artifact(engine.checkpoints["W4A8"], {size: plan}),
+    }
+    length = min(engine.context, config.tokens)
+    vocab = engine.module.config.vocab_size
+    ids = torch.randint(vocab, (max(1, config.tokens // length), length), generator=torch.Generator().manual_seed(config.seed))
+    rows = []
+    for name, artifact in artifacts.items():
+        pairs = time_pairs(engine, artifact, ids, config.repeats, name)
+        ratios = sorted(patched / unpatched for unpatched, patched in pairs)
+        row = {
+            "name": name,
+            "tp": size,
+            "tokens": ids.numel(),
+            "unpatched_seconds": statistics.median(a for a, _ in pairs),
+            "patched_seconds": statistics.median(b for _, b in pairs),
+            "ratio": statistics.median(ratios),
+            "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
+            "pairs": pairs,
+        }
+        rows.append(row)
+        logger.log(row=name, ratio=row["ratio"])
+    if env_rank() == 0:
+        table = Table(title=f"{config.model}, {config.engine}, tp={size}, {ids.numel()} tokens, {config.dtype}")
+        for column in ("name", "unpatched (ms)", "patched (ms)", "ratio", "quartiles"):
+            table.add_column(column, justify="left" if column == "name" else "right")
+        for row in rows:
+            low, high = row["ratio_quartiles"]
+            milliseconds = (f"{1e3 * row[key]:.1f}" for key in ("unpatched_seconds", "patched_seconds"))
+            table.add_row(row["name"], *milliseconds, f"{row['ratio']:.3f}", f"{low:.3f} .. {high:.3f}")
+        Console(width=None if Console().is_terminal else 110).print(table)
+    return {"rows": rows}
+
+
+def time_pairs(engine: Engine, artifact: Artifact, ids: torch.Tensor, repeats: int, name: str) -> list[tuple[float, float]]:
+    """(unpatched, patched) seconds of `repeats` pairs; the order within a pair alternates. Leaves the engine unpatched."""
+    engine.apply(artifact)
+    patched = {fqn: engine.module.get_submodule(fqn) for fqn in patching.original_modules(engine.model)}
+    seconds = {True: 0.0, False: 0.0}
+    pairs = []
+    for number in progress(range(-3, repeats), repeats + 3, f"timing {name}", env_rank()):
+        for with_patch in (True, False) if number % 2 else (False, True):
+            engine.remove()
+            if with_patch:
+                patching.swap(engine.module, patched)
+            seconds[with_patch] = _forward_seconds(engine, ids)
+        if number >= 0:  # the first three pairs warm up
+            pairs.append((seconds[False], seconds[True]))
+    engine.remove()
+    return pairs
+
+
+@torch.inference_mode()
+def _forward_seconds(engine: Engine, ids: torch.Tensor) -> float:
+    if engine.group is not None:
+        dist.barrier(engine.group)
+    start = time.perf_counter()
+    engine(input_ids=ids)
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage("benchmark", sys.argv[1:]))

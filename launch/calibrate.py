@@ -1,0 +1,70 @@
+"""megatron-lowbit calibrate: one pass over text -> CalibrationStats and a CommPlan per tensor-parallel size."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_lowbit.adapters.huggingface import check_divides
+from megatron_lowbit.artifacts import CalibrationStats
+from megatron_lowbit.config import CalibrateConfig, LowBitError
+from megatron_lowbit.distributed import env_rank
+from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
+from megatron_lowbit.launch.runner import run_stage
+from megatron_lowbit.metrics import MetricLogger
+from megatron_lowbit.ranges import aggregated_range, build_plan
+
+CONFIG = CalibrateConfig
+
+
+def run(config: CalibrateConfig, logger: MetricLogger) -> dict[str, Any]:
+    engine = start_engine(config)
+    if not engine.full_precision:
+        raise LowBitError("calibration needs the full-precision model; set model to its folder or hub id")
+    stats = calibrate_engine(engine, config.calibration, usable_sizes(engine, config), logger)
+    return {"rows": write_plans(stats, config, config.output_dir, logger)}
+
+
+def usable_sizes(engine: Engine, config: CalibrateConfig) -> list[int]:
+    """comm.tp_sizes. Those that do not divide the model are left out of the default list, and refused in a given one."""
+    ranks = config.tp
+    sizes = []
+    for size in config.comm.tp_sizes:
+        try:
+            check_divides(engine.module.config, size, virtual=True)
+            if size % ranks:
+                raise LowBitError(f"comm.tp_sizes: {size} is no multiple of the {ranks} ranks that calibrate")
+            sizes.append(size)
+        except LowBitError:
+            if "tp_sizes" in config.comm.model_fields_set:
+                raise
+            if env_rank() == 0:
+                print(f"left out: tp_size {size} does not divide this model or its {ranks} ranks")
+    if not sizes:
+        raise LowBitError(f"none of comm.tp_sizes={list(config.comm.tp_sizes)} divides this model; name one that does")
+    return sizes
+
+
+def write_plans(stats: CalibrationStats, config: CalibrateConfig, folder: str | Path, logger: MetricLogger) -> list[dict[str, Any]]:
+    """Save the statistics and one plan per size (rank 0); a result row per size."""
+    rows = []
+    if env_rank() == 0:
+        stats.save(folder)
+    for size in sorted(size for size in stats.ranges if size > 1):
+        plan = build_plan(stats, size, config.comm, config.seed)
+        if env_rank() == 0:
+            plan.save(folder)
+            print(f"wrote the plan for tp_size {size}: {len(plan.sites)} sites, {plan.description}")
+        table = []
+        for name, site in plan.sites.items():
+            r = stats.ranges[size][name]
+            width = aggregated_range(r.min_vals, r.max_vals, config.comm.symmetric)
+            table.append([name, width.max().item(), width.median().item(), len(site.bf16_idx)])
+        logger.table(f"ranges_tp{size}", ["site", "widest", "median", "bf16_features"], table)
+        rows.append({"name": f"tp{size}", "tp_size": size, "sites": len(plan.sites), "communication": plan.description})
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage("calibrate", sys.argv[1:]))

@@ -1,0 +1,223 @@
+"""A loaded model on its engine: one object that the stages calibrate, patch and run."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from megatron_lowbit.adapters import huggingface, patching
+from megatron_lowbit.artifacts import Artifact, CalibrationStats, CommPlan, Fingerprint, LowBitCheckpoint
+from megatron_lowbit.calibrate import calibrate
+from megatron_lowbit.config import CommConfig, CommMode, LowBitError, StageConfig, WeightsConfig, one_line
+from megatron_lowbit.data import Windows, token_windows
+from megatron_lowbit.distributed import device, env_rank, launched, on_rank_zero, seed_everything
+from megatron_lowbit.metrics import MetricLogger, progress
+from megatron_lowbit.ranges import build_plan
+from megatron_lowbit.rounding import quantize_model
+
+
+@dataclass
+class Engine:
+    """kind "huggingface": `model` is the Hugging Face model; "deepspeed": the InferenceEngine around it."""
+
+    kind: str
+    model: Any
+    tokenizer: Any
+    context: int
+    tp_size: int  # ranks that share the model, real or virtual
+    checkpoints: dict[str, LowBitCheckpoint]  # {scheme: ...}: the artifact's, or what the stage asked to quantize
+    plans: dict[int, CommPlan]  # the artifact's
+    full_precision: bool  # whether the model itself has full-precision weights
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model.module if self.kind == "deepspeed" else self.model
+
+    @property
+    def checkpoint(self) -> LowBitCheckpoint | None:
+        return next(iter(self.checkpoints.values()), None)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        if self.kind == "huggingface":
+            return None
+        from megatron_lowbit.adapters import deepspeed
+
+        return deepspeed.tp_group(self.model)
+
+    def __call__(self, input_ids: torch.Tensor) -> Any:
+        return self.module(input_ids=input_ids.to(device()))
+
+    def sites(self) -> dict[str, nn.Module]:
+        """{fqn: row-parallel linear} of the unpatched model."""
+        if self.kind == "huggingface":
+            return huggingface.row_parallel_sites(self.model)
+        from megatron_lowbit.adapters import deepspeed
+
+        return deepspeed.row_parallel_sites(self.model)
+
+    def fingerprint(self) -> Fingerprint:
+        if self.group is None:
+            return huggingface.fingerprint(self.module)
+        from megatron_lowbit.adapters import deepspeed
+
+        return deepspeed.fingerprint(self.model)
+
+    def apply(self, artifact: Artifact, comm_mode: CommMode | None = None) -> None:
+        if self.kind == "huggingface":
+            huggingface.apply_to_huggingface(self.model, artifact, self.tp_size, comm_mode)
+        else:
+            from megatron_lowbit.adapters import deepspeed
+
+            deepspeed.apply_to_deepspeed(self.model, artifact, comm_mode)
+
+    def remove(self) -> None:
+        patching.remove(self.model)
+
+
+def start_engine(config: StageConfig, weights: Sequence[WeightsConfig] = ()) -> Engine:
+    """Load the model and tokenizer, take the artifact's checkpoint or quantize as `weights` say, start the engine.
+
+    Quantization comes before the engine, which would shard the full-precision weights.
+    """
+    seed_everything(config.seed)
+    world = _init_distributed(config)
+    folder = Artifact.load(config.artifact) if config.artifact is not None else Artifact()
+    model, tokenizer, stored_dtype = _load(config, folder.checkpoint)
+    tp_size = max(config.tp, config.virtual_tp)
+    huggingface.check_divides(model.config, tp_size, virtual=config.virtual_tp > 1)
+    if folder.checkpoint is not None:
+        checkpoints = {folder.checkpoint.scheme_name: folder.checkpoint}
+    else:
+        checkpoints = {w.scheme: round_weights(model, w, stored_dtype) for w in weights if w.scheme != "none"}
+    context = getattr(model.config, "max_position_embeddings", None) or 2048
+    full_precision = not hasattr(model, "_lowbit_fingerprint")
+    model = model.to(device()).eval()
+    if config.engine == "deepspeed":
+        from megatron_lowbit.adapters import deepspeed
+
+        model = deepspeed.init_engine(model, world, next(model.parameters()).dtype)
+    return Engine(config.engine, model, tokenizer, context, tp_size, checkpoints, folder.plans, full_precision)
+
+
+def round_weights(model: nn.Module, weights: WeightsConfig, dtype: torch.dtype | None) -> LowBitCheckpoint:
+    """Round-to-nearest checkpoint of an unsharded, unpatched model; what is not quantized is stored as `dtype`."""
+    linears = {name: linear for name, (_, linear) in huggingface.find_linears(model).items()}
+    return quantize_model(model, linears, weights, huggingface.fingerprint(model), dtype)
+
+
+def load_windows(engine: Engine, section: Any, key: str) -> Windows:
+    """The section's token windows, read and tokenized by rank 0."""
+    if section.data is None:
+        raise LowBitError(f"{key}.data is not set; name a text file, a hub dataset or stdlib:{key.replace('evaluation', 'validation')}")
+    arguments = (section.data, section.samples, section.sequence_length, engine.context, key)
+    return on_rank_zero(lambda: token_windows(engine.tokenizer, *arguments))
+
+
+def calibrate_engine(engine: Engine, section: Any, tp_sizes: list[int], logger: MetricLogger) -> CalibrationStats:
+    """One calibration pass of the unpatched engine over calibration.data."""
+    windows = load_windows(engine, section, "calibration")
+
+    def logged():
+        batches = windows.batches(section.batch_size)
+        count = windows.num_batches(section.batch_size)
+        for number, (ids, mask) in enumerate(progress(batches, count, "calibrating", env_rank())):
+            yield ids, mask
+            logger.log(calibration_batch=number + 1, calibration_tokens=int(mask.sum()))
+
+    return calibrate(
+        engine, engine.sites(), logged(), tp_sizes, engine.fingerprint(), section.ema_gamma, engine.group
+    )
+
+
+def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artifact:
+    """What evaluate and generate apply: the given artifact, or one made here from weights.*, calibration.* and comm.*."""
+    comm: CommConfig = config.comm
+    plans = engine.plans
+    if comm.mode == "one_shot" and engine.tp_size > 1 and engine.tp_size not in plans:
+        stats = calibrate_engine(engine, config.calibration, [engine.tp_size], logger)
+        plans = {engine.tp_size: build_plan(stats, engine.tp_size, comm, config.seed)}
+    return Artifact(engine.checkpoint, plans)
+
+
+def _init_distributed(config: StageConfig) -> int:
+    """Join the ranks that the launcher started; returns how many there are."""
+    if config.engine == "huggingface":
+        return 1
+    from megatron_lowbit.adapters import deepspeed
+
+    package = deepspeed.import_deepspeed()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    assert launched(), "run_stage starts ranks for engine=deepspeed"
+    package.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(minutes=30))
+    return dist.get_world_size()
+
+
+def _load(config: StageConfig, checkpoint: LowBitCheckpoint | None) -> tuple[Any, Any, torch.dtype | None]:
+    """(model, tokenizer, dtype of the stored weights). Raises LowBitError in one line for whatever is wrong with the folder."""
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    name = config.model
+    if name is None:
+        if checkpoint is None or config.artifact is None:
+            raise LowBitError("model is not set; name a folder, a hub id or `embedded`")
+        name = config.artifact
+    elif name == "embedded":
+        from megatron_lowbit import embedded
+
+        name = str(Path(embedded.__file__).parent)
+    path = Path(name)
+    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 and "/" in name):
+        raise LowBitError(f"model folder {name!r} does not exist")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise LowBitError(f"{name!r} holds no config.json; it is not a Hugging Face model folder")
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+            warnings.simplefilter("ignore")
+            hf_config = AutoConfig.from_pretrained(name)
+            if not any("CausalLM" in a or "LMHead" in a for a in hf_config.architectures or ["CausalLM"]):
+                raise LowBitError(f"{name!r} is a {hf_config.architectures[0]}, not a causal LM")
+            stored_dtype = hf_config.dtype
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            if config.model is None and checkpoint is not None:
+                model = _from_checkpoint(hf_config, checkpoint, dtype)
+            else:
+                model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+                if info["missing_keys"]:
+                    missing = sorted(info["missing_keys"])
+                    raise LowBitError(f"{name!r} lacks {len(missing)} weights, the first {missing[0]}; download it again")
+    except LowBitError:
+        raise
+    except Exception as error:  # whatever transformers, safetensors, tokenizers and the hub client raise
+        raise LowBitError(f"cannot load model {name!r}: {one_line(error)}") from None
+    return model, tokenizer, stored_dtype
+
+
+def _from_checkpoint(hf_config: Any, checkpoint: LowBitCheckpoint, dtype: torch.dtype) -> Any:
+    """A model whose linears hold the dequantized weights, so that every engine can shard it before its linears are swapped."""
+    from transformers import AutoModelForCausalLM
+
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in checkpoint.tensors.items()}
+    for name, weight in checkpoint.linears.items():
+        state[f"{name}.weight"] = weight.dequantize().to(dtype)
+    model_class = AutoModelForCausalLM._model_mapping[type(hf_config)]
+    model = model_class.from_pretrained(None, config=hf_config, state_dict=state, dtype=dtype)
+    model._lowbit_fingerprint = checkpoint.fingerprint
+    return model

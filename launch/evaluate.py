@@ -1,0 +1,149 @@
+"""megatron-lowbit evaluate: the full-precision model, then the low-bit one, on the same text."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from megatron_lowbit.adapters.patching import site_traffic
+from megatron_lowbit.artifacts import Artifact
+from megatron_lowbit.config import CommMode, EvaluateConfig, EvaluationConfig
+from megatron_lowbit.data import Windows
+from megatron_lowbit.distributed import env_rank
+from megatron_lowbit.evaluate import SiteTraffic, measure_quality, measure_sqnr
+from megatron_lowbit.launch.engine import Engine, load_windows, prepare_artifact, start_engine
+from megatron_lowbit.launch.runner import run_stage
+from megatron_lowbit.metrics import MetricLogger, progress
+
+CONFIG = EvaluateConfig
+SQNR_TOKENS = 4096  # sites are compared with what they replaced on this many tokens
+
+
+def run(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:
+    engine = start_engine(config, [config.weights])
+    windows = load_windows(engine, config.evaluation, "evaluation")
+    artifact = prepare_artifact(engine, config, logger)
+    rows, reference = [], None
+    if engine.full_precision:
+        row, reference = full_precision_row(engine, windows, config.evaluation, logger)
+        rows.append(row)
+    plain = artifact.checkpoint is None and engine.tp_size == 1
+    if not (plain and rows):
+        name = row_name(artifact, engine.tp_size, config.comm.mode)
+        rows.append(low_bit_row(engine, name, artifact, config.comm.mode, windows, config.evaluation, reference, logger))
+    if env_rank() == 0:
+        print_rows(rows)
+    return {"rows": rows}
+
+
+def row_name(artifact: Artifact, tp_size: int, mode: CommMode | None) -> str:
+    """W4A8 + hybrid int4/bf16, and the like."""
+    weights = artifact.checkpoint.scheme_name if artifact.checkpoint else "full precision"
+    return weights if tp_size == 1 else f"{weights} + {communication(artifact, tp_size, mode)}"
+
+
+def communication(artifact: Artifact, tp_size: int, mode: CommMode | None) -> str:
+    low_bit = tp_size > 1 and mode != "bf16" and tp_size in artifact.plans
+    return artifact.plans[tp_size].description if low_bit else "bf16" if tp_size > 1 else "none"
+
+
+def full_precision_row(
+    engine: Engine, windows: Windows, section: EvaluationConfig, logger: MetricLogger
+) -> tuple[dict[str, Any], Tensor]:
+    """The unpatched engine with its own all-reduce: (result row, log-probabilities that KL is measured against)."""
+    engine.remove()
+    real_ranks = engine.group is not None
+    with SiteTraffic(engine.sites() if real_ranks else {}) as traffic:
+        quality = measure_quality(engine, _batches(windows, section, "full precision"), section.kl_tokens)
+    dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
+    row = {
+        "name": "full precision",
+        "tp": engine.tp_size,
+        "weights": dtype,
+        "communication": dtype if real_ranks else "none",
+        "perplexity": quality.perplexity,
+        "kl": 0.0,
+        **_wire(traffic.bytes, traffic.values, windows, section),
+        "sqnr_db": None,
+        "tokens": quality.tokens,
+    }
+    logger.log(row=row["name"], perplexity=quality.perplexity)
+    return row, quality.log_probs
+
+
+def low_bit_row(
+    engine: Engine,
+    name: str,
+    artifact: Artifact,
+    mode: CommMode | None,
+    windows: Windows,
+    section: EvaluationConfig,
+    reference: Tensor | None,
+    logger: MetricLogger,
+) -> dict[str, Any]:
+    """Apply the artifact, measure, and leave it applied. kl is None where there is no full-precision reference."""
+    engine.apply(artifact, mode)
+    quality = measure_quality(engine, _batches(windows, section, name), section.kl_tokens, reference)
+    traffic = site_traffic(engine.model).values()
+    wire = _wire(sum(t.bytes for t in traffic), sum(t.values for t in traffic), windows, section)
+    few = max(1, SQNR_TOKENS // windows.ids.shape[1])
+    sites = measure_sqnr(engine, Windows(windows.ids[:few], windows.mask[:few]).batches(section.batch_size))
+    mean_sqnr = sum(sites.values()) / len(sites)
+    row = {
+        "name": name,
+        "tp": engine.tp_size,
+        "weights": artifact.checkpoint.scheme_name if artifact.checkpoint else "none",
+        "communication": communication(artifact, engine.tp_size, mode),
+        "perplexity": quality.perplexity,
+        "kl": quality.kl,
+        **wire,
+        "sqnr_db": mean_sqnr,
+        "tokens": quality.tokens,
+        "sites": sites,
+    }
+    logger.log(row=name, perplexity=quality.perplexity, sqnr_db=mean_sqnr, **({} if quality.kl is None else {"kl": quality.kl}))
+    logger.table(f"sqnr/{name}", ["site", "sqnr_db"], [[site, value] for site, value in sites.items()])
+    return row
+
+
+def print_rows(rows: list[dict[str, Any]], title: str | None = None) -> None:
+    table = Table(title=title)
+    for column in ("name", "tp", "perplexity", "KL (nats)", "SQNR (dB)", "bits/value", "bytes/token"):
+        table.add_column(column, justify="left" if column == "name" else "right")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            str(row["tp"]),
+            f"{row['perplexity']:.3f}",
+            _number(row["kl"], ".5f"),
+            _number(row["sqnr_db"], ".1f"),
+            _number(row["bits_per_value"], ".4f"),
+            _number(row["bytes_per_token"], ",.0f"),
+        )
+    Console(width=None if Console().is_terminal else 110).print(table)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _batches(windows: Windows, section: EvaluationConfig, name: str):
+    batches = windows.batches(section.batch_size)
+    return progress(batches, windows.num_batches(section.batch_size), f"evaluating {name}", env_rank())
+
+
+def _wire(sent: int, values: int, windows: Windows, section: EvaluationConfig) -> dict[str, float | None]:
+    """What one rank handed to torch.distributed at the row-parallel sites; None where nothing is communicated."""
+    positions = sum(ids.numel() for ids, _ in windows.batches(section.batch_size))
+    return {
+        "bits_per_value": 8 * sent / values if values else None,
+        "bytes_per_token": sent / positions if values else None,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage("evaluate", sys.argv[1:]))

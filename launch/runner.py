@@ -1,0 +1,177 @@
+"""What every stage shares: arguments, its own ranks outside a launcher, result files, exit codes.
+
+A stage is a module of this package with CONFIG, its config class, and run(config, logger) -> {"rows": [...], ...}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_lowbit.artifacts import ensure_writable, write_json
+from megatron_lowbit.config import LowBitError, StageConfig, load_config
+from megatron_lowbit.distributed import env_rank, env_world_size, launched
+from megatron_lowbit.metrics import MetricLogger, environment
+
+BAD_INPUT = 2
+
+
+def fail(message: str) -> int:
+    """Print one line on standard error; returns the exit code."""
+    rank = f"rank {env_rank()}: " if env_rank() else ""
+    print(f"megatron-lowbit: {rank}{' '.join(message.split())}", file=sys.stderr, flush=True)
+    return BAD_INPUT
+
+
+def run_stage(name: str, argv: list[str]) -> int:
+    """Parse, start ranks if this process is to be more than one, run, write <output_dir>/<stage>.json."""
+    try:
+        stage = import_module(f"megatron_lowbit.launch.{name}")
+        config, nproc = _parse(name, stage.CONFIG, argv)
+        if launched():
+            _check_world(config, env_world_size())
+            return _run(name, stage, config)
+        if config.engine == "huggingface":
+            _check_world(config, nproc or 1)
+            return _run(name, stage, config)
+        _check_world(config, nproc or config.tp)
+        ensure_writable(config.output_dir)
+        return _start_ranks(name, argv, config.tp)
+    except LowBitError as error:
+        return fail(str(error))
+
+
+def _parse(name: str, config_class: type[StageConfig], argv: list[str]) -> tuple[StageConfig, int | None]:
+    parser = argparse.ArgumentParser(prog=f"megatron-lowbit {name}", description="Options are config keys: key.path=value")
+    parser.add_argument("--config", help="YAML file of config keys")
+    parser.add_argument("--model", help="same as model=...")
+    parser.add_argument("--output-dir", help="same as output_dir=...")
+    parser.add_argument("--wandb", help="off, offline or online; same as wandb=...")
+    parser.add_argument("--nproc", type=int, help="ranks to start outside a launcher; must equal tp")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    args = parser.parse_args(argv)
+    named = [f"{key}={value}" for key in ("model", "output_dir", "wandb") if (value := getattr(args, key)) is not None]
+    return load_config(config_class, args.config, [*args.overrides, *named]), args.nproc
+
+
+def _check_world(config: StageConfig, world: int) -> None:
+    if config.engine == "huggingface" and config.tp > 1:
+        raise LowBitError(f"engine=huggingface runs in one process, not tp={config.tp}: set virtual_tp or engine=deepspeed")
+    if config.engine == "deepspeed" and config.virtual_tp > 1:
+        raise LowBitError(f"virtual_tp={config.virtual_tp} needs engine=huggingface; engine=deepspeed runs real ranks (tp)")
+    if world != config.tp:
+        raise LowBitError(f"tp={config.tp} needs {config.tp} processes, there are {world}; start that many or set tp={world}")
+
+
+def _run(name: str, stage: Any, config: StageConfig) -> int:
+    """One rank's whole life."""
+    _quiet()
+    rank, logger, code = env_rank(), None, 1
+    start = time.perf_counter()
+    try:
+        output = ensure_writable(config.output_dir)
+        resolved = config.model_dump(mode="json")
+        logger = MetricLogger(output, name, resolved, config.wandb, rank)
+        results = stage.run(config, logger)
+        if rank == 0:
+            seconds = time.perf_counter() - start
+            (output / f"{name}.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+            record = {"config": resolved, **results, "seconds": seconds, "environment": environment()}
+            write_json(output / f"{name}.json", record)
+            logger.summary(seconds=seconds, rows=results["rows"])
+        code = 0
+        return code
+    except LowBitError as error:
+        code = BAD_INPUT
+        return fail(str(error))
+    finally:
+        if logger is not None:
+            logger.close(code)
+        _leave_groups(code)
+
+
+def _leave_groups(code: int) -> None:
+    """Without this a rank ends with SIGABRT. Ranks meet first on success only: after an error a peer may be gone."""
+    from torch import distributed as dist
+
+    if dist.is_initialized():
+        if code == 0:
+            dist.barrier()
+        dist.destroy_process_group()
+
+
+def _quiet() -> None:
+    """Frameworks announce themselves at length; errors still come through."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("DeepSpeed", "transformers", "torch.distributed", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _start_ranks(name: str, argv: list[str], size: int) -> int:
+    """Run the stage in `size` processes on this machine; the first failure ends the others. Rank 0 speaks for all."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    threads = str(max(1, (os.cpu_count() or 1) // size))
+    base = {"OMP_NUM_THREADS": threads, "PYTHONSAFEPATH": "1", **os.environ}
+    base |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", f"megatron_lowbit.launch.{name}", *argv]
+    with tempfile.TemporaryDirectory() as logs:
+        ranks = []
+        for rank in range(size):
+            environ = {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with open(Path(logs) / str(rank), "wb") as log:
+                ranks.append(
+                    subprocess.Popen(command, env=environ, stderr=None if rank == 0 else log, stdout=None if rank == 0 else log)
+                )
+        failed = _wait(ranks)
+        if failed:  # rank 0 printed its own error; of the others the first that failed by itself is shown
+            print((Path(logs) / str(failed)).read_text(errors="replace"), end="", file=sys.stderr)
+    code = ranks[failed or 0].returncode
+    return code if code >= 0 else 1
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
+    """Wait for all ranks. After a failure the others get ten seconds, then are ended. Returns the rank to blame, if any."""
+    blamed: int | None = None
+    deadline: float | None = None
+    try:
+        while any(rank.poll() is None for rank in ranks):
+            codes = [rank.poll() for rank in ranks]
+            if deadline is None and any(codes):
+                deadline = time.monotonic() + 10
+            if codes[0]:
+                blamed = 0
+            elif blamed is None and any(codes):
+                blamed = next(i for i, code in enumerate(codes) if code)
+            if deadline is not None and time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.terminate()
+        for rank in ranks:
+            try:
+                rank.wait(5)
+            except subprocess.TimeoutExpired:
+                rank.kill()
+                rank.wait()
+    if blamed is None:
+        blamed = next((i for i, rank in enumerate(ranks) if rank.returncode), None)
+    return blamed

@@ -1,0 +1,118 @@
+"""DeepSpeed inference engines with automatic tensor parallelism (AutoTP).
+
+    engine = deepspeed.init_inference(model, tensor_parallel={"tp_size": 2, "tp_grain_size": 1}, dtype=...)
+    apply_to_deepspeed(engine, "artifact/")
+
+AutoTP turns q/k/v/gate/up into LinearLayer and o_proj/down_proj into LinearAllreduce. Both are swapped by exact type, since
+LmHeadLinearAllreduce subclasses LinearAllreduce and must keep its own all-reduce of the logits.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch import distributed as dist
+
+from megatron_lowbit.adapters import huggingface, patching
+from megatron_lowbit.artifacts import Artifact, Fingerprint, check_fingerprint, model_fingerprint
+from megatron_lowbit.collectives import HybridReducer
+from megatron_lowbit.config import CommMode
+from megatron_lowbit.distributed import group_rank, group_size
+from megatron_lowbit.linear import QuantRowParallelLinear
+from megatron_lowbit.metrics import require
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed without its shared-memory all-reduce, which segfaults under torchrun and on several nodes, ignores the
+    group, and skips non-contiguous tensors. Call it before anything initialises DeepSpeed."""
+    deepspeed = require("deepspeed", "deepspeed")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def init_engine(model: nn.Module, tp_size: int, dtype: Any) -> Any:
+    """init_inference with equal shares: AutoTP's default grain of 64 would split an MLP of 352 into 192 and 160."""
+    deepspeed = import_deepspeed()
+    return deepspeed.init_inference(
+        model,
+        tensor_parallel={"tp_size": tp_size, "tp_grain_size": 1},
+        dtype=dtype,
+        replace_with_kernel_inject=False,
+    )
+
+
+def tp_group(engine: Any) -> dist.ProcessGroup | None:
+    """The engine's tensor-parallel group; None for a single rank."""
+    group = engine.mp_group
+    return group if group is not None and dist.get_world_size(group) > 1 else None
+
+
+def tp_linears(engine: Any) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """({fqn: LinearLayer}, {fqn: LinearAllreduce}); warns about tensor-parallel layers of other types, which stay as they are."""
+    from deepspeed.module_inject import layers
+
+    columns: dict[str, nn.Module] = {}
+    rows: dict[str, nn.Module] = {}
+    unknown: dict[str, str] = {}
+    for name, module in engine.module.named_modules():
+        if type(module) is layers.LinearLayer and not module.gather_output:
+            columns[name] = module
+        elif type(module) is layers.LinearAllreduce:
+            rows[name] = module
+        elif isinstance(module, layers.TensorParallel_Layer) and type(module) is not layers.LmHeadLinearAllreduce:
+            unknown.setdefault(type(module).__name__, name)
+    if unknown:
+        listed = ", ".join(f"{kind} (first: {name})" for kind, name in sorted(unknown.items()))
+        warnings.warn(f"tensor-parallel layers left in full precision: {listed}", stacklevel=2)
+    return columns, rows
+
+
+def row_parallel_sites(engine: Any) -> dict[str, nn.Module]:
+    """{fqn: LinearAllreduce}, or the linears of an engine on one rank."""
+    return huggingface.row_parallel_sites(engine.module) if tp_group(engine) is None else tp_linears(engine)[1]
+
+
+def fingerprint(engine: Any) -> Fingerprint:
+    """Of the whole model whose shards the ranks hold; a collective call."""
+    known = getattr(engine.module, "_lowbit_fingerprint", None)
+    if known is not None:
+        return known
+    columns, rows = tp_linears(engine)
+    weights = {name: module.weight for name, module in {**columns, **rows}.items()}
+    return model_fingerprint(engine.module.config, weights, tp_group(engine))
+
+
+def apply_to_deepspeed(engine: Any, artifact: str | Path | Artifact, comm_mode: CommMode | None = None) -> Any:
+    """Replace the engine's tensor-parallel linears in place, on every rank, and return the engine.
+
+    artifact, comm_mode and errors as in apply_to_huggingface; also raises LowBitError where AutoTP split a linear unevenly.
+    """
+    group = tp_group(engine)
+    if group is None:
+        huggingface.apply_to_huggingface(engine.module, artifact, 1, comm_mode)
+        return engine
+    patching.remove(engine)
+    artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
+    rank, size = group_rank(group), group_size(group)
+    plan = patching.choose_plan(artifact, size, comm_mode)
+    here = fingerprint(engine)
+    for what, part in (("the checkpoint", artifact.checkpoint), ("the communication plan", plan)):
+        if part is not None:
+            check_fingerprint(what, part.fingerprint, here)
+    checkpoint = artifact.checkpoint
+    columns, rows = tp_linears(engine)
+    replacements: dict[str, nn.Module] = {}
+    if checkpoint is not None and checkpoint.scheme.weight_bits < 16:
+        for name, module in columns.items():
+            patching.check_equal_shares(name, module._partition_sizes)
+            replacements[name] = patching.column_parallel(checkpoint, name, rank, size, module.bias)
+    for name, module in rows.items():
+        patching.check_equal_shares(name, module._partition_sizes)
+        shard = patching.row_shard(checkpoint, name, rank, size, module.weight)
+        reducer = HybridReducer(plan.sites[name] if plan else None, group)
+        replacements[name] = QuantRowParallelLinear([shard], reducer, module.bias)
+    patching.swap(engine.module, replacements)
+    return engine

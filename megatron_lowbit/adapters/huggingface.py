@@ -1,0 +1,116 @@
+"""Hugging Face causal LMs: one process, TP=1 or virtual TP.
+
+The tensor-parallel linears are found by structure, not by model names. In every decoder block, each submodule that owns
+linears (attention, MLP) has at most one that writes back into the residual stream: the last with out_features ==
+hidden_size. That one is row-parallel (o_proj, down_proj); the others, which read hidden_size features, are
+column-parallel. A submodule without such a pair (a router, a gate) is left alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from megatron_lowbit.adapters import patching
+from megatron_lowbit.artifacts import Artifact, Fingerprint, check_fingerprint, model_fingerprint
+from megatron_lowbit.collectives import VirtualReducer
+from megatron_lowbit.config import CommMode, LowBitError
+from megatron_lowbit.linear import QuantRowParallelLinear
+
+Kind = Literal["column", "row"]
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(fqn, list) of the decoder blocks. Raises LowBitError where there is none of num_hidden_layers equal blocks."""
+    depth = getattr(model.config, "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return name, module
+    raise LowBitError(f"{type(model).__name__} has no list of {depth} decoder blocks; megatron_lowbit cannot place its linears")
+
+
+def find_linears(model: nn.Module) -> dict[str, tuple[Kind, nn.Linear]]:
+    """{fqn: (kind, linear)} of the tensor-parallel linears in all blocks, in order."""
+    hidden = model.config.hidden_size
+    found: dict[str, tuple[Kind, nn.Linear]] = {}
+    prefix, blocks = decoder_blocks(model)
+    for index, block in enumerate(blocks):
+        for owner_name, owner in block.named_modules():
+            linears = {name: child for name, child in owner.named_children() if type(child) is nn.Linear}
+            writers = [name for name, linear in linears.items() if linear.out_features == hidden]
+            path = ".".join(part for part in (prefix, str(index), owner_name) if part)
+            if len(linears) < 2 or not writers:
+                continue
+            for name, linear in linears.items():
+                if name == writers[-1]:
+                    found[f"{path}.{name}"] = ("row", linear)
+                elif linear.in_features == hidden:
+                    found[f"{path}.{name}"] = ("column", linear)
+    if not any(kind == "row" for kind, _ in found.values()):
+        raise LowBitError(f"{type(model).__name__}: no row-parallel nn.Linear in its decoder blocks; not a supported model")
+    return found
+
+
+def row_parallel_sites(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: linear for name, (kind, linear) in find_linears(model).items() if kind == "row"}
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """Of a whole model. One that was rebuilt from a LowBitCheckpoint keeps the fingerprint of its original."""
+    known = getattr(model, "_lowbit_fingerprint", None)
+    if known is not None:
+        return known
+    return model_fingerprint(model.config, {name: linear.weight for name, (_, linear) in find_linears(model).items()})
+
+
+def check_divides(config: Any, tp_size: int, virtual: bool) -> None:
+    """Raise LowBitError where `tp_size` ranks cannot share a model's heads or MLP equally.
+
+    Virtual ranks only slice the inputs of row-parallel linears, so KV heads do not bind them.
+    """
+    key = "virtual_tp" if virtual else "tp"
+    names = ["num_attention_heads", "intermediate_size"] + ([] if virtual else ["num_key_value_heads"])
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value % tp_size:
+            fits = [n for n in range(1, value + 1) if all(getattr(config, m, 0) % n == 0 for m in names) and n <= 64]
+            raise LowBitError(f"{key}={tp_size} does not divide the model's {name}={value}; choose one of {fits}")
+
+
+def apply_to_huggingface(
+    model: nn.Module, artifact: str | Path | Artifact, virtual_tp: int = 1, comm_mode: CommMode | None = None
+) -> nn.Module:
+    """Replace the model's linears in place and return it.
+
+    artifact: folder (or loaded Artifact) of a LowBitCheckpoint and/or CommPlans. virtual_tp: ranks whose partial sums and
+    messages are simulated in this process, bit for bit. comm_mode: bf16 or one_shot; None: one_shot where the artifact
+    has plans. Raises LowBitError for an artifact of another model or without a plan for this size.
+    """
+    patching.remove(model)
+    artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
+    check_divides(model.config, virtual_tp, virtual=True)
+    plan = patching.choose_plan(artifact, virtual_tp, comm_mode)
+    here = fingerprint(model)
+    for what, part in (("the checkpoint", artifact.checkpoint), ("the communication plan", plan)):
+        if part is not None:
+            check_fingerprint(what, part.fingerprint, here)
+    checkpoint = artifact.checkpoint
+    quantized = checkpoint is not None and checkpoint.scheme.weight_bits < 16
+    replacements: dict[str, nn.Module] = {}
+    for name, (kind, linear) in find_linears(model).items():
+        if kind == "column":
+            if quantized:
+                assert checkpoint is not None
+                replacements[name] = patching.column_parallel(checkpoint, name, 0, 1, linear.bias)
+            continue
+        slices = linear.weight.chunk(virtual_tp, dim=1) if virtual_tp > 1 else (linear.weight,)
+        shards = [
+            patching.row_shard(checkpoint, name, rank, virtual_tp, dense.contiguous() if virtual_tp > 1 else dense)
+            for rank, dense in enumerate(slices)
+        ]
+        reducer = VirtualReducer(plan.sites[name] if plan else None) if virtual_tp > 1 else None
+        replacements[name] = QuantRowParallelLinear(shards, reducer, linear.bias)
+    patching.swap(model, replacements)
+    return model

@@ -1,0 +1,111 @@
+"""Swap modules in and out of a model. What was there is kept, off the GPU, so that `remove` restores it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from megatron_lowbit.artifacts import Artifact, CommPlan, LowBitCheckpoint
+from megatron_lowbit.collectives import Traffic
+from megatron_lowbit.config import CommMode, LowBitError
+from megatron_lowbit.linear import DenseShard, QuantColumnParallelLinear, QuantRowParallelLinear, activation_groups
+
+logger = logging.getLogger("megatron_lowbit")
+
+_PATCH = "_lowbit_replaced"  # {fqn: the module that was there}
+
+
+def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
+    """Put each replacement in its place, on the device of what it replaces."""
+    replaced: dict[str, nn.Module] = {}
+    for name, replacement in replacements.items():
+        original = model.get_submodule(name)
+        device = next(original.parameters()).device
+        model.set_submodule(name, replacement.to(device).train(original.training))
+        if device.type != "cpu" and not _shares_parameters(original, replacement):
+            original.to("cpu")
+        replaced[name] = original
+    # A plain attribute, not a registered module: state_dict() and parameters() must not see the originals.
+    object.__setattr__(model, _PATCH, replaced)
+    logger.info("replaced %d linears of %s", len(replaced), type(model).__name__)
+
+
+def remove(model: Any) -> Any:
+    """Restore the modules that an apply_to_* replaced (a model, or an engine with `.module`). Returns its argument."""
+    module = getattr(model, "module", model)
+    replaced = getattr(module, _PATCH, {})
+    for name, original in replaced.items():
+        device = next(module.get_submodule(name).buffers(), next(original.parameters())).device
+        module.set_submodule(name, original.to(device))
+    if replaced:
+        object.__setattr__(module, _PATCH, {})
+    return model
+
+
+def original_modules(model: Any) -> dict[str, nn.Module]:
+    """{fqn: the module that was replaced there}; empty for a model without low-bit modules."""
+    return dict(getattr(getattr(model, "module", model), _PATCH, {}))
+
+
+def row_parallel_modules(model: Any) -> dict[str, QuantRowParallelLinear]:
+    """{fqn: module} of the low-bit row-parallel linears that are in place."""
+    module = getattr(model, "module", model)
+    return {name: m for name, m in module.named_modules() if isinstance(m, QuantRowParallelLinear)}
+
+
+def site_traffic(model: Any) -> dict[str, Traffic]:
+    """{fqn of a low-bit row-parallel linear: what its reducer has sent so far}."""
+    modules = row_parallel_modules(model)
+    return {name: m.reducer.traffic for name, m in modules.items() if m.reducer is not None}
+
+
+def choose_plan(artifact: Artifact, tp_size: int, comm_mode: CommMode | None) -> CommPlan | None:
+    """The plan to communicate with; None is bf16. comm_mode None: low-bit where the artifact has any plan."""
+    if tp_size == 1 or comm_mode == "bf16" or (comm_mode is None and not artifact.plans):
+        return None
+    return artifact.plan(tp_size)
+
+
+def column_parallel(checkpoint: LowBitCheckpoint, name: str, rank: int, size: int, bias: Tensor | None) -> nn.Module:
+    """Rank `rank`'s quantized replacement of a column-parallel linear; `bias` is the rank's own, already sharded."""
+    weight = _quantized(checkpoint, name).shard_out(rank, size)
+    return QuantColumnParallelLinear(weight, bias, checkpoint.scheme.act_bits)
+
+
+def row_shard(checkpoint: LowBitCheckpoint | None, name: str, rank: int, size: int, dense: Tensor) -> nn.Module:
+    """Rank `rank`'s matrix product of a row-parallel linear: quantized, or on its own `dense` weight."""
+    if checkpoint is None or checkpoint.scheme.weight_bits == 16:
+        return DenseShard(dense)
+    weight = _quantized(checkpoint, name)
+    groups = activation_groups(weight.in_features, checkpoint.shard_groups)
+    if checkpoint.scheme.act_bits < 16 and groups % size:
+        raise LowBitError(
+            f"{name}: {groups} activation shard groups do not divide among tp={size}; "
+            f"quantize with a weights.shard_groups that {size} divides"
+        )
+    return QuantColumnParallelLinear(
+        weight.shard_in(rank, size), None, checkpoint.scheme.act_bits, max(groups // size, 1)
+    )
+
+
+def _quantized(checkpoint: LowBitCheckpoint, name: str):
+    if name not in checkpoint.linears:
+        raise LowBitError(f"the checkpoint has no quantized weight for {name}; quantize this model again")
+    return checkpoint.linears[name]
+
+
+def _shares_parameters(a: nn.Module, b: nn.Module) -> bool:
+    pointers = {p.data_ptr() for p in a.parameters() if p.ndim > 1}
+    return any(p.data_ptr() in pointers for p in b.parameters() if p.ndim > 1)
+
+
+def check_equal_shares(name: str, shares: Sequence[int]) -> None:
+    """Raise LowBitError where the host split a linear unevenly: ranges and shard groups assume equal shares."""
+    if len(set(shares)) > 1:
+        raise LowBitError(
+            f"{name} is split unevenly over the ranks ({', '.join(map(str, shares))}); "
+            f'pass tensor_parallel={{"tp_size": {len(shares)}, "tp_grain_size": 1}} to init_inference'
+        )

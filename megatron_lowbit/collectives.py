@@ -1,0 +1,133 @@
+"""The low-bit all-reduce of row-parallel partial sums (Dong et al., arXiv 2411.07942).
+
+one_shot: every rank packs its partial sums [tokens, E] into one uint8 message, all ranks gather all messages, decode them
+and add them up in float32 in rank order. So every rank ends with the same bits, with one rounding per value. Bytes handed to
+torch.distributed per rank: tokens * (2 k + ceil((E - k) b / 8)); each rank receives N - 1 such messages.
+
+bf16: the stock all-reduce on bf16 values, the fallback.
+
+VirtualReducer does the same in one process that holds the partial sums of all ranks. It runs the same pack and
+unpack-reduce on the same bytes, so its result is bit-identical to that of N real ranks. (In bf16 mode that holds for N = 2;
+beyond, the order in which a stock all-reduce adds, and rounds, is the backend's own.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from megatron_lowbit.artifacts import SitePlan
+from megatron_lowbit.config import LowBitError
+from megatron_lowbit.distributed import all_gather_stack
+from megatron_lowbit.kernels import hybrid_pack, hybrid_unpack_reduce
+
+
+@dataclass
+class Traffic:
+    """What one rank handed to torch.distributed: bytes, and the values they stand for."""
+
+    bytes: int = 0
+    values: int = 0
+
+    @property
+    def bits_per_value(self) -> float:
+        return 8 * self.bytes / self.values if self.values else 0.0
+
+
+class _Reducer(nn.Module):
+    """Shared by the real and the virtual reducer: the plan's tensors as buffers, pack and unpack-reduce."""
+
+    scale: Tensor  # float32 [tp_size, E - k], of the features in low_idx
+    zero_point: Tensor
+    bf16_idx: Tensor  # int64 [k]
+    low_idx: Tensor  # int64 [E - k]
+
+    def __init__(self, plan: SitePlan | None):
+        super().__init__()
+        self.traffic = Traffic()
+        self.num_bits = 16 if plan is None else plan.num_bits
+        if plan is not None:
+            low = torch.ones(plan.scale.shape[1], dtype=torch.bool)
+            low[plan.bf16_idx] = False
+            low_idx = low.nonzero().squeeze(1)
+            self.register_buffer("scale", plan.scale[:, low_idx].contiguous(), persistent=False)
+            self.register_buffer("zero_point", plan.zero_point[:, low_idx].contiguous(), persistent=False)
+            self.register_buffer("bf16_idx", plan.bf16_idx.clone(), persistent=False)
+            self.register_buffer("low_idx", low_idx, persistent=False)
+
+    @property
+    def low_bit(self) -> bool:
+        return self.num_bits < 16
+
+    def _pack(self, x: Tensor, rank: int) -> Tensor:
+        return hybrid_pack(x, self.scale[rank], self.zero_point[rank], self.bf16_idx, self.low_idx, self.num_bits)
+
+    def _unpack_reduce(self, messages: Tensor) -> Tensor:
+        return hybrid_unpack_reduce(messages, self.scale, self.zero_point, self.bf16_idx, self.low_idx, self.num_bits)
+
+    def _count(self, message: Tensor, values: int) -> None:
+        self.traffic.bytes += message.nbytes
+        self.traffic.values += values
+
+
+class HybridReducer(_Reducer):
+    """All-reduce over the ranks of `tp_group` at one site.
+
+    plan: the site's SitePlan, or None for bf16. Raises LowBitError where the plan is for another number of ranks.
+    """
+
+    def __init__(self, plan: SitePlan | None, tp_group: dist.ProcessGroup):
+        super().__init__(plan)
+        self.tp_group = tp_group
+        self.tp_rank = dist.get_rank(tp_group)
+        size = dist.get_world_size(tp_group)
+        if plan is not None and plan.scale.shape[0] != size:
+            raise LowBitError(f"the communication plan is for tp_size {plan.scale.shape[0]}, this group has {size} ranks")
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Partial sums [..., E] of this rank -> their sum over the group, in x's dtype; the gradient passes as it is."""
+        return _ReduceFromTensorParallelRegion.apply(x, self)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if not self.low_bit:
+            message = x.to(torch.bfloat16, copy=True).contiguous()
+            self._count(message, x.numel())
+            dist.all_reduce(message, group=self.tp_group)
+            return message.to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        message = self._pack(rows, self.tp_rank)
+        self._count(message, x.numel())
+        return self._unpack_reduce(all_gather_stack(message, self.tp_group)).to(x.dtype).view(x.shape)
+
+
+class VirtualReducer(_Reducer):
+    """HybridReducer's twin for one process that holds the partial sums of all ranks. Counts the bytes of one rank."""
+
+    def all_reduce(self, partials: Sequence[Tensor]) -> Tensor:
+        """Partial sums [..., E] of ranks 0 .. N-1 -> their sum, in their dtype."""
+        x = partials[0]
+        if not self.low_bit:
+            total = torch.stack([p.to(torch.bfloat16) for p in partials]).float().sum(0).to(torch.bfloat16)
+            self._count(total, x.numel())
+            return total.to(x.dtype)
+        if len(partials) != len(self.scale):
+            raise LowBitError(f"the communication plan is for tp_size {len(self.scale)}, there are {len(partials)} shards")
+        messages = torch.stack([self._pack(p.reshape(-1, x.shape[-1]), rank) for rank, p in enumerate(partials)])
+        self._count(messages[0], x.numel())
+        return self._unpack_reduce(messages).to(x.dtype).view(x.shape)
+
+
+class _ReduceFromTensorParallelRegion(torch.autograd.Function):
+    """Forward the (quantized) all-reduce, backward the identity: Megatron's mapping of that name."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, reducer: HybridReducer) -> Tensor:  # type: ignore[override]
+        return reducer._forward(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return grad, None

@@ -1,0 +1,246 @@
+"""Configuration: one frozen model per stage, from a YAML file and dotted overrides.
+
+    load_config(EvaluateConfig, "run.yaml", ["comm.bits=4", "tp=2"])
+
+Unknown keys and values out of range are errors that name the key, the value and the nearest valid name. A comment under
+each field says what it does; these comments are the reference of every command's options.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+SchemeName = Literal["none", "W4A16", "W4A8", "W4A4", "W6A6", "W8A8"]
+CommMode = Literal["bf16", "one_shot"]
+
+
+class LowBitError(Exception):
+    """Bad input: one line that names the value and the fix. Commands print it and exit with code 2."""
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CalibrationConfig(_Config):
+    data: str | None = None
+    # text that the ranges are measured on: hub id[:config[:split]], .txt, .json, .jsonl, or stdlib:calibration
+    samples: int = Field(128, ge=1)
+    # windows (or documents) taken from it
+    sequence_length: int | None = Field(None, ge=2)
+    # tokens per window; none: the model's context, at most 2048
+    batch_size: int = Field(8, ge=1)
+    # windows per batch; every batch is one step of the moving average
+    ema_gamma: float = Field(0.01, gt=0, le=1)
+    # weight of the newest batch in the moving average of the ranges (arXiv 2411.07942)
+
+
+class EvaluationConfig(_Config):
+    data: str | None = None
+    # text that perplexity is measured on; same forms as calibration.data
+    samples: int = Field(128, ge=1)
+    # windows (or documents) taken from it
+    sequence_length: int | None = Field(None, ge=2)
+    # tokens per window; none: the model's context, at most 2048
+    batch_size: int = Field(8, ge=1)
+    # windows per forward pass
+    kl_tokens: int = Field(8192, ge=0)
+    # tokens whose full-precision log-probabilities are kept for the KL divergence
+
+
+class WeightsConfig(_Config):
+    scheme: SchemeName = "none"
+    # bits of weights and activations
+    method: Literal["rtn"] = "rtn"
+    # rtn: round to nearest
+    group_size: int | None = Field(None, ge=1)
+    # input features that share a weight scale; none: one scale per output channel
+    symmetric: bool = False
+    # weights without a zero point
+    shard_groups: int = Field(8, ge=1)
+    # equal slices of a row-parallel input, each with its own activation scale: a multiple of every tp size used
+
+
+class CommConfig(_Config):
+    mode: CommMode | None = None
+    # bf16: plain all-reduce; one_shot: all-gather of low-bit messages, local sum; none: one_shot if the artifact has a plan
+    bits: int = Field(4, ge=2, le=8)
+    # bits of a feature that does not travel in bf16
+    bf16_fraction: float = Field(1 / 64, ge=0, le=1)
+    # share of the features that travel in bf16
+    selection: Literal["top", "random"] = "top"
+    # which features: those of widest range, or any (the paper's control)
+    symmetric: bool = False
+    # ranges without a zero point
+    tp_sizes: tuple[int, ...] = (2, 4, 8)
+    # tensor-parallel sizes whose ranges one calibration pass records, where they divide the model
+
+    @field_validator("tp_sizes")
+    @classmethod
+    def _at_least_two(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(size < 2 for size in value):
+            raise ValueError("a tensor-parallel size is at least 2")
+        return value
+
+
+class StageConfig(_Config):
+    """What all commands share."""
+
+    model: str | None = None
+    # folder or hub id of a causal LM; "embedded" is the small Llama inside this package
+    artifact: str | None = None
+    # folder of a LowBitCheckpoint and/or its CommPlans, as calibrate and quantize write it
+    engine: Literal["huggingface", "deepspeed"] = "huggingface"
+    # what runs the model
+    tp: int = Field(1, ge=1)
+    # tensor-parallel processes (engine=deepspeed)
+    virtual_tp: int = Field(1, ge=1)
+    # tensor-parallel ranks simulated inside one process (engine=huggingface)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # auto: bfloat16 on a GPU, float32 on a CPU
+    seed: int = 0
+    # of every random choice
+    output_dir: str = "runs/lowbit"
+    # results, metrics.jsonl and artifacts
+    wandb: Literal["off", "offline", "online"] = "off"
+    # Weights & Biases logging from rank 0
+
+
+class CalibrateConfig(StageConfig):
+    calibration: CalibrationConfig = CalibrationConfig()
+    comm: CommConfig = CommConfig()
+
+
+class QuantizeConfig(CalibrateConfig):
+    weights: WeightsConfig = WeightsConfig(scheme="W4A8")
+
+
+class GenerateConfig(StageConfig):
+    calibration: CalibrationConfig = CalibrationConfig()
+    comm: CommConfig = CommConfig()
+    weights: WeightsConfig = WeightsConfig()
+    prompt: str = Field("Once upon a time", min_length=1)
+    # text to continue
+    max_new_tokens: int = Field(64, ge=1)
+    # tokens to add
+    temperature: float = Field(0.0, ge=0)
+    # 0: greedy
+
+
+class EvaluateConfig(StageConfig):
+    calibration: CalibrationConfig = CalibrationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    comm: CommConfig = CommConfig()
+    weights: WeightsConfig = WeightsConfig()
+
+
+class DemoConfig(StageConfig):
+    model: str | None = "embedded"
+    engine: Literal["huggingface", "deepspeed"] = "deepspeed"
+    tp: int = Field(2, ge=1)
+    output_dir: str = "runs/demo"
+    calibration: CalibrationConfig = CalibrationConfig(data="stdlib:calibration", samples=64)
+    evaluation: EvaluationConfig = EvaluationConfig(data="stdlib:validation", samples=64)
+    prompt: str = Field("def read_lines(path):\n", min_length=1)
+    # text the sample continues
+    max_new_tokens: int = Field(48, ge=1)
+    # tokens of the sample
+
+
+class BenchmarkConfig(StageConfig):
+    model: str | None = "embedded"
+    engine: Literal["huggingface", "deepspeed"] = "deepspeed"
+    tp: int = Field(2, ge=1)
+    dtype: Literal["auto", "float32", "bfloat16"] = "bfloat16"
+    output_dir: str = "runs/benchmark"
+    calibration: CalibrationConfig = CalibrationConfig(data="stdlib:calibration", samples=16)
+    repeats: int = Field(40, ge=2)
+    # pairs of forwards, one on each side of every comparison
+    tokens: int = Field(1024, ge=1)
+    # tokens per forward
+
+
+StageT = TypeVar("StageT", bound=StageConfig)
+
+
+def load_config(stage: type[StageT], file: str | None, overrides: list[str]) -> StageT:
+    """The stage's config from a YAML file, then `key.path=value` overrides (values read as YAML)."""
+    tree: dict[str, Any] = {}
+    if file is not None:
+        try:
+            tree = yaml.safe_load(Path(file).read_text()) or {}
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise LowBitError(f"cannot read config file {file!r}: {one_line(error)}") from None
+        if not isinstance(tree, dict):
+            raise LowBitError(f"config file {file!r} must hold keys and values, not {type(tree).__name__}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise LowBitError(f"override {override!r} is not of the form key.path=value")
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise LowBitError(f"override {override!r}: {parent!r} is a value, not a section")
+        try:
+            node[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            node[leaf] = text  # a prompt may hold any characters
+        if _is_text(stage, key.split(".")):
+            node[leaf] = text if text not in ("null", "none", "") else None
+    try:
+        return stage.model_validate(tree)
+    except ValidationError as error:
+        raise LowBitError(_explain(stage, error)) from None
+
+
+def one_line(error: BaseException) -> str:
+    """The first non-empty line of an error's message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _is_text(stage: type[BaseModel], path: list[str]) -> bool:
+    """Whether the field at `path` holds text, so that `prompt=123` or `model=007` stay what was typed."""
+    model: Any = stage
+    for name in path[:-1]:
+        if name not in model.model_fields:
+            return False
+        model = model.model_fields[name].annotation
+    field = getattr(model, "model_fields", {}).get(path[-1])
+    return field is not None and (field.annotation is str or str in get_args(field.annotation))
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _explain(stage: type[BaseModel], error: ValidationError) -> str:
+    """One line for the first problem: the key, the value, and the nearest valid name where there is one."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        valid = _keys(stage)
+        leaves = {name.rpartition(".")[2]: name for name in valid}
+        near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5) or [
+            leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], list(leaves), n=1, cutoff=0.5)
+        ]
+        hint = f"; did you mean {near[0]!r}?" if near else f"; valid keys: {', '.join(valid)}"
+        return f"unknown config key {key!r}{hint}"
+    value = problem["input"]
+    if problem["type"] == "literal_error":
+        choices = [part.strip("' ") for part in str(problem["ctx"]["expected"]).replace(" or ", ", ").split(", ")]
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0)
+        return f"{key}={value!r} is not one of {', '.join(choices)}; did you mean {near[0]!r}?"
+    return f"{key}={value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

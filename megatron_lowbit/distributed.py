@@ -1,0 +1,82 @@
+"""Process groups: where this process stands among its peers, and what only one of them should do.
+
+Every function takes the group it works on; None stands for a single process. torchrun and the `deepspeed` launcher set
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; nothing else of the environment is read.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from megatron_lowbit.config import LowBitError
+
+T = TypeVar("T")
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of several ranks (or as the only one)."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def env_rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def env_world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def group_rank(group: dist.ProcessGroup | None) -> int:
+    return 0 if group is None else dist.get_rank(group)
+
+
+def group_size(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def device() -> torch.device:
+    """This rank's device: its GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def on_rank_zero(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 of the world only; all ranks return its value, or raise its LowBitError."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return action()
+    outcome: list[tuple[T | None, str | None]] = [(None, None)]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [(action(), None)]
+        except LowBitError as error:
+            outcome = [(None, str(error))]
+    dist.broadcast_object_list(outcome, src=0, device=device())
+    value, message = outcome[0]
+    if message is not None:
+        raise LowBitError(message)
+    return value  # type: ignore[return-value]
+
+
+def all_gather_stack(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """x [...], the same shape on every rank -> [ranks, ...] in rank order."""
+    if group is None:
+        return x.unsqueeze(0)
+    x = x.contiguous()
+    gathered = x.new_empty((dist.get_world_size(group), *x.shape))
+    dist.all_gather_into_tensor(gathered, x, group=group)
+    return gathered

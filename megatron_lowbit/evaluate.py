@@ -1,0 +1,118 @@
+"""How good a model is: perplexity, KL divergence to full precision, SQNR per site, and what it sends.
+
+    perplexity   exp( -mean_t log p(x_t | x_<t) )             over all real tokens but the first of each window
+    KL           mean_t sum_v p_t(v) log( p_t(v) / q_t(v) )   nats; p full precision, q the model measured
+    SQNR         10 log10( sum y^2 / sum (y^ - y)^2 )         dB; y what the replaced linear puts out for the same input
+
+All sums are float64. `model` is anything callable as model(input_ids=...) that returns logits [windows, length, vocab].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lowbit.adapters.patching import original_modules, row_parallel_modules
+from megatron_lowbit.config import LowBitError
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What one pass measured; log_probs holds the first tokens' log-probabilities float32 [tokens, vocab]."""
+
+    perplexity: float
+    kl: float | None
+    tokens: int
+    log_probs: Tensor
+
+
+@torch.inference_mode()
+def measure_quality(model: Any, batches: Iterable[Batch], kl_tokens: int, reference: Tensor | None = None) -> Quality:
+    """Perplexity over all batches, and KL against `reference`, the log_probs of the full-precision model."""
+    nll, tokens, kl = 0.0, 0, 0.0
+    kept: list[Tensor] = []
+    for ids, mask in batches:
+        logits = model(input_ids=ids).logits
+        predicted = mask[:, 1:].to(logits.device)
+        log_probs = logits[:, :-1][predicted].float().log_softmax(-1)
+        targets = ids[:, 1:].to(logits.device)[predicted]
+        chosen = log_probs.gather(1, targets.unsqueeze(1)).double()
+        nll -= chosen.sum().item()
+        room = max(kl_tokens - tokens, 0)
+        part = log_probs[:room].cpu()
+        if reference is not None and len(part):
+            full = reference[tokens : tokens + len(part)]
+            kl += (full.exp() * (full - part)).sum(dtype=torch.float64).item()
+        else:
+            kept.append(part)
+        tokens += len(targets)
+    if not math.isfinite(nll):
+        raise LowBitError("the model's logits hold NaN or Inf; check its weights, dtype and quantization scheme")
+    measured = min(tokens, kl_tokens)
+    mean_kl = kl / measured if reference is not None and measured else None
+    return Quality(math.exp(nll / tokens), mean_kl, tokens, torch.cat(kept) if kept else torch.empty(0))
+
+
+@torch.inference_mode()
+def measure_sqnr(model: Any, batches: Iterable[Batch]) -> dict[str, float]:
+    """SQNR in dB of every low-bit row-parallel linear that is in place, against the module it replaced.
+
+    Both get the same input, so the figure is the site's own error: its weights', activations' and collective's.
+    """
+    originals = original_modules(model)
+    signal: dict[str, float] = {}
+    noise: dict[str, float] = {}
+    mask = torch.empty(0, dtype=torch.bool)
+
+    def compare(name: str):
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            real = mask.to(output.device)
+            exact = originals[name].to(output.device)(inputs[0])[real].double()
+            signal[name] = signal.get(name, 0.0) + exact.square().sum().item()
+            noise[name] = noise.get(name, 0.0) + (output[real].double() - exact).square().sum().item()
+
+        return hook
+
+    handles = [m.register_forward_hook(compare(name)) for name, m in row_parallel_modules(model).items()]
+    try:
+        for ids, mask in batches:  # noqa: B007 (the hooks read mask)
+            model(input_ids=ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: sqnr_db(signal[name], noise[name]) for name in signal}
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """Signal-to-quantization-noise ratio in dB of two energies; 300 where the noise is below float64's reach."""
+    if noise <= signal * 1e-30:
+        return 300.0
+    return 10 * math.log10(signal / noise) if signal > 0 else -300.0
+
+
+class SiteTraffic:
+    """Context manager: bytes that the host's own row-parallel linears hand to their all-reduce (unpatched models)."""
+
+    def __init__(self, sites: dict[str, nn.Module]):
+        self.sites = sites
+        self.bytes = 0
+        self.values = 0
+
+    def __enter__(self) -> SiteTraffic:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            self.bytes += output.nbytes
+            self.values += output.numel()
+
+        self._handles = [module.register_forward_hook(hook) for module in self.sites.values()]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()

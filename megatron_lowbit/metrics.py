@@ -1,0 +1,128 @@
+"""What a run tells while it works: metrics.jsonl always, Weights & Biases when asked, progress bars on a terminal.
+
+Only rank 0 writes. wandb is imported when it is first needed; a W&B failure after the start never stops a run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from megatron_lowbit.config import LowBitError
+
+T = TypeVar("T")
+
+
+class MetricLogger:
+    """Appends records to <output_dir>/metrics.jsonl and mirrors them to W&B (wandb: off, offline or online)."""
+
+    def __init__(self, output_dir: str | Path, stage: str, config: dict[str, Any], wandb: str = "off", rank: int = 0):
+        self.stage = stage
+        self.active = rank == 0
+        self.step = 0
+        self._run: Any = None
+        if not self.active:
+            return
+        self._file = open(Path(output_dir) / "metrics.jsonl", "a")  # noqa: SIM115 (open for the logger's life)
+        if wandb != "off":
+            self._wandb = require("wandb", "wandb")
+            self._run = self._wandb.init(
+                project="megatron-lowbit",
+                job_type=stage,
+                config=config,
+                mode=wandb,
+                dir=str(output_dir),
+                settings=self._wandb.Settings(silent=True),
+            )
+
+    def log(self, **values: float | int | str) -> None:
+        """One record: the step counts up by itself."""
+        if not self.active:
+            return
+        record = {"stage": self.stage, "step": self.step, "time": time.time(), **values}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._run is not None:
+            self._run.log({**values, "step": self.step})
+        self.step += 1
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """A per-layer table: one JSONL record, one W&B table."""
+        if not self.active:
+            return
+        self._file.write(json.dumps({"stage": self.stage, "table": name, "columns": columns, "rows": rows}) + "\n")
+        self._file.flush()
+        if self._run is not None:
+            self._run.log({name: self._wandb.Table(columns=columns, data=rows)})
+
+    def summary(self, **values: Any) -> None:
+        if self.active and self._run is not None:
+            self._run.summary.update(values)
+
+    def close(self, exit_code: int = 0) -> None:
+        if self.active:
+            self._file.close()
+            if self._run is not None:
+                self._run.finish(exit_code=exit_code)
+
+
+def require(module: str, extra: str) -> Any:
+    """Import an optional package, or raise LowBitError with the pip command that installs it."""
+    try:
+        return __import__(module)
+    except ImportError as error:
+        if error.name is not None and error.name.partition(".")[0] != module:
+            raise
+        raise LowBitError(f"{module} is not installed; pip install 'megatron-lowbit[{extra}]'") from None
+
+
+def progress(items: Iterable[T], total: int, description: str, rank: int = 0) -> Iterator[T]:
+    """Iterate with a bar and an ETA on rank 0's standard error, where that is a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=rank != 0 or not console.is_terminal, transient=True) as bar:
+        yield from bar.track(items, total=total, description=description)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and machine, for every JSON result."""
+    versions = {"python": platform.python_version()}
+    for package in ("megatron-lowbit", "torch", "transformers", "deepspeed", "datasets", "wandb"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    folder = Path(__file__).parent
+    git = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "versions": versions,
+        "commit": git.stdout.strip() if git.returncode == 0 else None,
+        "machine": {
+            "platform": platform.platform(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "accelerator": accelerator,
+        },
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

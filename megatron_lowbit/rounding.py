@@ -1,0 +1,41 @@
+"""Round-to-nearest quantization of a whole model: the baseline of every better method (QLLM, arXiv 2310.08041, eq. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from megatron_lowbit.artifacts import Fingerprint, LowBitCheckpoint
+from megatron_lowbit.config import LowBitError, WeightsConfig
+from megatron_lowbit.quantizer import QuantizedWeight, Scheme
+
+
+def quantize_model(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    config: WeightsConfig,
+    fingerprint: Fingerprint,
+    dtype: torch.dtype | None = None,
+) -> LowBitCheckpoint:
+    """Quantize the weights of `linears` ({fqn: module}) and keep every other tensor of `model`, stored as `dtype`.
+
+    Raises LowBitError for a scheme without quantized weights, for NaN or Inf in a weight, and for a group size that does
+    not divide its width.
+    """
+    scheme = Scheme.parse(config.scheme)
+    if scheme.weight_bits == 16:
+        raise LowBitError(f"weights.scheme={config.scheme} quantizes no weights; choose W4A16, W4A8, W4A4, W6A6 or W8A8")
+    packed = {
+        name: QuantizedWeight.from_float(module.weight, scheme.weight_bits, config.symmetric, config.group_size, name)
+        for name, module in linears.items()
+    }
+    tensors, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        linear, _, leaf = name.rpartition(".")
+        if (linear in packed and leaf == "weight") or tensor.data_ptr() in seen:
+            continue  # a tied weight (lm_head on the embedding) is stored once
+        seen.add(tensor.data_ptr())
+        tensors[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    return LowBitCheckpoint(packed, tensors, scheme, config.scheme, config.shard_groups, fingerprint)
