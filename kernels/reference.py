@@ -10,10 +10,9 @@ Arithmetic is float32, cast at the store.
 from __future__ import annotations
 
 import torch
+from megatron_lowbit.kernels.packing import pack_bits, packed_bytes, unpack_bits
 from torch import Tensor
 from torch.nn import functional as F
-
-from megatron_lowbit.kernels.packing import pack_bits, packed_bytes, unpack_bits
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -39,8 +38,8 @@ def hybrid_pack(
 
     x: float [tokens, E]; bf16_idx: int64 [k]; low_idx: int64 [E - k], the other features in ascending order;
     scale, zero_point: float32 [E - k], this rank's static qparams of the features in low_idx.
-    Returns uint8 [tokens, hybrid_row_bytes(E, k, num_bits)]. Values beyond the static range saturate; a token that holds
-    NaN or Inf sends NaN in all its bf16 features, because a code could not say so.
+    Returns uint8 [tokens, hybrid_row_bytes(E, k, num_bits)]. Values beyond the static range saturate; a token that
+    holds NaN or Inf sends NaN in all its bf16 features, because a code could not say so.
     """
     exact = x.index_select(1, bf16_idx) + 0 * x.sum(1, keepdim=True)
     exact_bytes = exact.to(torch.bfloat16).view(torch.uint8)
@@ -68,8 +67,9 @@ def hybrid_unpack_reduce(
     exact_sum = scale.new_zeros(tokens, num_bf16)
     low_sum = scale.new_zeros(tokens, num_low)
     for message, rank_scale, rank_zero in zip(messages, scale, zero_point, strict=True):
-        exact = message[:, : 2 * num_bf16].contiguous()
-        exact_sum += exact.view(torch.bfloat16).reshape(tokens, num_bf16).float()
+        # A row's bytes start at any address, so they are copied to where bf16 values may lie.
+        exact = message[:, : 2 * num_bf16].clone(memory_format=torch.contiguous_format).view(-1)
+        exact_sum += exact.view(torch.bfloat16).view(tokens, num_bf16).float()
         codes = unpack_bits(message[:, 2 * num_bf16 :], num_bits, num_low)
         low_sum += (codes.float() - rank_zero) * rank_scale
     out = scale.new_empty(tokens, num_bf16 + num_low)

@@ -1,7 +1,7 @@
 """megatron-lowbit benchmark: seconds of a forward pass, patched against unpatched engine, measured in pairs.
 
-Each pair runs the unpatched and the patched engine one after the other on the same tokens, so a machine whose speed drifts
-moves both; the figure to read is the median of the pairs' ratios.
+Each pair runs the unpatched and the patched engine one after the other on the same tokens, so a machine whose speed
+drifts moves both; the figure to read is the median of the pairs' ratios.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import time
 from typing import Any
 
 import torch
+from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
+from megatron_lowbit.launch.runner import run_stage
 from rich.console import Console
 from rich.table import Table
 from torch import distributed as dist
@@ -20,8 +22,6 @@ from megatron_lowbit.adapters import patching
 from megatron_lowbit.artifacts import Artifact
 from megatron_lowbit.config import BenchmarkConfig, CommConfig, LowBitError, WeightsConfig
 from megatron_lowbit.distributed import device, env_rank
-from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
-from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.metrics import MetricLogger, progress
 from megatron_lowbit.ranges import build_plan
 
@@ -43,7 +43,9 @@ def run(config: BenchmarkConfig, logger: MetricLogger) -> dict[str, Any]:
     }
     length = min(engine.context, config.tokens)
     vocab = engine.module.config.vocab_size
-    ids = torch.randint(vocab, (max(1, config.tokens // length), length), generator=torch.Generator().manual_seed(config.seed))
+    ids = torch.randint(
+        vocab, (max(1, config.tokens // length), length), generator=torch.Generator().manual_seed(config.seed)
+    )
     rows = []
     for name, artifact in artifacts.items():
         pairs = time_pairs(engine, artifact, ids, config.repeats, name)
@@ -72,8 +74,10 @@ def run(config: BenchmarkConfig, logger: MetricLogger) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def time_pairs(engine: Engine, artifact: Artifact, ids: torch.Tensor, repeats: int, name: str) -> list[tuple[float, float]]:
-    """(unpatched, patched) seconds of `repeats` pairs; the order within a pair alternates. Leaves the engine unpatched."""
+def time_pairs(
+    engine: Engine, artifact: Artifact, ids: torch.Tensor, repeats: int, name: str
+) -> list[tuple[float, float]]:
+    """(unpatched, patched) seconds of `repeats` pairs, their order alternating. Leaves the engine unpatched."""
     engine.apply(artifact)
     patched = {fqn: engine.module.get_submodule(fqn) for fqn in patching.original_modules(engine.model)}
     seconds = {True: 0.0, False: 0.0}

@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_lowbit.adapters.huggingface import check_divides
+from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
+from megatron_lowbit.launch.runner import run_stage
+
+from megatron_lowbit.adapters.huggingface import check_divides, model_config
 from megatron_lowbit.artifacts import CalibrationStats
 from megatron_lowbit.config import CalibrateConfig, LowBitError
 from megatron_lowbit.distributed import env_rank
-from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
-from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.metrics import MetricLogger
 from megatron_lowbit.ranges import aggregated_range, build_plan
 
@@ -27,12 +28,12 @@ def run(config: CalibrateConfig, logger: MetricLogger) -> dict[str, Any]:
 
 
 def usable_sizes(engine: Engine, config: CalibrateConfig) -> list[int]:
-    """comm.tp_sizes. Those that do not divide the model are left out of the default list, and refused in a given one."""
+    """comm.tp_sizes. One that does not divide the model is left out of the default list, refused in a given one."""
     ranks = config.tp
     sizes = []
     for size in config.comm.tp_sizes:
         try:
-            check_divides(engine.module.config, size, virtual=True)
+            check_divides(model_config(engine.module), size, virtual=True)
             if size % ranks:
                 raise LowBitError(f"comm.tp_sizes: {size} is no multiple of the {ranks} ranks that calibrate")
             sizes.append(size)
@@ -46,7 +47,9 @@ def usable_sizes(engine: Engine, config: CalibrateConfig) -> list[int]:
     return sizes
 
 
-def write_plans(stats: CalibrationStats, config: CalibrateConfig, folder: str | Path, logger: MetricLogger) -> list[dict[str, Any]]:
+def write_plans(
+    stats: CalibrationStats, config: CalibrateConfig, folder: str | Path, logger: MetricLogger
+) -> list[dict[str, Any]]:
     """Save the statistics and one plan per size (rank 0); a result row per size."""
     rows = []
     if env_rank() == 0:

@@ -94,12 +94,13 @@ def start_engine(config: StageConfig, weights: Sequence[WeightsConfig] = ()) -> 
     folder = Artifact.load(config.artifact) if config.artifact is not None else Artifact()
     model, tokenizer, stored_dtype = _load(config, folder.checkpoint)
     tp_size = max(config.tp, config.virtual_tp)
-    huggingface.check_divides(model.config, tp_size, virtual=config.virtual_tp > 1)
+    text_config = huggingface.model_config(model)
+    huggingface.check_divides(text_config, tp_size, virtual=config.virtual_tp > 1)
     if folder.checkpoint is not None:
         checkpoints = {folder.checkpoint.scheme_name: folder.checkpoint}
     else:
         checkpoints = {w.scheme: round_weights(model, w, stored_dtype) for w in weights if w.scheme != "none"}
-    context = getattr(model.config, "max_position_embeddings", None) or 2048
+    context = getattr(text_config, "max_position_embeddings", None) or 2048
     full_precision = not hasattr(model, "_lowbit_fingerprint")
     model = model.to(device()).eval()
     if config.engine == "deepspeed":
@@ -118,7 +119,10 @@ def round_weights(model: nn.Module, weights: WeightsConfig, dtype: torch.dtype |
 def load_windows(engine: Engine, section: Any, key: str) -> Windows:
     """The section's token windows, read and tokenized by rank 0."""
     if section.data is None:
-        raise LowBitError(f"{key}.data is not set; name a text file, a hub dataset or stdlib:{key.replace('evaluation', 'validation')}")
+        raise LowBitError(
+            f"{key}.data is not set; name a text file, a hub dataset or "
+            f"stdlib:{key.replace('evaluation', 'validation')}"
+        )
     arguments = (section.data, section.samples, section.sequence_length, engine.context, key)
     return on_rank_zero(lambda: token_windows(engine.tokenizer, *arguments))
 
@@ -134,13 +138,11 @@ def calibrate_engine(engine: Engine, section: Any, tp_sizes: list[int], logger: 
             yield ids, mask
             logger.log(calibration_batch=number + 1, calibration_tokens=int(mask.sum()))
 
-    return calibrate(
-        engine, engine.sites(), logged(), tp_sizes, engine.fingerprint(), section.ema_gamma, engine.group
-    )
+    return calibrate(engine, engine.sites(), logged(), tp_sizes, engine.fingerprint(), section.ema_gamma, engine.group)
 
 
 def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artifact:
-    """What evaluate and generate apply: the given artifact, or one made here from weights.*, calibration.* and comm.*."""
+    """What evaluate and generate apply: the given artifact, or one made here from weights.* and comm.*."""
     comm: CommConfig = config.comm
     plans = engine.plans
     if comm.mode == "one_shot" and engine.tp_size > 1 and engine.tp_size not in plans:
@@ -165,7 +167,7 @@ def _init_distributed(config: StageConfig) -> int:
 
 
 def _load(config: StageConfig, checkpoint: LowBitCheckpoint | None) -> tuple[Any, Any, torch.dtype | None]:
-    """(model, tokenizer, dtype of the stored weights). Raises LowBitError in one line for whatever is wrong with the folder."""
+    """(model, tokenizer, dtype of the stored weights). Raises LowBitError for whatever is wrong with the folder."""
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -181,7 +183,9 @@ def _load(config: StageConfig, checkpoint: LowBitCheckpoint | None) -> tuple[Any
 
         name = str(Path(embedded.__file__).parent)
     path = Path(name)
-    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 and "/" in name):
+    if not path.is_dir() and (
+        path.is_absolute() or name.startswith((".", "~")) or (name.count("/") != 1 and "/" in name)
+    ):
         raise LowBitError(f"model folder {name!r} does not exist")
     if path.is_dir() and not (path / "config.json").exists():
         raise LowBitError(f"{name!r} holds no config.json; it is not a Hugging Face model folder")
@@ -199,10 +203,13 @@ def _load(config: StageConfig, checkpoint: LowBitCheckpoint | None) -> tuple[Any
             if config.model is None and checkpoint is not None:
                 model = _from_checkpoint(hf_config, checkpoint, dtype)
             else:
-                model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+                loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+                model, info = loaded
                 if info["missing_keys"]:
                     missing = sorted(info["missing_keys"])
-                    raise LowBitError(f"{name!r} lacks {len(missing)} weights, the first {missing[0]}; download it again")
+                    raise LowBitError(
+                        f"{name!r} lacks {len(missing)} weights, the first {missing[0]}; download it again"
+                    )
     except LowBitError:
         raise
     except Exception as error:  # whatever transformers, safetensors, tokenizers and the hub client raise
@@ -211,13 +218,15 @@ def _load(config: StageConfig, checkpoint: LowBitCheckpoint | None) -> tuple[Any
 
 
 def _from_checkpoint(hf_config: Any, checkpoint: LowBitCheckpoint, dtype: torch.dtype) -> Any:
-    """A model whose linears hold the dequantized weights, so that every engine can shard it before its linears are swapped."""
-    from transformers import AutoModelForCausalLM
+    """A model whose linears hold the dequantized weights, for any engine to shard before they are swapped."""
+    import transformers
 
-    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in checkpoint.tensors.items()}
+    state = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in checkpoint.tensors.items()
+    }
     for name, weight in checkpoint.linears.items():
         state[f"{name}.weight"] = weight.dequantize().to(dtype)
-    model_class = AutoModelForCausalLM._model_mapping[type(hf_config)]
+    model_class = getattr(transformers, hf_config.architectures[0])
     model = model_class.from_pretrained(None, config=hf_config, state_dict=state, dtype=dtype)
     model._lowbit_fingerprint = checkpoint.fingerprint
     return model

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from megatron_lowbit.launch.engine import Engine, load_windows, prepare_artifact, start_engine
+from megatron_lowbit.launch.runner import run_stage
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -15,8 +17,6 @@ from megatron_lowbit.config import CommMode, EvaluateConfig, EvaluationConfig
 from megatron_lowbit.data import Windows
 from megatron_lowbit.distributed import env_rank
 from megatron_lowbit.evaluate import SiteTraffic, measure_quality, measure_sqnr
-from megatron_lowbit.launch.engine import Engine, load_windows, prepare_artifact, start_engine
-from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.metrics import MetricLogger, progress
 
 CONFIG = EvaluateConfig
@@ -34,7 +34,9 @@ def run(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:
     plain = artifact.checkpoint is None and engine.tp_size == 1
     if not (plain and rows):
         name = row_name(artifact, engine.tp_size, config.comm.mode)
-        rows.append(low_bit_row(engine, name, artifact, config.comm.mode, windows, config.evaluation, reference, logger))
+        rows.append(
+            low_bit_row(engine, name, artifact, config.comm.mode, windows, config.evaluation, reference, logger)
+        )
     if env_rank() == 0:
         print_rows(rows)
     return {"rows": rows}
@@ -105,7 +107,9 @@ def low_bit_row(
         "tokens": quality.tokens,
         "sites": sites,
     }
-    logger.log(row=name, perplexity=quality.perplexity, sqnr_db=mean_sqnr, **({} if quality.kl is None else {"kl": quality.kl}))
+    logger.log(
+        row=name, perplexity=quality.perplexity, sqnr_db=mean_sqnr, **({} if quality.kl is None else {"kl": quality.kl})
+    )
     logger.table(f"sqnr/{name}", ["site", "sqnr_db"], [[site, value] for site, value in sites.items()])
     return row
 

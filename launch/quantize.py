@@ -1,4 +1,4 @@
-"""megatron-lowbit quantize: a full-precision model -> LowBitCheckpoint; with calibration.data or an artifact, CommPlans too."""
+"""megatron-lowbit quantize: a full-precision model -> LowBitCheckpoint, and CommPlans given calibration.data."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_lowbit.artifacts import LowBitCheckpoint
-from megatron_lowbit.config import LowBitError, QuantizeConfig
-from megatron_lowbit.distributed import env_rank
 from megatron_lowbit.launch.calibrate import usable_sizes, write_plans
 from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
 from megatron_lowbit.launch.runner import run_stage
+
+from megatron_lowbit.artifacts import LowBitCheckpoint
+from megatron_lowbit.config import LowBitError, QuantizeConfig
+from megatron_lowbit.distributed import env_rank
 from megatron_lowbit.metrics import MetricLogger
 
 CONFIG = QuantizeConfig
@@ -25,7 +26,9 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
     if checkpoint is None or not engine.full_precision:
         raise LowBitError("quantization needs the full-precision model; set model to its folder or hub id")
     if config.artifact is not None and checkpoint.scheme_name != config.weights.scheme:
-        raise LowBitError(f"artifact {config.artifact!r} is quantized to {checkpoint.scheme_name} already; leave artifact out")
+        raise LowBitError(
+            f"artifact {config.artifact!r} is quantized to {checkpoint.scheme_name} already; leave artifact out"
+        )
     rows: list[dict[str, Any]] = []
     if config.calibration.data is not None:
         stats = calibrate_engine(engine, config.calibration, usable_sizes(engine, config), logger)
@@ -35,12 +38,14 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
             plan.save(config.output_dir)
     if env_rank() == 0:
         save_checkpoint(engine, checkpoint, config.output_dir)
-        print(f"wrote {len(checkpoint.linears)} quantized linears ({checkpoint.scheme_name}), {checkpoint.nbytes():,} bytes")
+        print(f"wrote {len(checkpoint.linears)} linears in {checkpoint.scheme_name}, {checkpoint.nbytes():,} bytes")
     row = {
         "name": checkpoint.scheme_name,
         "linears": len(checkpoint.linears),
         "bytes": checkpoint.nbytes(),
-        "linear_bytes": sum(w.packed_weight.nbytes + w.scale.nbytes + w.zero_point.nbytes for w in checkpoint.linears.values()),
+        "linear_bytes": sum(
+            w.packed_weight.nbytes + w.scale.nbytes + w.zero_point.nbytes for w in checkpoint.linears.values()
+        ),
     }
     logger.log(bytes=row["bytes"])
     return {"rows": [row, *rows]}

@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from megatron_lowbit.artifacts import ensure_writable, write_json
@@ -54,7 +55,9 @@ def run_stage(name: str, argv: list[str]) -> int:
 
 
 def _parse(name: str, config_class: type[StageConfig], argv: list[str]) -> tuple[StageConfig, int | None]:
-    parser = argparse.ArgumentParser(prog=f"megatron-lowbit {name}", description="Options are config keys: key.path=value")
+    parser = argparse.ArgumentParser(
+        prog=f"megatron-lowbit {name}", description="Options are config keys: key.path=value"
+    )
     parser.add_argument("--config", help="YAML file of config keys")
     parser.add_argument("--model", help="same as model=...")
     parser.add_argument("--output-dir", help="same as output_dir=...")
@@ -69,11 +72,17 @@ def _parse(name: str, config_class: type[StageConfig], argv: list[str]) -> tuple
 
 def _check_world(config: StageConfig, world: int) -> None:
     if config.engine == "huggingface" and config.tp > 1:
-        raise LowBitError(f"engine=huggingface runs in one process, not tp={config.tp}: set virtual_tp or engine=deepspeed")
+        raise LowBitError(
+            f"engine=huggingface runs in one process, not tp={config.tp}: set virtual_tp or engine=deepspeed"
+        )
     if config.engine == "deepspeed" and config.virtual_tp > 1:
-        raise LowBitError(f"virtual_tp={config.virtual_tp} needs engine=huggingface; engine=deepspeed runs real ranks (tp)")
+        raise LowBitError(
+            f"virtual_tp={config.virtual_tp} needs engine=huggingface; engine=deepspeed runs real ranks (tp)"
+        )
     if world != config.tp:
-        raise LowBitError(f"tp={config.tp} needs {config.tp} processes, there are {world}; start that many or set tp={world}")
+        raise LowBitError(
+            f"tp={config.tp} needs {config.tp} processes, there are {world}; start that many or set tp={world}"
+        )
 
 
 def _run(name: str, stage: Any, config: StageConfig) -> int:
@@ -118,7 +127,8 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("DeepSpeed", "transformers", "torch.distributed", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it found nothing better
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -137,7 +147,9 @@ def _start_ranks(name: str, argv: list[str], size: int) -> int:
             environ = {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             with open(Path(logs) / str(rank), "wb") as log:
                 ranks.append(
-                    subprocess.Popen(command, env=environ, stderr=None if rank == 0 else log, stdout=None if rank == 0 else log)
+                    subprocess.Popen(
+                        command, env=environ, stderr=None if rank == 0 else log, stdout=None if rank == 0 else log
+                    )
                 )
         failed = _wait(ranks)
         if failed:  # rank 0 printed its own error; of the others the first that failed by itself is shown
@@ -147,7 +159,7 @@ def _start_ranks(name: str, argv: list[str], size: int) -> int:
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
-    """Wait for all ranks. After a failure the others get ten seconds, then are ended. Returns the rank to blame, if any."""
+    """Wait for all ranks; after a failure the others get ten seconds. Returns the rank to blame, if any."""
     blamed: int | None = None
     deadline: float | None = None
     try:
@@ -155,9 +167,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
             codes = [rank.poll() for rank in ranks]
             if deadline is None and any(codes):
                 deadline = time.monotonic() + 10
-            if codes[0]:
-                blamed = 0
-            elif blamed is None and any(codes):
+            if blamed is None and any(codes):
                 blamed = next(i for i, code in enumerate(codes) if code)
             if deadline is not None and time.monotonic() > deadline:
                 break
@@ -172,6 +182,6 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
             except subprocess.TimeoutExpired:
                 rank.kill()
                 rank.wait()
-    if blamed is None:
-        blamed = next((i for i, rank in enumerate(ranks) if rank.returncode), None)
-    return blamed
+    if ranks[0].returncode > 0:  # it failed by itself and has said why
+        return 0
+    return blamed if blamed is not None else next((i for i, rank in enumerate(ranks) if rank.returncode), None)

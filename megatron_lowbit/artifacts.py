@@ -44,7 +44,9 @@ _FINGERPRINT_FIELDS = (
 Fingerprint = dict[str, Any]
 
 
-def model_fingerprint(config: Any, weights: Mapping[str, Tensor], tp_group: dist.ProcessGroup | None = None) -> Fingerprint:
+def model_fingerprint(
+    config: Any, weights: Mapping[str, Tensor], tp_group: dist.ProcessGroup | None = None
+) -> Fingerprint:
     """Shape fields of a Hugging Face config and a checksum of the last block's linear weights.
 
     weights: {fqn of a tensor-parallel linear: its weight, whole or this rank's shard}. The checksum is the sum of the
@@ -53,7 +55,9 @@ def model_fingerprint(config: Any, weights: Mapping[str, Tensor], tp_group: dist
     fields = {name: value for name in _FINGERPRINT_FIELDS if (value := getattr(config, name, None)) is not None}
     last = max(layer_index(name) for name in weights)
     shards = [weight for name, weight in sorted(weights.items()) if layer_index(name) == last]
-    checksum = torch.stack([w.detach().to(torch.bfloat16).contiguous().view(torch.int16).sum(dtype=torch.int64) for w in shards])
+    checksum = torch.stack(
+        [w.detach().to(torch.bfloat16).contiguous().view(torch.int16).sum(dtype=torch.int64) for w in shards]
+    )
     if tp_group is not None:
         dist.all_reduce(checksum, group=tp_group)
     digest = hashlib.sha256(json.dumps(checksum.tolist()).encode()).hexdigest()
@@ -157,7 +161,9 @@ class CommPlan:
             )
         tensors, meta = _load(stem)
         if meta["tp_size"] != tp_size:
-            raise LowBitError(f"{str(stem)!r} was calibrated for tp_size {meta['tp_size']}, not {tp_size}; calibrate again")
+            raise LowBitError(
+                f"{str(stem)!r} was calibrated for tp_size {meta['tp_size']}, not {tp_size}; calibrate again"
+            )
         sites = {
             site: SitePlan(tensors[f"{site}.scale"], tensors[f"{site}.zero_point"], tensors[f"{site}.bf16_idx"], bits)
             for site, bits in meta["num_bits"].items()
@@ -167,7 +173,7 @@ class CommPlan:
 
 @dataclass(frozen=True)
 class LowBitCheckpoint:
-    """Quantized linears and all other tensors of a model, under Hugging Face names, independent of framework and tp_size."""
+    """Quantized linears and all other tensors under Hugging Face names, independent of framework and tp_size."""
 
     linears: dict[str, QuantizedWeight]
     tensors: dict[str, Tensor]
@@ -214,7 +220,7 @@ class LowBitCheckpoint:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What an adapter applies: a checkpoint (None: full-precision weights) and plans by tp_size (none: bf16 communication)."""
+    """What an adapter applies: a checkpoint (None: full-precision weights), plans by tp_size (empty: bf16)."""
 
     checkpoint: LowBitCheckpoint | None = None
     plans: dict[int, CommPlan] = field(default_factory=dict)
@@ -229,7 +235,9 @@ class Artifact:
         checkpoint = LowBitCheckpoint.load(folder) if (folder / "lowbit.json").exists() else None
         sizes = sorted(int(p.stem.removeprefix("comm_plan_tp")) for p in folder.glob("comm_plan_tp*.json"))
         if checkpoint is None and not sizes:
-            raise LowBitError(f"{str(folder)!r} holds no lowbit.json and no comm_plan_tp*.json; run calibrate or quantize")
+            raise LowBitError(
+                f"{str(folder)!r} holds no lowbit.json and no comm_plan_tp*.json; run calibrate or quantize"
+            )
         return cls(checkpoint, {size: CommPlan.load(folder, size) for size in sizes}, folder)
 
     def plan(self, tp_size: int) -> CommPlan:

@@ -1,14 +1,15 @@
 """The low-bit all-reduce of row-parallel partial sums (Dong et al., arXiv 2411.07942).
 
-one_shot: every rank packs its partial sums [tokens, E] into one uint8 message, all ranks gather all messages, decode them
-and add them up in float32 in rank order. So every rank ends with the same bits, with one rounding per value. Bytes handed to
-torch.distributed per rank: tokens * (2 k + ceil((E - k) b / 8)); each rank receives N - 1 such messages.
+one_shot: every rank packs its partial sums [tokens, E] into one uint8 message, all ranks gather all messages, decode
+them and add them up in float32 in rank order. So every rank ends with the same bits, with one rounding per value.
+Bytes handed to torch.distributed per rank: tokens * (2 k + ceil((E - k) b / 8)); each rank receives N - 1 such
+messages.
 
 bf16: the stock all-reduce on bf16 values, the fallback.
 
 VirtualReducer does the same in one process that holds the partial sums of all ranks. It runs the same pack and
-unpack-reduce on the same bytes, so its result is bit-identical to that of N real ranks. (In bf16 mode that holds for N = 2;
-beyond, the order in which a stock all-reduce adds, and rounds, is the backend's own.)
+unpack-reduce on the same bytes, so its result is bit-identical to that of N real ranks. (In bf16 mode that holds for
+N = 2; beyond, the order in which a stock all-reduce adds, and rounds, is the backend's own.)
 """
 
 from __future__ import annotations
@@ -86,10 +87,12 @@ class HybridReducer(_Reducer):
         self.tp_rank = dist.get_rank(tp_group)
         size = dist.get_world_size(tp_group)
         if plan is not None and plan.scale.shape[0] != size:
-            raise LowBitError(f"the communication plan is for tp_size {plan.scale.shape[0]}, this group has {size} ranks")
+            raise LowBitError(
+                f"the communication plan is for tp_size {plan.scale.shape[0]}, this group has {size} ranks"
+            )
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Partial sums [..., E] of this rank -> their sum over the group, in x's dtype; the gradient passes as it is."""
+        """This rank's partial sums [..., E] -> the group's sum, in x's dtype; the gradient passes as it is."""
         return _ReduceFromTensorParallelRegion.apply(x, self)
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -115,7 +118,9 @@ class VirtualReducer(_Reducer):
             self._count(total, x.numel())
             return total.to(x.dtype)
         if len(partials) != len(self.scale):
-            raise LowBitError(f"the communication plan is for tp_size {len(self.scale)}, there are {len(partials)} shards")
+            raise LowBitError(
+                f"the communication plan is for tp_size {len(self.scale)}, there are {len(partials)} shards"
+            )
         messages = torch.stack([self._pack(p.reshape(-1, x.shape[-1]), rank) for rank, p in enumerate(partials)])
         self._count(messages[0], x.numel())
         return self._unpack_reduce(messages).to(x.dtype).view(x.shape)

@@ -35,9 +35,9 @@ class CalibrationConfig(_Config):
     sequence_length: int | None = Field(None, ge=2)
     # tokens per window; none: the model's context, at most 2048
     batch_size: int = Field(8, ge=1)
-    # windows per batch; every batch is one step of the moving average
+    # windows per forward pass; the ranges do not depend on it
     ema_gamma: float = Field(0.01, gt=0, le=1)
-    # weight of the newest batch in the moving average of the ranges (arXiv 2411.07942)
+    # weight of the newest window in the moving average of the ranges (arXiv 2411.07942)
 
 
 class EvaluationConfig(_Config):
@@ -68,7 +68,7 @@ class WeightsConfig(_Config):
 
 class CommConfig(_Config):
     mode: CommMode | None = None
-    # bf16: plain all-reduce; one_shot: all-gather of low-bit messages, local sum; none: one_shot if the artifact has a plan
+    # bf16: all-reduce; one_shot: all-gather of low-bit messages, local sum; none: one_shot if the artifact has a plan
     bits: int = Field(4, ge=2, le=8)
     # bits of a feature that does not travel in bf16
     bf16_fraction: float = Field(1 / 64, ge=0, le=1)

@@ -5,7 +5,7 @@ A source is one of
     stdlib:train | stdlib:calibration | stdlib:validation    the Python standard library's own sources (embedded model)
     FILE.txt                                                 one long text
     FILE.json | FILE.jsonl                                   documents: strings, or records with a text column
-    HUB_ID[:CONFIG[:SPLIT]]                                  a dataset of the Hugging Face hub; its rows are joined by blank lines
+    HUB_ID[:CONFIG[:SPLIT]]                                  a dataset of the hub; rows are joined by blank lines
 
 A long text is tokenized whole and cut into windows of `sequence_length` (the protocol of GPTQ, QLLM and their peers),
 evenly spaced over it. Documents stay apart: each is one window, cut at `sequence_length`, padded on the right.
@@ -25,16 +25,15 @@ from torch import Tensor
 from megatron_lowbit.config import LowBitError, one_line
 
 # Modules that every Python from 3.11 on has. The embedded model is trained on all but the validation ones.
-_STDLIB = {
-    "calibration": "ast dataclasses functools inspect mailbox smtplib subprocess tarfile threading typing".split(),
-    "validation": "argparse calendar configparser csv difflib fractions heapq shutil statistics textwrap".split(),
-}
-_STDLIB_EXCLUDED = set("test tests idlelib lib2to3 turtledemo site-packages dist-packages encodings ensurepip pydoc_data".split())
+_CALIBRATION = "ast dataclasses functools inspect mailbox smtplib subprocess tarfile threading typing"
+_VALIDATION = "argparse calendar configparser csv difflib fractions heapq shutil statistics textwrap"
+_STDLIB = {"calibration": _CALIBRATION.split(" "), "validation": _VALIDATION.split(" ")}
+_NO_TRAINING = "test tests idlelib lib2to3 turtledemo site-packages dist-packages encodings ensurepip pydoc_data"
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows: ids int64 [windows, length], right-padded with 0; mask bool [windows, length], True on real tokens."""
+    """ids: int64 [windows, length], right-padded with 0; mask: bool [windows, length], True on real tokens."""
 
     ids: Tensor
     mask: Tensor
@@ -53,7 +52,9 @@ class Windows:
         return int(self.mask.sum())
 
 
-def token_windows(tokenizer: Any, source: str, samples: int, sequence_length: int | None, context: int, key: str) -> Windows:
+def token_windows(
+    tokenizer: Any, source: str, samples: int, sequence_length: int | None, context: int, key: str
+) -> Windows:
     """At most `samples` windows of `source`; `key` (calibration or evaluation) names the config section in errors.
 
     sequence_length None means the model's `context`, at most 2048. Raises LowBitError for a longer one, and for text
@@ -97,7 +98,8 @@ def stdlib_text(split: str) -> str:
         files = [
             file
             for file in sorted(root.rglob("*.py"))
-            if file.stem not in _STDLIB["validation"] and not _STDLIB_EXCLUDED & set(file.relative_to(root).parts)
+            if file.stem not in _STDLIB["validation"]
+            and not set(_NO_TRAINING.split()) & set(file.relative_to(root).parts)
         ]
     elif split in _STDLIB:
         files = [root / f"{name}.py" for name in _STDLIB[split]]
@@ -137,7 +139,9 @@ def _load_text(source: str, key: str) -> tuple[list[str], bool]:
         raise
     except Exception as error:  # the library raises whatever its builders, the hub client and pyarrow raise
         raise LowBitError(f"{key}.data={source!r} cannot be loaded: {one_line(error)}") from None
-    columns = [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")]
+    columns = [
+        name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
+    ]
     if not columns:
         raise LowBitError(f"{key}.data={source!r} has no text column (columns: {', '.join(rows.column_names)})")
     texts = [text for text in rows["text" if "text" in columns else columns[0]] if text and text.strip()]

@@ -76,7 +76,7 @@ def all_gather_stack(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """x [...], the same shape on every rank -> [ranks, ...] in rank order."""
     if group is None:
         return x.unsqueeze(0)
-    x = x.contiguous()
-    gathered = x.new_empty((dist.get_world_size(group), *x.shape))
-    dist.all_gather_into_tensor(gathered, x, group=group)
-    return gathered
+    size = dist.get_world_size(group)
+    gathered = x.new_empty(size * x.numel())  # flat, because gloo wants the input's number of dimensions
+    dist.all_gather_into_tensor(gathered, x.reshape(-1), group=group)
+    return gathered.view(size, *x.shape)

@@ -4,15 +4,14 @@
     row-parallel      y   = all_reduce_r( Q(x_r) Q(W_r)^T ) + b      the columns W_r are this rank's inputs
 
 Weights carry one scale per output channel (or group); activations are quantized dynamically per token (QLLM,
-arXiv 2310.08041). The input of a row-parallel linear is quantized per token and shard group (`act_groups` equal slices of
-the whole input), so a rank computes what it would compute at any other tensor-parallel size.
+arXiv 2310.08041). The input of a row-parallel linear is quantized per token and shard group (`act_groups` equal
+slices of the whole input), so a rank computes what it would compute at any other tensor-parallel size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,6 +29,7 @@ class QuantColumnParallelLinear(nn.Module):
     packed_weight: Tensor  # uint8 [out_features, row_bytes]
     scale: Tensor  # float32 [out_features, groups]
     zero_point: Tensor  # float32 [out_features, groups]
+    bias: nn.Parameter | None
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None, act_bits: int = 16, act_groups: int = 1):
         super().__init__()
@@ -44,18 +44,23 @@ class QuantColumnParallelLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         act_scale = act_zero_point = None
         if self.act_bits < 16:
-            act_scale, act_zero_point = choose_qparams(rows, self.act_bits, group_size=self.in_features // self.act_groups)
+            act_scale, act_zero_point = choose_qparams(
+                rows, self.act_bits, group_size=self.in_features // self.act_groups
+            )
             rows = quantize(rows, act_scale, act_zero_point, self.act_bits)
         weight = (self.packed_weight, self.scale, self.zero_point, self.weight_bits)
         y = quant_linear(rows, act_scale, act_zero_point, *weight, x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, W{self.weight_bits}A{self.act_bits}, act_groups={self.act_groups}"
+        scheme = f"W{self.weight_bits}A{self.act_bits}"
+        return f"{self.in_features}, {self.out_features}, {scheme}, act_groups={self.act_groups}"
 
 
 class DenseShard(nn.Module):
     """Full-precision x_r W_r^T of one rank, for a row-parallel linear whose communication alone is low-bit."""
+
+    weight: nn.Parameter
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -71,6 +76,8 @@ class QuantRowParallelLinear(nn.Module):
     shards: this rank's matrix product (without bias); in one process that stands for N virtual ranks, all N of them,
     each for an equal slice of x. reducer: None where there is nothing to sum. bias is added after the collective.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self, shards: Sequence[nn.Module], reducer: HybridReducer | VirtualReducer | None, bias: Tensor | None = None

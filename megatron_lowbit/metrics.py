@@ -91,7 +91,13 @@ def require(module: str, extra: str) -> Any:
 def progress(items: Iterable[T], total: int, description: str, rank: int = 0) -> Iterator[T]:
     """Iterate with a bar and an ETA on rank 0's standard error, where that is a terminal."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=rank != 0 or not console.is_terminal, transient=True) as bar:
         yield from bar.track(items, total=total, description=description)
 

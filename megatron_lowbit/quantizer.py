@@ -8,7 +8,7 @@
 [0, 2^b - 1] for the symmetric quantizer too, whose scale is max|X| / (2^(b-1) - 1) and whose zero point is 2^(b-1).
 
 All arithmetic is float32, whatever the input's dtype. A row that is constant within float32's resolution gets scale 1
-and the real-valued zero point -min X, so it comes back exactly instead of as NaN. NaN or Inf in a row makes that row NaN.
+and the real-valued zero point -min X, so it comes back exactly, not as NaN. NaN or Inf in a row makes that row NaN.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def check_bits(num_bits: int) -> None:
 def qparams_from_range(
     min_vals: Tensor, max_vals: Tensor, num_bits: int, symmetric: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(scale, zero_point), float32, of the shape of `min_vals` and `max_vals`; codes are 0 .. 2^num_bits - 1 (eq. 2)."""
+    """(scale, zero_point), float32, shaped like `min_vals` and `max_vals`; codes are 0 .. 2^num_bits - 1 (eq. 2)."""
     check_bits(num_bits)
     low, high = min_vals.float(), max_vals.float()
     if symmetric:
@@ -69,8 +69,10 @@ def qparams_from_range(
     return scale, torch.where(constant, -low, -torch.round(low / scale))
 
 
-def choose_qparams(x: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """Min-max (scale, zero_point) of x [..., features] -> two float32 [..., groups], groups = features / group_size or 1."""
+def choose_qparams(
+    x: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Min-max (scale, zero_point) of x [..., features]: float32 [..., groups], groups = features / group_size or 1."""
     grouped = _grouped(x, group_size)
     return qparams_from_range(grouped.amin(-1), grouped.amax(-1), num_bits, symmetric)
 
@@ -138,7 +140,9 @@ class QuantizedWeight:
 
     def shard_out(self, rank: int, size: int) -> QuantizedWeight:
         """Rank `rank`'s share of the output channels (column-parallel)."""
-        packed, scale, zero = (t.chunk(size)[rank].contiguous() for t in (self.packed_weight, self.scale, self.zero_point))
+        packed, scale, zero = (
+            t.chunk(size)[rank].contiguous() for t in (self.packed_weight, self.scale, self.zero_point)
+        )
         return QuantizedWeight(packed, scale, zero, self.num_bits, self.in_features)
 
     def shard_in(self, rank: int, size: int) -> QuantizedWeight:
@@ -150,7 +154,9 @@ class QuantizedWeight:
         """
         groups = self.scale.shape[1]
         if groups > 1 and groups % size:
-            raise LowBitError(f"{groups} weight groups do not divide among {size} ranks; choose another weights.group_size")
+            raise LowBitError(
+                f"{groups} weight groups do not divide among {size} ranks; choose another weights.group_size"
+            )
         packed = pack_bits(self.codes().chunk(size, dim=1)[rank].contiguous(), self.num_bits)
         scale, zero = self.scale, self.zero_point
         if groups > 1:

@@ -25,7 +25,9 @@ def build_plan(stats: CalibrationStats, tp_size: int, config: CommConfig, seed: 
     """The plan of one tensor-parallel size. Raises LowBitError where that size was not calibrated."""
     if tp_size not in stats.ranges or tp_size == 1:
         sizes = sorted(size for size in stats.ranges if size > 1)
-        raise LowBitError(f"the calibration has ranges for tp_size {sizes}, not {tp_size}; set comm.tp_sizes=[{tp_size}]")
+        raise LowBitError(
+            f"the calibration has ranges for tp_size {sizes}, not {tp_size}; set comm.tp_sizes=[{tp_size}]"
+        )
     generator = torch.Generator().manual_seed(seed)
     sites = {}
     for name, r in sorted(stats.ranges[tp_size].items()):

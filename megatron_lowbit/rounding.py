@@ -1,4 +1,4 @@
-"""Round-to-nearest quantization of a whole model: the baseline of every better method (QLLM, arXiv 2310.08041, eq. 2)."""
+"""Round-to-nearest quantization of a whole model (QLLM, arXiv 2310.08041, eq. 2): the baseline of better methods."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ def quantize_model(
 ) -> LowBitCheckpoint:
     """Quantize the weights of `linears` ({fqn: module}) and keep every other tensor of `model`, stored as `dtype`.
 
-    Raises LowBitError for a scheme without quantized weights, for NaN or Inf in a weight, and for a group size that does
-    not divide its width.
+    Raises LowBitError for a scheme without quantized weights, for NaN or Inf in a weight, and for a group size that
+    does not divide its width.
     """
     scheme = Scheme.parse(config.scheme)
     if scheme.weight_bits == 16:
-        raise LowBitError(f"weights.scheme={config.scheme} quantizes no weights; choose W4A16, W4A8, W4A4, W6A6 or W8A8")
+        raise LowBitError(
+            f"weights.scheme={config.scheme} quantizes no weights; choose W4A16, W4A8, W4A4, W6A6 or W8A8"
+        )
     packed = {
         name: QuantizedWeight.from_float(module.weight, scheme.weight_bits, config.symmetric, config.group_size, name)
         for name, module in linears.items()

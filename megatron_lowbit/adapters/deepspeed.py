@@ -3,18 +3,19 @@
     engine = deepspeed.init_inference(model, tensor_parallel={"tp_size": 2, "tp_grain_size": 1}, dtype=...)
     apply_to_deepspeed(engine, "artifact/")
 
-AutoTP turns q/k/v/gate/up into LinearLayer and o_proj/down_proj into LinearAllreduce. Both are swapped by exact type, since
-LmHeadLinearAllreduce subclasses LinearAllreduce and must keep its own all-reduce of the logits.
+AutoTP turns q/k/v/gate/up into LinearLayer and o_proj/down_proj into LinearAllreduce. Both are swapped by exact type,
+since LmHeadLinearAllreduce subclasses LinearAllreduce and must keep its own all-reduce of the logits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from torch import distributed as dist
+from torch import nn
 
 from megatron_lowbit.adapters import huggingface, patching
 from megatron_lowbit.artifacts import Artifact, Fingerprint, check_fingerprint, model_fingerprint
@@ -36,12 +37,13 @@ def import_deepspeed() -> Any:
 def init_engine(model: nn.Module, tp_size: int, dtype: Any) -> Any:
     """init_inference with equal shares: AutoTP's default grain of 64 would split an MLP of 352 into 192 and 160."""
     deepspeed = import_deepspeed()
-    return deepspeed.init_inference(
-        model,
-        tensor_parallel={"tp_size": tp_size, "tp_grain_size": 1},
-        dtype=dtype,
-        replace_with_kernel_inject=False,
-    )
+    with contextlib.redirect_stdout(None):  # AutoTP prints its policy
+        return deepspeed.init_inference(
+            model,
+            tensor_parallel={"tp_size": tp_size, "tp_grain_size": 1},
+            dtype=dtype,
+            replace_with_kernel_inject=False,
+        )
 
 
 def tp_group(engine: Any) -> dist.ProcessGroup | None:
@@ -50,12 +52,12 @@ def tp_group(engine: Any) -> dist.ProcessGroup | None:
     return group if group is not None and dist.get_world_size(group) > 1 else None
 
 
-def tp_linears(engine: Any) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """({fqn: LinearLayer}, {fqn: LinearAllreduce}); warns about tensor-parallel layers of other types, which stay as they are."""
+def tp_linears(engine: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """({fqn: LinearLayer}, {fqn: LinearAllreduce}); warns about tensor-parallel layers of other types."""
     from deepspeed.module_inject import layers
 
-    columns: dict[str, nn.Module] = {}
-    rows: dict[str, nn.Module] = {}
+    columns: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
     unknown: dict[str, str] = {}
     for name, module in engine.module.named_modules():
         if type(module) is layers.LinearLayer and not module.gather_output:
@@ -88,7 +90,8 @@ def fingerprint(engine: Any) -> Fingerprint:
 def apply_to_deepspeed(engine: Any, artifact: str | Path | Artifact, comm_mode: CommMode | None = None) -> Any:
     """Replace the engine's tensor-parallel linears in place, on every rank, and return the engine.
 
-    artifact, comm_mode and errors as in apply_to_huggingface; also raises LowBitError where AutoTP split a linear unevenly.
+    artifact, comm_mode and errors as in apply_to_huggingface; also raises LowBitError where AutoTP split a linear
+    unevenly.
     """
     group = tp_group(engine)
     if group is None:

@@ -22,18 +22,25 @@ from megatron_lowbit.linear import QuantRowParallelLinear
 Kind = Literal["column", "row"]
 
 
+def model_config(model: Any) -> Any:
+    """The text model's config."""
+    return getattr(model.config, "text_config", None) or model.config
+
+
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """(fqn, list) of the decoder blocks. Raises LowBitError where there is none of num_hidden_layers equal blocks."""
-    depth = getattr(model.config, "num_hidden_layers", None)
+    depth = getattr(model_config(model), "num_hidden_layers", None)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return name, module
-    raise LowBitError(f"{type(model).__name__} has no list of {depth} decoder blocks; megatron_lowbit cannot place its linears")
+    raise LowBitError(
+        f"{type(model).__name__} has no list of {depth} decoder blocks; megatron_lowbit cannot place its linears"
+    )
 
 
 def find_linears(model: nn.Module) -> dict[str, tuple[Kind, nn.Linear]]:
     """{fqn: (kind, linear)} of the tensor-parallel linears in all blocks, in order."""
-    hidden = model.config.hidden_size
+    hidden = model_config(model).hidden_size
     found: dict[str, tuple[Kind, nn.Linear]] = {}
     prefix, blocks = decoder_blocks(model)
     for index, block in enumerate(blocks):
@@ -49,7 +56,9 @@ def find_linears(model: nn.Module) -> dict[str, tuple[Kind, nn.Linear]]:
                 elif linear.in_features == hidden:
                     found[f"{path}.{name}"] = ("column", linear)
     if not any(kind == "row" for kind, _ in found.values()):
-        raise LowBitError(f"{type(model).__name__}: no row-parallel nn.Linear in its decoder blocks; not a supported model")
+        raise LowBitError(
+            f"{type(model).__name__}: no row-parallel nn.Linear in its decoder blocks; not a supported model"
+        )
     return found
 
 
@@ -62,7 +71,9 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     known = getattr(model, "_lowbit_fingerprint", None)
     if known is not None:
         return known
-    return model_fingerprint(model.config, {name: linear.weight for name, (_, linear) in find_linears(model).items()})
+    return model_fingerprint(
+        model_config(model), {name: linear.weight for name, (_, linear) in find_linears(model).items()}
+    )
 
 
 def check_divides(config: Any, tp_size: int, virtual: bool) -> None:
@@ -84,13 +95,13 @@ def apply_to_huggingface(
 ) -> nn.Module:
     """Replace the model's linears in place and return it.
 
-    artifact: folder (or loaded Artifact) of a LowBitCheckpoint and/or CommPlans. virtual_tp: ranks whose partial sums and
-    messages are simulated in this process, bit for bit. comm_mode: bf16 or one_shot; None: one_shot where the artifact
-    has plans. Raises LowBitError for an artifact of another model or without a plan for this size.
+    artifact: folder (or loaded Artifact) of a LowBitCheckpoint and/or CommPlans. virtual_tp: ranks whose partial sums
+    and messages are simulated in this process, bit for bit. comm_mode: bf16 or one_shot; None: one_shot where the
+    artifact has plans. Raises LowBitError for an artifact of another model or without a plan for this size.
     """
     patching.remove(model)
     artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
-    check_divides(model.config, virtual_tp, virtual=True)
+    check_divides(model_config(model), virtual_tp, virtual=True)
     plan = patching.choose_plan(artifact, virtual_tp, comm_mode)
     here = fingerprint(model)
     for what, part in (("the checkpoint", artifact.checkpoint), ("the communication plan", plan)):
