@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,14 +17,15 @@ import time
 import warnings
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
 
 from megatron_lowbit.artifacts import ensure_writable, write_json
-from megatron_lowbit.config import LowBitError, StageConfig, load_config
+from megatron_lowbit.config import LowBitError, StageConfig, defaults, load_config
 from megatron_lowbit.distributed import env_rank, env_world_size, launched
+from megatron_lowbit.launch import STAGES
 from megatron_lowbit.metrics import MetricLogger, environment
 
 BAD_INPUT = 2
@@ -54,9 +56,18 @@ def run_stage(name: str, argv: list[str]) -> int:
         return fail(str(error))
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise LowBitError(f"{message} (see {self.prog} --help)")
+
+
 def _parse(name: str, config_class: type[StageConfig], argv: list[str]) -> tuple[StageConfig, int | None]:
-    parser = argparse.ArgumentParser(
-        prog=f"megatron-lowbit {name}", description="Options are config keys: key.path=value"
+    keys = "\n".join(f"  {key}={'none' if value is None else value}" for key, value in defaults(config_class()).items())
+    parser = _Parser(
+        prog=f"megatron-lowbit {name}",
+        description=STAGES[name],
+        epilog=f"config keys and their defaults (explained in megatron_lowbit/config.py):\n{keys}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help="YAML file of config keys")
     parser.add_argument("--model", help="same as model=...")
@@ -141,6 +152,7 @@ def _start_ranks(name: str, argv: list[str], size: int) -> int:
     base = {"OMP_NUM_THREADS": threads, "PYTHONSAFEPATH": "1", **os.environ}
     base |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-m", f"megatron_lowbit.launch.{name}", *argv]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through _wait, which ends the ranks
     with tempfile.TemporaryDirectory() as logs:
         ranks = []
         for rank in range(size):

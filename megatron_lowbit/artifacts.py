@@ -279,6 +279,7 @@ def _save(stem: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
+        temporary.chmod(0o644)  # safetensors leaves files that only their owner can read
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)

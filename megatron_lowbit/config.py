@@ -217,6 +217,15 @@ def _is_text(stage: type[BaseModel], path: list[str]) -> bool:
     return field is not None and (field.annotation is str or str in get_args(field.annotation))
 
 
+def defaults(model: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of a config, in order."""
+    values: dict[str, Any] = {}
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        values |= defaults(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {prefix + name: value}
+    return values
+
+
 def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():

@@ -3,7 +3,7 @@
 A source is one of
 
     stdlib:train | stdlib:calibration | stdlib:validation    the Python standard library's own sources (embedded model)
-    FILE.txt                                                 one long text
+    FILE.txt (or any other file)                             one long text
     FILE.json | FILE.jsonl                                   documents: strings, or records with a text column
     HUB_ID[:CONFIG[:SPLIT]]                                  a dataset of the hub; rows are joined by blank lines
 
@@ -122,7 +122,7 @@ def _load_text(source: str, key: str) -> tuple[list[str], bool]:
     separate = suffix in (".json", ".jsonl")
     datasets.disable_progress_bars()
     try:
-        if separate or suffix == ".txt":
+        if separate or suffix == ".txt" or path.is_file():
             if not path.is_file():
                 raise LowBitError(f"{key}.data: file {source!r} does not exist")
             if path.stat().st_size == 0:

@@ -39,20 +39,18 @@ def measure_quality(model: Any, batches: Iterable[Batch], kl_tokens: int, refere
     nll, tokens, kl = 0.0, 0, 0.0
     kept: list[Tensor] = []
     for ids, mask in batches:
-        logits = model(input_ids=ids).logits
-        predicted = mask[:, 1:].to(logits.device)
-        log_probs = logits[:, :-1][predicted].float().log_softmax(-1)
-        targets = ids[:, 1:].to(logits.device)[predicted]
-        chosen = log_probs.gather(1, targets.unsqueeze(1)).double()
-        nll -= chosen.sum().item()
-        room = max(kl_tokens - tokens, 0)
-        part = log_probs[:room].cpu()
-        if reference is not None and len(part):
-            full = reference[tokens : tokens + len(part)]
-            kl += (full.exp() * (full - part)).sum(dtype=torch.float64).item()
-        else:
-            kept.append(part)
-        tokens += len(targets)
+        # One window at a time: float32 log-probabilities of a whole batch may not fit beside the model.
+        for logits, window, real in zip(model(input_ids=ids).logits, ids, mask, strict=True):
+            targets = window[real].to(logits.device)[1:]
+            log_probs = logits[real.to(logits.device)][:-1].float().log_softmax(-1)
+            nll -= log_probs.gather(1, targets.unsqueeze(1)).double().sum().item()
+            part = log_probs[: max(kl_tokens - tokens, 0)].cpu()
+            if reference is None:
+                kept.append(part)
+            else:
+                full = reference[tokens : tokens + len(part)]
+                kl += (full.exp() * (full - part)).sum(dtype=torch.float64).item()
+            tokens += len(targets)
     if not math.isfinite(nll):
         raise LowBitError("the model's logits hold NaN or Inf; check its weights, dtype and quantization scheme")
     measured = min(tokens, kl_tokens)
@@ -74,7 +72,10 @@ def measure_sqnr(model: Any, batches: Iterable[Batch]) -> dict[str, float]:
     def compare(name: str):
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             real = mask.to(output.device)
-            exact = originals[name].to(output.device)(inputs[0])[real].double()
+            original = originals[name]
+            parked = next(original.parameters()).device
+            exact = original.to(output.device)(inputs[0])[real].double()
+            original.to(parked)
             signal[name] = signal.get(name, 0.0) + exact.square().sum().item()
             noise[name] = noise.get(name, 0.0) + (output[real].double() - exact).square().sum().item()
 

@@ -1,6 +1,6 @@
 """What a run tells while it works: metrics.jsonl always, Weights & Biases when asked, progress bars on a terminal.
 
-Only rank 0 writes. wandb is imported when it is first needed; a W&B failure after the start never stops a run.
+Only rank 0 writes. wandb is imported when it is first needed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_lowbit.config import LowBitError
+from megatron_lowbit.config import LowBitError, one_line
 
 T = TypeVar("T")
 
@@ -38,14 +38,18 @@ class MetricLogger:
         self._file = open(Path(output_dir) / "metrics.jsonl", "a")  # noqa: SIM115 (open for the logger's life)
         if wandb != "off":
             self._wandb = require("wandb", "wandb")
-            self._run = self._wandb.init(
-                project="megatron-lowbit",
-                job_type=stage,
-                config=config,
-                mode=wandb,
-                dir=str(output_dir),
-                settings=self._wandb.Settings(silent=True),
-            )
+            try:
+                self._run = self._wandb.init(
+                    project="megatron-lowbit",
+                    job_type=stage,
+                    config=config,
+                    mode=wandb,
+                    dir=str(output_dir),
+                    settings=self._wandb.Settings(silent=True),
+                )
+            except self._wandb.Error as error:
+                message = f"wandb={wandb} did not start: {one_line(error)}; run `wandb login` or set wandb=offline"
+                raise LowBitError(message) from None
 
     def log(self, **values: float | int | str) -> None:
         """One record: the step counts up by itself."""

@@ -27,10 +27,16 @@ from megatron_lowbit.metrics import require
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed without its shared-memory all-reduce, which segfaults under torchrun and on several nodes, ignores the
-    group, and skips non-contiguous tensors. Call it before anything initialises DeepSpeed."""
+    """DeepSpeed without its shared-memory all-reduce on CPUs.
+
+    That op segfaults under torchrun and on several nodes, ignores the group, and skips non-contiguous tensors. It is
+    kept from being built, and switched off in a communication backend that has it already.
+    """
     deepspeed = require("deepspeed", "deepspeed")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = deepspeed.comm.comm.cdb
+    if backend is not None:
+        backend.shm_vector_kernel_level = 0
     return deepspeed
 
 
@@ -93,6 +99,7 @@ def apply_to_deepspeed(engine: Any, artifact: str | Path | Artifact, comm_mode: 
     artifact, comm_mode and errors as in apply_to_huggingface; also raises LowBitError where AutoTP split a linear
     unevenly.
     """
+    import_deepspeed()
     group = tp_group(engine)
     if group is None:
         huggingface.apply_to_huggingface(engine.module, artifact, 1, comm_mode)

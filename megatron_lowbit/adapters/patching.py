@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ def remove(model: Any) -> Any:
     module = getattr(model, "module", model)
     replaced = getattr(module, _PATCH, {})
     for name, original in replaced.items():
-        device = next(module.get_submodule(name).buffers(), next(original.parameters())).device
+        replacement = module.get_submodule(name)
+        device = next(chain(replacement.parameters(), replacement.buffers())).device
         module.set_submodule(name, original.to(device))
     if replaced:
         object.__setattr__(module, _PATCH, {})
