@@ -10,9 +10,10 @@ Arithmetic is float32, cast at the store.
 from __future__ import annotations
 
 import torch
-from megatron_lowbit.kernels.packing import pack_bits, packed_bytes, unpack_bits
 from torch import Tensor
 from torch.nn import functional as F
+
+from megatron_lowbit.kernels.packing import pack_bits, packed_bytes, unpack_bits
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def hybrid_pack(
     Returns uint8 [tokens, hybrid_row_bytes(E, k, num_bits)]. Values beyond the static range saturate; a token that
     holds NaN or Inf sends NaN in all its bf16 features, because a code could not say so.
     """
-    exact = x.index_select(1, bf16_idx) + 0 * x.sum(1, keepdim=True)
+    exact = x.index_select(1, bf16_idx) + 0 * x.sum(1, keepdim=True, dtype=torch.float32)
     exact_bytes = exact.to(torch.bfloat16).view(torch.uint8)
     low = x.index_select(1, low_idx).float()
     codes = torch.round(low / scale).add_(zero_point).clamp_(0, 2**num_bits - 1).to(torch.uint8)

@@ -12,8 +12,6 @@ import time
 from typing import Any
 
 import torch
-from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
-from megatron_lowbit.launch.runner import run_stage
 from rich.console import Console
 from rich.table import Table
 from torch import distributed as dist
@@ -22,6 +20,8 @@ from megatron_lowbit.adapters import patching
 from megatron_lowbit.artifacts import Artifact
 from megatron_lowbit.config import BenchmarkConfig, CommConfig, LowBitError, WeightsConfig
 from megatron_lowbit.distributed import device, env_rank
+from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
+from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.metrics import MetricLogger, progress
 from megatron_lowbit.ranges import build_plan
 

@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
-from megatron_lowbit.launch.runner import run_stage
-
 from megatron_lowbit.adapters.huggingface import check_divides, model_config
 from megatron_lowbit.artifacts import CalibrationStats
 from megatron_lowbit.config import CalibrateConfig, LowBitError
 from megatron_lowbit.distributed import env_rank
+from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
+from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.metrics import MetricLogger
 from megatron_lowbit.ranges import aggregated_range, build_plan
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from megatron_lowbit.launch.engine import Engine, load_windows, prepare_artifact, start_engine
-from megatron_lowbit.launch.runner import run_stage
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -17,6 +15,8 @@ from megatron_lowbit.config import CommMode, EvaluateConfig, EvaluationConfig
 from megatron_lowbit.data import Windows
 from megatron_lowbit.distributed import env_rank
 from megatron_lowbit.evaluate import SiteTraffic, measure_quality, measure_sqnr
+from megatron_lowbit.launch.engine import Engine, load_windows, prepare_artifact, start_engine
+from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.metrics import MetricLogger, progress
 
 CONFIG = EvaluateConfig

@@ -7,12 +7,12 @@ import time
 from typing import Any
 
 import torch
-from megatron_lowbit.launch.engine import Engine, prepare_artifact, start_engine
-from megatron_lowbit.launch.evaluate import row_name
-from megatron_lowbit.launch.runner import run_stage
 
 from megatron_lowbit.config import GenerateConfig, LowBitError
 from megatron_lowbit.distributed import device, env_rank
+from megatron_lowbit.launch.engine import Engine, prepare_artifact, start_engine
+from megatron_lowbit.launch.evaluate import row_name
+from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.metrics import MetricLogger
 
 CONFIG = GenerateConfig

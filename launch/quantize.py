@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_lowbit.launch.calibrate import usable_sizes, write_plans
-from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
-from megatron_lowbit.launch.runner import run_stage
-
 from megatron_lowbit.artifacts import LowBitCheckpoint
 from megatron_lowbit.config import LowBitError, QuantizeConfig
 from megatron_lowbit.distributed import env_rank
+from megatron_lowbit.launch.calibrate import usable_sizes, write_plans
+from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
+from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.metrics import MetricLogger
 
 CONFIG = QuantizeConfig

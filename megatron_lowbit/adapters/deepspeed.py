@@ -122,7 +122,7 @@ def apply_to_deepspeed(engine: Any, artifact: str | Path | Artifact, comm_mode: 
     for name, module in rows.items():
         patching.check_equal_shares(name, module._partition_sizes)
         shard = patching.row_shard(checkpoint, name, rank, size, module.weight)
-        reducer = HybridReducer(plan.sites[name] if plan else None, group)
+        reducer = HybridReducer(patching.site_plan(plan, name), group)
         replacements[name] = QuantRowParallelLinear([shard], reducer, module.bias)
     patching.swap(engine.module, replacements)
     return engine

@@ -121,7 +121,7 @@ def apply_to_huggingface(
             patching.row_shard(checkpoint, name, rank, virtual_tp, dense.contiguous() if virtual_tp > 1 else dense)
             for rank, dense in enumerate(slices)
         ]
-        reducer = VirtualReducer(plan.sites[name] if plan else None) if virtual_tp > 1 else None
+        reducer = VirtualReducer(patching.site_plan(plan, name)) if virtual_tp > 1 else None
         replacements[name] = QuantRowParallelLinear(shards, reducer, linear.bias)
     patching.swap(model, replacements)
     return model

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from megatron_lowbit.artifacts import Artifact, CommPlan, LowBitCheckpoint
+from megatron_lowbit.artifacts import Artifact, CommPlan, LowBitCheckpoint, SitePlan
 from megatron_lowbit.collectives import Traffic
 from megatron_lowbit.config import CommMode, LowBitError
 from megatron_lowbit.linear import DenseShard, QuantColumnParallelLinear, QuantRowParallelLinear, activation_groups
@@ -69,6 +69,17 @@ def choose_plan(artifact: Artifact, tp_size: int, comm_mode: CommMode | None) ->
     if tp_size == 1 or comm_mode == "bf16" or (comm_mode is None and not artifact.plans):
         return None
     return artifact.plan(tp_size)
+
+
+def site_plan(plan: CommPlan | None, name: str) -> SitePlan | None:
+    """The plan of one row-parallel linear; None is bf16. Raises LowBitError for a site that was not calibrated."""
+    if plan is None:
+        return None
+    if name not in plan.sites:
+        raise LowBitError(
+            f"the communication plan has no ranges for {name}; calibrate on the engine that runs the model"
+        )
+    return plan.sites[name]
 
 
 def column_parallel(checkpoint: LowBitCheckpoint, name: str, rank: int, size: int, bias: Tensor | None) -> nn.Module:
