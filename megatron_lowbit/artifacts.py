@@ -11,6 +11,7 @@ holds the model's fingerprint, so an artifact of another model is refused with t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -106,7 +107,7 @@ class CalibrationStats:
 
     @classmethod
     def load(cls, folder: str | Path) -> CalibrationStats:
-        tensors, meta = _load(Path(folder) / "calibration")
+        tensors, meta = _load(Path(folder) / "calibration", "fingerprint")
         ranges: dict[int, dict[str, FeatureRange]] = {}
         for key in tensors:
             if key.endswith(".min_vals"):
@@ -153,13 +154,13 @@ class CommPlan:
         """Raises LowBitError where the folder has no plan for this size (naming those it has) or a damaged one."""
         stem = Path(folder) / f"comm_plan_tp{tp_size}"
         if not stem.with_suffix(".json").exists():
-            found = sorted(int(p.stem.removeprefix("comm_plan_tp")) for p in Path(folder).glob("comm_plan_tp*.json"))
+            found = _plan_sizes(Path(folder))
             have = f"it has plans for tp_size {found}" if found else "it has none"
             raise LowBitError(
                 f"{str(folder)!r} has no communication plan for tp_size {tp_size} ({have}); "
                 f"run calibrate with comm.tp_sizes=[{tp_size}]"
             )
-        tensors, meta = _load(stem)
+        tensors, meta = _load(stem, "fingerprint", "tp_size", "description", "num_bits")
         if meta["tp_size"] != tp_size:
             raise LowBitError(
                 f"{str(stem)!r} was calibrated for tp_size {meta['tp_size']}, not {tp_size}; calibrate again"
@@ -198,7 +199,7 @@ class LowBitCheckpoint:
 
     @classmethod
     def load(cls, folder: str | Path) -> LowBitCheckpoint:
-        tensors, meta = _load(Path(folder) / "lowbit")
+        tensors, meta = _load(Path(folder) / "lowbit", "fingerprint", "scheme", "shard_groups", "in_features")
         scheme = Scheme.parse(meta["scheme"])
         linears = {
             name: QuantizedWeight(
@@ -233,7 +234,7 @@ class Artifact:
         if not folder.is_dir():
             raise LowBitError(f"artifact folder {str(folder)!r} does not exist; write one with calibrate or quantize")
         checkpoint = LowBitCheckpoint.load(folder) if (folder / "lowbit.json").exists() else None
-        sizes = sorted(int(p.stem.removeprefix("comm_plan_tp")) for p in folder.glob("comm_plan_tp*.json"))
+        sizes = _plan_sizes(folder)
         if checkpoint is None and not sizes:
             raise LowBitError(
                 f"{str(folder)!r} holds no lowbit.json and no comm_plan_tp*.json; run calibrate or quantize"
@@ -270,7 +271,7 @@ def write_json(path: str | Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         raise LowBitError(f"cannot write {str(path)!r}: {error.strerror}") from None
 
 
@@ -282,15 +283,17 @@ def _save(stem: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         temporary.chmod(0o644)  # safetensors leaves files that only their owner can read
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         raise LowBitError(f"cannot write {str(path)!r}: {one_line(error)}") from None
     write_json(stem.with_suffix(".json"), {"format": FORMAT, "sha256": _sha256(path), **meta})
 
 
-def _load(stem: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _load(stem: Path, *keys: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = stem.with_suffix(".safetensors")
     try:
         meta = json.loads(stem.with_suffix(".json").read_text())
+        if not isinstance(meta, dict) or not {"format", "sha256", *keys} <= set(meta):
+            raise ValueError("its JSON is incomplete")
         if meta["format"] != FORMAT:
             raise LowBitError(f"{str(stem)!r} has format {meta['format']}; this version reads {FORMAT}: write it again")
         if _sha256(path) != meta["sha256"]:
@@ -298,6 +301,17 @@ def _load(stem: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return load_file(path), meta
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise LowBitError(f"cannot read {str(stem)!r}: {one_line(error)}; write it again") from None
+
+
+def _discard(temporary: Path) -> None:
+    with contextlib.suppress(OSError):
+        temporary.unlink()
+
+
+def _plan_sizes(folder: Path) -> list[int]:
+    """The tensor-parallel sizes that the folder has plans for."""
+    found = (re.fullmatch(r"comm_plan_tp(\d+)", path.stem) for path in folder.glob("comm_plan_tp*.json"))
+    return sorted(int(match.group(1)) for match in found if match)
 
 
 def _sha256(path: Path) -> str:

@@ -69,7 +69,13 @@ def calibrate(
         if size % world:
             raise LowBitError(f"comm.tp_sizes: {size} is no multiple of the {world} ranks that calibrate")
     observers: dict[int, dict[str, RangeObserver]] = {size: {} for size in (1, *sizes)}
+    if not sites:
+        raise LowBitError("calibration: the model has no row-parallel linears")
     for name, module in sites.items():
+        for size in sizes:
+            if module.weight.shape[1] % (size // world):
+                inputs = module.weight.shape[1] * world
+                raise LowBitError(f"comm.tp_sizes: {size} ranks cannot share the {inputs} inputs of {name} equally")
         features, device = module.weight.shape[0], module.weight.device
         for size in observers:
             observers[size][name] = RangeObserver(max(size // world, 1), features, gamma, device)

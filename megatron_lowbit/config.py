@@ -110,6 +110,11 @@ class StageConfig(_Config):
     wandb: Literal["off", "offline", "online"] = "off"
     # Weights & Biases logging from rank 0
 
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML 1.1 reads a bare off as false
+
 
 class CalibrateConfig(StageConfig):
     calibration: CalibrationConfig = CalibrationConfig()
@@ -193,7 +198,7 @@ def load_config(stage: type[StageT], file: str | None, overrides: list[str]) -> 
         except yaml.YAMLError:
             node[leaf] = text  # a prompt may hold any characters
         if _is_text(stage, key.split(".")):
-            node[leaf] = text if text not in ("null", "none", "") else None
+            node[leaf] = None if text in ("null", "none", "") and leaf != "prompt" else text
     try:
         return stage.model_validate(tree)
     except ValidationError as error:
@@ -210,7 +215,7 @@ def _is_text(stage: type[BaseModel], path: list[str]) -> bool:
     """Whether the field at `path` holds text, so that `prompt=123` or `model=007` stay what was typed."""
     model: Any = stage
     for name in path[:-1]:
-        if name not in model.model_fields:
+        if name not in getattr(model, "model_fields", {}):
             return False
         model = model.model_fields[name].annotation
     field = getattr(model, "model_fields", {}).get(path[-1])

@@ -138,7 +138,7 @@ def _load_text(source: str, key: str) -> tuple[list[str], bool]:
     except LowBitError:
         raise
     except Exception as error:  # the library raises whatever its builders, the hub client and pyarrow raise
-        raise LowBitError(f"{key}.data={source!r} cannot be loaded: {one_line(error)}") from None
+        raise LowBitError(f"{key}.data={source!r} cannot be loaded: {one_line(error.__cause__ or error)}") from None
     columns = [
         name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
     ]

@@ -7,8 +7,8 @@
 [out, in], a token of an activation [tokens, in], or a group of `group_size` features inside either. Codes are uint8 in
 [0, 2^b - 1] for the symmetric quantizer too, whose scale is max|X| / (2^(b-1) - 1) and whose zero point is 2^(b-1).
 
-All arithmetic is float32, whatever the input's dtype. A row that is constant within float32's resolution gets scale 1
-and the real-valued zero point -min X, so it comes back exactly, not as NaN. NaN or Inf in a row makes that row NaN.
+All arithmetic is float32, whatever the input's dtype. A constant row gets scale 1 and the real-valued zero point -min X,
+so it comes back exactly, not as NaN. NaN or Inf in a row makes that row NaN.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Scheme:
         if name == "none":
             return cls(16, 16)
         weight, _, act = name.removeprefix("W").partition("A")
-        if not (name.startswith("W") and weight.isdigit() and act.isdigit()):
+        if not (name.startswith("W") and weight.isdecimal() and act.isdecimal()):
             raise LowBitError(f"scheme {name!r} is not of the form W4A8 (weight bits, activation bits)")
         for bits in (int(weight), int(act)):
             if bits != 16:
@@ -60,10 +60,9 @@ def qparams_from_range(
     else:
         levels = 2**num_bits - 1
     scale = high / levels - low / levels  # divided first: the difference of two large floats may overflow
-    # Below this a step is lost in the rounding of x itself (2^-22 relative), or the division by it overflows.
-    resolution = torch.maximum(low.abs(), high.abs()) * 2.0**-22
-    constant = scale <= torch.clamp(resolution, min=torch.finfo(torch.float32).tiny)
-    scale = torch.where(constant, 1.0, scale)
+    # A step of zero, or one too small to divide by, leaves nothing to quantize; Inf in a row makes it NaN.
+    constant = scale < torch.finfo(torch.float32).tiny
+    scale = torch.where(constant, 1.0, torch.where(scale.isfinite(), scale, torch.nan))
     if symmetric:
         return scale, torch.full_like(scale, 2 ** (num_bits - 1))
     return scale, torch.where(constant, -low, -torch.round(low / scale))
@@ -140,6 +139,9 @@ class QuantizedWeight:
 
     def shard_out(self, rank: int, size: int) -> QuantizedWeight:
         """Rank `rank`'s share of the output channels (column-parallel)."""
+        rows = self.packed_weight.shape[0]
+        if rows % size:
+            raise LowBitError(f"{rows} output channels do not divide among {size} ranks; choose another tp")
         packed, scale, zero = (
             t.chunk(size)[rank].contiguous() for t in (self.packed_weight, self.scale, self.zero_point)
         )
@@ -153,6 +155,8 @@ class QuantizedWeight:
         shard would split a group.
         """
         groups = self.scale.shape[1]
+        if self.in_features % size:
+            raise LowBitError(f"{self.in_features} input features do not divide among {size} ranks; choose another tp")
         if groups > 1 and groups % size:
             raise LowBitError(
                 f"{groups} weight groups do not divide among {size} ranks; choose another weights.group_size"

@@ -1,0 +1,201 @@
+"""The hybrid Int4/BF16 message (arXiv 2411.07942): its bytes, and what N of them decode and add up to, in float64."""
+
+import math
+
+import numpy as np
+import oracles
+import pytest
+import torch
+
+from megatron_lowbit import kernels
+from megatron_lowbit.quantizer import qparams_from_range
+
+SHAPES = [  # tokens, features, bf16 features
+    (1, 1, 0),
+    (1, 9, 2),
+    (3, 9, 0),
+    (3, 9, 9),
+    (0, 9, 2),
+    (5, 64, 1),
+    (4, 43, 7),
+    (2, 130, 64),
+]
+
+
+class Ranks:
+    """Partial sums x [ranks, tokens, features] with the static qparams of their own range per rank and feature."""
+
+    def __init__(self, ranks: int, tokens: int, features: int, num_bf16: int, bits: int = 4, symmetric: bool = False):
+        rng = np.random.default_rng(features + 10 * ranks + bits)
+        spread = rng.lognormal(size=(ranks, 1, features))  # features differ in width, as partial sums do
+        self.x = torch.from_numpy((rng.normal(size=(ranks, tokens, features)) * spread).astype(np.float32))
+        # The range holds every value of x, and some that a short x lacks.
+        edge = torch.from_numpy(spread[:, 0].astype(np.float32))
+        low, high = self.x.amin(1).minimum(-edge) if tokens else -edge, self.x.amax(1).maximum(edge) if tokens else edge
+        order = torch.from_numpy(rng.permutation(features))
+        self.bf16_idx, self.low_idx = order[:num_bf16].sort().values, order[num_bf16:].sort().values
+        scale, zero_point = qparams_from_range(low, high, bits, symmetric)
+        self.scale, self.zero_point = scale[:, self.low_idx], zero_point[:, self.low_idx]
+        self.bits = bits
+
+    def pack(self, x: torch.Tensor | None = None) -> torch.Tensor:
+        """[ranks, tokens, row_bytes]"""
+        x = self.x if x is None else x
+        ranks = zip(x, self.scale, self.zero_point, strict=True)
+        return torch.stack([kernels.hybrid_pack(*rank, self.bf16_idx, self.low_idx, self.bits) for rank in ranks])
+
+    def reduce(self, messages: torch.Tensor) -> torch.Tensor:
+        qparams = (self.scale, self.zero_point)
+        return kernels.hybrid_unpack_reduce(messages, *qparams, self.bf16_idx, self.low_idx, self.bits)
+
+    def exact_codes(self) -> tuple[np.ndarray, np.ndarray]:
+        """(codes of the low-bit features in float64 arithmetic, where float32 might round to the other neighbour)"""
+        low, scale, zero = (t.double().numpy() for t in (self.x[..., self.low_idx], self.scale, self.zero_point))
+        scale, zero = scale[:, None], zero[:, None]
+        codes = oracles.quantize(low, scale, zero, self.bits)
+        quotient = low / scale
+        # One float32 division moves a quotient by at most EPS32 of itself.
+        tie = abs(abs(quotient - np.floor(quotient)) - 0.5) <= oracles.EPS32 * abs(quotient)
+        return codes.astype(int), tie
+
+    def exact_rows(self) -> list[list[bytes]]:
+        """The messages' bytes, packed by the oracle."""
+        codes, tie = self.exact_codes()
+        assert not tie.any()
+        exact = oracles.bf16_bits(self.x[..., self.bf16_idx].numpy()).astype("<u2")
+        return [
+            [values.tobytes() + oracles.pack_row(row, self.bits) for values, row in zip(*rank, strict=True)]
+            for rank in zip(exact, codes.tolist(), strict=True)
+        ]
+
+    def exact_sum(self) -> tuple[np.ndarray, np.ndarray]:
+        """(float64 sum of what the messages stand for, the sum of its terms' magnitudes), [tokens, features] each."""
+        codes, _ = self.exact_codes()
+        terms = np.empty(self.x.shape)
+        terms[..., self.bf16_idx.numpy()] = oracles.bf16_round(self.x[..., self.bf16_idx].numpy())
+        scale, zero = self.scale.double().numpy()[:, None], self.zero_point.double().numpy()[:, None]
+        terms[..., self.low_idx.numpy()] = (codes - zero) * scale
+        return terms.sum(0), abs(terms).sum(0)
+
+
+@pytest.mark.parametrize(("tokens", "features", "num_bf16"), SHAPES)
+@pytest.mark.parametrize("bits", (2, 4, 6, 8))
+@pytest.mark.parametrize("symmetric", (False, True))
+def test_message_bytes_match_the_oracle(tokens, features, num_bf16, bits, symmetric):
+    ranks = Ranks(2, tokens, features, num_bf16, bits, symmetric)
+    messages = ranks.pack()
+    assert messages.dtype == torch.uint8
+    assert messages.shape == (2, tokens, kernels.hybrid_row_bytes(features, num_bf16, bits))
+    assert [[bytes(row) for row in rank] for rank in messages.tolist()] == ranks.exact_rows()
+
+
+@pytest.mark.parametrize(("tokens", "features", "num_bf16"), SHAPES)
+@pytest.mark.parametrize("size", (1, 2, 3, 8))
+def test_sum_matches_the_oracle(tokens, features, num_bf16, size):
+    ranks = Ranks(size, tokens, features, num_bf16)
+    total, magnitude = ranks.exact_sum()
+    result = ranks.reduce(ranks.pack())
+    assert result.dtype == torch.float32 and result.shape == (tokens, features)
+    # Every term is one float32 product (code - zero point is exact), and `size` additions follow it.
+    bound = (size + 1) * oracles.EPS32 * magnitude
+    assert (abs(result.double().numpy() - total) <= bound).all()
+
+
+@pytest.mark.parametrize("features", (1, 2, 9, 64, 4096, 5120))
+@pytest.mark.parametrize("fraction", (0, 1 / 64, 0.5, 1))
+def test_row_bytes_at_four_bits(features, fraction):
+    k = int(features * fraction)
+    low = features - k
+    assert kernels.hybrid_row_bytes(features, k, 4) == 2 * k + math.ceil(low / 2)
+
+
+def test_bits_per_value_of_the_paper():
+    assert 8 * kernels.hybrid_row_bytes(4096, 4096 // 64, 4) / 4096 == 4.1875
+
+
+@pytest.mark.parametrize("size", (1, 2, 8))
+@pytest.mark.parametrize("bits", (2, 4, 8))
+def test_error_is_at_most_half_a_step_per_rank(size, bits):
+    ranks = Ranks(size, 50, 33, 4, bits)
+    result = ranks.reduce(ranks.pack()).double().numpy()[:, ranks.low_idx.numpy()]
+    x = ranks.x.double().numpy()[..., ranks.low_idx.numpy()]
+    half_steps = ranks.scale.double().numpy().sum(0) / 2
+    # float32 adds: a division and a product per rank on values up to |x| + scale, and `size` additions.
+    slack = (size + 4) * oracles.EPS32 * (abs(x).sum(0) + 2 * half_steps)
+    error = abs(result - x.sum(0))
+    assert (error <= half_steps + slack).all()
+    assert (error > half_steps / 2).any()  # the codes do round
+
+
+@pytest.mark.parametrize("size", (1, 3))
+def test_bf16_features_are_the_bf16_rounding(size):
+    ranks = Ranks(size, 6, 20, 20)
+    # One rank: exactly its rounding. More: their float32 sum in rank order.
+    expected = np.zeros((6, 20), np.float32)
+    for x in ranks.x.numpy():
+        expected += oracles.bf16_round(x).astype(np.float32)
+    assert np.array_equal(ranks.reduce(ranks.pack()).numpy(), expected)
+
+
+def test_values_beyond_the_range_saturate():
+    low, high = torch.tensor([-3.0, 2.0, -5.0]), torch.tensor([12.0, 5.0, -2.0])
+    scale, zero_point = qparams_from_range(low, high, 4)
+    x = torch.tensor([[1e4, 1e4, 1e4], [-1e4, -1e4, -1e4], [3e38, 3e38, 3e38], [-3e38, -3e38, -3e38]])
+    none, all_low = torch.empty(0, dtype=torch.int64), torch.arange(3)
+    message = kernels.hybrid_pack(x, scale, zero_point, none, all_low, 4)
+    result = kernels.hybrid_unpack_reduce(message[None], scale[None], zero_point[None], none, all_low, 4)
+    # scales 1, 0.2, 0.2 and zero points 3, -10, 25: code 0 and code 15 stand for these.
+    expected = torch.tensor([[12.0, 5.0, -2.0], [-3.0, 2.0, -5.0]]).repeat(2, 1)
+    torch.testing.assert_close(result, expected, rtol=4 * oracles.EPS32, atol=0)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+def test_input_dtype_and_layout(dtype):
+    """bf16 partial sums travel as they are, and a transposed tensor like its copy."""
+    ranks = Ranks(1, 6, 10, 4)
+    x = ranks.x.to(dtype)
+    plain = ranks.pack(x)
+    assert torch.equal(ranks.pack(x.transpose(1, 2).contiguous().transpose(1, 2)), plain)
+    assert torch.equal(ranks.pack(x.float()), plain)
+    sent = ranks.reduce(plain)[:, ranks.bf16_idx]
+    assert torch.equal(sent, x[0, :, ranks.bf16_idx].bfloat16().float())
+
+
+def test_messages_need_not_be_contiguous():
+    ranks = Ranks(3, 5, 9, 3)
+    messages = ranks.pack()
+    padded = torch.zeros(3, 5, messages.shape[2] + 3, dtype=torch.uint8)
+    padded[..., 1:-2] = messages
+    assert torch.equal(ranks.reduce(padded[..., 1:-2]), ranks.reduce(messages))
+
+
+@pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
+@pytest.mark.parametrize("where", ("bf16", "low"))
+def test_nan_and_inf_poison_their_own_token(bad, where):
+    ranks = Ranks(2, 5, 12, 3)
+    clean = ranks.reduce(ranks.pack())
+    x = ranks.x.clone()
+    feature = (ranks.bf16_idx if where == "bf16" else ranks.low_idx)[1]
+    x[1, 2, feature] = bad  # one feature of one token on one of the two ranks
+    result = ranks.reduce(ranks.pack(x))
+    assert result[2, ranks.bf16_idx].isnan().all()
+    others = torch.arange(5) != 2
+    assert torch.equal(result[others], clean[others])
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 2000.0), (torch.bfloat16, 1e36), (torch.float32, 1e36)])
+def test_a_large_finite_token_is_not_poisoned(dtype, value):
+    """64 values of 2000 add up to more than float16 holds."""
+    ranks = Ranks(1, 1, 64, 2)
+    x = torch.full((1, 1, 64), value, dtype=dtype)
+    assert ranks.reduce(ranks.pack(x)).isfinite().all()
+
+
+def test_a_feature_of_constant_range_is_exact():
+    """min = max: scale 1 and zero point -value, so the value comes back bit for bit."""
+    value = torch.tensor([0.0, 0.3, -100.4, 1e30])
+    scale, zero_point = qparams_from_range(value, value, 4)
+    none, all_low = torch.empty(0, dtype=torch.int64), torch.arange(4)
+    message = kernels.hybrid_pack(value[None], scale, zero_point, none, all_low, 4)
+    result = kernels.hybrid_unpack_reduce(message[None], scale[None], zero_point[None], none, all_low, 4)
+    assert torch.equal(result[0], value)

@@ -1,0 +1,178 @@
+"""What imports what: a light package, one direction between its layers, and a folder named like somebody's package."""
+
+import ast
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import megatron_lowbit
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A module may import those of its own tier and of earlier ones. A new module has to be given its place here.
+TIERS = [
+    {"config", "kernels", "kernels.packing", "kernels.reference", "embedded"},
+    {"quantizer", "artifacts", "distributed"},
+    {"data", "metrics"},
+    {"calibrate", "ranges", "rounding"},
+    {"linear", "collectives"},
+    {"adapters", "adapters.patching", "adapters.huggingface", "adapters.deepspeed"},
+    {"evaluate"},
+    {"launch"},  # and all that is below it
+]
+PLACE = {name: number for number, tier in enumerate(TIERS) for name in tier}
+
+
+def place(module: str) -> int | None:
+    """The tier of a module, named without the package."""
+    return len(TIERS) - 1 if module.startswith("launch.") else PLACE.get(module)
+
+
+@cache
+def sources() -> dict[str, Path]:
+    """{module name without `megatron_lowbit.`: file} of the three folders that make up the package."""
+    found = {}
+    for folder, prefix in (("megatron_lowbit", ()), ("kernels", ("kernels",)), ("launch", ("launch",))):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            parts = prefix + file.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join(part for part in parts if part != "__init__")] = file
+    return found
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Dotted names of all that a file imports, at its top or inside functions; not what only type checkers see."""
+    for_types = set()
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            for_types |= {id(child) for statement in node.body for child in ast.walk(statement)}
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{file.name} has a relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in ("import_module", "__import__", "require", "find_spec"):
+                yield str(node.args[0].value)
+
+
+def test_every_module_has_a_tier():
+    assert {name for name in sources() if name and place(name) is None} == set()
+    assert {name for name in PLACE if name not in sources()} == set()
+
+
+@pytest.mark.parametrize("module", [name for name in sources() if name])
+def test_modules_import_their_own_or_an_earlier_tier(module):
+    dotted = [name for name in imported(sources()[module]) if name.startswith("megatron_lowbit.")]
+    own = [name.removeprefix("megatron_lowbit.") for name in dotted]
+    later = [name for name in own if name in sources() and place(name) > place(module)]
+    assert not later, f"{module} imports {later}, of a later tier"
+
+
+def test_the_parser_sees_the_imports():
+    """Some that are known to be there, so that the tests above look at something."""
+    assert "megatron_lowbit.kernels" in set(imported(sources()["quantizer"]))
+    assert "megatron_lowbit.adapters.patching" in set(imported(sources()["evaluate"]))
+    assert "deepspeed" in {name.partition(".")[0] for name in imported(sources()["adapters.deepspeed"])}
+    assert not [name for name in imported(sources()[""]) if name.startswith("megatron_lowbit")]
+
+
+@pytest.mark.parametrize("module", list(sources()))
+def test_only_adapters_import_the_frameworks(module):
+    frameworks = {"deepspeed", "megatron"} & {name.partition(".")[0] for name in imported(sources()[module])}
+    assert not frameworks or module.startswith("adapters.")
+
+
+def run_python(code: str, **environment: str) -> str:
+    """Standard output of `python -c code`, started in the repository's root."""
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONSAFEPATH", "PYTHONPATH")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=env | environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_light():
+    code = """
+import json, sys
+import megatron_lowbit
+heavy = ("deepspeed", "megatron", "transformers", "triton", "wandb", "datasets", "torch")
+at_first = [name for name in heavy if name in sys.modules]
+for name in megatron_lowbit.__all__:
+    getattr(megatron_lowbit, name)
+import torch
+later = [name for name in heavy[:3] + ("wandb", "datasets") if name in sys.modules]
+print(json.dumps([at_first, later, torch.cuda.is_initialized()]))
+"""
+    at_first, later, cuda = json.loads(run_python(code, PYTHONSAFEPATH="1"))
+    assert at_first == []
+    assert later == []  # not even all public names together need a framework
+    assert not cuda
+
+
+def test_public_names():
+    assert sorted(megatron_lowbit.__all__) == list(megatron_lowbit.__all__) and len(set(megatron_lowbit.__all__)) > 5
+    for name in megatron_lowbit.__all__:
+        home = importlib.import_module(f"megatron_lowbit.{megatron_lowbit._HOMES[name]}")
+        assert getattr(megatron_lowbit, name) is getattr(home, name)
+    assert set(megatron_lowbit._HOMES) == set(megatron_lowbit.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = megatron_lowbit.nothing
+
+
+# transformers does `from kernels import ...` where the Hugging Face package `kernels` is installed, and ours is a
+# folder of that name. `python -c` and `python -m` put the working directory first on the path, unless PYTHONSAFEPATH
+# is set.
+
+
+@pytest.fixture
+def hub_package(tmp_path) -> str:
+    """A folder with a stand-in for the package of that name."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("")
+    return str(tmp_path)
+
+
+def test_who_answers_to_the_name_kernels(hub_package):
+    code = "import importlib.util; print(importlib.util.find_spec('kernels').origin)"
+    assert Path(run_python(code, PYTHONPATH=hub_package).strip()) == ROOT / "kernels" / "__init__.py"  # the trap
+    safe = Path(run_python(code, PYTHONPATH=hub_package, PYTHONSAFEPATH="1").strip())
+    assert safe == Path(hub_package) / "kernels" / "__init__.py"
+
+
+HUB_KERNELS = """
+import sys
+import transformers.integrations.hub_kernels
+from transformers.utils import is_kernels_available
+from megatron_lowbit.kernels import pack_bits
+import torch
+assert pack_bits(torch.tensor([1, 2], dtype=torch.uint8), 4).tolist() == [0x21]
+print(is_kernels_available())
+"""
+
+
+def test_transformers_imports_in_the_repository_root():
+    run_python(HUB_KERNELS, PYTHONSAFEPATH="1")
+
+
+def test_transformers_imports_with_the_root_on_the_path():
+    """It finds our folder, sees no version it knows, and goes on without; ours still work under their own name."""
+    try:
+        metadata.version("kernels")
+    except metadata.PackageNotFoundError:
+        assert run_python(HUB_KERNELS).strip() == "False"
+    else:
+        pytest.skip("the Hugging Face package kernels is installed: here transformers needs PYTHONSAFEPATH=1")
