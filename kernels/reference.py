@@ -40,7 +40,7 @@ def hybrid_pack(
     x: float [tokens, E]; bf16_idx: int64 [k]; low_idx: int64 [E - k], the other features in ascending order;
     scale, zero_point: float32 [E - k], this rank's static qparams of the features in low_idx.
     Returns uint8 [tokens, hybrid_row_bytes(E, k, num_bits)]. Values beyond the static range saturate; a token that
-    holds NaN or Inf sends NaN in all its bf16 features, because a code could not say so.
+    holds NaN or Inf sends NaN in all its bf16 features, because a code could not say so (and cannot, at k = 0).
     """
     exact = x.index_select(1, bf16_idx) + 0 * x.sum(1, keepdim=True, dtype=torch.float32)
     exact_bytes = exact.to(torch.bfloat16).view(torch.uint8)

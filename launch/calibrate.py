@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_lowbit.adapters.huggingface import check_divides, model_config
 from megatron_lowbit.artifacts import CalibrationStats
 from megatron_lowbit.config import CalibrateConfig, LowBitError
-from megatron_lowbit.distributed import env_rank
+from megatron_lowbit.distributed import env_rank, on_rank_zero
 from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.metrics import MetricLogger
@@ -51,12 +52,11 @@ def write_plans(
 ) -> list[dict[str, Any]]:
     """Save the statistics and one plan per size (rank 0); a result row per size."""
     rows = []
-    if env_rank() == 0:
-        stats.save(folder)
+    on_rank_zero(lambda: stats.save(folder))
     for size in sorted(size for size in stats.ranges if size > 1):
         plan = build_plan(stats, size, config.comm, config.seed)
+        on_rank_zero(partial(plan.save, folder))
         if env_rank() == 0:
-            plan.save(folder)
             print(f"wrote the plan for tp_size {size}: {len(plan.sites)} sites, {plan.description}")
         table = []
         for name, site in plan.sites.items():

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_lowbit.artifacts import Artifact, CommPlan, ensure_writable
 from megatron_lowbit.config import CommConfig, DemoConfig, LowBitError, SchemeName, WeightsConfig
-from megatron_lowbit.distributed import env_rank
+from megatron_lowbit.distributed import env_rank, on_rank_zero
 from megatron_lowbit.launch.engine import calibrate_engine, load_windows, start_engine
 from megatron_lowbit.launch.evaluate import full_precision_row, low_bit_row, print_rows
 from megatron_lowbit.launch.generate import continue_text
@@ -56,11 +56,11 @@ def run(config: DemoConfig, logger: MetricLogger) -> dict[str, Any]:
         artifact = Artifact(engine.checkpoints.get(scheme), plans)
         rows.append(low_bit_row(engine, name, artifact, comm.mode, windows, config.evaluation, reference, logger))
     text[name] = continue_text(engine, config.prompt, config.max_new_tokens)[0]  # the last row: W4A8 + hybrid
+    folder = ensure_writable(Path(config.output_dir) / "artifact")
+    on_rank_zero(lambda: stats.save(folder))
+    on_rank_zero(lambda: artifact.plan(size).save(folder))
+    on_rank_zero(lambda: save_checkpoint(engine, engine.checkpoints["W4A8"], folder))
     if env_rank() == 0:
-        folder = ensure_writable(Path(config.output_dir) / "artifact")
-        stats.save(folder)
-        artifact.plan(size).save(folder)
-        save_checkpoint(engine, engine.checkpoints["W4A8"], folder)
         print_rows(rows, f"{config.model}, {config.engine}, tp={size}")
         for title in ("full precision", name):
             print(f"\n--- {title} ---\n{config.prompt}{text[title]}")

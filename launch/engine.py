@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,8 @@ class Engine:
 
         return deepspeed.tp_group(self.model)
 
-    def __call__(self, input_ids: torch.Tensor) -> Any:
-        return self.module(input_ids=input_ids.to(device()))
+    def __call__(self, input_ids: torch.Tensor, **options: Any) -> Any:
+        return self.module(input_ids=input_ids.to(device()), use_cache=False, **options)
 
     def sites(self) -> dict[str, nn.Module]:
         """{fqn: row-parallel linear} of the unpatched model."""
@@ -102,8 +103,10 @@ def start_engine(config: StageConfig, weights: Sequence[WeightsConfig] = ()) -> 
         checkpoints = {w.scheme: round_weights(model, w, stored_dtype) for w in weights if w.scheme != "none"}
     context = getattr(text_config, "max_position_embeddings", None) or 2048
     full_precision = not hasattr(model, "_lowbit_fingerprint")
-    model = model.to(device()).eval()
-    if config.engine == "deepspeed":
+    model.eval()
+    if config.engine == "huggingface":
+        model.to(device())
+    else:  # DeepSpeed moves each rank's shards; the whole model may not fit
         from megatron_lowbit.adapters import deepspeed
 
         model = deepspeed.init_engine(model, world, next(model.parameters()).dtype)
@@ -138,14 +141,36 @@ def calibrate_engine(engine: Engine, section: Any, tp_sizes: list[int], logger: 
             yield ids, mask
             logger.log(calibration_batch=number + 1, calibration_tokens=int(mask.sum()))
 
-    return calibrate(engine, engine.sites(), logged(), tp_sizes, engine.fingerprint(), section.ema_gamma, engine.group)
+    run_blocks = partial(engine, logits_to_keep=1)  # logits of every token would be computed for nobody
+    return calibrate(
+        run_blocks, engine.sites(), logged(), tp_sizes, engine.fingerprint(), section.ema_gamma, engine.group
+    )
 
 
 def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artifact:
-    """What evaluate and generate apply: the given artifact, or one made here from weights.* and comm.*."""
+    """What evaluate and generate apply: the given artifact, or one made here from weights.* and comm.*.
+
+    Raises LowBitError for a setting that the artifact, or the layout, would leave without effect.
+    """
     comm: CommConfig = config.comm
     plans = engine.plans
-    if comm.mode == "one_shot" and engine.tp_size > 1 and engine.tp_size not in plans:
+    scheme = engine.checkpoint.scheme_name if engine.checkpoint else "none"
+    if "scheme" in config.weights.model_fields_set and config.weights.scheme != scheme:
+        raise LowBitError(
+            f"artifact {config.artifact!r} holds {scheme} weights, not weights.scheme={config.weights.scheme}"
+        )
+    if comm.mode == "one_shot" and engine.tp_size == 1:
+        raise LowBitError("comm.mode=one_shot has nobody to talk to at tp=1; set tp (engine=deepspeed) or virtual_tp")
+    fixed_by_plan = comm.model_fields_set & {"bits", "bf16_fraction", "selection", "symmetric"}
+    if fixed_by_plan and (engine.tp_size in plans or comm.mode != "one_shot"):
+        key = min(fixed_by_plan)
+        why = "the artifact's plan decides it" if engine.tp_size in plans else "it needs comm.mode=one_shot"
+        raise LowBitError(f"comm.{key}={getattr(comm, key)} would have no effect: {why}")
+    if comm.mode == "one_shot" and engine.tp_size not in plans:
+        if not engine.full_precision:
+            raise LowBitError(
+                f"artifact {config.artifact!r} has no plan for tp={engine.tp_size}; set model to calibrate one"
+            )
         stats = calibrate_engine(engine, config.calibration, [engine.tp_size], logger)
         plans = {engine.tp_size: build_plan(stats, engine.tp_size, comm, config.seed)}
     return Artifact(engine.checkpoint, plans)

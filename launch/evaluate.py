@@ -60,7 +60,7 @@ def full_precision_row(
     engine.remove()
     real_ranks = engine.group is not None
     with SiteTraffic(engine.sites() if real_ranks else {}) as traffic:
-        quality = measure_quality(engine, _batches(windows, section, "full precision"), section.kl_tokens)
+        quality = measure_quality(engine, _batches(windows, section, "full precision"), _kl_tokens(section))
     dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
     row = {
         "name": "full precision",
@@ -89,7 +89,7 @@ def low_bit_row(
 ) -> dict[str, Any]:
     """Apply the artifact, measure, and leave it applied. kl is None where there is no full-precision reference."""
     engine.apply(artifact, mode)
-    quality = measure_quality(engine, _batches(windows, section, name), section.kl_tokens, reference)
+    quality = measure_quality(engine, _batches(windows, section, name), _kl_tokens(section), reference)
     traffic = site_traffic(engine.model).values()
     wire = _wire(sum(t.bytes for t in traffic), sum(t.values for t in traffic), windows, section)
     few = max(1, SQNR_TOKENS // windows.ids.shape[1])
@@ -133,6 +133,11 @@ def print_rows(rows: list[dict[str, Any]], title: str | None = None) -> None:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _kl_tokens(section: EvaluationConfig) -> int:
+    """Rank 0 alone keeps log-probabilities and reports: all ranks see the same logits."""
+    return section.kl_tokens if env_rank() == 0 else 0
 
 
 def _batches(windows: Windows, section: EvaluationConfig, name: str):

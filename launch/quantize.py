@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_lowbit.artifacts import LowBitCheckpoint
-from megatron_lowbit.config import LowBitError, QuantizeConfig
-from megatron_lowbit.distributed import env_rank
+from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
+from megatron_lowbit.distributed import env_rank, on_rank_zero
 from megatron_lowbit.launch.calibrate import usable_sizes, write_plans
 from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
 from megatron_lowbit.launch.runner import run_stage
+from megatron_lowbit.linear import activation_groups
 from megatron_lowbit.metrics import MetricLogger
 
 CONFIG = QuantizeConfig
@@ -29,14 +31,16 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
             f"artifact {config.artifact!r} is quantized to {checkpoint.scheme_name} already; leave artifact out"
         )
     rows: list[dict[str, Any]] = []
-    if config.calibration.data is not None:
-        stats = calibrate_engine(engine, config.calibration, usable_sizes(engine, config), logger)
+    sizes = usable_sizes(engine, config) if config.calibration.data is not None else []
+    check_shard_groups(engine, checkpoint, sizes)
+    if sizes:
+        stats = calibrate_engine(engine, config.calibration, sizes, logger)
         rows = write_plans(stats, config, config.output_dir, logger)
-    elif env_rank() == 0:
+    else:
         for plan in engine.plans.values():
-            plan.save(config.output_dir)
+            on_rank_zero(partial(plan.save, config.output_dir))
+    on_rank_zero(lambda: save_checkpoint(engine, checkpoint, config.output_dir))
     if env_rank() == 0:
-        save_checkpoint(engine, checkpoint, config.output_dir)
         print(f"wrote {len(checkpoint.linears)} linears in {checkpoint.scheme_name}, {checkpoint.nbytes():,} bytes")
     row = {
         "name": checkpoint.scheme_name,
@@ -50,11 +54,30 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
     return {"rows": [row, *rows]}
 
 
+def check_shard_groups(engine: Engine, checkpoint: LowBitCheckpoint, tp_sizes: list[int]) -> None:
+    """Say where a row-parallel input has fewer groups than weights.shard_groups; refuse tp_sizes they do not divide."""
+    if checkpoint.scheme.act_bits == 16:
+        return
+    for width in sorted({checkpoint.linears[name].in_features for name in engine.sites()}):
+        groups = activation_groups(width, checkpoint.shard_groups)
+        if groups != checkpoint.shard_groups and env_rank() == 0:
+            print(f"inputs of width {width} get {groups} shard groups, not {checkpoint.shard_groups}: it divides them")
+        for size in tp_sizes:
+            if groups % size:
+                raise LowBitError(
+                    f"comm.tp_sizes: {size} does not divide the {groups} shard groups of inputs of width {width}; "
+                    f"set weights.shard_groups to a multiple of {size}, or leave {size} out"
+                )
+
+
 def save_checkpoint(engine: Engine, checkpoint: LowBitCheckpoint, folder: str | Path) -> None:
     """The checkpoint with the model's config and tokenizer beside it, so that the folder loads by itself."""
-    checkpoint.save(folder)
-    engine.module.config.save_pretrained(folder)
-    engine.tokenizer.save_pretrained(folder)
+    try:
+        engine.module.config.save_pretrained(folder)
+        engine.tokenizer.save_pretrained(folder)
+    except OSError as error:
+        raise LowBitError(f"cannot write to {str(folder)!r}: {one_line(error)}") from None
+    checkpoint.save(folder)  # last: its JSON says that the artifact is whole
 
 
 if __name__ == "__main__":

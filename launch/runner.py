@@ -22,11 +22,11 @@ from typing import Any, NoReturn
 import torch
 import yaml
 
-from megatron_lowbit.artifacts import ensure_writable, write_json
+from megatron_lowbit.artifacts import ensure_writable, write_json, write_text
 from megatron_lowbit.config import LowBitError, StageConfig, defaults, load_config
 from megatron_lowbit.distributed import env_rank, env_world_size, launched
 from megatron_lowbit.launch import STAGES
-from megatron_lowbit.metrics import MetricLogger, environment
+from megatron_lowbit.metrics import MetricLogger, environment, require
 
 BAD_INPUT = 2
 
@@ -43,6 +43,8 @@ def run_stage(name: str, argv: list[str]) -> int:
     try:
         stage = import_module(f"megatron_lowbit.launch.{name}")
         config, nproc = _parse(name, stage.CONFIG, argv)
+        if config.wandb != "off":
+            require("wandb", "wandb")
         if launched():
             _check_world(config, env_world_size())
             return _run(name, stage, config)
@@ -108,7 +110,7 @@ def _run(name: str, stage: Any, config: StageConfig) -> int:
         results = stage.run(config, logger)
         if rank == 0:
             seconds = time.perf_counter() - start
-            (output / f"{name}.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+            write_text(output / f"{name}.yaml", yaml.safe_dump(resolved, sort_keys=False))
             record = {"config": resolved, **results, "seconds": seconds, "environment": environment()}
             write_json(output / f"{name}.json", record)
             logger.summary(seconds=seconds, rows=results["rows"])
@@ -150,6 +152,9 @@ def _start_ranks(name: str, argv: list[str], size: int) -> int:
         port = probe.getsockname()[1]
     threads = str(max(1, (os.cpu_count() or 1) // size))
     base = {"OMP_NUM_THREADS": threads, "PYTHONSAFEPATH": "1", **os.environ}
+    if 0 < torch.cuda.device_count() < size:
+        print(f"{size} ranks, {torch.cuda.device_count()} GPUs: running on the CPU", file=sys.stderr)
+        base |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     base |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-m", f"megatron_lowbit.launch.{name}", *argv]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through _wait, which ends the ranks
@@ -194,6 +199,6 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
             except subprocess.TimeoutExpired:
                 rank.kill()
                 rank.wait()
-    if ranks[0].returncode > 0:  # it failed by itself and has said why
+    if ranks[0].returncode == BAD_INPUT:  # all ranks met the same bad input, and rank 0 has said so
         return 0
     return blamed if blamed is not None else next((i for i, rank in enumerate(ranks) if rank.returncode), None)

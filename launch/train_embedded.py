@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron_lowbit.data import stdlib_text
@@ -35,6 +35,10 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    # Every text starts with <s>, as every training window does.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, model_max_length=CONTEXT)
 
 
@@ -67,7 +71,7 @@ def main() -> None:
     torch.manual_seed(0)
     text = stdlib_text("train")
     tokenizer = train_tokenizer(text)
-    tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    tokens = torch.tensor(tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"])
     print(f"{len(text):,} characters, {len(tokens):,} tokens", flush=True)
 
     model = build_model().train()
@@ -89,7 +93,7 @@ def main() -> None:
     for step in range(args.steps):
         starts = torch.randint(len(tokens) - CONTEXT, (args.batch_size,))
         ids = torch.stack([tokens[s : s + CONTEXT] for s in starts.tolist()])
-        ids[:, 0] = tokenizer.bos_token_id  # a prompt starts with it, so the model must have seen it
+        ids[:, 0] = tokenizer.bos_token_id
         loss = model(ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

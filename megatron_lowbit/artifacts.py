@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,27 +48,25 @@ Fingerprint = dict[str, Any]
 def model_fingerprint(
     config: Any, weights: Mapping[str, Tensor], tp_group: dist.ProcessGroup | None = None
 ) -> Fingerprint:
-    """Shape fields of a Hugging Face config and a checksum of the last block's linear weights.
+    """Shape fields of a Hugging Face config and a checksum of the blocks' linear weights.
 
-    weights: {fqn of a tensor-parallel linear: its weight, whole or this rank's shard}. The checksum is the sum of the
-    weights' bf16 bit patterns, so it is the same whichever dtype (float32, bfloat16) or number of shards they have.
+    weights: {fqn of a tensor-parallel linear: its weight, whole or this rank's shard}. The checksum sums the bit
+    patterns of each weight in bf16, so it does not depend on the number of shards, nor on the dtype (a float32
+    checkpoint loaded as float16 is the exception: rounding twice is another rounding). Values below float16's
+    smallest normal count as 0.
     """
     fields = {name: value for name in _FINGERPRINT_FIELDS if (value := getattr(config, name, None)) is not None}
-    last = max(layer_index(name) for name in weights)
-    shards = [weight for name, weight in sorted(weights.items()) if layer_index(name) == last]
-    checksum = torch.stack(
-        [w.detach().to(torch.bfloat16).contiguous().view(torch.int16).sum(dtype=torch.int64) for w in shards]
-    )
+    checksum = torch.stack([_bit_sum(weight.detach()) for _, weight in sorted(weights.items())])
     if tp_group is not None:
         dist.all_reduce(checksum, group=tp_group)
     digest = hashlib.sha256(json.dumps(checksum.tolist()).encode()).hexdigest()
     return {**fields, "weights": digest[:16]}
 
 
-def layer_index(fqn: str) -> int:
-    """The first number among a module name's parts: 3 of model.layers.3.mlp.down_proj; -1 if there is none."""
-    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", fqn)
-    return int(match.group(1)) if match else -1
+def _bit_sum(weight: Tensor) -> Tensor:
+    rounded = weight.to(torch.bfloat16)
+    rounded = torch.where(rounded.abs() < 2.0**-14, 0, rounded)
+    return rounded.contiguous().view(torch.int16).sum(dtype=torch.int64)
 
 
 def check_fingerprint(what: str, artifact: Fingerprint, model: Fingerprint) -> None:
@@ -109,11 +107,12 @@ class CalibrationStats:
     def load(cls, folder: str | Path) -> CalibrationStats:
         tensors, meta = _load(Path(folder) / "calibration", "fingerprint")
         ranges: dict[int, dict[str, FeatureRange]] = {}
-        for key in tensors:
-            if key.endswith(".min_vals"):
-                size, site = key.removesuffix(".min_vals").removeprefix("tp").split(".", 1)
-                r = FeatureRange(tensors[key], tensors[key.removesuffix("min_vals") + "max_vals"])
-                ranges.setdefault(int(size), {})[site] = r
+        with _complete(Path(folder) / "calibration"):
+            for key in tensors:
+                if key.endswith(".min_vals"):
+                    size, site = key.removesuffix(".min_vals").removeprefix("tp").split(".", 1)
+                    r = FeatureRange(tensors[key], tensors[key.removesuffix("min_vals") + "max_vals"])
+                    ranges.setdefault(int(size), {})[site] = r
         return cls(ranges, meta["fingerprint"])
 
 
@@ -165,10 +164,13 @@ class CommPlan:
             raise LowBitError(
                 f"{str(stem)!r} was calibrated for tp_size {meta['tp_size']}, not {tp_size}; calibrate again"
             )
-        sites = {
-            site: SitePlan(tensors[f"{site}.scale"], tensors[f"{site}.zero_point"], tensors[f"{site}.bf16_idx"], bits)
-            for site, bits in meta["num_bits"].items()
-        }
+        with _complete(stem):
+            sites = {
+                site: SitePlan(
+                    tensors[f"{site}.scale"], tensors[f"{site}.zero_point"], tensors[f"{site}.bf16_idx"], bits
+                )
+                for site, bits in meta["num_bits"].items()
+            }
         return cls(sites, tp_size, meta["fingerprint"], meta["description"])
 
 
@@ -201,16 +203,17 @@ class LowBitCheckpoint:
     def load(cls, folder: str | Path) -> LowBitCheckpoint:
         tensors, meta = _load(Path(folder) / "lowbit", "fingerprint", "scheme", "shard_groups", "in_features")
         scheme = Scheme.parse(meta["scheme"])
-        linears = {
-            name: QuantizedWeight(
-                tensors.pop(f"{name}.packed_weight"),
-                tensors.pop(f"{name}.scale"),
-                tensors.pop(f"{name}.zero_point"),
-                scheme.weight_bits,
-                in_features,
-            )
-            for name, in_features in meta["in_features"].items()
-        }
+        with _complete(Path(folder) / "lowbit"):
+            linears = {
+                name: QuantizedWeight(
+                    tensors.pop(f"{name}.packed_weight"),
+                    tensors.pop(f"{name}.scale"),
+                    tensors.pop(f"{name}.zero_point"),
+                    scheme.weight_bits,
+                    in_features,
+                )
+                for name, in_features in meta["in_features"].items()
+            }
         return cls(linears, tensors, scheme, meta["scheme"], meta["shard_groups"], meta["fingerprint"])
 
     def nbytes(self) -> int:
@@ -264,11 +267,15 @@ def ensure_writable(folder: str | Path) -> Path:
 
 
 def write_json(path: str | Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
     """Write atomically: a reader sees the old file or the new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.write_text(text)
         os.replace(temporary, path)
     except OSError as error:
         _discard(temporary)
@@ -301,6 +308,15 @@ def _load(stem: Path, *keys: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return load_file(path), meta
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise LowBitError(f"cannot read {str(stem)!r}: {one_line(error)}; write it again") from None
+
+
+@contextlib.contextmanager
+def _complete(stem: Path) -> Iterator[None]:
+    """Around the use of loaded tensors: JSON and safetensors that do not belong together are one clear error."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise LowBitError(f"{str(stem)!r} is incomplete ({one_line(error)}); write it again") from None
 
 
 def _discard(temporary: Path) -> None:

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from megatron_lowbit.artifacts import CalibrationStats, FeatureRange, Fingerprint
 from megatron_lowbit.config import LowBitError
-from megatron_lowbit.distributed import all_gather_stack, group_size
+from megatron_lowbit.distributed import all_gather_stack, world_size
 
 
 class RangeObserver:
@@ -42,6 +42,8 @@ class RangeObserver:
         """y: [windows, length, features] of local rank `rank`; mask: bool [windows, length], True on real tokens."""
         for window, real in zip(y, mask, strict=True):
             tokens = window[real].float()
+            if len(tokens) == 0:
+                continue
             weight = self.gamma if self.steps[rank] else 1.0
             self.min_vals[rank].lerp_(tokens.amin(0), weight)
             self.max_vals[rank].lerp_(tokens.amax(0), weight)
@@ -63,7 +65,7 @@ def calibrate(
     output is the full sum. tp_sizes: multiples of the group's size. All ranks of tp_group return the same statistics.
     Raises LowBitError naming the layer where NaN or Inf appears.
     """
-    world = group_size(tp_group)
+    world = world_size(tp_group)
     sizes = sorted(set(tp_sizes))
     for size in sizes:
         if size % world:

@@ -18,13 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 
 from megatron_lowbit.artifacts import SitePlan
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.distributed import all_gather_stack
 from megatron_lowbit.kernels import hybrid_pack, hybrid_unpack_reduce
+from megatron_lowbit.quantizer import Float32QParams
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Traffic:
         return 8 * self.bytes / self.values if self.values else 0.0
 
 
-class _Reducer(nn.Module):
+class _Reducer(Float32QParams):
     """Shared by the real and the virtual reducer: the plan's tensors as buffers, pack and unpack-reduce."""
 
     scale: Tensor  # float32 [tp_size, E - k], of the features in low_idx
@@ -65,6 +66,8 @@ class _Reducer(nn.Module):
         return self.num_bits < 16
 
     def _pack(self, x: Tensor, rank: int) -> Tensor:
+        if self.scale.device != x.device:  # plans are loaded on the CPU
+            self.to(x.device)
         return hybrid_pack(x, self.scale[rank], self.zero_point[rank], self.bf16_idx, self.low_idx, self.num_bits)
 
     def _unpack_reduce(self, messages: Tensor) -> Tensor:
@@ -97,7 +100,8 @@ class HybridReducer(_Reducer):
 
     def _forward(self, x: Tensor) -> Tensor:
         if not self.low_bit:
-            message = x.to(torch.bfloat16, copy=True).contiguous()
+            # 16-bit values travel as they are; the copy keeps the caller's tensor out of the in-place all-reduce.
+            message = x.to(x.dtype if x.element_size() == 2 else torch.bfloat16, copy=True).contiguous()
             self._count(message, x.numel())
             dist.all_reduce(message, group=self.tp_group)
             return message.to(x.dtype)
@@ -111,10 +115,14 @@ class VirtualReducer(_Reducer):
     """HybridReducer's twin for one process that holds the partial sums of all ranks. Counts the bytes of one rank."""
 
     def all_reduce(self, partials: Sequence[Tensor]) -> Tensor:
-        """Partial sums [..., E] of ranks 0 .. N-1 -> their sum, in their dtype."""
+        """Partial sums [..., E] of ranks 0 .. N-1 -> their sum, in their dtype; each gets the gradient as it is."""
+        return _VirtualReduce.apply(self, *partials)
+
+    def _forward(self, partials: Sequence[Tensor]) -> Tensor:
         x = partials[0]
         if not self.low_bit:
-            total = torch.stack([p.to(torch.bfloat16) for p in partials]).float().sum(0).to(torch.bfloat16)
+            dtype = x.dtype if x.element_size() == 2 else torch.bfloat16
+            total = torch.stack([p.to(dtype) for p in partials]).float().sum(0).to(dtype)
             self._count(total, x.numel())
             return total.to(x.dtype)
         if len(partials) != len(self.scale):
@@ -124,6 +132,19 @@ class VirtualReducer(_Reducer):
         messages = torch.stack([self._pack(p.reshape(-1, x.shape[-1]), rank) for rank, p in enumerate(partials)])
         self._count(messages[0], x.numel())
         return self._unpack_reduce(messages).to(x.dtype).view(x.shape)
+
+
+class _VirtualReduce(torch.autograd.Function):
+    """_ReduceFromTensorParallelRegion for all ranks at once."""
+
+    @staticmethod
+    def forward(ctx, reducer: VirtualReducer, *partials: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.ranks = len(partials)
+        return reducer._forward(partials)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return (None, *[grad] * ctx.ranks)
 
 
 class _ReduceFromTensorParallelRegion(torch.autograd.Function):

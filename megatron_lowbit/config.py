@@ -103,7 +103,7 @@ class StageConfig(_Config):
     # tensor-parallel ranks simulated inside one process (engine=huggingface)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # auto: bfloat16 on a GPU, float32 on a CPU
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     # of every random choice
     output_dir: str = "runs/lowbit"
     # results, metrics.jsonl and artifacts
@@ -133,7 +133,7 @@ class GenerateConfig(StageConfig):
     # text to continue
     max_new_tokens: int = Field(64, ge=1)
     # tokens to add
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
     # 0: greedy
 
 

@@ -8,14 +8,18 @@ A source is one of
     HUB_ID[:CONFIG[:SPLIT]]                                  a dataset of the hub; rows are joined by blank lines
 
 A long text is tokenized whole and cut into windows of `sequence_length` (the protocol of GPTQ, QLLM and their peers),
-evenly spaced over it. Documents stay apart: each is one window, cut at `sequence_length`, padded on the right.
+evenly spaced over it; where the tokenizer starts a text with a beginning-of-text token, so does every window, because
+every prompt will (Gemma 2 is lost without it). Documents stay apart: each is one window, cut at `sequence_length` and
+padded on the right. A hub dataset is streamed, no further than `samples` windows can need; its split is train for
+calibration and test for evaluation unless named.
 """
 
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ _CALIBRATION = "ast dataclasses functools inspect mailbox smtplib subprocess tar
 _VALIDATION = "argparse calendar configparser csv difflib fractions heapq shutil statistics textwrap"
 _STDLIB = {"calibration": _CALIBRATION.split(" "), "validation": _VALIDATION.split(" ")}
 _NO_TRAINING = "test tests idlelib lib2to3 turtledemo site-packages dist-packages encodings ensurepip pydoc_data"
+_CHARACTERS_PER_TOKEN = 16  # more than any tokenizer packs into one on average
 
 
 @dataclass(frozen=True)
@@ -63,18 +68,21 @@ def token_windows(
     length = sequence_length or min(context, 2048)
     if length > context:
         raise LowBitError(f"{key}.sequence_length={length} is beyond the model's context of {context} tokens")
-    documents, separate = _load_text(source, key)
+    documents, separate = _load_text(source, key, samples * length * _CHARACTERS_PER_TOKEN)
     if separate:
         windows = [tokenizer(text, verbose=False)["input_ids"][:length] for text in documents[:samples]]
         windows = [ids for ids in windows if len(ids) > 1]
     else:
         ids = tokenizer(documents[0], verbose=False)["input_ids"]
-        count = len(ids) // length
+        bos = getattr(tokenizer, "bos_token_id", None)
+        start = ids[:1] if ids and ids[0] == bos else []
+        body, step = ids[len(start) :], length - len(start)
+        count = len(body) // step
         if count == 0 and len(ids) > 1 and sequence_length is None:
             windows = [ids]
         else:
             chosen = range(count) if count <= samples else [i * count // samples for i in range(samples)]
-            windows = [ids[i * length : (i + 1) * length] for i in chosen]
+            windows = [start + body[i * step : (i + 1) * step] for i in chosen]
         if not windows or len(windows[0]) < 2:
             raise LowBitError(
                 f"{key}.data={source!r} is too short: {len(ids)} tokens, {length} are one window; give more text or "
@@ -111,8 +119,8 @@ def stdlib_text(split: str) -> str:
         raise LowBitError(f"this Python has no library sources ({error.filename}); name a text file instead") from None
 
 
-def _load_text(source: str, key: str) -> tuple[list[str], bool]:
-    """(texts, whether they are separate documents); a joined text is a list of one."""
+def _load_text(source: str, key: str, enough: int) -> tuple[list[str], bool]:
+    """(texts, whether they are documents); a joined text is a list of one, of about `enough` characters from the hub."""
     if source.startswith("stdlib:"):
         return [stdlib_text(source.removeprefix("stdlib:"))], False
     import datasets
@@ -134,17 +142,30 @@ def _load_text(source: str, key: str) -> tuple[list[str], bool]:
         else:
             name, _, rest = source.partition(":")
             config, _, split = rest.partition(":")
-            rows = datasets.load_dataset(name, config or None, split=split or "train")
+            split = split or ("test" if key == "evaluation" else "train")
+            stream = datasets.load_dataset(name, config or None, split=split, streaming=True)
+            rows = _first_rows(stream, enough)
     except LowBitError:
         raise
     except Exception as error:  # the library raises whatever its builders, the hub client and pyarrow raise
         raise LowBitError(f"{key}.data={source!r} cannot be loaded: {one_line(error.__cause__ or error)}") from None
-    columns = [
-        name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
-    ]
+    columns = [name for row in islice(rows, 100) for name, value in row.items() if isinstance(value, str)]
     if not columns:
-        raise LowBitError(f"{key}.data={source!r} has no text column (columns: {', '.join(rows.column_names)})")
-    texts = [text for text in rows["text" if "text" in columns else columns[0]] if text and text.strip()]
+        found = ", ".join(rows[0]) if len(rows) else "no rows"
+        raise LowBitError(f"{key}.data={source!r} has no text column (columns: {found})")
+    column = "text" if "text" in columns else columns[0]
+    texts = [row[column] for row in rows if row[column] and row[column].strip()]
     if not texts:
         raise LowBitError(f"{key}.data={source!r} holds no text")
     return (texts, True) if separate else (["\n\n".join(texts)], False)
+
+
+def _first_rows(rows: Iterable[dict[str, Any]], characters: int) -> list[dict[str, Any]]:
+    """The first rows that together hold that many characters of text."""
+    taken = []
+    for row in rows:
+        taken.append(row)
+        characters -= sum(len(value) for value in row.values() if isinstance(value, str))
+        if characters <= 0:
+            break
+    return taken

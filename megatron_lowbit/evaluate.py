@@ -37,7 +37,7 @@ class Quality:
 def measure_quality(model: Any, batches: Iterable[Batch], kl_tokens: int, reference: Tensor | None = None) -> Quality:
     """Perplexity over all batches, and KL against `reference`, the log_probs of the full-precision model."""
     nll, tokens, kl = 0.0, 0, 0.0
-    kept: list[Tensor] = []
+    kept = torch.empty(0)
     for ids, mask in batches:
         # One window at a time: float32 log-probabilities of a whole batch may not fit beside the model.
         for logits, window, real in zip(model(input_ids=ids).logits, ids, mask, strict=True):
@@ -45,9 +45,11 @@ def measure_quality(model: Any, batches: Iterable[Batch], kl_tokens: int, refere
             log_probs = logits[real.to(logits.device)][:-1].float().log_softmax(-1)
             nll -= log_probs.gather(1, targets.unsqueeze(1)).double().sum().item()
             part = log_probs[: max(kl_tokens - tokens, 0)].cpu()
-            if reference is None:
-                kept.append(part)
-            else:
+            if reference is None and len(part):
+                if tokens == 0:  # allocated once: at 128k words of vocabulary these are gigabytes
+                    kept = part.new_empty(kl_tokens, part.shape[1])
+                kept[tokens : tokens + len(part)] = part
+            elif reference is not None and len(part):
                 full = reference[tokens : tokens + len(part)]
                 kl += (full.exp() * (full - part)).sum(dtype=torch.float64).item()
             tokens += len(targets)
@@ -55,7 +57,7 @@ def measure_quality(model: Any, batches: Iterable[Batch], kl_tokens: int, refere
         raise LowBitError("the model's logits hold NaN or Inf; check its weights, dtype and quantization scheme")
     measured = min(tokens, kl_tokens)
     mean_kl = kl / measured if reference is not None and measured else None
-    return Quality(math.exp(nll / tokens), mean_kl, tokens, torch.cat(kept) if kept else torch.empty(0))
+    return Quality(math.exp(nll / tokens), mean_kl, tokens, kept[:measured])
 
 
 @torch.inference_mode()

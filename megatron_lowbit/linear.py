@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from megatron_lowbit.collectives import HybridReducer, VirtualReducer
 from megatron_lowbit.kernels import quant_linear
-from megatron_lowbit.quantizer import QuantizedWeight, choose_qparams, quantize
+from megatron_lowbit.quantizer import Float32QParams, QuantizedWeight, choose_qparams, quantize
 
 
-class QuantColumnParallelLinear(nn.Module):
+class QuantColumnParallelLinear(Float32QParams):
     """x [..., in_features] -> [..., out_features_per_partition]; no communication.
 
     act_bits: 16 leaves the activations as they are. act_groups: slices of the input with their own scale per token.

@@ -35,7 +35,11 @@ class MetricLogger:
         self._run: Any = None
         if not self.active:
             return
-        self._file = open(Path(output_dir) / "metrics.jsonl", "a")  # noqa: SIM115 (open for the logger's life)
+        path = Path(output_dir) / "metrics.jsonl"
+        try:
+            self._file = open(path, "a")  # noqa: SIM115 (open for the logger's life)
+        except OSError as error:
+            raise LowBitError(f"cannot write {str(path)!r}: {error.strerror}") from None
         if wandb != "off":
             self._wandb = require("wandb", "wandb")
             try:

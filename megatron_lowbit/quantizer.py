@@ -13,10 +13,11 @@ All arithmetic is float32, whatever the input's dtype. A constant row gets scale
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.kernels import dequantize, pack_bits, unpack_bits
@@ -166,6 +167,19 @@ class QuantizedWeight:
         if groups > 1:
             scale, zero = (t.chunk(size, dim=1)[rank].contiguous() for t in (scale, zero))
         return QuantizedWeight(packed, scale, zero, self.num_bits, self.in_features // size)
+
+
+class Float32QParams(nn.Module):
+    """A module whose `scale` and `zero_point` buffers stay float32: model.bfloat16() moves them, but rounds nothing."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32QParams:
+        exact = {name: self._buffers[name] for name in ("scale", "zero_point") if name in self._buffers}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            moved = self._buffers[name]
+            if before is not None and moved is not None and moved.dtype != before.dtype:
+                self._buffers[name] = before.to(moved.device)
+        return self
 
 
 def _grouped(x: Tensor, group_size: int | None) -> Tensor:

@@ -9,6 +9,8 @@ from torch import nn
 
 from megatron_lowbit.artifacts import Fingerprint, LowBitCheckpoint
 from megatron_lowbit.config import LowBitError, WeightsConfig
+from megatron_lowbit.distributed import env_rank
+from megatron_lowbit.metrics import progress
 from megatron_lowbit.quantizer import QuantizedWeight, Scheme
 
 
@@ -31,7 +33,7 @@ def quantize_model(
         )
     packed = {
         name: QuantizedWeight.from_float(module.weight, scheme.weight_bits, config.symmetric, config.group_size, name)
-        for name, module in linears.items()
+        for name, module in progress(linears.items(), len(linears), f"rounding to {config.scheme}", env_rank())
     }
     tensors, seen = {}, set()
     for name, tensor in model.state_dict().items():

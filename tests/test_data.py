@@ -238,3 +238,43 @@ def test_stdlib_windows():
 def test_unknown_stdlib_split():
     with pytest.raises(LowBitError, match="stdlib:test is not one of stdlib:train, stdlib:calibration, "):
         windows_of("stdlib:test")
+
+
+# --- The beginning-of-text token, and the hub
+
+
+class StartingTokenizer:
+    """A tokenizer that starts every text with a token of its own."""
+
+    bos_token_id = 7
+
+    def __call__(self, text: str, verbose: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [self.bos_token_id, *tokenize(text, verbose)["input_ids"]]}
+
+
+def test_every_window_starts_as_a_prompt_does(tmp_path):
+    (tmp_path / "long.txt").write_text(TEXT)
+    windows = token_windows(StartingTokenizer(), str(tmp_path / "long.txt"), 3, 5, 100, "calibration")
+    assert windows.ids[:, 0].tolist() == [7, 7, 7]
+    # 250 windows of 4 characters; windows 0, 83 and 166 of them.
+    assert ["".join(map(chr, ids[1:])) for ids in windows.ids] == [TEXT[i : i + 4] for i in (0, 332, 664)]
+
+
+def joined(text: str) -> str:
+    """Its rows of 100 characters with a blank line between them."""
+    return "\n\n".join(text[i : i + 100] for i in range(0, len(text), 100))
+
+
+def test_a_dataset_is_read_no_further_than_needed(tmp_path):
+    """A folder stands for a hub dataset: the same loader streams both."""
+    write(tmp_path / "train.jsonl", *({"text": TEXT[i : i + 100]} for i in range(0, 1000, 100)))
+    write(tmp_path / "test.jsonl", {"text": TEXT[::-1]})
+    # 10 windows of 5 tokens need at most 800 characters: 8 rows, 814 characters joined, 162 windows.
+    assert texts(windows_of(tmp_path, samples=10))[-1] == joined(TEXT)[9 * 162 // 10 * 5 :][:5]
+    one = token_windows(tokenize, str(tmp_path), 1, 5, 100, "calibration")
+    assert texts(one) == [TEXT[:5]]
+    held_out = token_windows(tokenize, str(tmp_path), 1, 5, 100, "evaluation")
+    assert texts(held_out) == [TEXT[::-1][:5]]
+    named = token_windows(tokenize, f"{tmp_path}::test", 1, 5, 100, "calibration")
+    assert texts(named) == texts(held_out)
+    assert "cannot be loaded" in refused(f"{tmp_path}::nowhere")

@@ -21,7 +21,7 @@ from megatron_lowbit.adapters import huggingface, patching
 from megatron_lowbit.artifacts import Artifact, Fingerprint, check_fingerprint, model_fingerprint
 from megatron_lowbit.collectives import HybridReducer
 from megatron_lowbit.config import CommMode
-from megatron_lowbit.distributed import group_rank, group_size
+from megatron_lowbit.distributed import group_rank, world_size
 from megatron_lowbit.linear import QuantRowParallelLinear
 from megatron_lowbit.metrics import require
 
@@ -90,7 +90,7 @@ def fingerprint(engine: Any) -> Fingerprint:
         return known
     columns, rows = tp_linears(engine)
     weights = {name: module.weight for name, module in {**columns, **rows}.items()}
-    return model_fingerprint(engine.module.config, weights, tp_group(engine))
+    return model_fingerprint(huggingface.model_config(engine.module), weights, tp_group(engine))
 
 
 def apply_to_deepspeed(engine: Any, artifact: str | Path | Artifact, comm_mode: CommMode | None = None) -> Any:
@@ -106,7 +106,7 @@ def apply_to_deepspeed(engine: Any, artifact: str | Path | Artifact, comm_mode: 
         return engine
     patching.remove(engine)
     artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
-    rank, size = group_rank(group), group_size(group)
+    rank, size = group_rank(group), world_size(group)
     plan = patching.choose_plan(artifact, size, comm_mode)
     here = fingerprint(engine)
     for what, part in (("the checkpoint", artifact.checkpoint), ("the communication plan", plan)):

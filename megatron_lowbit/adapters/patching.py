@@ -22,15 +22,16 @@ _PATCH = "_lowbit_replaced"  # {fqn: the module that was there}
 def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
     """Put each replacement in its place, on the device of what it replaces."""
     replaced: dict[str, nn.Module] = {}
+    # A plain attribute, not a registered module: state_dict() and parameters() must not see the originals. It is set
+    # first, so that `remove` undoes a swap that ran out of memory halfway.
+    object.__setattr__(model, _PATCH, replaced)
     for name, replacement in replacements.items():
         original = model.get_submodule(name)
         device = next(original.parameters()).device
         model.set_submodule(name, replacement.to(device).train(original.training))
+        replaced[name] = original
         if device.type != "cpu" and not _shares_parameters(original, replacement):
             original.to("cpu")
-        replaced[name] = original
-    # A plain attribute, not a registered module: state_dict() and parameters() must not see the originals.
-    object.__setattr__(model, _PATCH, replaced)
     logger.info("replaced %d linears of %s", len(replaced), type(model).__name__)
 
 
