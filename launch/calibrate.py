@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_lowbit.adapters.huggingface import check_divides, model_config
 from megatron_lowbit.artifacts import CalibrationStats
-from megatron_lowbit.config import CalibrateConfig, LowBitError
+from megatron_lowbit.config import CalibrateConfig, CommConfig, LowBitError
 from megatron_lowbit.distributed import env_rank, on_rank_zero
 from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
 from megatron_lowbit.launch.runner import run_stage
@@ -33,15 +33,15 @@ def usable_sizes(engine: Engine, config: CalibrateConfig) -> list[int]:
     sizes = []
     for size in config.comm.tp_sizes:
         try:
-            check_divides(model_config(engine.module), size, virtual=True)
+            check_divides(model_config(engine.module), size, "comm.tp_sizes")
             if size % ranks:
                 raise LowBitError(f"comm.tp_sizes: {size} is no multiple of the {ranks} ranks that calibrate")
             sizes.append(size)
-        except LowBitError:
-            if "tp_sizes" in config.comm.model_fields_set:
+        except LowBitError as error:
+            if config.comm.tp_sizes != CommConfig().tp_sizes:
                 raise
             if env_rank() == 0:
-                print(f"left out: tp_size {size} does not divide this model or its {ranks} ranks")
+                print(f"left out: {error}")
     if not sizes:
         raise LowBitError(f"none of comm.tp_sizes={list(config.comm.tp_sizes)} divides this model; name one that does")
     return sizes

@@ -96,7 +96,7 @@ def start_engine(config: StageConfig, weights: Sequence[WeightsConfig] = ()) -> 
     model, tokenizer, stored_dtype = _load(config, folder.checkpoint)
     tp_size = max(config.tp, config.virtual_tp)
     text_config = huggingface.model_config(model)
-    huggingface.check_divides(text_config, tp_size, virtual=config.virtual_tp > 1)
+    huggingface.check_divides(text_config, tp_size, "virtual_tp" if config.virtual_tp > 1 else "tp")
     if folder.checkpoint is not None:
         checkpoints = {folder.checkpoint.scheme_name: folder.checkpoint}
     else:
@@ -155,15 +155,17 @@ def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artif
     comm: CommConfig = config.comm
     plans = engine.plans
     scheme = engine.checkpoint.scheme_name if engine.checkpoint else "none"
-    if "scheme" in config.weights.model_fields_set and config.weights.scheme != scheme:
+    if config.weights.scheme not in ("none", scheme):
         raise LowBitError(
             f"artifact {config.artifact!r} holds {scheme} weights, not weights.scheme={config.weights.scheme}"
         )
     if comm.mode == "one_shot" and engine.tp_size == 1:
         raise LowBitError("comm.mode=one_shot has nobody to talk to at tp=1; set tp (engine=deepspeed) or virtual_tp")
-    fixed_by_plan = comm.model_fields_set & {"bits", "bf16_fraction", "selection", "symmetric"}
-    if fixed_by_plan and (engine.tp_size in plans or comm.mode != "one_shot"):
-        key = min(fixed_by_plan)
+    defaults = CommConfig()
+    keys = ("bits", "bf16_fraction", "selection", "symmetric")
+    given = [key for key in keys if getattr(comm, key) != getattr(defaults, key)]
+    if given and (engine.tp_size in plans or comm.mode != "one_shot"):
+        key = given[0]
         why = "the artifact's plan decides it" if engine.tp_size in plans else "it needs comm.mode=one_shot"
         raise LowBitError(f"comm.{key}={getattr(comm, key)} would have no effect: {why}")
     if comm.mode == "one_shot" and engine.tp_size not in plans:

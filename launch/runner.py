@@ -78,7 +78,7 @@ def _parse(name: str, config_class: type[StageConfig], argv: list[str]) -> tuple
     parser.add_argument("--nproc", type=int, help="ranks to start outside a launcher; must equal tp")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     named = [f"{key}={value}" for key in ("model", "output_dir", "wandb") if (value := getattr(args, key)) is not None]
     return load_config(config_class, args.config, [*args.overrides, *named]), args.nproc
 
@@ -138,8 +138,9 @@ def _leave_groups(code: int) -> None:
 def _quiet() -> None:
     """Frameworks announce themselves at length; errors still come through."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("DeepSpeed", "transformers", "torch.distributed", "datasets"):
+    for name in ("DeepSpeed", "transformers", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs errors that it raises too
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it found nothing better
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

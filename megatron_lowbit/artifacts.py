@@ -48,19 +48,19 @@ Fingerprint = dict[str, Any]
 def model_fingerprint(
     config: Any, weights: Mapping[str, Tensor], tp_group: dist.ProcessGroup | None = None
 ) -> Fingerprint:
-    """Shape fields of a Hugging Face config and a checksum of the blocks' linear weights.
+    """Shape fields of a Hugging Face config and a checksum of each of the blocks' linears.
 
-    weights: {fqn of a tensor-parallel linear: its weight, whole or this rank's shard}. The checksum sums the bit
-    patterns of each weight in bf16, so it does not depend on the number of shards, nor on the dtype (a float32
+    weights: {fqn of a tensor-parallel linear: its weight, whole or this rank's shard}. A checksum sums the bit
+    patterns of a weight in bf16, so it does not depend on the number of shards, nor on the dtype (a float32
     checkpoint loaded as float16 is the exception: rounding twice is another rounding). Values below float16's
     smallest normal count as 0.
     """
     fields = {name: value for name in _FINGERPRINT_FIELDS if (value := getattr(config, name, None)) is not None}
-    checksum = torch.stack([_bit_sum(weight.detach()) for _, weight in sorted(weights.items())])
+    names = sorted(weights)
+    sums = torch.stack([_bit_sum(weights[name].detach()) for name in names])
     if tp_group is not None:
-        dist.all_reduce(checksum, group=tp_group)
-    digest = hashlib.sha256(json.dumps(checksum.tolist()).encode()).hexdigest()
-    return {**fields, "weights": digest[:16]}
+        dist.all_reduce(sums, group=tp_group)
+    return {**fields, "weights": dict(zip(names, sums.tolist(), strict=True))}
 
 
 def _bit_sum(weight: Tensor) -> Tensor:
@@ -70,12 +70,19 @@ def _bit_sum(weight: Tensor) -> Tensor:
 
 
 def check_fingerprint(what: str, artifact: Fingerprint, model: Fingerprint) -> None:
-    """Raise LowBitError naming what differs."""
+    """Raise LowBitError naming what differs. Of the linears, those count that both know: an engine may hide some."""
     differing = [
         f"{key} {artifact.get(key)!r} there, {model.get(key)!r} here"
         for key in {**artifact, **model}
-        if artifact.get(key) != model.get(key)
+        if key != "weights" and artifact.get(key) != model.get(key)
     ]
+    there, here = artifact["weights"], model["weights"]
+    both = [name for name in here if name in there]
+    changed = [name for name in both if here[name] != there[name]]
+    if changed or not both:
+        differing.append(
+            f"other values in {len(changed)} of {len(both)} weights, the first {changed[0] if changed else '-'}"
+        )
     if differing:
         raise LowBitError(f"{what} belongs to another model ({'; '.join(differing)}); calibrate and quantize this one")
 

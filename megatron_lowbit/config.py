@@ -175,14 +175,15 @@ StageT = TypeVar("StageT", bound=StageConfig)
 
 def load_config(stage: type[StageT], file: str | None, overrides: list[str]) -> StageT:
     """The stage's config from a YAML file, then `key.path=value` overrides (values read as YAML)."""
-    tree: dict[str, Any] = {}
+    tree = stage().model_dump()  # a section that is given in part keeps the stage's other defaults
     if file is not None:
         try:
-            tree = yaml.safe_load(Path(file).read_text()) or {}
+            given = yaml.safe_load(Path(file).read_text()) or {}
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise LowBitError(f"cannot read config file {file!r}: {one_line(error)}") from None
-        if not isinstance(tree, dict):
-            raise LowBitError(f"config file {file!r} must hold keys and values, not {type(tree).__name__}")
+        if not isinstance(given, dict):
+            raise LowBitError(f"config file {file!r} must hold keys and values, not {type(given).__name__}")
+        _merge(tree, given)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -203,6 +204,14 @@ def load_config(stage: type[StageT], file: str | None, overrides: list[str]) -> 
         return stage.model_validate(tree)
     except ValidationError as error:
         raise LowBitError(_explain(stage, error)) from None
+
+
+def _merge(tree: dict[str, Any], given: dict[str, Any]) -> None:
+    for key, value in given.items():
+        if isinstance(tree.get(key), dict) and isinstance(value, dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
 
 
 def one_line(error: BaseException) -> str:

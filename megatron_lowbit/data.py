@@ -120,7 +120,7 @@ def stdlib_text(split: str) -> str:
 
 
 def _load_text(source: str, key: str, enough: int) -> tuple[list[str], bool]:
-    """(texts, whether they are documents); a joined text is a list of one, of about `enough` characters from the hub."""
+    """(texts, whether they are documents); a joined text is a list of one, from the hub of `enough` characters."""
     if source.startswith("stdlib:"):
         return [stdlib_text(source.removeprefix("stdlib:"))], False
     import datasets

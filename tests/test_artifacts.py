@@ -280,8 +280,19 @@ def test_the_error_says_what_differs():
     assert message.startswith("the plan belongs to another model (")
     assert "hidden_size 64 there, 8 here" in message and "head_dim 4 there, None here" in message
     assert "vocab_size" not in message and "weights" not in message
-    with pytest.raises(LowBitError, match=r"weights '0+' there, '[0-9a-f]{16}' here"):
-        check_fingerprint("the plan", here | {"weights": "0" * 16}, here)
+    name = "model.layers.1.mlp.up_proj"
+    with pytest.raises(LowBitError, match=f"other values in 1 of 4 weights, the first {name}"):
+        check_fingerprint("the plan", here | {"weights": here["weights"] | {name: 0}}, here)
+
+
+def test_linears_that_one_side_does_not_know_do_not_count():
+    """An engine may keep some linears in layers of its own; one without any in common is another model."""
+    here = model_fingerprint(config(), weights())
+    fewer = dict(list(here["weights"].items())[1:])
+    check_fingerprint("the plan", here | {"weights": fewer}, here)
+    check_fingerprint("the plan", here, here | {"weights": fewer})
+    with pytest.raises(LowBitError, match="another model"):
+        check_fingerprint("the plan", here | {"weights": {}}, here)
 
 
 # --- Atomic writes

@@ -76,13 +76,12 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     )
 
 
-def check_divides(config: Any, tp_size: int, virtual: bool) -> None:
-    """Raise LowBitError where `tp_size` ranks cannot share a model's heads or MLP equally.
+def check_divides(config: Any, tp_size: int, key: Literal["tp", "virtual_tp", "comm.tp_sizes"]) -> None:
+    """Raise LowBitError, naming the config key, where `tp_size` ranks cannot share a model's heads or MLP equally.
 
-    Virtual ranks only slice the inputs of row-parallel linears, so KV heads do not bind them.
+    Virtual ranks (any key but tp) only slice the inputs of row-parallel linears, so KV heads do not bind them.
     """
-    key = "virtual_tp" if virtual else "tp"
-    names = ["num_attention_heads", "intermediate_size"] + ([] if virtual else ["num_key_value_heads"])
+    names = ["num_attention_heads", "intermediate_size"] + (["num_key_value_heads"] if key == "tp" else [])
     for name in names:
         value = getattr(config, name, None)
         if isinstance(value, int) and value % tp_size:
@@ -101,7 +100,7 @@ def apply_to_huggingface(
     """
     patching.remove(model)
     artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
-    check_divides(model_config(model), virtual_tp, virtual=True)
+    check_divides(model_config(model), virtual_tp, "virtual_tp")
     plan = patching.choose_plan(artifact, virtual_tp, comm_mode)
     here = fingerprint(model)
     for what, part in (("the checkpoint", artifact.checkpoint), ("the communication plan", plan)):

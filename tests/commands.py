@@ -1,0 +1,100 @@
+"""Runs the commands: in this process where one process is enough, else as a user would start them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from megatron_lowbit.launch import main
+
+SMALL_TEXT = [
+    *(
+        "calibration.data=stdlib:calibration",
+        "calibration.samples=4",
+        "calibration.sequence_length=64",
+        "calibration.batch_size=2",
+    ),
+    *("evaluation.data=stdlib:validation", "evaluation.samples=4", "evaluation.sequence_length=64"),
+]
+CALIBRATION, EVALUATION = SMALL_TEXT[:4], SMALL_TEXT[4:]
+# Not importorskip: that would import it here, and it takes seconds.
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs megatron-lowbit[deepspeed]")
+COMMAND = [sys.executable, "-m", "megatron_lowbit.launch"]
+
+
+def run_here(*argv: object) -> int:
+    """`megatron-lowbit ARGV` in this process; its exit code."""
+    return main([str(argument) for argument in argv])
+
+
+@contextmanager
+def started(*argv: object, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A process of this test's own, in its own group; whatever is left of it at the end is killed."""
+    process = subprocess.Popen(
+        [str(argument) for argument in argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None or alive_in_group(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def run_there(*argv: object, timeout: float = 150, **environment: str) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of a whole command line."""
+    with started(*argv, **environment) as process:
+        stdout, stderr = process.communicate(timeout=timeout)
+        return process.returncode, stdout, stderr
+
+
+def ranks_of(process: subprocess.Popen[str], size: int, timeout: float = 60) -> dict[int, int]:
+    """{rank: process id} of the ranks that a command has started, as soon as there are `size`."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and process.poll() is None:
+        ranks = {}
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            try:
+                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            found = [v.removeprefix(b"RANK=") for v in variables if v.startswith(b"RANK=")]
+            ranks |= {int(rank): int(pid) for rank in found}
+        if len(ranks) == size:
+            return ranks
+        time.sleep(0.05)
+    raise AssertionError(f"no {size} ranks within {timeout} s (exit code {process.poll()})")
+
+
+def alive_in_group(group: int) -> list[int]:
+    """Processes of a process group that still run (zombies do not)."""
+    alive = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, process_group = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(process_group) == group and state != "Z":
+            alive.append(int(stat.parent.name))
+    return alive
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,36 @@
+"""Fixtures that all tests share: pools of real ranks, and a quiet, offline environment."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+# Before anything imports torch, datasets or transformers: threads, CPU, no network, no cache outside the test run.
+_CACHE = tempfile.TemporaryDirectory(prefix="lowbit-tests-")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ |= {"DS_ACCELERATOR": "cpu"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": _CACHE.name, "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"PYTHONSAFEPATH": "1"}  # of the commands that tests start
+for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # as if no launcher had started pytest
+    os.environ.pop(_name, None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from rank_pool import RankPool  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks():
+    pool = RankPool(4)
+    yield pool
+    pool.close()

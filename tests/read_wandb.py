@@ -1,0 +1,80 @@
+"""Reads what an offline W&B run wrote: one `run-*.wandb` file of protobuf records.
+
+After 7 bytes of file header it is LevelDB's log format: blocks of 32 KiB that hold fragments, each of them `crc32 (4
+bytes), length (2), kind (1), payload`. A record is one fragment (kind 1), or first, middle and last ones (2, 3, 4).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE_HEADER = b":W&B" + struct.pack("<HB", 0xBEE1, 0)
+FRAGMENT = struct.Struct("<IHB")
+BLOCK = 32 * 1024
+FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+@dataclass
+class OfflineRun:
+    project: str = ""
+    job_type: str = ""
+    exit_code: int | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def read_run(folder: Path) -> OfflineRun:
+    """The one run below `folder`."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = folder.rglob("run-*.wandb")
+    run = OfflineRun()
+    for payload in _records(file.read_bytes()):
+        record = Record.FromString(payload)
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            run.project, run.job_type = record.run.project, record.run.job_type
+            run.config |= _items(record.run.config.update)
+        elif kind == "config":
+            run.config |= _items(record.config.update)
+        elif kind == "summary":
+            run.summary |= _items(record.summary.update)
+        elif kind == "history":
+            run.history.append(_items(record.history.item))
+        elif kind == "exit":
+            run.exit_code = record.exit.exit_code
+    return run
+
+
+def _items(items: Iterable[Any]) -> dict[str, Any]:
+    return {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+
+
+def _records(data: bytes) -> Iterator[bytes]:
+    assert data.startswith(FILE_HEADER), "not a W&B file"
+    position, parts = len(FILE_HEADER), []
+    while position + FRAGMENT.size <= len(data):
+        room = BLOCK - position % BLOCK
+        if room < FRAGMENT.size:  # too little left in the block for a fragment
+            position += room
+            continue
+        checksum, length, kind = FRAGMENT.unpack_from(data, position)
+        if kind == 0:  # the rest of the block is zeros
+            position += room
+            continue
+        payload = data[position + FRAGMENT.size : position + FRAGMENT.size + length]
+        assert len(payload) == length, "the file ends inside a fragment"
+        assert zlib.crc32(bytes([kind]) + payload) == checksum, f"wrong checksum at byte {position}"
+        position += FRAGMENT.size + length
+        if kind in (FULL, FIRST):
+            parts = []
+        parts.append(payload)
+        if kind in (FULL, LAST):
+            yield b"".join(parts)
