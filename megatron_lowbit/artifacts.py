@@ -56,6 +56,8 @@ def model_fingerprint(
     smallest normal count as 0.
     """
     fields = {name: value for name in _FINGERPRINT_FIELDS if (value := getattr(config, name, None)) is not None}
+    if not weights:
+        raise LowBitError("the model has no tensor-parallel linears that megatron_lowbit knows")
     names = sorted(weights)
     sums = torch.stack([_bit_sum(weights[name].detach()) for name in names])
     if tp_group is not None:

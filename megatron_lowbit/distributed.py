@@ -78,5 +78,6 @@ def all_gather_stack(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         return x.unsqueeze(0)
     size = dist.get_world_size(group)
     gathered = x.new_empty(size * x.numel())  # flat, because gloo wants the input's number of dimensions
-    dist.all_gather_into_tensor(gathered, x.reshape(-1), group=group)
+    all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the new name from torch 2.13 on
+    all_gather(gathered, x.reshape(-1), group=group)
     return gathered.view(size, *x.shape)

@@ -89,11 +89,14 @@ class MetricLogger:
 def require(module: str, extra: str) -> Any:
     """Import an optional package, or raise LowBitError with the pip command that installs it."""
     try:
-        return __import__(module)
+        package = __import__(module)
     except ImportError as error:
         if error.name is not None and error.name.partition(".")[0] != module:
             raise
-        raise LowBitError(f"{module} is not installed; pip install 'megatron-lowbit[{extra}]'") from None
+        package = None
+    if getattr(package, "__file__", None) is None:  # a folder of that name on the path imports as an empty package
+        raise LowBitError(f"{module} is not installed; pip install 'megatron-lowbit[{extra}]'")
+    return package
 
 
 def progress(items: Iterable[T], total: int, description: str, rank: int = 0) -> Iterator[T]:

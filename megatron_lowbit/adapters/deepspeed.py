@@ -20,7 +20,7 @@ from torch import nn
 from megatron_lowbit.adapters import huggingface, patching
 from megatron_lowbit.artifacts import Artifact, Fingerprint, check_fingerprint, model_fingerprint
 from megatron_lowbit.collectives import HybridReducer
-from megatron_lowbit.config import CommMode
+from megatron_lowbit.config import CommMode, LowBitError, one_line
 from megatron_lowbit.distributed import group_rank, world_size
 from megatron_lowbit.linear import QuantRowParallelLinear
 from megatron_lowbit.metrics import require
@@ -41,15 +41,21 @@ def import_deepspeed() -> Any:
 
 
 def init_engine(model: nn.Module, tp_size: int, dtype: Any) -> Any:
-    """init_inference with equal shares: AutoTP's default grain of 64 would split an MLP of 352 into 192 and 160."""
+    """init_inference with equal shares: AutoTP's default grain of 64 would split an MLP of 352 into 192 and 160.
+
+    Raises LowBitError for a model that AutoTP does not know.
+    """
     deepspeed = import_deepspeed()
-    with contextlib.redirect_stdout(None):  # AutoTP prints its policy
-        return deepspeed.init_inference(
-            model,
-            tensor_parallel={"tp_size": tp_size, "tp_grain_size": 1},
-            dtype=dtype,
-            replace_with_kernel_inject=False,
-        )
+    try:
+        with contextlib.redirect_stdout(None):  # AutoTP prints its policy
+            return deepspeed.init_inference(
+                model,
+                tensor_parallel={"tp_size": tp_size, "tp_grain_size": 1},
+                dtype=dtype,
+                replace_with_kernel_inject=False,
+            )
+    except AssertionError as error:
+        raise LowBitError(f"DeepSpeed cannot shard {type(model).__name__}: {one_line(error)}") from None
 
 
 def tp_group(engine: Any) -> dist.ProcessGroup | None:
@@ -58,8 +64,8 @@ def tp_group(engine: Any) -> dist.ProcessGroup | None:
     return group if group is not None and dist.get_world_size(group) > 1 else None
 
 
-def tp_linears(engine: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """({fqn: LinearLayer}, {fqn: LinearAllreduce}); warns about tensor-parallel layers of other types."""
+def tp_linears(engine: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """({fqn: LinearLayer}, {fqn: LinearAllreduce}, {other tensor-parallel type: fqn of the first})."""
     from deepspeed.module_inject import layers
 
     columns: dict[str, Any] = {}
@@ -72,10 +78,7 @@ def tp_linears(engine: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             rows[name] = module
         elif isinstance(module, layers.TensorParallel_Layer) and type(module) is not layers.LmHeadLinearAllreduce:
             unknown.setdefault(type(module).__name__, name)
-    if unknown:
-        listed = ", ".join(f"{kind} (first: {name})" for kind, name in sorted(unknown.items()))
-        warnings.warn(f"tensor-parallel layers left in full precision: {listed}", stacklevel=2)
-    return columns, rows
+    return columns, rows, unknown
 
 
 def row_parallel_sites(engine: Any) -> dict[str, nn.Module]:
@@ -88,7 +91,7 @@ def fingerprint(engine: Any) -> Fingerprint:
     known = getattr(engine.module, "_lowbit_fingerprint", None)
     if known is not None:
         return known
-    columns, rows = tp_linears(engine)
+    columns, rows, _ = tp_linears(engine)
     weights = {name: module.weight for name, module in {**columns, **rows}.items()}
     return model_fingerprint(huggingface.model_config(engine.module), weights, tp_group(engine))
 
@@ -96,7 +99,8 @@ def fingerprint(engine: Any) -> Fingerprint:
 def apply_to_deepspeed(engine: Any, artifact: str | Path | Artifact, comm_mode: CommMode | None = None) -> Any:
     """Replace the engine's tensor-parallel linears in place, on every rank, and return the engine.
 
-    artifact, comm_mode and errors as in apply_to_huggingface; also raises LowBitError where AutoTP split a linear
+    artifact, comm_mode and errors as in apply_to_huggingface; tensor-parallel layers of types that this adapter does
+    not know stay as they are, with a warning that names them; also raises LowBitError where AutoTP split a linear
     unevenly.
     """
     import_deepspeed()
@@ -113,7 +117,10 @@ def apply_to_deepspeed(engine: Any, artifact: str | Path | Artifact, comm_mode: 
         if part is not None:
             check_fingerprint(what, part.fingerprint, here)
     checkpoint = artifact.checkpoint
-    columns, rows = tp_linears(engine)
+    columns, rows, unknown = tp_linears(engine)
+    if unknown:
+        listed = ", ".join(f"{kind} (first: {name})" for kind, name in sorted(unknown.items()))
+        warnings.warn(f"tensor-parallel layers left in full precision: {listed}", stacklevel=2)
     replacements: dict[str, nn.Module] = {}
     if checkpoint is not None and checkpoint.scheme.weight_bits < 16:
         for name, module in columns.items():

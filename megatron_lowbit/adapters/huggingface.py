@@ -96,7 +96,8 @@ def apply_to_huggingface(
 
     artifact: folder (or loaded Artifact) of a LowBitCheckpoint and/or CommPlans. virtual_tp: ranks whose partial sums
     and messages are simulated in this process, bit for bit. comm_mode: bf16 or one_shot; None: one_shot where the
-    artifact has plans. Raises LowBitError for an artifact of another model or without a plan for this size.
+    artifact has plans. Raises LowBitError for an artifact of another model or without a plan for this size;
+    the model is then left without low-bit modules.
     """
     patching.remove(model)
     artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
