@@ -159,6 +159,11 @@ def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artif
         raise LowBitError(
             f"artifact {config.artifact!r} holds {scheme} weights, not weights.scheme={config.weights.scheme}"
         )
+    for key in ("group_size", "symmetric", "shard_groups"):
+        value = getattr(config.weights, key)
+        if value != getattr(WeightsConfig(), key) and config.weights.scheme == "none":
+            why = "the artifact decides it" if engine.checkpoint else "it needs a weights.scheme"
+            raise LowBitError(f"weights.{key}={value} would have no effect: {why}")
     if comm.mode == "one_shot" and engine.tp_size == 1:
         raise LowBitError("comm.mode=one_shot has nobody to talk to at tp=1; set tp (engine=deepspeed) or virtual_tp")
     defaults = CommConfig()
@@ -175,7 +180,9 @@ def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artif
             )
         stats = calibrate_engine(engine, config.calibration, [engine.tp_size], logger)
         plans = {engine.tp_size: build_plan(stats, engine.tp_size, comm, config.seed)}
-    return Artifact(engine.checkpoint, plans)
+    artifact = Artifact(engine.checkpoint, plans)
+    patching.choose_plan(artifact, engine.tp_size, comm.mode)  # a missing plan is told now, not after an evaluation
+    return artifact
 
 
 def _init_distributed(config: StageConfig) -> int:

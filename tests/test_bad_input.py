@@ -165,6 +165,8 @@ CASES = {
     ),
     "nothing to quantize": (["quantize", "model=embedded", "weights.scheme=none"], ["weights.scheme=none", "W4A8"]),
     "one rank and its peers": ([*EVALUATE, "comm.mode=one_shot"], ["comm.mode=one_shot", "tp"]),
+    "no effect without a scheme": ([*EVALUATE, "weights.group_size=32"], ["weights.group_size=32", "weights.scheme"]),
+    "one_shot alone": ([*EVALUATE, "comm.mode=one_shot"], ["comm.mode=one_shot", "tp=1"]),
     "no effect without a plan": ([*EVALUATE, "virtual_tp=2", "comm.bits=6"], ["comm.bits=6", "comm.mode=one_shot"]),
     "no effect beside a plan": (
         ["evaluate", "model={folder}/llama", "artifact={folder}/good", *EVALUATION, "virtual_tp=2", "comm.bits=6"],
