@@ -11,6 +11,7 @@ from megatron_lowbit.kernels.reference import (
     hybrid_row_bytes,
     hybrid_unpack_reduce,
     quant_linear,
+    reassemble,
 )
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "pack_bits",
     "packed_bytes",
     "quant_linear",
+    "reassemble",
     "unpack_bits",
 ]

@@ -26,6 +26,22 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return ((grouped - zero_point.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(-2)
 
 
+def reassemble(x: Tensor, src_idx: Tensor, dst_idx: Tensor, coefficient: Tensor, width: int) -> Tensor:
+    """x'_c = sum over entries e -> c of coefficient[e] * x[src_idx[e]] (QLLM, eqs. 3 and 4).
+
+    x: float [..., in]; src_idx, dst_idx: int64 [entries]; coefficient: float32 [entries]. Entries 0 .. width-1 go to
+    channels 0 .. width-1, so only those of merged groups have to be added. Float32 arithmetic (float64 for a float64 x),
+    in x's dtype; differentiable.
+    """
+    exact = torch.promote_types(x.dtype, torch.float32)
+    coefficient = coefficient.to(exact)
+    gathered = x.index_select(-1, src_idx[:width]).to(exact) * coefficient[:width]
+    if len(src_idx) > width:
+        merged = x.index_select(-1, src_idx[width:]).to(exact) * coefficient[width:]
+        gathered = gathered.index_add(-1, dst_idx[width:], merged)
+    return gathered.to(x.dtype)
+
+
 def hybrid_row_bytes(num_features: int, num_bf16: int, num_bits: int) -> int:
     """Bytes of one token on the wire."""
     return 2 * num_bf16 + packed_bytes(num_features - num_bf16, num_bits)

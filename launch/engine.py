@@ -200,22 +200,12 @@ def _init_distributed(config: StageConfig) -> int:
     return dist.get_world_size()
 
 
-def _load(config: StageConfig, checkpoint: LowBitCheckpoint | None) -> tuple[Any, Any, torch.dtype | None]:
-    """(model, tokenizer, dtype of the stored weights). Raises LowBitError for whatever is wrong with the folder."""
-    import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    name = config.model
-    if name is None:
-        if checkpoint is None or config.artifact is None:
-            raise LowBitError("model is not set; name a folder, a hub id or `embedded`")
-        name = config.artifact
-    elif name == "embedded":
+def model_name(name: str) -> str:
+    """The folder or hub id that `model` names. Raises LowBitError for a folder that is not there or holds no model."""
+    if name == "embedded":
         from megatron_lowbit import embedded
 
-        name = str(Path(embedded.__file__).parent)
+        return str(Path(embedded.__file__).parent)
     path = Path(name)
     if not path.is_dir() and (
         path.is_absolute() or name.startswith((".", "~")) or (name.count("/") != 1 and "/" in name)
@@ -223,9 +213,25 @@ def _load(config: StageConfig, checkpoint: LowBitCheckpoint | None) -> tuple[Any
         raise LowBitError(f"model folder {name!r} does not exist")
     if path.is_dir() and not (path / "config.json").exists():
         raise LowBitError(f"{name!r} holds no config.json; it is not a Hugging Face model folder")
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
-    if dtype is None:
-        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return name
+
+
+def compute_dtype(config: StageConfig) -> torch.dtype:
+    auto = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype, auto)
+
+
+def _load(config: StageConfig, checkpoint: LowBitCheckpoint | None) -> tuple[Any, Any, torch.dtype | None]:
+    """(model, tokenizer, dtype of the stored weights). Raises LowBitError for whatever is wrong with the folder."""
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if config.model is None and (checkpoint is None or config.artifact is None):
+        raise LowBitError("model is not set; name a folder, a hub id or `embedded`")
+    name = model_name(config.model or config.artifact or "")
+    dtype = compute_dtype(config)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(None):
             warnings.simplefilter("ignore")

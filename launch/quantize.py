@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.distributed import env_rank, on_rank_zero
 from megatron_lowbit.launch.calibrate import usable_sizes, write_plans
 from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
+from megatron_lowbit.launch.qllm import quantize_qllm
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.linear import activation_groups
 from megatron_lowbit.metrics import MetricLogger
@@ -22,6 +24,8 @@ CONFIG = QuantizeConfig
 def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
     if config.weights.scheme == "none":
         raise LowBitError("weights.scheme=none quantizes nothing; choose W4A16, W4A8, W4A4, W6A6 or W8A8")
+    if method(config) == "qllm":
+        return {"rows": run_qllm(config, logger)}
     engine = start_engine(config, [config.weights])
     checkpoint = engine.checkpoint
     if checkpoint is None or not engine.full_precision:
@@ -40,18 +44,44 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
         for plan in engine.plans.values():
             on_rank_zero(partial(plan.save, config.output_dir))
     on_rank_zero(lambda: save_checkpoint(engine, checkpoint, config.output_dir))
+    return {"rows": [size_row(checkpoint, logger), *rows]}
+
+
+def method(config: QuantizeConfig) -> str:
+    """qllm where there is text to calibrate it on, unless weights.method says otherwise."""
+    return config.weights.method or ("rtn" if config.calibration.data is None else "qllm")
+
+
+def ranks(config: QuantizeConfig) -> int | None:
+    """Processes that method qllm runs in; None: as every stage."""
+    return config.tp * config.dp if method(config) == "qllm" else None
+
+
+def run_qllm(config: QuantizeConfig, logger: MetricLogger) -> list[dict[str, Any]]:
+    stats, groups = quantize_qllm(config, logger)
+    rows = write_plans(stats, config, config.output_dir, logger) if len(stats.ranges) > 1 else []
+    if env_rank() != 0:
+        return []
+    checkpoint = LowBitCheckpoint.load(config.output_dir)
+    row = {**size_row(checkpoint, logger), "peak_bytes": max(group.peak_bytes for group in groups)}
+    return [{**row, "groups": [asdict(group) for group in groups]}, *rows]
+
+
+def size_row(checkpoint: LowBitCheckpoint, logger: MetricLogger) -> dict[str, Any]:
+    """Sizes: ideal_bytes is bits * parameters / 8 of the quantized linears, linear_bytes what they really take."""
     if env_rank() == 0:
-        print(f"wrote {len(checkpoint.linears)} linears in {checkpoint.scheme_name}, {checkpoint.nbytes():,} bytes")
-    row = {
+        print(
+            f"wrote {len(checkpoint.linears)} linears in {checkpoint.scheme_name}, {checkpoint.nbytes():,} bytes "
+            f"(linears {checkpoint.linear_bytes():,}, {checkpoint.linear_bytes() / checkpoint.ideal_bytes():.3f} of the ideal)"
+        )
+    logger.log(bytes=checkpoint.nbytes())
+    return {
         "name": checkpoint.scheme_name,
         "linears": len(checkpoint.linears),
         "bytes": checkpoint.nbytes(),
-        "linear_bytes": sum(
-            w.packed_weight.nbytes + w.scale.nbytes + w.zero_point.nbytes for w in checkpoint.linears.values()
-        ),
+        "linear_bytes": checkpoint.linear_bytes(),
+        "ideal_bytes": checkpoint.ideal_bytes(),
     }
-    logger.log(bytes=row["bytes"])
-    return {"rows": [row, *rows]}
 
 
 def check_shard_groups(engine: Engine, checkpoint: LowBitCheckpoint, tp_sizes: list[int]) -> None:

@@ -45,6 +45,15 @@ def run_stage(name: str, argv: list[str]) -> int:
         config, nproc = _parse(name, stage.CONFIG, argv)
         if config.wandb != "off":
             require("wandb", "wandb")
+        own = stage.ranks(config) if hasattr(stage, "ranks") else None
+        if own is not None:
+            world = env_world_size() if launched() else nproc or own
+            if world != own:
+                raise LowBitError(f"{name} needs tp x dp = {own} processes, there are {world}; start that many")
+            if launched() or own == 1:
+                return _run(name, stage, config)
+            ensure_writable(config.output_dir)
+            return _start_ranks(name, argv, own)
         if launched():
             _check_world(config, env_world_size())
             return _run(name, stage, config)

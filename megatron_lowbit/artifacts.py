@@ -2,7 +2,7 @@
 
     <folder>/calibration.{safetensors,json}     per-feature ranges of every row-parallel site, per tensor-parallel size
     <folder>/comm_plan_tp<N>.{safetensors,json} what N ranks send at every site
-    <folder>/lowbit.{safetensors,json}          packed weights under Hugging Face names, whole (unsharded) tensors
+    <folder>/lowbit*.safetensors, lowbit.json   packed weights under Hugging Face names, whole (unsharded) tensors
     <folder>/config.json, tokenizer...          so that the folder loads without the original model
 
 Each file is written under a temporary name and renamed, the JSON last: an artifact exists when its JSON does. The JSON
@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch import distributed as dist
 
+from megatron_lowbit.channels import ReassemblyPlan
 from megatron_lowbit.config import LowBitError, one_line
-from megatron_lowbit.quantizer import QuantizedWeight, Scheme
+from megatron_lowbit.quantizer import LowRank, QuantizedWeight, Scheme
 
-FORMAT = 1
+FORMAT = 2
 _FINGERPRINT_FIELDS = (
     "model_type",
     "hidden_size",
@@ -55,17 +56,23 @@ def model_fingerprint(
     checkpoint loaded as float16 is the exception: rounding twice is another rounding). Values below float16's
     smallest normal count as 0.
     """
+    return fingerprint_of({name: bit_sum(weight.detach()) for name, weight in weights.items()}, config, tp_group)
+
+
+def fingerprint_of(sums: Mapping[str, Tensor], config: Any, tp_group: dist.ProcessGroup | None = None) -> Fingerprint:
+    """model_fingerprint from the bit sums {fqn: int64 scalar} of this rank's weights."""
     fields = {name: value for name in _FINGERPRINT_FIELDS if (value := getattr(config, name, None)) is not None}
-    if not weights:
+    if not sums:
         raise LowBitError("the model has no tensor-parallel linears that megatron_lowbit knows")
-    names = sorted(weights)
-    sums = torch.stack([_bit_sum(weights[name].detach()) for name in names])
+    names = sorted(sums)
+    total = torch.stack([sums[name] for name in names])
     if tp_group is not None:
-        dist.all_reduce(sums, group=tp_group)
-    return {**fields, "weights": dict(zip(names, sums.tolist(), strict=True))}
+        dist.all_reduce(total, group=tp_group)
+    return {**fields, "weights": dict(zip(names, total.tolist(), strict=True))}
 
 
-def _bit_sum(weight: Tensor) -> Tensor:
+def bit_sum(weight: Tensor) -> Tensor:
+    """Sum of the bit patterns in bf16, an int64 scalar; the sums of a weight's shards add up to its own."""
     rounded = weight.to(torch.bfloat16)
     rounded = torch.where(rounded.abs() < 2.0**-14, 0, rounded)
     return rounded.contiguous().view(torch.int16).sum(dtype=torch.int64)
@@ -183,9 +190,55 @@ class CommPlan:
         return cls(sites, tp_size, meta["fingerprint"], meta["description"])
 
 
+@dataclass
+class CheckpointPart:
+    """What some blocks contribute to a LowBitCheckpoint, as one safetensors file.
+
+    linears and other tensors by Hugging Face name; reassembly by the module that carries it out (a norm, whose output it
+    is, or a linear, whose input); low_rank by linear.
+    """
+
+    linears: dict[str, QuantizedWeight] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    reassembly: dict[str, ReassemblyPlan] = field(default_factory=dict)
+    low_rank: dict[str, LowRank] = field(default_factory=dict)
+
+    def save(self, path: Path) -> PartMeta:
+        """Write the file; returns what lowbit.json has to say about it."""
+        tensors = dict(self.tensors)
+        for owner, names in ((self.linears, _WEIGHT), (self.reassembly, _PLAN), (self.low_rank, _LOW_RANK)):
+            for name, value in owner.items():
+                tensors |= {f"{name}.{leaf}": getattr(value, leaf) for leaf in names}
+        return {
+            "files": {path.name: _write_tensors(path, tensors)},
+            "in_features": {name: weight.in_features for name, weight in self.linears.items()},
+            "reassembly": {name: [plan.in_features, plan.width] for name, plan in self.reassembly.items()},
+            "low_rank": sorted(self.low_rank),
+        }
+
+
+PartMeta = dict[str, Any]
+_WEIGHT = ("packed_weight", "scale", "zero_point")
+_PLAN = ("src_idx", "dst_idx", "coefficient")
+_LOW_RANK = ("lora_a", "lora_b")
+
+
+def merge_parts(parts: Sequence[PartMeta]) -> PartMeta:
+    """The description of several parts as one."""
+    merged: PartMeta = {"files": {}, "in_features": {}, "reassembly": {}, "low_rank": []}
+    for part in parts:
+        for key in ("files", "in_features", "reassembly"):
+            merged[key].update(part[key])
+        merged["low_rank"] += part["low_rank"]
+    return merged
+
+
 @dataclass(frozen=True)
 class LowBitCheckpoint:
-    """Quantized linears and all other tensors under Hugging Face names, independent of framework and tp_size."""
+    """Quantized linears and all other tensors under Hugging Face names, independent of framework and tp_size.
+
+    reassembly, low_rank: as in CheckpointPart. attention_bits: of Q, K and V; 16 leaves them as they are.
+    """
 
     linears: dict[str, QuantizedWeight]
     tensors: dict[str, Tensor]
@@ -193,42 +246,83 @@ class LowBitCheckpoint:
     scheme_name: str
     shard_groups: int
     fingerprint: Fingerprint
+    reassembly: dict[str, ReassemblyPlan] = field(default_factory=dict)
+    low_rank: dict[str, LowRank] = field(default_factory=dict)
+    attention_bits: int = 16
 
     def save(self, folder: str | Path) -> None:
-        tensors = dict(self.tensors)
-        for name, weight in self.linears.items():
-            tensors[f"{name}.packed_weight"] = weight.packed_weight
-            tensors[f"{name}.scale"] = weight.scale
-            tensors[f"{name}.zero_point"] = weight.zero_point
-        meta = {
-            "fingerprint": self.fingerprint,
-            "scheme": self.scheme_name,
-            "shard_groups": self.shard_groups,
-            "in_features": {name: weight.in_features for name, weight in self.linears.items()},
-        }
-        _save(Path(folder) / "lowbit", tensors, meta)
+        part = CheckpointPart(self.linears, self.tensors, self.reassembly, self.low_rank)
+        meta = part.save(Path(folder) / "lowbit.safetensors")
+        write_checkpoint(folder, meta, self.scheme_name, self.shard_groups, self.attention_bits, self.fingerprint)
 
     @classmethod
     def load(cls, folder: str | Path) -> LowBitCheckpoint:
-        tensors, meta = _load(Path(folder) / "lowbit", "fingerprint", "scheme", "shard_groups", "in_features")
+        """The tensors are mapped from their files: pages come into memory as they are used."""
+        stem = Path(folder) / "lowbit"
+        keys = ("files", "fingerprint", "scheme", "shard_groups", "attention_bits", "in_features", "reassembly", "low_rank")
+        meta = _read_meta(stem, *keys)
         scheme = Scheme.parse(meta["scheme"])
-        with _complete(Path(folder) / "lowbit"):
+        with _complete(stem):
+            tensors: dict[str, Tensor] = {}
+            for file, checksum in meta["files"].items():
+                tensors |= _read_tensors(Path(folder) / file, checksum)
             linears = {
-                name: QuantizedWeight(
-                    tensors.pop(f"{name}.packed_weight"),
-                    tensors.pop(f"{name}.scale"),
-                    tensors.pop(f"{name}.zero_point"),
-                    scheme.weight_bits,
-                    in_features,
-                )
+                name: QuantizedWeight(*_pop(tensors, name, _WEIGHT), scheme.weight_bits, in_features)
                 for name, in_features in meta["in_features"].items()
             }
-        return cls(linears, tensors, scheme, meta["scheme"], meta["shard_groups"], meta["fingerprint"])
+            plans = {
+                name: ReassemblyPlan(*_pop(tensors, name, _PLAN), in_features, width)
+                for name, (in_features, width) in meta["reassembly"].items()
+            }
+            low_rank = {name: LowRank(*_pop(tensors, name, _LOW_RANK)) for name in meta["low_rank"]}
+        return cls(
+            linears,
+            tensors,
+            scheme,
+            meta["scheme"],
+            meta["shard_groups"],
+            meta["fingerprint"],
+            plans,
+            low_rank,
+            meta["attention_bits"],
+        )
 
     def nbytes(self) -> int:
         """Bytes of all tensors, packed."""
-        packed = sum(t.nbytes for w in self.linears.values() for t in (w.packed_weight, w.scale, w.zero_point))
-        return packed + sum(t.nbytes for t in self.tensors.values())
+        return self.linear_bytes() + sum(t.nbytes for t in self.tensors.values())
+
+    def linear_bytes(self) -> int:
+        """Bytes of the quantized linears: codes, scales, zero points, plans and branches."""
+        owners = ((self.linears, _WEIGHT), (self.reassembly, _PLAN), (self.low_rank, _LOW_RANK))
+        return sum(getattr(v, leaf).nbytes for owner, names in owners for v in owner.values() for leaf in names)
+
+    def ideal_bytes(self) -> float:
+        """bits * parameters / 8 of the quantized linears: what no format can be below."""
+        bits = self.scheme.weight_bits
+        return sum(w.packed_weight.shape[0] * w.in_features * bits / 8 for w in self.linears.values())
+
+
+def write_checkpoint(
+    folder: str | Path, part: PartMeta, scheme: str, shard_groups: int, attention_bits: int, fingerprint: Fingerprint
+) -> None:
+    """Write lowbit.json over the files of `part`, and remove those of the checkpoint that was there before."""
+    folder = Path(folder)
+    meta = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "scheme": scheme,
+        "shard_groups": shard_groups,
+        "attention_bits": attention_bits,
+        **part,
+    }
+    write_json(folder / "lowbit.json", meta)
+    for file in folder.glob("lowbit*.safetensors"):
+        if file.name not in part["files"]:
+            _discard(file)
+
+
+def _pop(tensors: dict[str, Tensor], name: str, leaves: tuple[str, ...]) -> list[Tensor]:
+    return [tensors.pop(f"{name}.{leaf}") for leaf in leaves]
 
 
 @dataclass(frozen=True)
@@ -292,31 +386,56 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def _save(stem: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    path = stem.with_suffix(".safetensors")
+    checksum = _write_tensors(stem.with_suffix(".safetensors"), tensors)
+    write_json(stem.with_suffix(".json"), {"format": FORMAT, "sha256": checksum, **meta})
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write a safetensors file atomically; returns its sha256."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
         temporary.chmod(0o644)  # safetensors leaves files that only their owner can read
+        checksum = _sha256(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         _discard(temporary)
         raise LowBitError(f"cannot write {str(path)!r}: {one_line(error)}") from None
-    write_json(stem.with_suffix(".json"), {"format": FORMAT, "sha256": _sha256(path), **meta})
+    return checksum
 
 
 def _load(stem: Path, *keys: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    path = stem.with_suffix(".safetensors")
+    meta = _read_meta(stem, "sha256", *keys)
+    return _read_tensors(stem.with_suffix(".safetensors"), meta["sha256"]), meta
+
+
+def _read_meta(stem: Path, *keys: str) -> dict[str, Any]:
+    meta = read_json(stem.with_suffix(".json"))
+    if "format" in meta and meta["format"] != FORMAT:
+        raise LowBitError(f"{str(stem)!r} has format {meta['format']}; this version reads {FORMAT}: write it again")
+    if not {"format", *keys} <= set(meta):
+        raise LowBitError(f"cannot read {str(stem)!r}: its JSON is incomplete; write it again")
+    return meta
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises LowBitError."""
     try:
-        meta = json.loads(stem.with_suffix(".json").read_text())
-        if not isinstance(meta, dict) or not {"format", "sha256", *keys} <= set(meta):
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
             raise ValueError("its JSON is incomplete")
-        if meta["format"] != FORMAT:
-            raise LowBitError(f"{str(stem)!r} has format {meta['format']}; this version reads {FORMAT}: write it again")
-        if _sha256(path) != meta["sha256"]:
+        return value
+    except (OSError, ValueError) as error:
+        raise LowBitError(f"cannot read {str(path.with_suffix(''))!r}: {one_line(error)}; write it again") from None
+
+
+def _read_tensors(path: Path, checksum: str) -> dict[str, Tensor]:
+    try:
+        if _sha256(path) != checksum:
             raise LowBitError(f"{str(path)!r} is truncated or corrupt (its checksum differs); write it again")
-        return load_file(path), meta
+        return load_file(path)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise LowBitError(f"cannot read {str(stem)!r}: {one_line(error)}; write it again") from None
+        raise LowBitError(f"cannot read {str(path.with_suffix(''))!r}: {one_line(error)}; write it again") from None
 
 
 @contextlib.contextmanager

@@ -42,12 +42,15 @@ class RangeObserver:
         """y: [windows, length, features] of local rank `rank`; mask: bool [windows, length], True on real tokens."""
         for window, real in zip(y, mask, strict=True):
             tokens = window[real].float()
-            if len(tokens) == 0:
-                continue
-            weight = self.gamma if self.steps[rank] else 1.0
-            self.min_vals[rank].lerp_(tokens.amin(0), weight)
-            self.max_vals[rank].lerp_(tokens.amax(0), weight)
-            self.steps[rank] += 1
+            if len(tokens):
+                self.step(rank, tokens.amin(0), tokens.amax(0))
+
+    def step(self, rank: int, low: Tensor, high: Tensor) -> None:
+        """One window's minimum and maximum [features]."""
+        weight = self.gamma if self.steps[rank] else 1.0
+        self.min_vals[rank].lerp_(low, weight)
+        self.max_vals[rank].lerp_(high, weight)
+        self.steps[rank] += 1
 
 
 def calibrate(

@@ -56,14 +56,16 @@ class EvaluationConfig(_Config):
 class WeightsConfig(_Config):
     scheme: SchemeName = "none"
     # bits of weights and activations
-    method: Literal["rtn"] = "rtn"
-    # rtn: round to nearest
+    method: Literal["rtn", "qllm"] | None = None
+    # rtn: round to nearest; qllm: channel reassembly and low-rank correction; none: qllm where quantize has calibration.data
     group_size: int | None = Field(None, ge=1)
     # input features that share a weight scale; none: one scale per output channel
     symmetric: bool = False
     # weights without a zero point
     shard_groups: int = Field(8, ge=1)
     # equal slices of a row-parallel input, each with its own activation scale: a multiple of every tp size used
+    attention: bool | None = None
+    # quantize Q, K and V per token and head, to the bits of the activations; none: with method=qllm and --ablation
 
 
 class CommConfig(_Config):
@@ -88,6 +90,49 @@ class CommConfig(_Config):
         return value
 
 
+class ReassemblyConfig(_Config):
+    """Channel reassembly before a linear's quantization (QLLM, section 4.1)."""
+
+    mode: Literal["adaptive", "fixed", "none"] = "adaptive"
+    # adaptive: the expansion with the smallest error of the block's output, none among them; fixed: `expansion` everywhere
+    expansion: float = Field(0.01, gt=0, le=1)
+    # mode=fixed: channels added by splitting, as a share of the width (the paper's gamma)
+    expansions: tuple[float, ...] = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
+    # mode=adaptive: the candidates
+    merge: bool = True
+    # merge as many channels as were added; false: the inputs grow wider (the paper's ablation)
+    o_proj: bool = False
+    # also before the attention's output projection
+
+    @field_validator("expansions")
+    @classmethod
+    def _shares(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or any(not 0 < ratio <= 1 for ratio in value):
+            raise ValueError("expansions are one or more shares of the width, above 0 and at most 1")
+        return value
+
+
+class CorrectionConfig(_Config):
+    """Low-rank correction of groups of blocks, by gradient descent (QLLM, section 4.2)."""
+
+    mode: Literal["merged", "branch", "none"] = "merged"
+    # merged: deployed as Q(W + BA), trained through that rounding; branch: Q(W) beside BA in bf16
+    rank: int = Field(4, ge=1)
+    # of A and B
+    blocks_per_group: int = Field(4, ge=1)
+    # consecutive blocks that are trained together; the last group may be smaller
+    epochs: int = Field(10, ge=1)
+    # passes over the calibration windows, per group
+    batch_size: int = Field(1, ge=1)
+    # windows per step, of all data-parallel ranks together
+    learning_rate: float = Field(5e-4, gt=0, allow_inf_nan=False)
+    # AdamW's first; it falls linearly to 0
+    train_norms: bool = False
+    # also train the gains of the blocks' norms
+    through_communication: bool = False
+    # the student's partial sums pass the collective of virtual_tp (or tp) ranks, so its error is corrected too
+
+
 class StageConfig(_Config):
     """What all commands share."""
 
@@ -105,6 +150,10 @@ class StageConfig(_Config):
     # auto: bfloat16 on a GPU, float32 on a CPU
     seed: int = Field(0, ge=0, lt=2**63)
     # of every random choice
+    inject_outliers: float | None = Field(None, gt=0, allow_inf_nan=False)
+    # multiply 1 % of the channels at inject_at by this factor, and undo it in what reads them: the function stays
+    inject_at: tuple[Literal["norm", "up_down", "v_o"], ...] = ("norm",)
+    # where: a norm's gain and the linears that read it; rows of up and columns of down; rows of v and columns of o
     output_dir: str = "runs/lowbit"
     # results, metrics.jsonl and artifacts
     wandb: Literal["off", "offline", "online"] = "off"
@@ -123,6 +172,14 @@ class CalibrateConfig(StageConfig):
 
 class QuantizeConfig(CalibrateConfig):
     weights: WeightsConfig = WeightsConfig(scheme="W4A8")
+    reassembly: ReassemblyConfig = ReassemblyConfig()
+    correction: CorrectionConfig = CorrectionConfig()
+    dp: int = Field(1, ge=1)
+    # data-parallel ranks of method=qllm: each takes a share of the calibration windows
+    dry_run: bool = False
+    # print shards, shapes, bytes and time per group, and stop (also --dry-run)
+    architecture: dict[str, Any] | None = None
+    # fields of the model's config.json, so that a dry run needs no download
 
 
 class GenerateConfig(StageConfig):
@@ -142,6 +199,10 @@ class EvaluateConfig(StageConfig):
     evaluation: EvaluationConfig = EvaluationConfig()
     comm: CommConfig = CommConfig()
     weights: WeightsConfig = WeightsConfig()
+    ablation: bool = False
+    # quantize in every way the QLLM paper compares, and evaluate each (also --ablation)
+    reassembly: ReassemblyConfig = ReassemblyConfig()
+    correction: CorrectionConfig = CorrectionConfig()
 
 
 class DemoConfig(StageConfig):

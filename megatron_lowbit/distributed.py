@@ -42,6 +42,20 @@ def world_size(group: dist.ProcessGroup | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
+def make_groups(tp: int, dp: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """(tp_group, dp_group) of this rank; tensor-parallel ranks are neighbours. None for a size of 1."""
+    tp_group = dp_group = None
+    for first in range(0, tp * dp, tp):
+        ranks = list(range(first, first + tp))
+        group = dist.new_group(ranks) if tp > 1 else None
+        tp_group = group if env_rank() in ranks else tp_group
+    for first in range(tp):
+        ranks = list(range(first, tp * dp, tp))
+        group = dist.new_group(ranks) if dp > 1 else None
+        dp_group = group if env_rank() in ranks else dp_group
+    return tp_group, dp_group
+
+
 def device() -> torch.device:
     """This rank's device: its GPU where there is one."""
     if torch.cuda.is_available():

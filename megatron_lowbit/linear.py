@@ -6,24 +6,34 @@
 Weights carry one scale per output channel (or group); activations are quantized dynamically per token (QLLM,
 arXiv 2310.08041). The input of a row-parallel linear is quantized per token and shard group (`act_groups` equal
 slices of the whole input), so a rank computes what it would compute at any other tensor-parallel size.
+
+A checkpoint of method qllm adds two things: a ReassemblyPlan, carried out by the norm before column-parallel linears (in
+one gather with its gain) or by a linear on its own input; and, where the correction was not merged, a low-rank branch:
+
+    y = Q(x S) Q(R W)^T + Q(x S) A^T B^T
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron_lowbit.channels import ReassemblyPlan
 from megatron_lowbit.collectives import HybridReducer, VirtualReducer
-from megatron_lowbit.kernels import quant_linear
-from megatron_lowbit.quantizer import Float32QParams, QuantizedWeight, choose_qparams, quantize
+from megatron_lowbit.kernels import dequantize, quant_linear, reassemble
+from megatron_lowbit.quantizer import Float32QParams, LowRank, QuantizedWeight, choose_qparams, quantize
 
 
 class QuantColumnParallelLinear(Float32QParams):
     """x [..., in_features] -> [..., out_features_per_partition]; no communication.
 
     act_bits: 16 leaves the activations as they are. act_groups: slices of the input with their own scale per token.
+    plan: reassembles x first, where the module before it did not. low_rank: this rank's share of the branch.
     """
 
     packed_weight: Tensor  # uint8 [out_features, row_bytes]
@@ -31,7 +41,15 @@ class QuantColumnParallelLinear(Float32QParams):
     zero_point: Tensor  # float32 [out_features, groups]
     bias: nn.Parameter | None
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None, act_bits: int = 16, act_groups: int = 1):
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None = None,
+        act_bits: int = 16,
+        act_groups: int = 1,
+        plan: ReassemblyPlan | None = None,
+        low_rank: LowRank | None = None,
+    ):
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.packed_weight.shape[0]
         self.weight_bits, self.act_bits, self.act_groups = weight.num_bits, act_bits, act_groups
@@ -39,8 +57,13 @@ class QuantColumnParallelLinear(Float32QParams):
         self.register_buffer("scale", weight.scale)
         self.register_buffer("zero_point", weight.zero_point)
         self.register_parameter("bias", _frozen(bias))
+        self.reassembly = None if plan is None else Reassembly(plan)
+        self.register_buffer("lora_a", None if low_rank is None else low_rank.lora_a)
+        self.register_buffer("lora_b", None if low_rank is None else low_rank.lora_b)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.reassembly is not None:
+            x = self.reassembly(x)
         rows = x.reshape(-1, self.in_features)
         act_scale = act_zero_point = None
         if self.act_bits < 16:
@@ -49,12 +72,89 @@ class QuantColumnParallelLinear(Float32QParams):
             )
             rows = quantize(rows, act_scale, act_zero_point, self.act_bits)
         weight = (self.packed_weight, self.scale, self.zero_point, self.weight_bits)
-        y = quant_linear(rows, act_scale, act_zero_point, *weight, x.dtype).view(*x.shape[:-1], self.out_features)
+        y = quant_linear(rows, act_scale, act_zero_point, *weight, x.dtype)
+        if self.lora_a is not None:
+            inputs = rows if act_scale is None else dequantize(rows, act_scale, act_zero_point).to(x.dtype)
+            y = y + F.linear(F.linear(inputs, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+        y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         scheme = f"W{self.weight_bits}A{self.act_bits}"
         return f"{self.in_features}, {self.out_features}, {scheme}, act_groups={self.act_groups}"
+
+
+class Reassembly(Float32QParams):
+    """x [..., in_features] -> x S [..., width]."""
+
+    src_idx: Tensor
+    dst_idx: Tensor
+    coefficient: Tensor
+    float32 = ("coefficient",)  # 1/T has to be exact
+
+    def __init__(self, plan: ReassemblyPlan):
+        super().__init__()
+        self.in_features, self.width = plan.in_features, plan.width
+        for name in ("src_idx", "dst_idx", "coefficient"):
+            self.register_buffer(name, getattr(plan, name), persistent=False)
+
+    def plan(self) -> ReassemblyPlan:
+        return ReassemblyPlan(self.src_idx, self.dst_idx, self.coefficient, self.in_features, self.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reassemble(x, self.src_idx, self.dst_idx, self.coefficient, self.width)
+
+
+class ReassembledNorm(Float32QParams):
+    """A norm whose output arrives reassembled: [..., hidden] -> [..., width].
+
+    For an RMSNorm the gain is folded into the plan's coefficients, n(h) (diag(gain) S), so both are one gather. Any
+    other norm runs as it is, and the gather follows.
+    """
+
+    gain: Tensor | None
+    float32 = ("gain",)
+
+    def __init__(self, norm: nn.Module, plan: ReassemblyPlan):
+        super().__init__()
+        rms = rms_gain(norm)
+        self.eps, self.offset = 0.0, 0.0
+        if rms is not None:
+            weight: Any = norm.weight
+            self.eps = rms[1]
+            self.offset = round((rms[0] - weight.detach().float()).mean().item())  # 1: the norm multiplies by 1 + weight
+        self.norm = norm if rms is None else None
+        self.reassembly = Reassembly(plan)
+        self.register_buffer("gain", None if rms is None else rms[0].float())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.norm is not None:
+            return self.reassembly(self.norm(hidden))
+        plan, h = self.reassembly, hidden.float()
+        normed = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        coefficient = plan.coefficient * self.gain[plan.src_idx]
+        return reassemble(normed, plan.src_idx, plan.dst_idx, coefficient, plan.width).to(hidden.dtype)
+
+
+def rms_gain(norm: nn.Module) -> tuple[Tensor, float] | None:
+    """(gain, eps) of an RMSNorm, whether it multiplies by its weight or by 1 + weight (Gemma); None for other norms.
+
+    Told by what the module computes for a random row, not by its name.
+    """
+    weight = getattr(norm, "weight", None)
+    eps = next((getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)), None)
+    if weight is None or weight.ndim != 1 or not isinstance(eps, float):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(1, len(weight), generator=generator).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        normed = h.float() * torch.rsqrt(h.float().square().mean(-1, keepdim=True) + eps)
+        actual = norm(h).float()
+        for gain in (weight.detach().float(), 1 + weight.detach().float()):
+            tolerance = 1e-5 if weight.dtype == torch.float32 else 0.02  # the norm's own rounding to bf16
+            if torch.allclose(actual, normed * gain, rtol=tolerance, atol=tolerance * actual.abs().max().item()):
+                return gain, eps
+    return None
 
 
 class DenseShard(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -111,6 +112,13 @@ def progress(items: Iterable[T], total: int, description: str, rank: int = 0) ->
     )
     with Progress(*columns, console=console, disable=rank != 0 or not console.is_terminal, transient=True) as bar:
         yield from bar.track(items, total=total, description=description)
+
+
+def peak_memory() -> int:
+    """The most bytes this process has held so far: on its GPU where there is one, else in main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def environment() -> dict[str, Any]:

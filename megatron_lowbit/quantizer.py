@@ -100,7 +100,17 @@ def fake_quantize(x: Tensor, num_bits: int, symmetric: bool = False, group_size:
     """dequantize(quantize(x)) in x's dtype, with the straight-through gradient (identity)."""
     with torch.no_grad():
         scale, zero_point = choose_qparams(x, num_bits, symmetric, group_size)
-        quantized = dequantize(quantize(x, scale, zero_point, num_bits), scale, zero_point).to(x.dtype)
+    return fake_quantize_with(x, scale, zero_point, num_bits)
+
+
+def fake_quantize_with(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> Tensor:
+    """fake_quantize with given qparams [..., groups] of x [..., features]."""
+    with torch.no_grad():
+        grouped = x.detach().float().unflatten(-1, (scale.shape[-1], -1))
+        scale, zero_point = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
+        # In place on one copy: training does this to every weight in every step.
+        values = torch.div(grouped, scale).round_().add_(zero_point).clamp_(0, 2**num_bits - 1)
+        quantized = values.sub_(zero_point).mul_(scale).flatten(-2).to(x.dtype)
     return _StraightThrough.apply(x, quantized)
 
 
@@ -169,11 +179,27 @@ class QuantizedWeight:
         return QuantizedWeight(packed, scale, zero, self.num_bits, self.in_features // size)
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """The branch of a linear: lora_a bf16 [rank, in_features], lora_b bf16 [out_features, rank]."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+
+    def shard_out(self, rank: int, size: int) -> LowRank:
+        return LowRank(self.lora_a, self.lora_b.chunk(size)[rank].contiguous())
+
+    def shard_in(self, rank: int, size: int) -> LowRank:
+        return LowRank(self.lora_a.chunk(size, dim=1)[rank].contiguous(), self.lora_b)
+
+
 class Float32QParams(nn.Module):
-    """A module whose `scale` and `zero_point` buffers stay float32: model.bfloat16() moves them, but rounds nothing."""
+    """A module whose `float32` buffers stay float32: model.bfloat16() moves them, but rounds nothing."""
+
+    float32: tuple[str, ...] = ("scale", "zero_point")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32QParams:
-        exact = {name: self._buffers[name] for name in ("scale", "zero_point") if name in self._buffers}
+        exact = {name: self._buffers[name] for name in self.float32 if name in self._buffers}
         super()._apply(fn, recurse)
         for name, before in exact.items():
             moved = self._buffers[name]

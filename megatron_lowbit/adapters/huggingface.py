@@ -8,10 +8,14 @@ column-parallel. A submodule without such a pair (a router, a gate) is left alon
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from megatron_lowbit.adapters import patching
 from megatron_lowbit.artifacts import Artifact, Fingerprint, check_fingerprint, model_fingerprint
@@ -60,6 +64,69 @@ def find_linears(model: nn.Module) -> dict[str, tuple[Kind, nn.Linear]]:
             f"{type(model).__name__}: no row-parallel nn.Linear in its decoder blocks; not a supported model"
         )
     return found
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linears of one block that read the same tensor, and so share one reassembly of it.
+
+    linears: their fqns within the block; owner: the submodule they belong to (attention, MLP); norm: fqn of the
+    norm whose output that tensor is, where nothing else reads it; row: fqn of the owner's row-parallel linear.
+    """
+
+    kind: Kind
+    linears: tuple[str, ...]
+    owner: str
+    norm: str | None
+    row: str
+
+
+@contextmanager
+def input_groups(block: nn.Module, linears: Mapping[str, tuple[Kind, nn.Module]]) -> Iterator[list[InputGroup]]:
+    """Within the context run the block once; afterwards the list holds its InputGroups, in the order they ran.
+
+    linears: {fqn within the block: (kind, module)}. Who reads what is seen by object identity of tensors, on any device.
+    """
+    groups: list[InputGroup] = []
+    outputs: list[tuple[str, Tensor]] = []
+    inputs: list[tuple[str, Tensor]] = []
+
+    def norm_hook(name: str):
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                outputs.append((name, output))
+
+        return hook
+
+    def linear_hook(name: str):
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs.append((name, args[0]))
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(linear_hook(name)) for name, (_, module) in linears.items()]
+    for name, module in block.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim == 1 and not any(module.children()):
+            handles.append(module.register_forward_hook(norm_hook(name)))
+    try:
+        yield groups
+    finally:
+        for handle in handles:
+            handle.remove()
+    rows = {name.rpartition(".")[0]: name for name, (kind, _) in linears.items() if kind == "row"}
+    readers: list[tuple[Tensor, str, list[str]]] = []
+    for name, tensor in inputs:
+        owner = name.rpartition(".")[0]
+        known = next((names for seen, place, names in readers if seen is tensor and place == owner), None)
+        if known is None:
+            readers.append((tensor, owner, [name]))
+        else:
+            known.append(name)
+    for tensor, owner, names in readers:
+        shared = sum(seen is tensor for seen, _, _ in readers) > 1
+        norm = None if shared else next((name for name, output in outputs if output is tensor), None)
+        groups.append(InputGroup(linears[names[0]][0], tuple(names), owner, norm, rows[owner]))
 
 
 def row_parallel_sites(model: nn.Module) -> dict[str, nn.Module]:

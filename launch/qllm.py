@@ -1,0 +1,140 @@
+"""Method qllm of `quantize`: what it takes around the walk over the blocks (model folder, text, ranks)."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from megatron_lowbit.adapters.blocks import BlockSource
+from megatron_lowbit.adapters.huggingface import check_divides, model_config
+from megatron_lowbit.artifacts import CalibrationStats
+from megatron_lowbit.blockwise import GroupResult, Walk
+from megatron_lowbit.config import CommConfig, LowBitError, QuantizeConfig, one_line
+from megatron_lowbit.data import Windows, token_windows
+from megatron_lowbit.distributed import device, env_rank, env_world_size, launched, make_groups, on_rank_zero, seed_everything
+from megatron_lowbit.launch.engine import compute_dtype, model_name
+from megatron_lowbit.linear import activation_groups
+from megatron_lowbit.metrics import MetricLogger
+
+
+def quantize_qllm(config: QuantizeConfig, logger: MetricLogger) -> tuple[CalibrationStats, list[GroupResult]]:
+    """Write the LowBitCheckpoint to output_dir; returns the ranges of its partial sums and a record of every group."""
+    if config.calibration.data is None:
+        raise LowBitError("weights.method=qllm needs calibration.data; name a text, or set weights.method=rtn")
+    if config.model is None:
+        raise LowBitError("quantization needs the full-precision model; set model to its folder or hub id")
+    if config.artifact is not None:
+        raise LowBitError("weights.method=qllm makes a new artifact; leave artifact out")
+    seed_everything(config.seed)
+    tp_group, dp_group = _groups(config)
+    folder = Path(on_rank_zero(lambda: download(model_name(config.model or ""))))
+    hf_config, tokenizer = read_config(folder), read_tokenizer(folder)
+    text_config = getattr(hf_config, "text_config", None) or hf_config
+    check_divides(text_config, config.tp, "tp")
+    context = getattr(text_config, "max_position_embeddings", None) or 2048
+    section = config.calibration
+    arguments = (section.data, section.samples, section.sequence_length, context, "calibration")
+    windows = _aligned(on_rank_zero(lambda: token_windows(tokenizer, *arguments)))
+    source = BlockSource(folder, hf_config, config, compute_dtype(config), device(), tp_group)
+    walk = Walk(source, windows, config, plan_sizes(source, config), dp_group, logger)
+
+    def save_beside(output: Path) -> None:
+        read_config(folder).save_pretrained(output)
+        tokenizer.save_pretrained(output)
+
+    return walk.run(save_beside), walk.results
+
+
+def plan_sizes(source: BlockSource, config: QuantizeConfig) -> list[int]:
+    """comm.tp_sizes (and the size that the correction trains through) whose partial sums the shard groups make up."""
+    rows = [linear for kinds in source.kinds for kind, linear in kinds.values() if kind == "row"]
+    shards = {width: activation_groups(width, config.weights.shard_groups) for width in {r.in_features for r in rows}}
+    given = config.comm.tp_sizes != CommConfig().tp_sizes
+    sizes = set()
+    for size in config.comm.tp_sizes:
+        try:
+            check_divides(model_config(source.model), size, "comm.tp_sizes")
+            _check_shards(size, shards, "comm.tp_sizes")
+            sizes.add(size)
+        except LowBitError as error:
+            if given:
+                raise
+            if env_rank() == 0:
+                print(f"left out: {error}")
+    if config.correction.through_communication:
+        size = max(config.virtual_tp, config.tp)
+        if size == 1:
+            raise LowBitError("correction.through_communication needs ranks that communicate: set virtual_tp, or tp")
+        _check_shards(size, shards, "virtual_tp")
+        sizes.add(size)
+    return sorted(sizes)
+
+
+def _check_shards(size: int, shards: dict[int, int], key: str) -> None:
+    for width, groups in shards.items():
+        if groups % size:
+            raise LowBitError(
+                f"{key}: {size} does not divide the {groups} shard groups of inputs of width {width}; "
+                f"set weights.shard_groups to a multiple of {size}, or leave {size} out"
+            )
+
+
+def _groups(config: QuantizeConfig) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """This rank's (tp_group, dp_group)."""
+    ranks = config.tp * config.dp
+    if ranks == 1:
+        return None, None
+    assert launched() and env_world_size() == ranks, "run_stage starts the ranks"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
+    return make_groups(config.tp, config.dp)
+
+
+def _aligned(windows: Windows) -> Windows:
+    """Padded to a multiple of 64 tokens, so that vectorised kernels end at the same places on every number of ranks."""
+    extra = -windows.ids.shape[1] % 64
+    pad = torch.nn.functional.pad
+    return Windows(pad(windows.ids, (0, extra)), pad(windows.mask, (0, extra)))
+
+
+def download(name: str) -> str:
+    """The folder of a model: itself, or the hub's files in the local cache."""
+    if Path(name).is_dir():
+        return name
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"])
+    except Exception as error:  # whatever the hub client raises
+        raise LowBitError(f"cannot load model {name!r}: {one_line(error)}") from None
+
+
+def read_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return _read("config", folder, AutoConfig)
+
+
+def read_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return _read("tokenizer", folder, AutoTokenizer)
+
+
+def _read(what: str, folder: Path, loader: Any) -> Any:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+            warnings.simplefilter("ignore")
+            return loader.from_pretrained(folder)
+    except Exception as error:  # whatever transformers and tokenizers raise
+        raise LowBitError(f"cannot read the {what} of {str(folder)!r}: {one_line(error)}") from None

@@ -1,0 +1,141 @@
+"""Quantized attention of Hugging Face models: Q and K after RoPE, and V, per token and head (QLLM, arXiv 2310.08041).
+
+    softmax( Q(q) Q(k)^T / sqrt(d) ) Q(v)          the softmax's output keeps its precision, as in the paper
+
+Registered with transformers as an attention function that wraps the model's own (sdpa, eager, ...) and reads the number
+of bits from the attention module; a module without it computes as before. While tokens are generated, K and V are packed in
+the cache: every DynamicLayer that an attention module meets empty is replaced by a PackedLayer. (Layers that keep
+a sliding window stay unpacked; their K and V are quantized when they are read.)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, unpack_bits
+from megatron_lowbit.quantizer import choose_qparams, fake_quantize, quantize
+
+_BITS = "_lowbit_act_bits"  # on an attention module
+_QUANTIZED = "_lowbit_quantized"  # on a K or V that comes from a PackedLayer
+_QPARAM_BYTES = 8  # a float32 scale and zero point
+
+
+def set_bits(modules: Iterable[nn.Module], act_bits: int) -> None:
+    """Have these attention modules quantize Q, K and V to act_bits; 16: not at all."""
+    for module in modules:
+        setattr(module, _BITS, act_bits)
+
+
+def enable(config: Any) -> str:
+    """Route the attention of the model that owns `config` through this module; returns the function's name before."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    before = config._attn_implementation or "eager"
+    if not before.startswith("lowbit_"):
+        name = f"lowbit_{before}"
+        ALL_ATTENTION_FUNCTIONS.register(name, partial(_attention, before))
+        if before in ALL_MASK_ATTENTION_FUNCTIONS:
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
+        config._attn_implementation = name
+    return before
+
+
+def _attention(implementation: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options):
+    """The attention function `implementation` on quantized query, key, value [batch, heads, tokens, head_dim]."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    act_bits = getattr(module, _BITS, 16)
+    if act_bits < 16:
+        query, key, value = (t if hasattr(t, _QUANTIZED) else fake_quantize(t, act_bits) for t in (query, key, value))
+    if implementation == "eager":  # every model brings its own, in its own file
+        attend = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    else:
+        attend = ALL_ATTENTION_FUNCTIONS[implementation]
+    return attend(module, query, key, value, mask, **options)
+
+
+def pack_cache(modules: Iterable[nn.Module], act_bits: int) -> list[Any]:
+    """Have these attention modules keep K and V packed; returns the hooks' handles."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer
+
+        cache, index = kwargs.get("past_key_values"), getattr(module, "layer_idx", None)
+        if not isinstance(cache, DynamicCache) or index is None:
+            return
+        packed = packed_layer_class()
+        if index == len(cache.layers) and cache.layer_class_to_replicate is DynamicLayer:
+            cache.layers.append(packed(act_bits))
+        elif index < len(cache.layers):
+            layer = cache.layers[index]
+            if type(layer) is DynamicLayer and not layer.is_initialized:
+                cache.layers[index] = packed(act_bits)
+
+    return [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+
+
+def packed_layer_class() -> type:
+    """PackedLayer: DynamicLayer of uint8 rows [batch, heads, tokens, packed codes | scale | zero point].
+
+    Whatever transformers does to a DynamicLayer along its first three dimensions (crop, reorder, repeat) it can do to
+    this one. The class is made on first use, because `import megatron_lowbit` must not import transformers.
+    """
+    global _packed_layer
+    if _packed_layer is not None:
+        return _packed_layer
+    from transformers.cache_utils import DynamicLayer
+
+    class PackedLayer(DynamicLayer):
+        def __init__(self, num_bits: int):
+            super().__init__()
+            self.num_bits = num_bits
+
+        def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.head_dim = key_states.shape[-1]
+            self.keys = _encode(key_states[..., :0, :], self.num_bits)
+            self.values = _encode(value_states[..., :0, :], self.num_bits)
+            self.value_dim = value_states.shape[-1]
+            self.is_initialized = True
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            self.keys = torch.cat([self.keys, _encode(key_states, self.num_bits)], dim=-2)
+            self.values = torch.cat([self.values, _encode(value_states, self.num_bits)], dim=-2)
+            decoded = []
+            for rows, width in ((self.keys, self.head_dim), (self.values, self.value_dim)):
+                tensor = _decode(rows, self.num_bits, width).to(self.dtype)
+                setattr(tensor, _QUANTIZED, True)  # rounding twice would be another rounding
+                decoded.append(tensor)
+            return decoded[0], decoded[1]
+
+    _packed_layer = PackedLayer
+    return PackedLayer
+
+
+_packed_layer: type | None = None
+
+
+def _encode(x: Tensor, num_bits: int) -> Tensor:
+    """x [..., d] -> uint8 [..., packed codes | scale | zero point], one pair per row."""
+    if x.shape[-2] == 0:
+        return x.new_empty((*x.shape[:-1], packed_bytes(x.shape[-1], num_bits) + _QPARAM_BYTES), dtype=torch.uint8)
+    scale, zero_point = choose_qparams(x, num_bits)
+    codes = pack_bits(quantize(x, scale, zero_point, num_bits), num_bits)
+    return torch.cat([codes, scale.view(torch.uint8), zero_point.view(torch.uint8)], dim=-1)
+
+
+def _decode(rows: Tensor, num_bits: int, width: int) -> Tensor:
+    """The inverse: float32 [..., width]."""
+    packed = rows[..., :-_QPARAM_BYTES]
+    scale, zero_point = rows[..., -_QPARAM_BYTES:].contiguous().view(torch.float32).split(1, dim=-1)
+    return dequantize(unpack_bits(packed, num_bits, width), scale, zero_point)

@@ -1,0 +1,247 @@
+"""A Hugging Face causal LM, block by block: only what is asked for is in memory.
+
+The model is built without weights (parameters on the meta device, buffers real). Blocks are copied from it one by one
+and filled from the safetensors files; their linears become ShardedLinears that hold this rank's shards.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from megatron_lowbit.adapters import attention, huggingface
+from megatron_lowbit.adapters.huggingface import InputGroup, Kind
+from megatron_lowbit.adapters.outliers import Scales, outlier_scales, scale_linear, scale_norm
+from megatron_lowbit.artifacts import bit_sum
+from megatron_lowbit.config import LowBitError, QuantizeConfig
+from megatron_lowbit.distributed import group_rank, world_size
+from megatron_lowbit.hf_weights import HFWeights
+from megatron_lowbit.linear import activation_groups
+from megatron_lowbit.sharded import ShardedLinear
+
+Arguments = dict[str, Any]  # of a block's forward, besides the hidden states
+
+
+@contextmanager
+def _no_parameters() -> Iterator[None]:
+    """Parameters made inside go to the meta device at once; buffers (rotary frequencies) stay real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:  # one that is, is tied: it has to stay the same object
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        register(self, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def skeleton(hf_config: Any, dtype: torch.dtype) -> Any:
+    """The model without weights, for inference."""
+    from transformers import AutoModelForCausalLM
+
+    with _no_parameters():
+        return AutoModelForCausalLM.from_config(hf_config, dtype=dtype).eval()
+
+
+class BlockSource:
+    """The blocks of the model in `folder`, this rank's shards of them, on `device` in `dtype`.
+
+    Raises LowBitError for weights that are missing, damaged or of another shape or dtype than the config says.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        hf_config: Any,
+        config: QuantizeConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        tp_group: dist.ProcessGroup | None,
+    ):
+        self.weights, self.config = HFWeights(folder), config
+        self.stored_dtype = hf_config.dtype  # from_config overwrites it
+        self.dtype, self.device, self.tp_group = dtype, device, tp_group
+        self.model = skeleton(hf_config, dtype)
+        self.text_config = huggingface.model_config(self.model)
+        attention.enable(self.text_config)
+        self.prefix, self.blocks = huggingface.decoder_blocks(self.model)
+        named = self.model.named_parameters()  # a tied weight once
+        self.rest_shapes = {name: p.shape for name, p in named if not name.startswith(self.prefix + ".")}
+        kinds = huggingface.find_linears(self.model)
+        self.kinds: list[dict[str, tuple[Kind, nn.Linear]]] = []
+        for index in range(len(self.blocks)):
+            path = self.fqn(index, "")
+            self.kinds.append({n.removeprefix(path): kind for n, kind in kinds.items() if n.startswith(path)})
+        self.groups: list[list[InputGroup]] = []
+        self.bit_sums: dict[str, Tensor] = {}
+
+    def fqn(self, index: int, name: str) -> str:
+        return f"{self.prefix}.{index}.{name}"
+
+    def embed(self, ids: Tensor) -> tuple[Tensor, list[Arguments]]:
+        """(hidden states [windows, length, hidden] before the first block, what every block gets besides)."""
+        arguments: list[Arguments] = []
+        first: list[Tensor] = []
+
+        def recorder(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            first.append(hidden_states)
+            arguments.append(kwargs)
+            return hidden_states
+
+        for block in self.blocks:
+            block.forward = recorder
+        try:
+            self.load_rest()
+            with torch.no_grad():
+                self.model.base_model(input_ids=ids.to(self.device), use_cache=False)
+        finally:
+            for block in self.blocks:
+                del block.forward
+        return first[0], arguments
+
+    def find_groups(self, arguments: list[Arguments], hidden: Tensor) -> None:
+        """See, without weights, which linears of every block read the same input."""
+        for block, kinds, given in zip(self.blocks, self.kinds, arguments, strict=True):
+            with torch.no_grad(), huggingface.input_groups(block, kinds) as groups:
+                block(_to_meta(hidden[:1]), **{name: _to_meta(value) for name, value in given.items()})
+            self.groups.append(groups)
+        ranks = world_size(self.tp_group)
+        for kinds, block_groups in zip(self.kinds, self.groups, strict=True):
+            for group in block_groups:
+                first = kinds[group.linears[0]][1]
+                if ranks > 1 and group.kind == "column" and first.out_features != kinds[group.row][1].in_features:
+                    raise LowBitError(f"{group.linears[0]} is a fused projection, which tp={ranks} would split wrongly; set tp=1")
+
+    def load_rest(self) -> None:
+        """Materialize what is neither a block nor the language-model head (embeddings, final norm)."""
+        if self._is_loaded():
+            return
+        base = self.model.base_model
+        prefix = next((f"{n}." for n, m in self.model.named_modules() if m is base and n), "")
+        for name, parameter in base.named_parameters():
+            fqn = prefix + name
+            if parameter.is_meta and not fqn.startswith(self.prefix + "."):
+                owner, _, leaf = name.rpartition(".")
+                tensor = self._read(fqn, parameter.shape)
+                setattr(base.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+        for name, module in base.named_modules():
+            if not (prefix + name).startswith(self.prefix + "."):
+                for leaf, buffer in module.named_buffers(recurse=False):
+                    setattr(module, leaf, buffer.to(self.device))
+
+    def free_rest(self) -> None:
+        """Drop what load_rest loaded."""
+        for module in self.model.base_model.modules():
+            for leaf, parameter in list(module._parameters.items()):
+                if parameter is not None and not parameter.is_meta:
+                    module._parameters[leaf] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
+
+    def _is_loaded(self) -> bool:
+        return not self.model.get_input_embeddings().weight.is_meta
+
+    def block(self, index: int) -> nn.Module:
+        """Block `index` in full precision, its tensor-parallel linears as ShardedLinears with this rank's shards."""
+        block = copy.deepcopy(self.blocks[index])
+        scales = self._outliers(index)
+        for name, (kind, linear) in self.kinds[index].items():
+            block.set_submodule(name, self._linear(index, name, kind, linear, scales))
+        for name, parameter in list(block.named_parameters()):
+            if parameter.is_meta:
+                owner, _, leaf = name.rpartition(".")
+                tensor = self._read(self.fqn(index, name), parameter.shape)
+                setattr(block.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+        for name, (outputs, _) in scales.items():
+            if name not in self.kinds[index] and outputs is not None:
+                scale_norm(block.get_submodule(name), outputs)
+        return block.to(self.device)
+
+    def rest(self) -> dict[str, Tensor]:
+        """Every tensor outside the blocks, as it is stored, tied ones once."""
+        return {name: self.weights.read(name, shape) for name, shape in self.rest_shapes.items()}
+
+    def block_tensors(self, index: int, block: nn.Module) -> dict[str, Tensor]:
+        """The block's tensors that are not quantized (norms, and biases whole), under their names in the model."""
+        stored = self.stored_dtype or self.dtype
+        tensors = {
+            self.fqn(index, name): parameter.detach().to("cpu", stored)
+            for name, parameter in block.named_parameters()
+            if not any(name.startswith(linear + ".") for linear in self.kinds[index])
+        }
+        scales = self._outliers(index)
+        for name, (_, linear) in self.kinds[index].items():
+            if linear.bias is not None:
+                fqn = self.fqn(index, name + ".bias")
+                bias = self._read(fqn, linear.bias.shape)
+                outputs = scales.get(name, (None, None))[0]
+                tensors[fqn] = (bias if outputs is None else bias * outputs.to(bias)).to("cpu", stored)
+        return tensors
+
+    def _outliers(self, index: int) -> Scales:
+        factor = self.config.inject_outliers
+        if factor is None:
+            return {}
+        kinds = self.kinds[index]
+        return outlier_scales(
+            self.groups[index],
+            lambda name: (kinds[name][1].out_features, kinds[name][1].in_features),
+            self.text_config,
+            factor,
+            self.config.inject_at,
+            self.config.seed,
+            index,
+        )
+
+    def _linear(self, index: int, name: str, kind: Kind, linear: nn.Linear, scales: Scales) -> ShardedLinear:
+        fqn = self.fqn(index, name)
+        dim, width = (0, linear.out_features) if kind == "column" else (1, linear.in_features)
+        ranks, rank = world_size(self.tp_group), group_rank(self.tp_group)
+        shards = activation_groups(width, self.config.weights.shard_groups)
+        if shards % ranks:
+            raise LowBitError(
+                f"{fqn}: its {width} channels make {shards} shard groups, which tp={ranks} does not divide; "
+                f"set weights.shard_groups to a multiple of {ranks}, or another tp"
+            )
+        start, stop = rank * width // ranks, (rank + 1) * width // ranks
+        weight = self._read(fqn + ".weight", linear.weight.shape, dim, start, stop, check_dtype=True)
+        outputs, inputs = scales.get(name, (None, None))
+        if kind == "column":
+            scale_linear(weight, None if outputs is None else outputs[start:stop], inputs)
+        else:
+            scale_linear(weight, outputs, None if inputs is None else inputs[start:stop])
+        self.bit_sums[fqn] = bit_sum(weight)
+        bias = None
+        if linear.bias is not None:
+            bias = self._read(fqn + ".bias", linear.bias.shape)
+            bias = bias if outputs is None else bias * outputs.to(bias)
+            bias = bias[start:stop] if kind == "column" else bias
+        pieces = [piece.float().contiguous() for piece in weight.chunk(shards // ranks, dim)]
+        return ShardedLinear(fqn, kind, pieces, bias, self.tp_group)
+
+    def _read(
+        self, name: str, shape: torch.Size, dim: int = 0, start: int = 0, stop: int | None = None, check_dtype: bool = False
+    ) -> Tensor:
+        tensor = self.weights.read(name, shape, dim, start, stop)
+        declared = self.stored_dtype
+        if check_dtype and declared is not None and tensor.dtype != declared:
+            kind, want = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, declared))
+            raise LowBitError(f"{name} is stored as {kind}, config.json says {want}; download or convert the model again")
+        return tensor.to(self.device, self.dtype, copy=True)
+
+
+def _to_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to_meta(item) for item in value)
+    return value

@@ -1,0 +1,437 @@
+"""QLLM's walk over a model (arXiv 2310.08041): group after group of blocks, two streams, one restartable state.
+
+    full-precision stream   h  -> F(h)            what the correction aims at
+    quantized stream        h~ -> F~(h~)          what the next group will be given
+
+For every group: load its blocks from disk; run the full-precision stream through them; reassemble and round block by block;
+train the low-rank correction of the whole group; run the quantized stream through the result, which also records the ranges of
+the partial sums for the communication plans; write the group's part of the checkpoint. Only the group at hand is in memory;
+the streams are memory-mapped files. After every group the state is written, so a killed run continues with the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from megatron_lowbit.adapters import attention
+from megatron_lowbit.adapters.blocks import Arguments, BlockSource
+from megatron_lowbit.artifacts import (
+    CalibrationStats,
+    CheckpointPart,
+    FeatureRange,
+    ensure_writable,
+    fingerprint_of,
+    merge_parts,
+    read_json,
+    write_checkpoint,
+    write_json,
+)
+from megatron_lowbit.calibrate import RangeObserver
+from megatron_lowbit.collectives import VirtualReducer
+from megatron_lowbit.config import LowBitError, QuantizeConfig, defaults, one_line
+from megatron_lowbit.correction import add_low_rank, train, trainable_gains
+from megatron_lowbit.data import Windows
+from megatron_lowbit.distributed import all_gather_stack, env_rank, group_rank, on_rank_zero, world_size
+from megatron_lowbit.linear import ReassembledNorm
+from megatron_lowbit.metrics import MetricLogger, peak_memory, progress
+from megatron_lowbit.quantizer import Scheme
+from megatron_lowbit.ranges import build_plan
+from megatron_lowbit.search import Search
+from megatron_lowbit.sharded import PreparedNorm, ShardedLinear
+from megatron_lowbit.streams import HiddenStream
+
+STATE = "resume"  # folder of an unfinished run, inside its output_dir
+_FREE_KEYS = ("output_dir", "wandb", "dry_run", "architecture")  # may differ when a run is resumed
+
+
+@dataclass
+class GroupResult:
+    """What one group left behind: seconds, peak bytes, and the training's mean loss per epoch."""
+
+    blocks: list[int]
+    seconds: float
+    peak_bytes: int
+    losses: list[float] = field(default_factory=list)
+    reassembled: dict[str, int] = field(default_factory=dict)  # {module: channels added}
+
+
+class Walk:
+    """One run of method qllm. tp_sizes: tensor-parallel sizes whose ranges are recorded on the way."""
+
+    def __init__(
+        self,
+        source: BlockSource,
+        windows: Windows,
+        config: QuantizeConfig,
+        tp_sizes: list[int],
+        dp_group: dist.ProcessGroup | None,
+        logger: MetricLogger,
+    ):
+        self.source, self.config, self.logger = source, config, logger
+        self.tp_group, self.dp_group, self.tp_sizes = source.tp_group, dp_group, tp_sizes
+        self.scheme = Scheme.parse(config.weights.scheme)
+        self.attention_bits = attention_bits(config)
+        ranks, rank = world_size(dp_group), group_rank(dp_group)
+        check_windows(windows, config, ranks, source.text_config)
+        self.all_mask = windows.mask
+        self.ids, self.mask = windows.ids[rank::ranks], windows.mask[rank::ranks]
+        self.folder = Path(config.output_dir)
+        self.state = self.folder / STATE
+        self.digest = hashlib.sha256(windows.ids.numpy().tobytes() + windows.mask.numpy().tobytes()).hexdigest()
+        self.results: list[GroupResult] = []
+        self.parts: list[dict[str, Any]] = []
+        self.bit_sums: dict[str, int] = {}
+        self.ranges: dict[int, dict[str, FeatureRange]] = {size: {} for size in (1, *tp_sizes)}
+        self.arguments: list[Arguments] = []
+
+    def run(self, save_beside: Callable[[Path], Any]) -> CalibrationStats:
+        """Quantize, resuming where an earlier run of the same settings stopped, and write the checkpoint to output_dir.
+
+        save_beside(folder) adds the model's config and tokenizer. Returns the ranges of the quantized model's partial sums.
+        """
+        done = self._resume()
+        count = len(self.source.blocks)
+        size = self.config.correction.blocks_per_group
+        groups = [list(range(first, min(first + size, count))) for first in range(0, count, size)]
+        self._start_streams(done)
+        for number in progress(range(done, len(groups)), len(groups) - done, "block groups", env_rank()):
+            self._group(number, groups[number])
+        fingerprint = {**fingerprint_of({"": torch.zeros((), dtype=torch.int64)}, self.source.text_config)}
+        fingerprint["weights"] = {name: self.bit_sums[name] for name in sorted(self.bit_sums)}
+        on_rank_zero(partial(self._finish, fingerprint, save_beside))
+        return CalibrationStats(self.ranges, fingerprint)
+
+    def _start_streams(self, done: int) -> None:
+        """Open the streams before group `done`, or fill them with the embeddings."""
+        ids = self.ids
+        hidden, self.arguments = self.source.embed(ids[:1])
+        self.source.find_groups(self.arguments, hidden)
+        self.shape = (len(ids), ids.shape[1], hidden.shape[-1])
+        self.hp_stream, self.stream = self._stream("hp", done), self._stream("lowbit", done)
+        if done == 0:
+            for start in range(0, len(ids), self.config.calibration.batch_size):
+                hidden, _ = self.source.embed(ids[start : start + self.config.calibration.batch_size])
+                self.hp_stream.write(start, hidden)
+                self.stream.write(start, hidden)
+        self.source.free_rest()
+
+    def _stream(self, name: str, number: int | str) -> HiddenStream:
+        path = self.state / f"{name}-{number}-rank{env_rank()}.bin"
+        return HiddenStream(path, self.shape, self.source.dtype)
+
+    def _group(self, number: int, indices: list[int]) -> None:
+        began = time.perf_counter()
+        blocks = [self.source.block(index) for index in indices]
+        tensors = [self.source.block_tensors(i, block) for i, block in zip(indices, blocks, strict=True)]
+        target = self._stream("hp", number + 1)
+        self._forward(blocks, indices, self.hp_stream, target)
+        result = GroupResult(indices, 0.0, 0)
+        here, scratch = self.stream, [self._stream("scratch", side) for side in (0, 1)]
+        for i, (index, block) in enumerate(zip(indices, blocks, strict=True)):
+            self._quantize_block(index, block, here, result)
+            if i + 1 < len(blocks):
+                self._forward([block], [index], here, scratch[i % 2])
+                here = scratch[i % 2]
+        linears = [module for block in blocks for module in block.modules() if isinstance(module, ShardedLinear)]
+        through = self.config.correction.through_communication
+        if through:
+            self._record_ranges(blocks, indices)
+            self._attach_reducers(linears)
+        self._correct(blocks, indices, linears, target, result)
+        for linear in linears:
+            linear.freeze()
+        following = self._stream("lowbit", number + 1)
+        if through:
+            self._forward(blocks, indices, self.stream, following)
+        else:
+            self._record_ranges(blocks, indices, following)
+        part = self._pack(indices, blocks, tensors)
+        sums = {linear.name: self.source.bit_sums[linear.name] for linear in linears}
+        weights = fingerprint_of(sums, self.source.text_config, self.tp_group)["weights"]
+        result.seconds, result.peak_bytes = time.perf_counter() - began, peak_memory()
+        self.results.append(result)
+        self._save_state(number + 1, part, weights)
+        for stream in (self.hp_stream, self.stream, *scratch):
+            stream.delete()
+        self.hp_stream, self.stream = target, following
+        self.logger.log(group=number, group_seconds=result.seconds, peak_bytes=result.peak_bytes)
+
+    def _batches(self) -> Iterator[tuple[int, int, Tensor]]:
+        size = self.config.calibration.batch_size
+        for start in range(0, len(self.ids), size):
+            stop = min(start + size, len(self.ids))
+            yield start, stop, self.mask[start:stop].to(self.source.device)
+
+    def _call(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        output = block(hidden, **self.arguments[index])
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def _forward(self, blocks: list[nn.Module], indices: list[int], source: HiddenStream, to: HiddenStream) -> None:
+        for start, stop, _ in self._batches():
+            hidden = source.read(start, stop, self.source.device)
+            for block, index in zip(blocks, indices, strict=True):
+                hidden = self._call(block, index, hidden)
+            to.write(start, hidden)
+
+    def _quantize_block(self, index: int, block: nn.Module, stream: HiddenStream, result: GroupResult) -> None:
+        """Reassemble and round one block in place, input group by input group, in the order they run."""
+
+        def run() -> Iterator[tuple[Callable[[], Any], Tensor]]:
+            for start, stop, mask in self._batches():
+                hidden = stream.read(start, stop, self.source.device)
+                yield partial(self._call, block, index, hidden), mask
+
+        search = Search(block, run, self.config, self.attention_bits, self.tp_group, self.dp_group)
+        attentions = [g.owner for g in self.source.groups[index]]
+        for group in self.source.groups[index]:
+            linears = [module for name in group.linears if isinstance(module := block.get_submodule(name), ShardedLinear)]
+            plans = search.choose(group) if self._reassembles(index, group.row, group.kind) else None
+            if plans is not None and all(plan.is_identity for plan in plans):
+                plans = None
+            if plans is not None:
+                added = sum(int((plan.coefficient != 1).sum()) for plan in plans)
+                result.reassembled[self.source.fqn(index, group.norm or group.linears[0])] = added
+            for linear in linears:
+                if plans is not None:
+                    linear.set_plans(plans)
+                linear.quantize(self.scheme, self.config.weights)
+                linear.prepared = group.norm is not None
+            if group.norm is not None:
+                norm = block.get_submodule(group.norm)
+                norm = norm if plans is None else ReassembledNorm(norm, plans[0].to("cpu")).to(self.source.device)
+                block.set_submodule(group.norm, PreparedNorm(norm, self.scheme.act_bits))
+        attention.set_bits([block.get_submodule(name) for name in attentions], self.attention_bits)
+        for module in block.modules():
+            if isinstance(module, ShardedLinear):
+                module.freeze()
+
+    def _reassembles(self, index: int, row: str, kind: str) -> bool:
+        """Everything but the attention's output projection, which the paper leaves (reassembly.o_proj)."""
+        if self.config.reassembly.mode == "none" or self.scheme.act_bits == 16:
+            return False
+        first_owner = self.source.groups[index][0].owner  # attention runs first in every decoder block
+        return kind == "column" or self.config.reassembly.o_proj or not row.startswith(first_owner + ".")
+
+    def _correct(
+        self, blocks: list[nn.Module], indices: list[int], linears: list[ShardedLinear], target: HiddenStream, result: GroupResult
+    ) -> None:
+        section = self.config.correction
+        if section.mode == "none":
+            return
+        parameters = add_low_rank(linears, section, self.config.seed)
+        if section.train_norms:
+            parameters += trainable_gains(blocks)
+        for linear in linears:
+            linear.unfreeze()
+        ranks, hidden_size = world_size(self.dp_group), self.shape[-1]
+        each = section.batch_size // ranks
+        counts = self.all_mask.sum(1)
+
+        def step(number: int) -> tuple[Tensor, Tensor, Tensor, int]:
+            start, stop = number * each, min((number + 1) * each, len(self.ids))
+            hidden = self.stream.read(start, stop, self.source.device)
+            for block, index in zip(blocks, indices, strict=True):
+                hidden = self._call(block, index, hidden)
+            wanted = target.read(start, stop, self.source.device)
+            tokens = int(counts[number * section.batch_size : (number + 1) * section.batch_size].sum())
+            return hidden, wanted, self.mask[start:stop].to(hidden.device), tokens * hidden_size
+
+        def log(loss: float) -> None:
+            self.logger.log(group=len(self.results), correction_loss=loss)
+
+        steps = -(-len(self.ids) // each)
+        seed = self.config.seed * 1_000_003 + indices[0]
+        result.losses = train(parameters, step, steps, section, seed % 2**63, self.dp_group, log)
+
+    @torch.no_grad()
+    def _record_ranges(self, blocks: list[nn.Module], indices: list[int], to: HiddenStream | None = None) -> None:
+        """Run the quantized stream through the group, observing the partial sums of every row-parallel linear."""
+        gamma = self.config.calibration.ema_gamma
+        observers: dict[str, dict[int, RangeObserver]] = {}
+        current = torch.empty(0, dtype=torch.bool)
+
+        def observe(linear: ShardedLinear) -> Callable[[Any], None]:
+            def observer(parts: Any) -> None:
+                for size in self.ranges:
+                    each = len(parts) // size
+                    ranges = observers.setdefault(linear.name, {})
+                    if size not in ranges:
+                        ranges[size] = RangeObserver(size, parts[0].shape[-1], gamma, parts[0].device)
+                    for rank in range(size):
+                        total = sum(parts[rank * each + 1 : (rank + 1) * each], start=parts[rank * each])
+                        self._observe(ranges[size], rank, total, current)
+
+            return observer
+
+        rows = [m for block in blocks for m in block.modules() if isinstance(m, ShardedLinear) and m.kind == "row"]
+        for linear in rows:
+            linear.observer = observe(linear)
+        for start, stop, mask in self._batches():
+            current = mask
+            hidden = self.stream.read(start, stop, self.source.device)
+            for block, index in zip(blocks, indices, strict=True):
+                hidden = self._call(block, index, hidden)
+            if to is not None:
+                to.write(start, hidden)
+        for linear in rows:
+            linear.observer = None
+            for size, ranges in observers[linear.name].items():
+                self.ranges[size][linear.name] = FeatureRange(ranges.min_vals.cpu(), ranges.max_vals.cpu())
+
+    def _observe(self, observer: RangeObserver, rank: int, y: Tensor, mask: Tensor) -> None:
+        """Windows of all data-parallel ranks in the order one process would see them."""
+        lows = torch.stack([window[real].float().amin(0) for window, real in zip(y, mask, strict=True)])
+        highs = torch.stack([window[real].float().amax(0) for window, real in zip(y, mask, strict=True)])
+        both = all_gather_stack(torch.stack([lows, highs]).contiguous(), self.dp_group)  # [ranks, 2, windows, features]
+        for low, high in both.permute(2, 0, 1, 3).flatten(0, 1):
+            observer.step(rank, low, high)
+
+    def _attach_reducers(self, linears: list[ShardedLinear]) -> None:
+        size = max(self.config.virtual_tp, self.config.tp)
+        fingerprint: dict[str, Any] = {"weights": {}}
+        plan = build_plan(CalibrationStats(self.ranges, fingerprint), size, self.config.comm, self.config.seed)
+        for linear in linears:
+            if linear.kind == "row":
+                linear.reducer = VirtualReducer(plan.sites[linear.name])
+
+    @torch.no_grad()
+    def _pack(self, indices: list[int], blocks: list[nn.Module], tensors: list[dict[str, Tensor]]) -> CheckpointPart:
+        part = CheckpointPart()
+        for index, block, own in zip(indices, blocks, tensors, strict=True):
+            part.tensors.update(own)
+            for name, module in block.named_modules():
+                if isinstance(module, ShardedLinear):
+                    part.linears[module.name] = module.packed()
+                    if (low_rank := module.low_rank()) is not None:
+                        part.low_rank[module.name] = low_rank
+                    plan = module.whole_plan() if not module.prepared else None
+                    if plan is not None and not plan.is_identity:
+                        part.reassembly[module.name] = plan
+                if isinstance(module, ReassembledNorm):
+                    part.reassembly[self.source.fqn(index, name.removesuffix(".norm"))] = module.reassembly.plan().to("cpu")
+            if self.config.correction.train_norms and self.config.correction.mode != "none":
+                part.tensors.update(self._trained_gains(index, block, own))
+        return part
+
+    def _trained_gains(self, index: int, block: nn.Module, own: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The norms' weights after training, under their names in the model."""
+        trained = {}
+        for name, module in block.named_modules():
+            fqn = self.source.fqn(index, name.removesuffix(".norm") + ".weight")
+            if fqn in own and own[fqn].ndim == 1:
+                if isinstance(module, ReassembledNorm) and module.gain is not None:
+                    trained[fqn] = (module.gain.detach().cpu() - module.offset).to(own[fqn].dtype)
+                elif isinstance(weight := module._parameters.get("weight"), Tensor):
+                    trained[fqn] = weight.detach().to("cpu", own[fqn].dtype)
+        return trained
+
+    # Resuming.
+
+    def _settings(self) -> dict[str, Any]:
+        values = {key: value for key, value in defaults(self.config).items() if key not in _FREE_KEYS}
+        return json.loads(json.dumps({**values, "calibration.data's tokens": self.digest[:16]}))
+
+    def _resume(self) -> int:
+        """Groups that an unfinished run of the same settings has done; 0 for a fresh start, whose state is then made."""
+        settings = self._settings()
+
+        def check() -> dict[str, Any]:
+            if not (self.state / "state.json").exists():
+                shutil.rmtree(self.state, ignore_errors=True)
+                ensure_writable(self.state)
+                return {"done": 0}
+            found = read_json(self.state / "state.json")
+            before = found["settings"]
+            changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
+            if changed:
+                listed = ", ".join(f"{key} {before.get(key)!r} there, {settings.get(key)!r} here" for key in changed[:6])
+                raise LowBitError(
+                    f"{str(self.state)!r} is an unfinished run with other settings ({listed}); "
+                    "repeat those to continue it, delete the folder to start over, or choose another output_dir"
+                )
+            keep = {f"{name}-{found['done']}-" for name in ("hp", "lowbit")}
+            for stream in self.state.glob("*.bin"):
+                if not any(stream.name.startswith(prefix) for prefix in keep):
+                    stream.unlink()
+            return found
+
+        found = on_rank_zero(check)
+        if found["done"]:
+            self.results = [GroupResult(**result) for result in found["results"]]
+            self.parts, self.bit_sums = found["parts"], found["bit_sums"]
+            self.ranges = CalibrationStats.load(self.state).ranges
+            if env_rank() == 0:
+                print(f"continuing after {found['done']} of the block groups")
+        return found["done"]
+
+    def _save_state(self, done: int, part: CheckpointPart, sums: dict[str, int]) -> None:
+        """Write the group's part and the state, once the streams of all ranks are on the disk."""
+        if dist.is_initialized():
+            dist.barrier()
+        self.bit_sums |= sums
+
+        def save() -> list[dict[str, Any]]:
+            run = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode()).hexdigest()[:8]
+            parts = [*self.parts, part.save(self.folder / f"lowbit-{run}-{done - 1:03d}.safetensors")]
+            CalibrationStats(self.ranges, {"weights": {}}).save(self.state)
+            state = {
+                "settings": self._settings(),
+                "done": done,
+                "parts": parts,
+                "bit_sums": self.bit_sums,
+                "results": [asdict(result) for result in self.results],
+            }
+            write_json(self.state / "state.json", state)
+            return parts
+
+        self.parts = on_rank_zero(save)
+
+    def _finish(self, fingerprint: dict[str, Any], save_beside: Callable[[Path], Any]) -> None:
+        """The tensors outside the blocks, and lowbit.json over all parts: from here on the artifact is the new one."""
+        run = next(iter(self.parts[0]["files"])).removesuffix("-000.safetensors")
+        rest = CheckpointPart(tensors=self.source.rest()).save(self.folder / f"{run}-rest.safetensors")
+        weights = self.config.weights
+        merged = merge_parts([*self.parts, rest])
+        try:
+            save_beside(self.folder)
+        except OSError as error:
+            raise LowBitError(f"cannot write to {str(self.folder)!r}: {one_line(error)}") from None
+        write_checkpoint(
+            self.folder, merged, weights.scheme, weights.shard_groups, self.attention_bits, fingerprint
+        )
+        shutil.rmtree(self.state)
+
+
+def attention_bits(config: QuantizeConfig) -> int:
+    """Bits of Q, K and V: those of the activations, unless weights.attention says no."""
+    return 16 if config.weights.attention is False else Scheme.parse(config.weights.scheme).act_bits
+
+
+def check_windows(windows: Windows, config: QuantizeConfig, ranks: int, text_config: Any) -> None:
+    """Raise LowBitError for calibration text that the ranks cannot share, or that cannot tell the channels apart."""
+    count, tokens = len(windows.ids), int(windows.mask.sum())
+    if tokens < text_config.hidden_size:
+        raise LowBitError(
+            f"calibration.data gives {tokens} tokens, fewer than the model's {text_config.hidden_size} channels; "
+            "raise calibration.samples or calibration.sequence_length, or give more text"
+        )
+    if count % ranks:
+        raise LowBitError(f"{count} calibration windows do not divide among dp={ranks}; set calibration.samples to a multiple")
+    section = config.correction
+    if section.mode != "none" and section.batch_size % ranks:
+        raise LowBitError(f"correction.batch_size={section.batch_size} does not divide among dp={ranks}; set a multiple")
+    if section.mode != "none" and section.batch_size > count:
+        raise LowBitError(f"correction.batch_size={section.batch_size} is above the {count} calibration windows")

@@ -1,0 +1,60 @@
+"""Tensors of a Hugging Face checkpoint, read one by one from its safetensors files: a 70B model never is in memory whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_lowbit.config import LowBitError, one_line
+
+
+class HFWeights:
+    """The safetensors file(s) of a model folder. Every error is a LowBitError that names the file or tensor."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        index = self.folder / "model.safetensors.index.json"
+        single = self.folder / "model.safetensors"
+        try:
+            if index.exists():
+                self.files = {name: self.folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            elif single.exists():
+                with safe_open(single, "pt") as file:
+                    self.files = dict.fromkeys(file.keys(), single)
+            else:
+                raise LowBitError(f"{str(folder)!r} holds no model.safetensors; save the model with safetensors")
+        except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+            raise LowBitError(f"cannot read the weights of {str(folder)!r}: {one_line(error)}") from None
+        for path in sorted(set(self.files.values())):
+            if not path.exists():
+                raise LowBitError(f"{str(folder)!r} lacks the shard {path.name}; download it again")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def read(self, name: str, shape: torch.Size, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        """Tensor `name`, or its slice start:stop along `dim`, as it is stored. `shape` is what the model expects."""
+        if name not in self.files:
+            raise LowBitError(f"{str(self.folder)!r} lacks the weight {name}; download it again")
+        try:
+            with safe_open(self.files[name], "pt") as file:
+                stored = file.get_slice(name)
+                found = tuple(stored.get_shape())
+                if found != tuple(shape):
+                    raise LowBitError(
+                        f"{name} in {self.files[name].name} has shape {list(found)}, the config asks for {list(shape)}"
+                    )
+                if not shape:
+                    tensor = file.get_tensor(name)
+                else:
+                    tensor = stored[tuple([slice(None)] * dim + [slice(start, stop)])]
+        except (OSError, SafetensorError) as error:
+            raise LowBitError(f"cannot read {name} from {str(self.files[name])!r}: {one_line(error)}") from None
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise LowBitError(f"{name} in {self.files[name].name} is stored as {kind}; a full-precision model is needed")
+        return tensor

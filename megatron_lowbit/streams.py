@@ -1,0 +1,44 @@
+"""Hidden states of all calibration windows, in memory-mapped files: what one group of blocks hands to the next."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.config import LowBitError
+
+
+class HiddenStream:
+    """A file of [windows, length, hidden] in `dtype`; pages of it are in memory while they are used.
+
+    Raises LowBitError where the disk has no room: the file is allocated whole when it is made, because a write to a
+    mapped page of a full disk would kill the process.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype):
+        self.path = path
+        count = shape[0] * shape[1] * shape[2]
+        size = count * dtype.itemsize
+        try:
+            with open(path, "ab") as file:
+                if file.tell() != size:
+                    file.truncate(0)
+                    os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise LowBitError(f"cannot keep {size:,} bytes of activations in {str(path)!r}: {error.strerror}") from None
+        self.values = torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)
+
+    def read(self, start: int, stop: int, device: torch.device) -> Tensor:
+        # A copy: in-place arithmetic on what was read must not reach the file.
+        return self.values[start:stop].to(device, copy=True)
+
+    def write(self, start: int, hidden: Tensor) -> None:
+        self.values[start : start + len(hidden)].copy_(hidden)
+
+    def delete(self) -> None:
+        """Remove the file; the mapping goes when the last tensor on it does."""
+        self.path.unlink(missing_ok=True)
