@@ -16,6 +16,8 @@ from torch import distributed as dist
 from torch import nn
 
 from megatron_lowbit.adapters import huggingface, patching
+from megatron_lowbit.adapters.blocks import skeleton
+from megatron_lowbit.adapters.outliers import inject_outliers
 from megatron_lowbit.artifacts import Artifact, CalibrationStats, CommPlan, Fingerprint, LowBitCheckpoint
 from megatron_lowbit.calibrate import calibrate
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError, StageConfig, WeightsConfig, one_line
@@ -94,6 +96,8 @@ def start_engine(config: StageConfig, weights: Sequence[WeightsConfig] = ()) -> 
     world = _init_distributed(config)
     folder = Artifact.load(config.artifact) if config.artifact is not None else Artifact()
     model, tokenizer, stored_dtype = _load(config, folder.checkpoint)
+    if config.inject_outliers is not None and config.model is not None:
+        inject_outliers(model, config.inject_outliers, config.inject_at, config.seed)
     tp_size = max(config.tp, config.virtual_tp)
     text_config = huggingface.model_config(model)
     huggingface.check_divides(text_config, tp_size, "virtual_tp" if config.virtual_tp > 1 else "tp")
@@ -258,15 +262,22 @@ def _load(config: StageConfig, checkpoint: LowBitCheckpoint | None) -> tuple[Any
 
 
 def _from_checkpoint(hf_config: Any, checkpoint: LowBitCheckpoint, dtype: torch.dtype) -> Any:
-    """A model whose linears hold the dequantized weights, for any engine to shard before they are swapped."""
-    import transformers
+    """A model without full-precision linears: zeros that take no memory stand for them until they are swapped.
 
-    state = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in checkpoint.tensors.items()
-    }
+    (An engine that shards the model copies its share of those zeros; the swap frees them again.)
+    """
+    model = skeleton(hf_config, dtype)
+    placeholder = torch.zeros(1, 1, dtype=dtype)
+    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in checkpoint.tensors.items()}
     for name, weight in checkpoint.linears.items():
-        state[f"{name}.weight"] = weight.dequantize().to(dtype)
-    model_class = getattr(transformers, hf_config.architectures[0])
-    model = model_class.from_pretrained(None, config=hf_config, state_dict=state, dtype=dtype)
+        shape = model.get_submodule(name).weight.shape
+        state[f"{name}.weight"] = placeholder.expand(shape)
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    lacking = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if lacking or unexpected:
+        raise LowBitError(
+            f"the artifact lacks {(lacking or unexpected)[0]} of the model in its config.json; write it again"
+        )
     model._lowbit_fingerprint = checkpoint.fingerprint
     return model

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_lowbit.adapters.patching import site_traffic
 from megatron_lowbit.artifacts import Artifact
-from megatron_lowbit.config import CommMode, EvaluateConfig, EvaluationConfig
+from megatron_lowbit.config import CommMode, EvaluateConfig, EvaluationConfig, LowBitError
 from megatron_lowbit.data import Windows
 from megatron_lowbit.distributed import env_rank
 from megatron_lowbit.evaluate import SiteTraffic, measure_quality, measure_sqnr
@@ -24,6 +24,11 @@ SQNR_TOKENS = 4096  # sites are compared with what they replaced on this many to
 
 
 def run(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:
+    if config.ablation:
+        from megatron_lowbit.launch.ablation import run_ablation
+
+        return run_ablation(config, logger)
+    check_unused(config)
     engine = start_engine(config, [config.weights])
     windows = load_windows(engine, config.evaluation, "evaluation")
     artifact = prepare_artifact(engine, config, logger)
@@ -40,6 +45,15 @@ def run(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:
     if env_rank() == 0:
         print_rows(rows)
     return {"rows": rows}
+
+
+def check_unused(config: EvaluateConfig) -> None:
+    """Raise LowBitError for settings of method qllm, which evaluate itself does not run."""
+    if config.weights.method == "qllm":
+        raise LowBitError("weights.method=qllm: write an artifact with quantize, then evaluate artifact=FOLDER")
+    for section in ("reassembly", "correction"):
+        if getattr(config, section) != type(getattr(config, section))():
+            raise LowBitError(f"{section}.* has no effect here: it belongs to quantize, and to evaluate --ablation")
 
 
 def row_name(artifact: Artifact, tp_size: int, mode: CommMode | None) -> str:
@@ -93,8 +107,10 @@ def low_bit_row(
     traffic = site_traffic(engine.model).values()
     wire = _wire(sum(t.bytes for t in traffic), sum(t.values for t in traffic), windows, section)
     few = max(1, SQNR_TOKENS // windows.ids.shape[1])
-    sites = measure_sqnr(engine, Windows(windows.ids[:few], windows.mask[:few]).batches(section.batch_size))
-    mean_sqnr = sum(sites.values()) / len(sites)
+    sites: dict[str, float] = {}
+    if engine.full_precision:  # or there is nothing to compare with
+        sites = measure_sqnr(engine, Windows(windows.ids[:few], windows.mask[:few]).batches(section.batch_size))
+    mean_sqnr = sum(sites.values()) / len(sites) if sites else None
     row = {
         "name": name,
         "tp": engine.tp_size,
@@ -107,10 +123,10 @@ def low_bit_row(
         "tokens": quality.tokens,
         "sites": sites,
     }
-    logger.log(
-        row=name, perplexity=quality.perplexity, sqnr_db=mean_sqnr, **({} if quality.kl is None else {"kl": quality.kl})
-    )
-    logger.table(f"sqnr/{name}", ["site", "sqnr_db"], [[site, value] for site, value in sites.items()])
+    known = {"kl": quality.kl, "sqnr_db": mean_sqnr}
+    logger.log(row=name, perplexity=quality.perplexity, **{k: value for k, value in known.items() if value is not None})
+    if sites:
+        logger.table(f"sqnr/{name}", ["site", "sqnr_db"], [[site, value] for site, value in sites.items()])
     return row
 
 

@@ -17,14 +17,27 @@ from megatron_lowbit.artifacts import CalibrationStats
 from megatron_lowbit.blockwise import GroupResult, Walk
 from megatron_lowbit.config import CommConfig, LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.data import Windows, token_windows
-from megatron_lowbit.distributed import device, env_rank, env_world_size, launched, make_groups, on_rank_zero, seed_everything
+from megatron_lowbit.distributed import (
+    device,
+    env_rank,
+    env_world_size,
+    launched,
+    make_groups,
+    on_rank_zero,
+    seed_everything,
+)
 from megatron_lowbit.launch.engine import compute_dtype, model_name
 from megatron_lowbit.linear import activation_groups
 from megatron_lowbit.metrics import MetricLogger
 
 
-def quantize_qllm(config: QuantizeConfig, logger: MetricLogger) -> tuple[CalibrationStats, list[GroupResult]]:
-    """Write the LowBitCheckpoint to output_dir; returns the ranges of its partial sums and a record of every group."""
+def quantize_qllm(
+    config: QuantizeConfig, logger: MetricLogger, plans: bool = True
+) -> tuple[CalibrationStats, list[GroupResult]]:
+    """Write the LowBitCheckpoint to output_dir; returns the ranges of its partial sums and a record of every group.
+
+    plans: whether ranges are wanted for comm.tp_sizes; without, only those of the full sums are recorded.
+    """
     if config.calibration.data is None:
         raise LowBitError("weights.method=qllm needs calibration.data; name a text, or set weights.method=rtn")
     if config.model is None:
@@ -42,7 +55,7 @@ def quantize_qllm(config: QuantizeConfig, logger: MetricLogger) -> tuple[Calibra
     arguments = (section.data, section.samples, section.sequence_length, context, "calibration")
     windows = _aligned(on_rank_zero(lambda: token_windows(tokenizer, *arguments)))
     source = BlockSource(folder, hf_config, config, compute_dtype(config), device(), tp_group)
-    walk = Walk(source, windows, config, plan_sizes(source, config), dp_group, logger)
+    walk = Walk(source, windows, config, plan_sizes(source, config) if plans else [], dp_group, logger)
 
     def save_beside(output: Path) -> None:
         read_config(folder).save_pretrained(output)

@@ -259,7 +259,16 @@ class LowBitCheckpoint:
     def load(cls, folder: str | Path) -> LowBitCheckpoint:
         """The tensors are mapped from their files: pages come into memory as they are used."""
         stem = Path(folder) / "lowbit"
-        keys = ("files", "fingerprint", "scheme", "shard_groups", "attention_bits", "in_features", "reassembly", "low_rank")
+        keys = (
+            "files",
+            "fingerprint",
+            "scheme",
+            "shard_groups",
+            "attention_bits",
+            "in_features",
+            "reassembly",
+            "low_rank",
+        )
         meta = _read_meta(stem, *keys)
         scheme = Scheme.parse(meta["scheme"])
         with _complete(stem):

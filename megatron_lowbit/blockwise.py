@@ -197,10 +197,12 @@ class Walk:
         search = Search(block, run, self.config, self.attention_bits, self.tp_group, self.dp_group)
         attentions = [g.owner for g in self.source.groups[index]]
         for group in self.source.groups[index]:
-            linears = [module for name in group.linears if isinstance(module := block.get_submodule(name), ShardedLinear)]
+            linears = [
+                module for name in group.linears if isinstance(module := block.get_submodule(name), ShardedLinear)
+            ]
             plans = search.choose(group) if self._reassembles(index, group.row, group.kind) else None
-            if plans is not None and all(plan.is_identity for plan in plans):
-                plans = None
+            if plans is not None and group.kind == "column" and plans[0].is_identity:
+                plans = None  # on all ranks; a row-parallel linear's shards, and so its ranks, may differ
             if plans is not None:
                 added = sum(int((plan.coefficient != 1).sum()) for plan in plans)
                 result.reassembled[self.source.fqn(index, group.norm or group.linears[0])] = added
@@ -226,7 +228,12 @@ class Walk:
         return kind == "column" or self.config.reassembly.o_proj or not row.startswith(first_owner + ".")
 
     def _correct(
-        self, blocks: list[nn.Module], indices: list[int], linears: list[ShardedLinear], target: HiddenStream, result: GroupResult
+        self,
+        blocks: list[nn.Module],
+        indices: list[int],
+        linears: list[ShardedLinear],
+        target: HiddenStream,
+        result: GroupResult,
     ) -> None:
         section = self.config.correction
         if section.mode == "none":
@@ -240,14 +247,14 @@ class Walk:
         each = section.batch_size // ranks
         counts = self.all_mask.sum(1)
 
-        def step(number: int) -> tuple[Tensor, Tensor, Tensor, int]:
-            start, stop = number * each, min((number + 1) * each, len(self.ids))
-            hidden = self.stream.read(start, stop, self.source.device)
-            for block, index in zip(blocks, indices, strict=True):
-                hidden = self._call(block, index, hidden)
-            wanted = target.read(start, stop, self.source.device)
+        def step(number: int) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
             tokens = int(counts[number * section.batch_size : (number + 1) * section.batch_size].sum())
-            return hidden, wanted, self.mask[start:stop].to(hidden.device), tokens * hidden_size
+            for window in range(number * each, min((number + 1) * each, len(self.ids))):
+                hidden = self.stream.read(window, window + 1, self.source.device)
+                for block, index in zip(blocks, indices, strict=True):
+                    hidden = self._call(block, index, hidden)
+                wanted = target.read(window, window + 1, self.source.device)
+                yield hidden, wanted, self.mask[window : window + 1].to(hidden.device), tokens * hidden_size
 
         def log(loss: float) -> None:
             self.logger.log(group=len(self.results), correction_loss=loss)
@@ -321,7 +328,9 @@ class Walk:
                     if plan is not None and not plan.is_identity:
                         part.reassembly[module.name] = plan
                 if isinstance(module, ReassembledNorm):
-                    part.reassembly[self.source.fqn(index, name.removesuffix(".norm"))] = module.reassembly.plan().to("cpu")
+                    part.reassembly[self.source.fqn(index, name.removesuffix(".norm"))] = module.reassembly.plan().to(
+                        "cpu"
+                    )
             if self.config.correction.train_norms and self.config.correction.mode != "none":
                 part.tensors.update(self._trained_gains(index, block, own))
         return part
@@ -357,7 +366,9 @@ class Walk:
             before = found["settings"]
             changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
             if changed:
-                listed = ", ".join(f"{key} {before.get(key)!r} there, {settings.get(key)!r} here" for key in changed[:6])
+                listed = ", ".join(
+                    f"{key} {before.get(key)!r} there, {settings.get(key)!r} here" for key in changed[:6]
+                )
                 raise LowBitError(
                     f"{str(self.state)!r} is an unfinished run with other settings ({listed}); "
                     "repeat those to continue it, delete the folder to start over, or choose another output_dir"
@@ -409,9 +420,7 @@ class Walk:
             save_beside(self.folder)
         except OSError as error:
             raise LowBitError(f"cannot write to {str(self.folder)!r}: {one_line(error)}") from None
-        write_checkpoint(
-            self.folder, merged, weights.scheme, weights.shard_groups, self.attention_bits, fingerprint
-        )
+        write_checkpoint(self.folder, merged, weights.scheme, weights.shard_groups, self.attention_bits, fingerprint)
         shutil.rmtree(self.state)
 
 
@@ -429,9 +438,13 @@ def check_windows(windows: Windows, config: QuantizeConfig, ranks: int, text_con
             "raise calibration.samples or calibration.sequence_length, or give more text"
         )
     if count % ranks:
-        raise LowBitError(f"{count} calibration windows do not divide among dp={ranks}; set calibration.samples to a multiple")
+        raise LowBitError(
+            f"{count} calibration windows do not divide among dp={ranks}; set calibration.samples to a multiple"
+        )
     section = config.correction
     if section.mode != "none" and section.batch_size % ranks:
-        raise LowBitError(f"correction.batch_size={section.batch_size} does not divide among dp={ranks}; set a multiple")
+        raise LowBitError(
+            f"correction.batch_size={section.batch_size} does not divide among dp={ranks}; set a multiple"
+        )
     if section.mode != "none" and section.batch_size > count:
         raise LowBitError(f"correction.batch_size={section.batch_size} is above the {count} calibration windows")

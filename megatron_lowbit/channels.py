@@ -81,7 +81,11 @@ class ReassemblyPlan:
             src.append(part.src_idx + inputs)
             dst.append(part.dst_idx + width)
             inputs, width = inputs + part.in_features, width + part.width
-        heads = [(s[: p.width], d[: p.width], p.coefficient[: p.width]) for s, d, p in zip(src, dst, parts, strict=True)]
-        tails = [(s[p.width :], d[p.width :], p.coefficient[p.width :]) for s, d, p in zip(src, dst, parts, strict=True)]
+        heads = [
+            (s[: p.width], d[: p.width], p.coefficient[: p.width]) for s, d, p in zip(src, dst, parts, strict=True)
+        ]
+        tails = [
+            (s[p.width :], d[p.width :], p.coefficient[p.width :]) for s, d, p in zip(src, dst, parts, strict=True)
+        ]
         src_idx, dst_idx, coefficient = (torch.cat(tensors) for tensors in zip(*heads, *tails, strict=True))
         return ReassemblyPlan(src_idx, dst_idx, coefficient, inputs, width)

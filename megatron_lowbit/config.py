@@ -97,7 +97,7 @@ class ReassemblyConfig(_Config):
     # adaptive: the expansion with the smallest error of the block's output, none among them; fixed: `expansion` everywhere
     expansion: float = Field(0.01, gt=0, le=1)
     # mode=fixed: channels added by splitting, as a share of the width (the paper's gamma)
-    expansions: tuple[float, ...] = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
+    expansions: tuple[float, ...] = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
     # mode=adaptive: the candidates
     merge: bool = True
     # merge as many channels as were added; false: the inputs grow wider (the paper's ablation)
@@ -121,11 +121,11 @@ class CorrectionConfig(_Config):
     # of A and B
     blocks_per_group: int = Field(4, ge=1)
     # consecutive blocks that are trained together; the last group may be smaller
-    epochs: int = Field(10, ge=1)
+    epochs: int = Field(2, ge=1)
     # passes over the calibration windows, per group
     batch_size: int = Field(1, ge=1)
     # windows per step, of all data-parallel ranks together
-    learning_rate: float = Field(5e-4, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(5e-3, gt=0, allow_inf_nan=False)
     # AdamW's first; it falls linearly to 0
     train_norms: bool = False
     # also train the gains of the blocks' norms

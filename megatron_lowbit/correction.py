@@ -10,8 +10,9 @@ gradients; tensor-parallel ranks compute the same loss.
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from megatron_lowbit.config import CorrectionConfig, LowBitError
+from megatron_lowbit.distributed import all_gather_stack
 from megatron_lowbit.linear import ReassembledNorm
 from megatron_lowbit.sharded import ShardedLinear
 
-Step = Callable[[int], tuple[Tensor, Tensor, Tensor, int]]
+Step = Callable[[int], Iterable[tuple[Tensor, Tensor, Tensor, int]]]
 
 
 def add_low_rank(linears: Sequence[ShardedLinear], config: CorrectionConfig, seed: int) -> list[nn.Parameter]:
@@ -37,16 +39,16 @@ def add_low_rank(linears: Sequence[ShardedLinear], config: CorrectionConfig, see
 def trainable_gains(blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
     """The gains of all norms of the blocks, as parameters that take gradients."""
     gains: list[nn.Parameter] = []
-    for block in blocks:
-        for module in block.modules():
-            if isinstance(module, ReassembledNorm) and module.gain is not None:
-                gain = nn.Parameter(module.gain)
-                del module.gain
-                module.register_parameter("gain", gain)
-                gains.append(gain)
-            weight = module._parameters.get("weight")
-            if weight is not None and weight.ndim == 1:
-                gains.append(weight.requires_grad_(True))
+    for module in (module for block in blocks for module in block.modules()):
+        if isinstance(module, ReassembledNorm) and module.gain is not None:
+            gain = nn.Parameter(module.gain)
+            del module.gain
+            module.register_parameter("gain", gain)
+            gains.append(gain)
+        weight = module._parameters.get("weight")
+        if isinstance(weight, nn.Parameter) and weight.ndim == 1:
+            weight.requires_grad_(True)
+            gains.append(weight)
     return gains
 
 
@@ -61,9 +63,9 @@ def train(
 ) -> list[float]:
     """Minimise the group's error; returns the mean loss of every epoch.
 
-    step(number): (output, target, mask, count) of this rank's windows of batch `number` of an epoch's `steps`: [windows,
-    length, hidden] twice, bool [windows, length], and the values of all ranks' real tokens that the loss is a mean over.
-    Raises LowBitError where the loss is no longer finite.
+    step(number) yields (output, target, mask, count) for each of this rank's windows of batch `number` of an epoch's
+    `steps`: [1, length, hidden] twice, bool [1, length], and how many values of all ranks' windows the loss is a mean
+    over. Raises LowBitError where the loss is no longer finite.
     """
     optimizer = make_optimizer(parameters, config.learning_rate)
     total = config.epochs * steps
@@ -73,24 +75,42 @@ def train(
     for _ in range(config.epochs):
         epoch_loss = 0.0
         for number in torch.randperm(steps, generator=generator).tolist():
-            output, target, mask, count = step(number)
-            loss = (output.float() - target.float())[mask].square().sum() / count
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            value = loss.detach()
-            if dp_group is not None:
-                dist.all_reduce(value, group=dp_group)
-                for parameter in parameters:
-                    if parameter.grad is not None:
-                        dist.all_reduce(parameter.grad, group=dp_group)
-            if not torch.isfinite(value):
-                raise LowBitError(f"correction: the loss is {value.item()}; lower correction.learning_rate={config.learning_rate}")
+            loss = _gradients(parameters, step(number), dp_group)
+            if not math.isfinite(loss):
+                raise LowBitError(
+                    f"correction: the loss is {loss}; lower correction.learning_rate={config.learning_rate}"
+                )
             optimizer.step()
             schedule.step()
-            epoch_loss += value.item() / steps
+            epoch_loss += loss / steps
         losses.append(epoch_loss)
         log(epoch_loss)
     return losses
+
+
+def _gradients(
+    parameters: Sequence[nn.Parameter],
+    windows: Iterable[tuple[Tensor, Tensor, Tensor, int]],
+    dp_group: dist.ProcessGroup | None,
+) -> float:
+    """Set the gradients of one step's loss and return it.
+
+    Window by window, and added up in the order of the windows, whichever rank they were on: so the training does not
+    depend on the number of data-parallel ranks.
+    """
+    rows = []
+    for output, target, mask, count in windows:
+        loss = (output.float() - target.float())[mask].square().sum() / count
+        grads = torch.autograd.grad(loss, list(parameters), allow_unused=True, materialize_grads=True)
+        rows.append(torch.cat([loss.detach().view(1), *(grad.reshape(-1) for grad in grads)]))
+    gathered = all_gather_stack(torch.stack(rows), dp_group)  # [ranks, windows of each, 1 + values]; window i was on i % ranks
+    total = torch.zeros_like(rows[0])
+    for row in gathered.transpose(0, 1).flatten(0, 1):
+        total += row
+    pieces = total[1:].split([parameter.numel() for parameter in parameters])
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        parameter.grad = piece.view_as(parameter)
+    return total[0].item()
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:

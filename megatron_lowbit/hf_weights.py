@@ -21,7 +21,9 @@ class HFWeights:
         single = self.folder / "model.safetensors"
         try:
             if index.exists():
-                self.files = {name: self.folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+                self.files = {
+                    name: self.folder / file for name, file in json.loads(index.read_text())["weight_map"].items()
+                }
             elif single.exists():
                 with safe_open(single, "pt") as file:
                     self.files = dict.fromkeys(file.keys(), single)
@@ -56,5 +58,7 @@ class HFWeights:
             raise LowBitError(f"cannot read {name} from {str(self.files[name])!r}: {one_line(error)}") from None
         if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise LowBitError(f"{name} in {self.files[name].name} is stored as {kind}; a full-precision model is needed")
+            raise LowBitError(
+                f"{name} in {self.files[name].name} is stored as {kind}; a full-precision model is needed"
+            )
         return tensor

@@ -122,7 +122,9 @@ class ReassembledNorm(Float32QParams):
         if rms is not None:
             weight: Any = norm.weight
             self.eps = rms[1]
-            self.offset = round((rms[0] - weight.detach().float()).mean().item())  # 1: the norm multiplies by 1 + weight
+            self.offset = round(
+                (rms[0] - weight.detach().float()).mean().item()
+            )  # 1: the norm multiplies by 1 + weight
         self.norm = norm if rms is None else None
         self.reassembly = Reassembly(plan)
         self.register_buffer("gain", None if rms is None else rms[0].float())

@@ -42,4 +42,7 @@ def quantize_model(
             continue  # a tied weight (lm_head on the embedding) is stored once
         seen.add(tensor.data_ptr())
         tensors[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-    return LowBitCheckpoint(packed, tensors, scheme, config.scheme, config.shard_groups, fingerprint)
+    bits = scheme.act_bits if config.attention else 16
+    return LowBitCheckpoint(
+        packed, tensors, scheme, config.scheme, config.shard_groups, fingerprint, attention_bits=bits
+    )

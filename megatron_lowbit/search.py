@@ -51,6 +51,7 @@ class Search:
         self.block, self.run, self.config = block, run, config
         self.scheme = Scheme.parse(config.weights.scheme)
         self.attention_bits, self.tp_group, self.dp_group = attention_bits, tp_group, dp_group
+        self.device = next(m for m in block.modules() if isinstance(m, ShardedLinear)).hp_weights[0].device
 
     @torch.no_grad()
     def choose(self, group: InputGroup) -> list[ReassemblyPlan]:
@@ -58,14 +59,15 @@ class Search:
         linears = [self._linear(name) for name in group.linears]
         shards = len(linears[0].hp_weights) if group.kind == "row" else 1
         stats: list[ChannelStats] = []
-        for x, mask, _ in self._inputs(group):
+        for x, mask, _ in self.inputs(group):
             for s, x_s in enumerate(x.chunk(shards, -1)):
                 if len(stats) == s:
                     stats.append(ChannelStats(x_s.shape[-1], x.device))
-                stats[s].update(x_s[mask])
-        for s in stats:
-            s.all_reduce(self.dp_group)
-            if not torch.isfinite(s.max_abs).all():
+                for window, real in zip(x_s, mask, strict=True):
+                    stats[s].update(window[real])
+        for shard_stats in stats:
+            shard_stats.all_reduce(self.dp_group)
+            if not torch.isfinite(shard_stats.max_abs).all():
                 raise LowBitError(f"{linears[0].name} is given NaN or Inf; check the model's weights and dtype")
         grams = self._weight_grams(linears, shards, stats[0].gram)
         candidates = [candidate_plans(s, g, self.config.reassembly) for s, g in zip(stats, grams, strict=True)]
@@ -92,7 +94,7 @@ class Search:
             return plans[0]
         weights = [[self._candidate_weights(linear, plan) for linear in linears] for plan in plans]
         errors = torch.zeros(len(plans), dtype=torch.float64)
-        for x, mask, again in self._inputs(group):
+        for x, mask, again in self.inputs(group):
             target = again(x)[mask]
             for number, plan in enumerate(plans):
                 with _quantized(self.block.get_submodule(group.owner), linears, weights[number], self.attention_bits):
@@ -103,7 +105,7 @@ class Search:
     def _best_for_rows(
         self, group: InputGroup, linear: ShardedLinear, plans: list[list[ReassemblyPlan]]
     ) -> list[ReassemblyPlan]:
-        if all(len(candidates) == 1 for candidates in plans):
+        if self.config.reassembly.mode == "fixed":
             return [candidates[0] for candidates in plans]
         low = torch.stack([w.amin(1, keepdim=True) for w in linear.hp_weights]).amin(0)
         high = torch.stack([w.amax(1, keepdim=True) for w in linear.hp_weights]).amax(0)
@@ -116,7 +118,7 @@ class Search:
             weights.append([self._rounded_within(r, low, high) for r in reassembled])
         errors = [torch.zeros(len(candidates), dtype=torch.float64) for candidates in plans]
         act_bits = self.scheme.act_bits
-        for x, mask, _ in self._inputs(group):
+        for x, mask, _ in self.inputs(group):
             for s, x_s in enumerate(x.chunk(len(plans), -1)):
                 x_s = x_s[mask]
                 target = F.linear(x_s, linear.hp_weights[s].to(x.dtype))
@@ -133,7 +135,7 @@ class Search:
         """Whether the sum over shards, quantized exactly as it will be deployed, is nearer with `chosen` than with `none`."""
         errors = torch.zeros(2, dtype=torch.float64)
         weights = [self._candidate_weights(linear, plans) for plans in (chosen, none)]
-        for x, mask, _ in self._inputs(group):
+        for x, mask, _ in self.inputs(group):
             slices = [x_s[mask] for x_s in x.chunk(len(chosen), -1)]
             target = self._sum(slices, linear.hp_weights)
             for number, plans in enumerate((chosen, none)):
@@ -146,13 +148,15 @@ class Search:
         parts = [F.linear(x_s, w.to(x_s.dtype)) for x_s, w in zip(slices, weights, strict=True)]
         return torch.stack(gather_shards(parts, self.tp_group)).sum(0)
 
-    def _candidate_weights(self, linear: ShardedLinear, plan: ReassemblyPlan | Sequence[ReassemblyPlan]) -> list[Tensor]:
+    def _candidate_weights(
+        self, linear: ShardedLinear, plan: ReassemblyPlan | Sequence[ReassemblyPlan]
+    ) -> list[Tensor]:
         """The linear's quantized weights under a plan, exactly as it would deploy them."""
-        before = linear.hp_weights, linear.plans, linear.quantized
+        before = linear.hp_weights, linear.plans, linear._active, linear.quantized
         linear.set_plans([plan] if isinstance(plan, ReassemblyPlan) else plan)
         linear.quantize(self.scheme, self.config.weights)
         weights = [w.detach() for w in linear.effective_weights()]
-        linear.hp_weights, linear.plans, linear.quantized = before
+        linear.hp_weights, linear.plans, linear._active, linear.quantized = before
         return weights
 
     def _rounded_within(self, weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -166,21 +170,17 @@ class Search:
         """Index of the smallest error over all ranks' tokens (and, for tp, heads or MLP channels); the first of equals."""
         for group in (self.dp_group, self.tp_group if tp else None):
             if group is not None:
-                device = self._any_device()
-                moved = errors.to(device)
+                moved = errors.to(self.device)
                 dist.all_reduce(moved, group=group)
                 errors.copy_(moved)
         return int(torch.where(errors.isfinite(), errors, torch.inf).argmin())
-
-    def _any_device(self) -> torch.device:
-        return next(self.block.parameters()).device
 
     def _linear(self, name: str) -> ShardedLinear:
         linear = self.block.get_submodule(name)
         assert isinstance(linear, ShardedLinear)
         return linear
 
-    def _inputs(self, group: InputGroup) -> Iterator[tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]]:
+    def inputs(self, group: InputGroup) -> Iterator[tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]]:
         """Per batch: what the group reads [windows, length, features], the mask, and again(x): the owner's forward on
         another x, up to what it hands to its row-parallel linear."""
         owner, first, row = (self.block.get_submodule(name) for name in (group.owner, group.linears[0], group.row))

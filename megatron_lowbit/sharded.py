@@ -67,6 +67,7 @@ class ShardedLinear(nn.Module):
         self.lora_shared: nn.Parameter | None = None
         self.lora_shards: nn.ParameterList | None = None
         self.branch = False
+        self._active: list[ReassemblyPlan | None] = []  # the plans that do anything
         self._frozen: list[Tensor] | None = None
 
     @property
@@ -92,6 +93,7 @@ class ShardedLinear(nn.Module):
     def set_plans(self, plans: Sequence[ReassemblyPlan]) -> None:
         """Reassemble the weights for good: one plan of all inputs (column), one per shard (row)."""
         self.plans = list(plans)
+        self._active = [None if plan.is_identity else plan for plan in plans]
         per_shard = self.plans * len(self.hp_weights) if self.kind == "column" else self.plans
         self.hp_weights = [plan.weights(w) for plan, w in zip(per_shard, self.hp_weights, strict=True)]
         self._frozen = None
@@ -166,7 +168,7 @@ class ShardedLinear(nn.Module):
     def _prepare(self, x: Tensor, shard: int) -> Tensor:
         if not self.quantized or self.prepared:
             return x
-        return prepare(x, None if self.plans is None else self.plans[shard], self.scheme.act_bits)
+        return prepare(x, self._active[shard] if self._active else None, self.scheme.act_bits)
 
     def _reduce(self, parts: Sequence[Tensor]) -> Tensor:
         if self.observer is not None:
@@ -264,4 +266,3 @@ def _total(parts: Sequence[Tensor]) -> Tensor:
 
 def _bf16(factor: Tensor, like: Tensor) -> Tensor:
     return factor.to(torch.bfloat16).to(like.dtype)
-

@@ -121,7 +121,9 @@ class BlockSource:
             for group in block_groups:
                 first = kinds[group.linears[0]][1]
                 if ranks > 1 and group.kind == "column" and first.out_features != kinds[group.row][1].in_features:
-                    raise LowBitError(f"{group.linears[0]} is a fused projection, which tp={ranks} would split wrongly; set tp=1")
+                    raise LowBitError(
+                        f"{group.linears[0]} is a fused projection, which tp={ranks} would split wrongly; set tp=1"
+                    )
 
     def load_rest(self) -> None:
         """Materialize what is neither a block nor the language-model head (embeddings, final norm)."""
@@ -229,13 +231,21 @@ class BlockSource:
         return ShardedLinear(fqn, kind, pieces, bias, self.tp_group)
 
     def _read(
-        self, name: str, shape: torch.Size, dim: int = 0, start: int = 0, stop: int | None = None, check_dtype: bool = False
+        self,
+        name: str,
+        shape: torch.Size,
+        dim: int = 0,
+        start: int = 0,
+        stop: int | None = None,
+        check_dtype: bool = False,
     ) -> Tensor:
         tensor = self.weights.read(name, shape, dim, start, stop)
         declared = self.stored_dtype
         if check_dtype and declared is not None and tensor.dtype != declared:
             kind, want = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, declared))
-            raise LowBitError(f"{name} is stored as {kind}, config.json says {want}; download or convert the model again")
+            raise LowBitError(
+                f"{name} is stored as {kind}, config.json says {want}; download or convert the model again"
+            )
         return tensor.to(self.device, self.dtype, copy=True)
 
 

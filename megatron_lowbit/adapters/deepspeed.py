@@ -122,7 +122,8 @@ def apply_to_deepspeed(engine: Any, artifact: str | Path | Artifact, comm_mode: 
         listed = ", ".join(f"{kind} (first: {name})" for kind, name in sorted(unknown.items()))
         warnings.warn(f"tensor-parallel layers left in full precision: {listed}", stacklevel=2)
     replacements: dict[str, nn.Module] = {}
-    if checkpoint is not None and checkpoint.scheme.weight_bits < 16:
+    quantized = checkpoint is not None and checkpoint.scheme.weight_bits < 16
+    if checkpoint is not None and quantized:
         for name, module in columns.items():
             patching.check_equal_shares(name, module._partition_sizes)
             replacements[name] = patching.column_parallel(checkpoint, name, rank, size, module.bias)
@@ -131,5 +132,9 @@ def apply_to_deepspeed(engine: Any, artifact: str | Path | Artifact, comm_mode: 
         shard = patching.row_shard(checkpoint, name, rank, size, module.weight)
         reducer = HybridReducer(patching.site_plan(plan, name), group)
         replacements[name] = QuantRowParallelLinear([shard], reducer, module.bias)
+    if checkpoint is not None and quantized:
+        replacements |= patching.norms(engine.module, checkpoint)
     patching.swap(engine.module, replacements)
+    if checkpoint is not None and quantized:
+        patching.quantize_attention(engine.module, checkpoint, huggingface.model_config(engine.module))
     return engine

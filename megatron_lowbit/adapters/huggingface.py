@@ -190,5 +190,11 @@ def apply_to_huggingface(
         ]
         reducer = VirtualReducer(patching.site_plan(plan, name)) if virtual_tp > 1 else None
         replacements[name] = QuantRowParallelLinear(shards, reducer, linear.bias)
+    if quantized:
+        assert checkpoint is not None
+        replacements |= patching.norms(model, checkpoint)
     patching.swap(model, replacements)
+    if quantized:
+        assert checkpoint is not None
+        patching.quantize_attention(model, checkpoint, model_config(model))
     return model

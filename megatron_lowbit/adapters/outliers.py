@@ -44,7 +44,10 @@ def outlier_scales(
 
     def multiply(name: str, outputs: Tensor | None = None, inputs: Tensor | None = None) -> None:
         before = scales.get(name, (None, None))
-        merged = [new if old is None else old if new is None else old * new for old, new in zip(before, (outputs, inputs), strict=True)]
+        merged = [
+            new if old is None else old if new is None else old * new
+            for old, new in zip(before, (outputs, inputs), strict=True)
+        ]
         scales[name] = (merged[0], merged[1])
 
     def chosen(features: int) -> Tensor:
@@ -99,7 +102,9 @@ def inject_outliers(model: Any, factor: float, at: Sequence[str], seed: int) -> 
             model(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
         config = huggingface.model_config(model)
         shapes = {name: (linear.out_features, linear.in_features) for name, (_, linear) in own.items()}
-        for name, (outputs, inputs) in outlier_scales(groups, shapes.__getitem__, config, factor, at, seed, index).items():
+        for name, (outputs, inputs) in outlier_scales(
+            groups, shapes.__getitem__, config, factor, at, seed, index
+        ).items():
             if name not in own:
                 scale_norm(block.get_submodule(name), outputs if outputs is not None else torch.ones(1))
                 continue

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from megatron_lowbit.adapters import attention
 from megatron_lowbit.artifacts import Artifact, CommPlan, LowBitCheckpoint, SitePlan
 from megatron_lowbit.collectives import Traffic
 from megatron_lowbit.config import CommMode, LowBitError
-from megatron_lowbit.linear import DenseShard, QuantColumnParallelLinear, QuantRowParallelLinear, activation_groups
+from megatron_lowbit.linear import (
+    DenseShard,
+    QuantColumnParallelLinear,
+    QuantRowParallelLinear,
+    ReassembledNorm,
+    activation_groups,
+)
 
 logger = logging.getLogger("megatron_lowbit")
 
 _PATCH = "_lowbit_replaced"  # {fqn: the module that was there}
+_UNDO = "_lowbit_undo"  # restores the attention
 
 
 def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
@@ -45,6 +56,10 @@ def remove(model: Any) -> Any:
         module.set_submodule(name, original.to(device))
     if replaced:
         object.__setattr__(module, _PATCH, {})
+    undo = getattr(module, _UNDO, None)
+    if undo is not None:
+        undo()
+        object.__setattr__(module, _UNDO, None)
     return model
 
 
@@ -86,7 +101,10 @@ def site_plan(plan: CommPlan | None, name: str) -> SitePlan | None:
 def column_parallel(checkpoint: LowBitCheckpoint, name: str, rank: int, size: int, bias: Tensor | None) -> nn.Module:
     """Rank `rank`'s quantized replacement of a column-parallel linear; `bias` is the rank's own, already sharded."""
     weight = _quantized(checkpoint, name).shard_out(rank, size)
-    return QuantColumnParallelLinear(weight, bias, checkpoint.scheme.act_bits)
+    low_rank = checkpoint.low_rank.get(name)
+    low_rank = None if low_rank is None else low_rank.shard_out(rank, size)
+    plan = checkpoint.reassembly.get(name)  # where no norm carries it out
+    return QuantColumnParallelLinear(weight, bias, checkpoint.scheme.act_bits, 1, plan, low_rank)
 
 
 def row_shard(checkpoint: LowBitCheckpoint | None, name: str, rank: int, size: int, dense: Tensor) -> nn.Module:
@@ -94,15 +112,68 @@ def row_shard(checkpoint: LowBitCheckpoint | None, name: str, rank: int, size: i
     if checkpoint is None or checkpoint.scheme.weight_bits == 16:
         return DenseShard(dense)
     weight = _quantized(checkpoint, name)
-    groups = activation_groups(weight.in_features, checkpoint.shard_groups)
+    plan, low_rank = checkpoint.reassembly.get(name), checkpoint.low_rank.get(name)
+    groups = activation_groups(weight.in_features if plan is None else plan.in_features, checkpoint.shard_groups)
     if checkpoint.scheme.act_bits < 16 and groups % size:
         raise LowBitError(
             f"{name}: {groups} activation shard groups do not divide among tp={size}; "
             f"quantize with a weights.shard_groups that {size} divides"
         )
     return QuantColumnParallelLinear(
-        weight.shard_in(rank, size), None, checkpoint.scheme.act_bits, max(groups // size, 1)
+        weight.shard_in(rank, size),
+        None,
+        checkpoint.scheme.act_bits,
+        max(groups // size, 1),
+        None if plan is None else plan.shard(rank, size),
+        None if low_rank is None else low_rank.shard_in(rank, size),
     )
+
+
+def norms(model: nn.Module, checkpoint: LowBitCheckpoint) -> dict[str, nn.Module]:
+    """{fqn: replacement} of the norms whose output the checkpoint reassembles, or whose gain it has trained."""
+    replacements: dict[str, nn.Module] = {}
+    modules = dict(model.named_modules())
+    block = os.path.commonprefix(list(checkpoint.linears)).rpartition(".")[
+        0
+    ]  # model.layers, or one block of a tiny model
+    for name, tensor in checkpoint.tensors.items():
+        fqn, _, leaf = name.rpartition(".")
+        norm = modules.get(fqn)
+        if leaf != "weight" or tensor.ndim != 1 or norm is None or not fqn.startswith(block + "."):
+            continue
+        current: Any = norm.weight
+        stored = tensor.to(current.device, current.dtype)
+        plan = checkpoint.reassembly.get(fqn)
+        if plan is None and torch.equal(stored, current.data):
+            continue
+        replacement = copy.deepcopy(norm)
+        replacement.weight = nn.Parameter(stored, requires_grad=False)
+        replacements[fqn] = replacement if plan is None else ReassembledNorm(replacement, plan)
+    missing = [name for name in checkpoint.reassembly if name not in checkpoint.linears and name not in replacements]
+    if missing:
+        raise LowBitError(
+            f"the model has no norm {missing[0]}, which the checkpoint reassembles; quantize this model again"
+        )
+    return replacements
+
+
+def quantize_attention(model: Any, checkpoint: LowBitCheckpoint, config: Any) -> None:
+    """Have the model's attention quantize Q, K and V and pack the cache; undone by `remove`."""
+    if checkpoint.attention_bits == 16:
+        return
+    owners = {name.rpartition(".")[0] for name in checkpoint.linears}
+    modules = [module for name, module in model.named_modules() if name in owners and hasattr(module, "layer_idx")]
+    before = attention.enable(config)
+    attention.set_bits(modules, checkpoint.attention_bits)
+    handles = attention.pack_cache(modules, checkpoint.attention_bits)
+
+    def undo() -> None:
+        config._attn_implementation = before
+        attention.set_bits(modules, 16)
+        for handle in handles:
+            handle.remove()
+
+    object.__setattr__(model, _UNDO, undo)
 
 
 def _quantized(checkpoint: LowBitCheckpoint, name: str):
