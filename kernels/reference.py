@@ -30,8 +30,8 @@ def reassemble(x: Tensor, src_idx: Tensor, dst_idx: Tensor, coefficient: Tensor,
     """x'_c = sum over entries e -> c of coefficient[e] * x[src_idx[e]] (QLLM, eqs. 3 and 4).
 
     x: float [..., in]; src_idx, dst_idx: int64 [entries]; coefficient: float32 [entries]. Entries 0 .. width-1 go to
-    channels 0 .. width-1, so only those of merged groups have to be added. Float32 arithmetic (float64 for a float64 x),
-    in x's dtype; differentiable.
+    channels 0 .. width-1, so only those of merged groups have to be added. Float32 arithmetic (float64 for a float64
+    x), in x's dtype; differentiable.
     """
     exact = torch.promote_types(x.dtype, torch.float32)
     coefficient = coefficient.to(exact)

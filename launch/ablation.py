@@ -3,8 +3,8 @@
     full                    full precision
     rtn                     round to nearest as the paper does it: one activation scale per token
     rtn_grouped             the same with weights.shard_groups scales on row-parallel inputs, as all rows below have
-    disassembly_<gamma>     outlier channels split, gamma of the width added (wider inputs)           paper, tables 2 and D
-    reassembly_<gamma>      ... and as many channels merged
+    disassembly_<gamma>     outlier channels split, gamma of the width added (wider inputs)           paper, tables 2
+    and D reassembly_<gamma>      ... and as many channels merged
     adaptive                the expansion chosen by the error of the block's output, none among them    table 2
     correction              low-rank correction alone                                                table F
     adaptive_correction     both, merged into the weights

@@ -269,10 +269,10 @@ def _from_checkpoint(hf_config: Any, checkpoint: LowBitCheckpoint, dtype: torch.
     model = skeleton(hf_config, dtype)
     placeholder = torch.zeros(1, 1, dtype=dtype)
     state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in checkpoint.tensors.items()}
-    for name, weight in checkpoint.linears.items():
+    for name in checkpoint.linears:
         shape = model.get_submodule(name).weight.shape
         state[f"{name}.weight"] = placeholder.expand(shape)
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    _, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     lacking = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if lacking or unexpected:

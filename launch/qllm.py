@@ -52,8 +52,8 @@ def quantize_qllm(
     check_divides(text_config, config.tp, "tp")
     context = getattr(text_config, "max_position_embeddings", None) or 2048
     section = config.calibration
-    arguments = (section.data, section.samples, section.sequence_length, context, "calibration")
-    windows = _aligned(on_rank_zero(lambda: token_windows(tokenizer, *arguments)))
+    arguments = (section.samples, section.sequence_length, context, "calibration")
+    windows = _aligned(on_rank_zero(lambda: token_windows(tokenizer, section.data or "", *arguments)))
     source = BlockSource(folder, hf_config, config, compute_dtype(config), device(), tp_group)
     walk = Walk(source, windows, config, plan_sizes(source, config) if plans else [], dp_group, logger)
 

@@ -12,6 +12,7 @@ from megatron_lowbit.artifacts import LowBitCheckpoint
 from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.distributed import env_rank, on_rank_zero
 from megatron_lowbit.launch.calibrate import usable_sizes, write_plans
+from megatron_lowbit.launch.dry_run import dry_run
 from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
 from megatron_lowbit.launch.qllm import quantize_qllm
 from megatron_lowbit.launch.runner import run_stage
@@ -22,6 +23,8 @@ CONFIG = QuantizeConfig
 
 
 def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
+    if config.dry_run:
+        return dry_run(config)
     if config.weights.scheme == "none":
         raise LowBitError("weights.scheme=none quantizes nothing; choose W4A16, W4A8, W4A4, W6A6 or W8A8")
     if method(config) == "qllm":
@@ -54,6 +57,8 @@ def method(config: QuantizeConfig) -> str:
 
 def ranks(config: QuantizeConfig) -> int | None:
     """Processes that method qllm runs in; None: as every stage."""
+    if config.dry_run:
+        return 1
     return config.tp * config.dp if method(config) == "qllm" else None
 
 
@@ -70,9 +75,10 @@ def run_qllm(config: QuantizeConfig, logger: MetricLogger) -> list[dict[str, Any
 def size_row(checkpoint: LowBitCheckpoint, logger: MetricLogger) -> dict[str, Any]:
     """Sizes: ideal_bytes is bits * parameters / 8 of the quantized linears, linear_bytes what they really take."""
     if env_rank() == 0:
+        linears, ratio = checkpoint.linear_bytes(), checkpoint.linear_bytes() / checkpoint.ideal_bytes()
         print(
             f"wrote {len(checkpoint.linears)} linears in {checkpoint.scheme_name}, {checkpoint.nbytes():,} bytes "
-            f"(linears {checkpoint.linear_bytes():,}, {checkpoint.linear_bytes() / checkpoint.ideal_bytes():.3f} of the ideal)"
+            f"(linears {linears:,}, {ratio:.3f} of bits x parameters / 8)"
         )
     logger.log(bytes=checkpoint.nbytes())
     return {

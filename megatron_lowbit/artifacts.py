@@ -194,8 +194,8 @@ class CommPlan:
 class CheckpointPart:
     """What some blocks contribute to a LowBitCheckpoint, as one safetensors file.
 
-    linears and other tensors by Hugging Face name; reassembly by the module that carries it out (a norm, whose output it
-    is, or a linear, whose input); low_rank by linear.
+    linears and other tensors by Hugging Face name; reassembly by the module that carries it out (a norm, whose
+    output it is, or a linear, whose input); low_rank by linear.
     """
 
     linears: dict[str, QuantizedWeight] = field(default_factory=dict)
@@ -276,14 +276,16 @@ class LowBitCheckpoint:
             for file, checksum in meta["files"].items():
                 tensors |= _read_tensors(Path(folder) / file, checksum)
             linears = {
-                name: QuantizedWeight(*_pop(tensors, name, _WEIGHT), scheme.weight_bits, in_features)
+                name: QuantizedWeight(
+                    **_pop(tensors, name, _WEIGHT), num_bits=scheme.weight_bits, in_features=in_features
+                )
                 for name, in_features in meta["in_features"].items()
             }
             plans = {
-                name: ReassemblyPlan(*_pop(tensors, name, _PLAN), in_features, width)
+                name: ReassemblyPlan(**_pop(tensors, name, _PLAN), in_features=in_features, width=width)
                 for name, (in_features, width) in meta["reassembly"].items()
             }
-            low_rank = {name: LowRank(*_pop(tensors, name, _LOW_RANK)) for name in meta["low_rank"]}
+            low_rank = {name: LowRank(**_pop(tensors, name, _LOW_RANK)) for name in meta["low_rank"]}
         return cls(
             linears,
             tensors,
@@ -330,8 +332,8 @@ def write_checkpoint(
             _discard(file)
 
 
-def _pop(tensors: dict[str, Tensor], name: str, leaves: tuple[str, ...]) -> list[Tensor]:
-    return [tensors.pop(f"{name}.{leaf}") for leaf in leaves]
+def _pop(tensors: dict[str, Tensor], name: str, leaves: tuple[str, ...]) -> dict[str, Any]:
+    return {leaf: tensors.pop(f"{name}.{leaf}") for leaf in leaves}
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
     full-precision stream   h  -> F(h)            what the correction aims at
     quantized stream        h~ -> F~(h~)          what the next group will be given
 
-For every group: load its blocks from disk; run the full-precision stream through them; reassemble and round block by block;
-train the low-rank correction of the whole group; run the quantized stream through the result, which also records the ranges of
-the partial sums for the communication plans; write the group's part of the checkpoint. Only the group at hand is in memory;
-the streams are memory-mapped files. After every group the state is written, so a killed run continues with the next.
+For every group: load its blocks from disk; run the full-precision stream through them; reassemble and round block by
+block; train the low-rank correction of the whole group; run the quantized stream through the result, which also
+records the ranges of the partial sums for the communication plans; write the group's part of the checkpoint. Only
+the group at hand is in memory; the streams are memory-mapped files. After every group the state is written, so a
+killed run continues with the next.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ class Walk:
     def run(self, save_beside: Callable[[Path], Any]) -> CalibrationStats:
         """Quantize, resuming where an earlier run of the same settings stopped, and write the checkpoint to output_dir.
 
-        save_beside(folder) adds the model's config and tokenizer. Returns the ranges of the quantized model's partial sums.
+        save_beside(folder) adds the model's config and tokenizer. Returns the ranges of the quantized model's
+        partial sums.
         """
         done = self._resume()
         count = len(self.source.blocks)
@@ -354,7 +356,7 @@ class Walk:
         return json.loads(json.dumps({**values, "calibration.data's tokens": self.digest[:16]}))
 
     def _resume(self) -> int:
-        """Groups that an unfinished run of the same settings has done; 0 for a fresh start, whose state is then made."""
+        """Groups that an unfinished run of the same settings has done; 0 for a fresh start, which makes the state."""
         settings = self._settings()
 
         def check() -> dict[str, Any]:

@@ -7,9 +7,10 @@ Every entry e of a plan adds channel src_idx[e] to channel dst_idx[e]:
     x'_c  = sum over e -> c of coefficient[e] * x[src_idx[e]]
     W'_c  = sum over e -> c of W[src_idx[e]]
 
-A channel that stays is one entry with coefficient 1. One that is split into T sub-channels is T entries with 1/T, each to
-a channel of its own. A group that is merged is |G| entries with 1/|G| to one channel: the mean of the activations, the
-sum of the weights. Splitting is exact (S R = 1 on that channel); merging costs sum over G of (x_i - mean x)(W_i - mean W).
+A channel that stays is one entry with coefficient 1. One that is split into T sub-channels is T entries with 1/T,
+each to a channel of its own. A group that is merged is |G| entries with 1/|G| to one channel: the mean of the
+activations, the sum of the weights. Splitting is exact (S R = 1 on that channel); merging costs sum over G of (x_i -
+mean x)(W_i - mean W).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from megatron_lowbit.kernels import reassemble
 
 @dataclass(frozen=True)
 class ReassemblyPlan:
-    """src_idx, dst_idx int64 [entries], coefficient float32 [entries]; the entries 0 .. width-1 go to channels 0 .. width-1.
+    """src_idx, dst_idx int64 [entries], coefficient float32 [entries]; the entries 0 .. width-1 go to channels 0 ..
+    width-1.
 
     The others, which only merged groups have, follow. in_features: channels of x; width: channels of x'.
     """
@@ -63,8 +65,8 @@ class ReassemblyPlan:
         return ReassemblyPlan(self.src_idx, self.dst_idx, coefficient, self.in_features, self.width)
 
     def to(self, device: torch.device | str) -> ReassemblyPlan:
-        moved = (tensor.to(device) for tensor in (self.src_idx, self.dst_idx, self.coefficient))
-        return ReassemblyPlan(*moved, self.in_features, self.width)
+        src_idx, dst_idx, coefficient = (t.to(device) for t in (self.src_idx, self.dst_idx, self.coefficient))
+        return ReassemblyPlan(src_idx, dst_idx, coefficient, self.in_features, self.width)
 
     def shard(self, rank: int, size: int) -> ReassemblyPlan:
         """Rank `rank`'s part of a plan that was made within shard groups: no entry crosses the rank's boundary."""

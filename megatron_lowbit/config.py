@@ -57,7 +57,8 @@ class WeightsConfig(_Config):
     scheme: SchemeName = "none"
     # bits of weights and activations
     method: Literal["rtn", "qllm"] | None = None
-    # rtn: round to nearest; qllm: channel reassembly and low-rank correction; none: qllm where quantize has calibration.data
+    # rtn: round to nearest; qllm: channel reassembly and low-rank correction; none: qllm where quantize has
+    # calibration.data
     group_size: int | None = Field(None, ge=1)
     # input features that share a weight scale; none: one scale per output channel
     symmetric: bool = False
@@ -94,7 +95,8 @@ class ReassemblyConfig(_Config):
     """Channel reassembly before a linear's quantization (QLLM, section 4.1)."""
 
     mode: Literal["adaptive", "fixed", "none"] = "adaptive"
-    # adaptive: the expansion with the smallest error of the block's output, none among them; fixed: `expansion` everywhere
+    # adaptive: the expansion with the smallest error of the block's output, none among them; fixed: `expansion`
+    # everywhere
     expansion: float = Field(0.01, gt=0, le=1)
     # mode=fixed: channels added by splitting, as a share of the width (the paper's gamma)
     expansions: tuple[float, ...] = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)

@@ -2,10 +2,10 @@
 
     min over A, B of all linears of the group   | F(h) - F~(h~) |^2 / (tokens * hidden)
 
-F is the full-precision group on the full-precision stream h, F~ the quantized one on the quantized stream h~, which carries the
-error of all groups before. Only A and B (and, if asked, the norms' gains) are trained: AdamW, linear decay to 0, one pass
-after the other over the calibration windows. Every data-parallel rank takes its share of each step's windows and adds up the
-gradients; tensor-parallel ranks compute the same loss.
+F is the full-precision group on the full-precision stream h, F~ the quantized one on the quantized stream h~, which
+carries the error of all groups before. Only A and B (and, if asked, the norms' gains) are trained: AdamW, linear
+decay to 0, one pass after the other over the calibration windows. Every data-parallel rank takes its share of each
+step's windows and adds up the gradients; tensor-parallel ranks compute the same loss.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ def _gradients(
         loss = (output.float() - target.float())[mask].square().sum() / count
         grads = torch.autograd.grad(loss, list(parameters), allow_unused=True, materialize_grads=True)
         rows.append(torch.cat([loss.detach().view(1), *(grad.reshape(-1) for grad in grads)]))
-    gathered = all_gather_stack(torch.stack(rows), dp_group)  # [ranks, windows of each, 1 + values]; window i was on i % ranks
+    gathered = all_gather_stack(
+        torch.stack(rows), dp_group
+    )  # [ranks, windows of each, 1 + values]; window i was on i % ranks
     total = torch.zeros_like(rows[0])
     for row in gathered.transpose(0, 1).flatten(0, 1):
         total += row

@@ -1,4 +1,4 @@
-"""Tensors of a Hugging Face checkpoint, read one by one from its safetensors files: a 70B model never is in memory whole."""
+"""Tensors of a Hugging Face checkpoint, read one by one from its safetensors files: never the whole model."""
 
 from __future__ import annotations
 

@@ -7,8 +7,9 @@ Weights carry one scale per output channel (or group); activations are quantized
 arXiv 2310.08041). The input of a row-parallel linear is quantized per token and shard group (`act_groups` equal
 slices of the whole input), so a rank computes what it would compute at any other tensor-parallel size.
 
-A checkpoint of method qllm adds two things: a ReassemblyPlan, carried out by the norm before column-parallel linears (in
-one gather with its gain) or by a linear on its own input; and, where the correction was not merged, a low-rank branch:
+A checkpoint of method qllm adds two things: a ReassemblyPlan, carried out by the norm before column-parallel linears
+(in one gather with its gain) or by a linear on its own input; and, where the correction was not merged, a low-rank
+branch:
 
     y = Q(x S) Q(R W)^T + Q(x S) A^T B^T
 """
@@ -16,7 +17,6 @@ one gather with its gain) or by a linear on its own input; and, where the correc
 from __future__ import annotations
 
 from collections.abc import Sequence
-
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class QuantColumnParallelLinear(Float32QParams):
     scale: Tensor  # float32 [out_features, groups]
     zero_point: Tensor  # float32 [out_features, groups]
     bias: nn.Parameter | None
+    lora_a: Tensor | None  # bf16 [rank, in_features]
+    lora_b: Tensor | None
 
     def __init__(
         self,
@@ -73,7 +75,7 @@ class QuantColumnParallelLinear(Float32QParams):
             rows = quantize(rows, act_scale, act_zero_point, self.act_bits)
         weight = (self.packed_weight, self.scale, self.zero_point, self.weight_bits)
         y = quant_linear(rows, act_scale, act_zero_point, *weight, x.dtype)
-        if self.lora_a is not None:
+        if self.lora_a is not None and self.lora_b is not None:
             inputs = rows if act_scale is None else dequantize(rows, act_scale, act_zero_point).to(x.dtype)
             y = y + F.linear(F.linear(inputs, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
         y = y.view(*x.shape[:-1], self.out_features)
@@ -130,7 +132,8 @@ class ReassembledNorm(Float32QParams):
         self.register_buffer("gain", None if rms is None else rms[0].float())
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if self.norm is not None:
+        if self.norm is not None or self.gain is None:
+            assert self.norm is not None
             return self.reassembly(self.norm(hidden))
         plan, h = self.reassembly, hidden.float()
         normed = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)

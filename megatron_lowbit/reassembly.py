@@ -12,7 +12,8 @@ Distance      Merging i and j replaces x_i W_i + x_j W_j by their mean times the
               so two Gram matrices say it exactly. (The official code adds the weights where it should subtract them.)
 Threshold     Candidates are counts of added channels: theta lies between the breakpoints max|x_i| / t, and the n-th
               largest of them is where the n-th channel is added. The paper's grid of equal steps in theta spends most
-              of them on equal counts. None at all is a candidate too; which one is best is for the block's output to say.
+              of them on equal counts. None at all is a candidate too; which one is best is for the block's output to
+              say.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from megatron_lowbit.config import ReassemblyConfig
 
 
 class ChannelStats:
-    """Running statistics of activations [tokens, M]: max_abs float32 [M], gram float64 [M, M] = sum over tokens of x x^T."""
+    """Running statistics of activations [tokens, M]: max_abs float32 [M]; gram float64 [M, M], sum of tokens' x^T x."""
 
     def __init__(self, features: int, device: torch.device | str = "cpu"):
         self.max_abs = torch.zeros(features, device=device)

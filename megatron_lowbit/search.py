@@ -5,9 +5,9 @@
     row-parallel (down, o)             error of the partial sums, shard by shard; then of their sum
 
 The target is the full-precision owner on the same input. A candidate is scored as it would be deployed: split, then
-merged, then quantized, with Q, K and V quantized where they will be; and the identity is one of the candidates. For a row-parallel
-weight, whose scale spans all shards, the shards' choices are confirmed together: where their joint error is not below that
-of no reassembly, there is none.
+merged, then quantized, with Q, K and V quantized where they will be; and the identity is one of the candidates. For
+a row-parallel weight, whose scale spans all shards, the shards' choices are confirmed together: where their joint
+error is not below that of no reassembly, there is none.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Search:
     def _better_together(
         self, group: InputGroup, linear: ShardedLinear, chosen: list[ReassemblyPlan], none: list[ReassemblyPlan]
     ) -> bool:
-        """Whether the sum over shards, quantized exactly as it will be deployed, is nearer with `chosen` than with `none`."""
+        """Whether the sum over shards, quantized as it will be deployed, is nearer with `chosen` than with `none`."""
         errors = torch.zeros(2, dtype=torch.float64)
         weights = [self._candidate_weights(linear, plans) for plans in (chosen, none)]
         for x, mask, _ in self.inputs(group):
@@ -167,7 +167,7 @@ class Search:
         return fake_quantize_with(weight, *qparams_from_range(low, high, bits, self.config.weights.symmetric), bits)
 
     def _smallest(self, errors: Tensor, tp: bool = True) -> int:
-        """Index of the smallest error over all ranks' tokens (and, for tp, heads or MLP channels); the first of equals."""
+        """Index of the smallest error over all ranks' tokens (for tp, also their channels); the first of equals."""
         for group in (self.dp_group, self.tp_group if tp else None):
             if group is not None:
                 moved = errors.to(self.device)

@@ -84,10 +84,8 @@ class ShardedLinear(nn.Module):
         parts = [F.linear(x_s, w_s.to(x.dtype)) for x_s, w_s in zip(inputs, weights, strict=True)]
         if self.quantized and self.branch:
             parts = [y + low for y, low in zip(parts, self._branch(inputs), strict=True)]
-        if self.kind == "column":
-            y = torch.cat(parts, -1)
-        else:
-            y = self._reduce(gather_shards(parts, self.tp_group))
+        column = self.kind == "column"
+        y = torch.cat(parts, -1) if column else self._reduce(gather_shards(parts, self.tp_group))
         return y if self.bias is None else y + self.bias
 
     def set_plans(self, plans: Sequence[ReassemblyPlan]) -> None:
@@ -181,7 +179,7 @@ class ShardedLinear(nn.Module):
 
     @torch.no_grad()
     def _qparams(self, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """(scale, zero_point) for each shard. One scale per output channel spans the shards of a row-parallel weight."""
+        """(scale, zero_point) of each shard; one scale per output channel spans all shards of a row-parallel weight."""
         bits, symmetric, group_size = self.scheme.weight_bits, self.config.symmetric, self.config.group_size
         if self.kind == "column" or group_size is not None:
             return [choose_qparams(w, bits, symmetric, group_size) for w in weights]

@@ -1,8 +1,10 @@
-"""Shard groups: the unit that tensor-parallel work is cut into, so that its results do not depend on how many ranks do it.
+"""Shard groups: the unit that tensor-parallel work is cut into, so that its results do not depend on how many ranks
+do it.
 
-The outputs of a column-parallel linear and the inputs of a row-parallel one are cut into G equal shards (weights.shard_groups);
-a rank of N holds G / N neighbouring ones and computes each by itself, with the same shapes at every N. What is summed
-over shards, partial sums and gradients of what all shards share, is gathered and added in the order of the shards:
+The outputs of a column-parallel linear and the inputs of a row-parallel one are cut into G equal shards
+(weights.shard_groups); a rank of N holds G / N neighbouring ones and computes each by itself, with the same shapes
+at every N. What is summed over shards, partial sums and gradients of what all shards share, is gathered and added in
+the order of the shards:
 
     sum_r sum_s y_rs   differs from   sum_s' y_s'   in floating point, ordered_sum does not
 

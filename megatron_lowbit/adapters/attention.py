@@ -3,9 +3,9 @@
     softmax( Q(q) Q(k)^T / sqrt(d) ) Q(v)          the softmax's output keeps its precision, as in the paper
 
 Registered with transformers as an attention function that wraps the model's own (sdpa, eager, ...) and reads the number
-of bits from the attention module; a module without it computes as before. While tokens are generated, K and V are packed in
-the cache: every DynamicLayer that an attention module meets empty is replaced by a PackedLayer. (Layers that keep
-a sliding window stay unpacked; their K and V are quantized when they are read.)
+of bits from the attention module; a module without it computes as before. While tokens are generated, K and V are
+packed in the cache: every DynamicLayer that an attention module meets empty is replaced by a PackedLayer. (Layers
+that keep a sliding window stay unpacked; their K and V are quantized when they are read.)
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ def packed_layer_class() -> type:
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
+            assert self.keys is not None and self.values is not None
             self.keys = torch.cat([self.keys, _encode(key_states, self.num_bits)], dim=-2)
             self.values = torch.cat([self.values, _encode(value_states, self.num_bits)], dim=-2)
             decoded = []

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from megatron_lowbit.adapters import patching
@@ -85,7 +84,8 @@ class InputGroup:
 def input_groups(block: nn.Module, linears: Mapping[str, tuple[Kind, nn.Module]]) -> Iterator[list[InputGroup]]:
     """Within the context run the block once; afterwards the list holds its InputGroups, in the order they ran.
 
-    linears: {fqn within the block: (kind, module)}. Who reads what is seen by object identity of tensors, on any device.
+    linears: {fqn within the block: (kind, module)}. Who reads what is seen by object identity of tensors, on any
+    device.
     """
     groups: list[InputGroup] = []
     outputs: list[tuple[str, Tensor]] = []

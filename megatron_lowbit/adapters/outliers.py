@@ -2,7 +2,8 @@
 
     norm      gain_i * s          columns i of the linears that read it / s
     up_down   rows i of up * s    columns i of down / s          SiLU(gate) * up is linear in up
-    v_o       rows i of v * s     columns i of o / s             so is attention in v; with GQA, every query head's columns
+    v_o       rows i of v * s     columns i of o / s             so is attention in v; with GQA, every query head's
+    columns
 
 The model's function stays (bit for bit where s is a power of two); the activations in between get outliers. Chosen are
 1 % of the channels, at least one, by the seed and the block's number.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
+import re
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -133,13 +133,12 @@ def norms(model: nn.Module, checkpoint: LowBitCheckpoint) -> dict[str, nn.Module
     """{fqn: replacement} of the norms whose output the checkpoint reassembles, or whose gain it has trained."""
     replacements: dict[str, nn.Module] = {}
     modules = dict(model.named_modules())
-    block = os.path.commonprefix(list(checkpoint.linears)).rpartition(".")[
-        0
-    ]  # model.layers, or one block of a tiny model
+    block = re.match(r"(.*?\.)?\d+\.", next(iter(checkpoint.linears)))  # model.layers.0.
+    blocks = (block.group(1) or "") if block else ""
     for name, tensor in checkpoint.tensors.items():
         fqn, _, leaf = name.rpartition(".")
         norm = modules.get(fqn)
-        if leaf != "weight" or tensor.ndim != 1 or norm is None or not fqn.startswith(block + "."):
+        if leaf != "weight" or tensor.ndim != 1 or norm is None or not fqn.startswith(blocks):
             continue
         current: Any = norm.weight
         stored = tensor.to(current.device, current.dtype)
