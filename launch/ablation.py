@@ -2,13 +2,13 @@
 
     full                    full precision
     rtn                     round to nearest as the paper does it: one activation scale per token
-    rtn_grouped             the same with weights.shard_groups scales on row-parallel inputs, as all rows below have
-    disassembly_<gamma>     outlier channels split, gamma of the width added (wider inputs)           paper, tables 2
-    and D reassembly_<gamma>      ... and as many channels merged
-    adaptive                the expansion chosen by the error of the block's output, none among them    table 2
-    correction              low-rank correction alone                                                table F
+    rtn_grouped             with weights.shard_groups scales on row-parallel inputs, as all rows below
+    disassembly_<gamma>     outlier channels split, gamma of the width added          tables 2 and D
+    reassembly_<gamma>      ... and as many channels merged                           table 2
+    adaptive                the expansion with the smallest error of the block's output
+    correction              low-rank correction alone                                 table F
     adaptive_correction     both, merged into the weights
-    adaptive_branch         both, the correction beside the weights                                  table K
+    adaptive_branch         both, the correction beside the weights                   table K
 
 A row's artifact stays in <output_dir>/ablation/<row>; a row that is there with the same settings is not made again.
 """

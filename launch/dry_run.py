@@ -98,7 +98,8 @@ def _totals(
     forward = 2 * per_rank + attention
     # Per token and block: about six partial forwards to observe, one per candidate to score, three for every trained
     # pass.
-    passes = 8 + (len(config.reassembly.expansions) + 1 if config.reassembly.mode == "adaptive" else 0)
+    candidates = len(config.reassembly.expansions) + 1 if config.reassembly.mode == "adaptive" else 0
+    passes = 8 + candidates
     trained = 3 * config.correction.epochs if config.correction.mode != "none" else 0
     multiplications = forward * (passes + trained) * tokens / config.dp * size
     rate = measure_rate(length, rows[0]["shape_per_rank"])
@@ -110,12 +111,22 @@ def _totals(
         "blocks_per_group": size,
         "packed_bytes_per_rank": sum(row["bytes_per_rank"] for row in rows) * depth,
         "other_bytes": rest * 2,
-        "group_weight_bytes_per_rank": per_rank * 4 * size,
+        # float32 weights, their rounded copies, and the candidates of the widest input group while they are scored
+        "group_weight_bytes_per_rank": 4 * (2 * per_rank * size + candidates * _widest_group(rows)),
         "stream_bytes_per_rank": tokens // config.dp * hidden * stored,
         "flops_per_group": multiplications,
         "measured_flops_per_second": rate,
         "estimated_seconds_per_group": multiplications / rate,
     }
+
+
+def _widest_group(rows: list[dict[str, Any]]) -> int:
+    """Weights per rank of an owner's column-parallel linears, or of a row-parallel linear, whichever is more."""
+    sums: dict[str, int] = {}
+    for row in rows:
+        key = row["name"] if row["parallel"] == "row" else row["name"].rpartition(".")[0]
+        sums[key] = sums.get(key, 0) + row["shape_per_rank"][0] * row["shape_per_rank"][1]
+    return max(sums.values())
 
 
 def measure_rate(tokens: int, shape: list[int]) -> float:
@@ -141,9 +152,8 @@ def _print(rows: list[dict[str, Any]], totals: dict[str, Any], config: QuantizeC
     Console(width=None if Console().is_terminal else 110).print(table)
     gib = 2**30
     print(f"{totals['groups']} groups of {totals['blocks_per_group']} blocks")
-    print(
-        f"packed linears per rank: {totals['packed_bytes_per_rank'] / gib:.2f} GiB; all else: {totals['other_bytes'] / gib:.2f} GiB"
-    )
+    packed, rest = totals["packed_bytes_per_rank"] / gib, totals["other_bytes"] / gib
+    print(f"packed linears per rank: {packed:.2f} GiB; all else: {rest:.2f} GiB")
     print(
         f"on the device while a group is quantized: {totals['group_weight_bytes_per_rank'] / gib:.2f} GiB of weights; "
         f"each of four activation files: {totals['stream_bytes_per_rank'] / gib:.2f} GiB"

@@ -13,7 +13,7 @@ from torch import distributed as dist
 
 from megatron_lowbit.adapters.blocks import BlockSource
 from megatron_lowbit.adapters.huggingface import check_divides, model_config
-from megatron_lowbit.artifacts import CalibrationStats
+from megatron_lowbit.artifacts import remove_plans
 from megatron_lowbit.blockwise import GroupResult, Walk
 from megatron_lowbit.config import CommConfig, LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.data import Windows, token_windows
@@ -26,6 +26,7 @@ from megatron_lowbit.distributed import (
     on_rank_zero,
     seed_everything,
 )
+from megatron_lowbit.launch.calibrate import write_plans
 from megatron_lowbit.launch.engine import compute_dtype, model_name
 from megatron_lowbit.linear import activation_groups
 from megatron_lowbit.metrics import MetricLogger
@@ -33,8 +34,8 @@ from megatron_lowbit.metrics import MetricLogger
 
 def quantize_qllm(
     config: QuantizeConfig, logger: MetricLogger, plans: bool = True
-) -> tuple[CalibrationStats, list[GroupResult]]:
-    """Write the LowBitCheckpoint to output_dir; returns the ranges of its partial sums and a record of every group.
+) -> tuple[list[dict[str, Any]], list[GroupResult]]:
+    """Write the LowBitCheckpoint (and CommPlans) to output_dir; returns a row per plan and a record of every group.
 
     plans: whether ranges are wanted for comm.tp_sizes; without, only those of the full sums are recorded.
     """
@@ -55,13 +56,19 @@ def quantize_qllm(
     arguments = (section.samples, section.sequence_length, context, "calibration")
     windows = _aligned(on_rank_zero(lambda: token_windows(tokenizer, section.data or "", *arguments)))
     source = BlockSource(folder, hf_config, config, compute_dtype(config), device(), tp_group)
+    source.check_widths()
     walk = Walk(source, windows, config, plan_sizes(source, config) if plans else [], dp_group, logger)
 
     def save_beside(output: Path) -> None:
         read_config(folder).save_pretrained(output)
         tokenizer.save_pretrained(output)
 
-    return walk.run(save_beside), walk.results
+    stats, rows = walk.run(save_beside), []
+    if plans and len(stats.ranges) > 1:
+        on_rank_zero(lambda: remove_plans(config.output_dir))
+        rows = write_plans(stats, config, config.output_dir, logger)
+    on_rank_zero(walk.forget)
+    return rows, walk.results
 
 
 def plan_sizes(source: BlockSource, config: QuantizeConfig) -> list[int]:
@@ -81,11 +88,15 @@ def plan_sizes(source: BlockSource, config: QuantizeConfig) -> list[int]:
             if env_rank() == 0:
                 print(f"left out: {error}")
     if config.correction.through_communication:
+        if config.comm.selection == "random":
+            raise LowBitError("correction.through_communication trains for one plan: set comm.selection=top")
         size = max(config.virtual_tp, config.tp)
         if size == 1:
             raise LowBitError("correction.through_communication needs ranks that communicate: set virtual_tp, or tp")
         _check_shards(size, shards, "virtual_tp")
         sizes.add(size)
+    elif config.virtual_tp > 1:
+        raise LowBitError(f"virtual_tp={config.virtual_tp} needs correction.through_communication=true here")
     return sorted(sizes)
 
 

@@ -29,6 +29,11 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
         raise LowBitError("weights.scheme=none quantizes nothing; choose W4A16, W4A8, W4A4, W6A6 or W8A8")
     if method(config) == "qllm":
         return {"rows": run_qllm(config, logger)}
+    for key in ("reassembly", "correction", "dp"):
+        if getattr(config, key) != getattr(QuantizeConfig(), key):
+            raise LowBitError(
+                f"{key} has no effect with weights.method=rtn; set weights.method=qllm and calibration.data"
+            )
     engine = start_engine(config, [config.weights])
     checkpoint = engine.checkpoint
     if checkpoint is None or not engine.full_precision:
@@ -63,8 +68,7 @@ def ranks(config: QuantizeConfig) -> int | None:
 
 
 def run_qllm(config: QuantizeConfig, logger: MetricLogger) -> list[dict[str, Any]]:
-    stats, groups = quantize_qllm(config, logger)
-    rows = write_plans(stats, config, config.output_dir, logger) if len(stats.ranges) > 1 else []
+    rows, groups = quantize_qllm(config, logger)
     if env_rank() != 0:
         return []
     checkpoint = LowBitCheckpoint.load(config.output_dir)

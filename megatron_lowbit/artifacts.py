@@ -61,14 +61,18 @@ def model_fingerprint(
 
 def fingerprint_of(sums: Mapping[str, Tensor], config: Any, tp_group: dist.ProcessGroup | None = None) -> Fingerprint:
     """model_fingerprint from the bit sums {fqn: int64 scalar} of this rank's weights."""
-    fields = {name: value for name in _FINGERPRINT_FIELDS if (value := getattr(config, name, None)) is not None}
     if not sums:
         raise LowBitError("the model has no tensor-parallel linears that megatron_lowbit knows")
     names = sorted(sums)
     total = torch.stack([sums[name] for name in names])
     if tp_group is not None:
         dist.all_reduce(total, group=tp_group)
-    return {**fields, "weights": dict(zip(names, total.tolist(), strict=True))}
+    return {**fingerprint_fields(config), "weights": dict(zip(names, total.tolist(), strict=True))}
+
+
+def fingerprint_fields(config: Any) -> dict[str, Any]:
+    """The shape fields of a Hugging Face config."""
+    return {name: value for name in _FINGERPRINT_FIELDS if (value := getattr(config, name, None)) is not None}
 
 
 def bit_sum(weight: Tensor) -> Tensor:
@@ -427,6 +431,26 @@ def _read_meta(stem: Path, *keys: str) -> dict[str, Any]:
     if not {"format", *keys} <= set(meta):
         raise LowBitError(f"cannot read {str(stem)!r}: its JSON is incomplete; write it again")
     return meta
+
+
+def verify_files(folder: Path, part: PartMeta) -> None:
+    """Raise LowBitError where a file of `part` is missing or not what was written."""
+    for name, checksum in part["files"].items():
+        if not (folder / name).exists() or _sha256(folder / name) != checksum:
+            raise LowBitError(f"{str(folder / name)!r} is missing or corrupt (its checksum differs)")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed run left half written."""
+    for file in folder.glob(".lowbit*.tmp"):
+        _discard(file)
+
+
+def remove_plans(folder: str | Path) -> None:
+    """Delete the folder's communication plans: they belong to a checkpoint that is about to be replaced."""
+    for size in _plan_sizes(Path(folder)):
+        for suffix in (".json", ".safetensors"):
+            _discard(Path(folder) / f"comm_plan_tp{size}{suffix}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

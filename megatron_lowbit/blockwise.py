@@ -33,19 +33,23 @@ from megatron_lowbit.artifacts import (
     CheckpointPart,
     FeatureRange,
     ensure_writable,
+    fingerprint_fields,
     fingerprint_of,
     merge_parts,
     read_json,
+    remove_leftovers,
+    verify_files,
     write_checkpoint,
     write_json,
 )
 from megatron_lowbit.calibrate import RangeObserver
+from megatron_lowbit.channels import ReassemblyPlan
 from megatron_lowbit.collectives import VirtualReducer
 from megatron_lowbit.config import LowBitError, QuantizeConfig, defaults, one_line
-from megatron_lowbit.correction import add_low_rank, train, trainable_gains
+from megatron_lowbit.correction import add_low_rank, train, trainable_norms
 from megatron_lowbit.data import Windows
 from megatron_lowbit.distributed import all_gather_stack, env_rank, group_rank, on_rank_zero, world_size
-from megatron_lowbit.linear import ReassembledNorm
+from megatron_lowbit.linear import ReassembledNorm, rms_gain
 from megatron_lowbit.metrics import MetricLogger, peak_memory, progress
 from megatron_lowbit.quantizer import Scheme
 from megatron_lowbit.ranges import build_plan
@@ -59,12 +63,14 @@ _FREE_KEYS = ("output_dir", "wandb", "dry_run", "architecture")  # may differ wh
 
 @dataclass
 class GroupResult:
-    """What one group left behind: seconds, peak bytes, and the training's mean loss per epoch."""
+    """What one group left behind: seconds, the process's peak bytes so far, the training's mean loss per epoch."""
 
     blocks: list[int]
     seconds: float
     peak_bytes: int
     losses: list[float] = field(default_factory=list)
+    loss_before: float | None = None  # of the correction, over all windows
+    loss_after: float | None = None
     reassembled: dict[str, int] = field(default_factory=dict)  # {module: channels added}
 
 
@@ -110,10 +116,15 @@ class Walk:
         self._start_streams(done)
         for number in progress(range(done, len(groups)), len(groups) - done, "block groups", env_rank()):
             self._group(number, groups[number])
-        fingerprint = {**fingerprint_of({"": torch.zeros((), dtype=torch.int64)}, self.source.text_config)}
-        fingerprint["weights"] = {name: self.bit_sums[name] for name in sorted(self.bit_sums)}
+        sums = {name: self.bit_sums[name] for name in sorted(self.bit_sums)}
+        fingerprint = {**fingerprint_fields(self.source.text_config), "weights": sums}
         on_rank_zero(partial(self._finish, fingerprint, save_beside))
         return CalibrationStats(self.ranges, fingerprint)
+
+    def forget(self) -> None:
+        """Delete the state: all that the run was to write is written. (Rank 0.)"""
+        (self.state / "state.json").unlink(missing_ok=True)  # first, or what is left would look like a run to continue
+        shutil.rmtree(self.state, ignore_errors=True)
 
     def _start_streams(self, done: int) -> None:
         """Open the streams before group `done`, or fill them with the embeddings."""
@@ -121,7 +132,7 @@ class Walk:
         hidden, self.arguments = self.source.embed(ids[:1])
         self.source.find_groups(self.arguments, hidden)
         self.shape = (len(ids), ids.shape[1], hidden.shape[-1])
-        self.hp_stream, self.stream = self._stream("hp", done), self._stream("lowbit", done)
+        self.hp_stream, self.stream = (self._stream(name, done, existing=done > 0) for name in ("hp", "lowbit"))
         if done == 0:
             for start in range(0, len(ids), self.config.calibration.batch_size):
                 hidden, _ = self.source.embed(ids[start : start + self.config.calibration.batch_size])
@@ -129,9 +140,9 @@ class Walk:
                 self.stream.write(start, hidden)
         self.source.free_rest()
 
-    def _stream(self, name: str, number: int | str) -> HiddenStream:
+    def _stream(self, name: str, number: int | str, existing: bool = False) -> HiddenStream:
         path = self.state / f"{name}-{number}-rank{env_rank()}.bin"
-        return HiddenStream(path, self.shape, self.source.dtype)
+        return HiddenStream(path, self.shape, self.source.dtype, existing)
 
     def _group(self, number: int, indices: list[int]) -> None:
         began = time.perf_counter()
@@ -159,7 +170,7 @@ class Walk:
             self._forward(blocks, indices, self.stream, following)
         else:
             self._record_ranges(blocks, indices, following)
-        part = self._pack(indices, blocks, tensors)
+        part = self._pack(blocks, tensors)
         sums = {linear.name: self.source.bit_sums[linear.name] for linear in linears}
         weights = fingerprint_of(sums, self.source.text_config, self.tp_group)["weights"]
         result.seconds, result.peak_bytes = time.perf_counter() - began, peak_memory()
@@ -197,7 +208,6 @@ class Walk:
                 yield partial(self._call, block, index, hidden), mask
 
         search = Search(block, run, self.config, self.attention_bits, self.tp_group, self.dp_group)
-        attentions = [g.owner for g in self.source.groups[index]]
         for group in self.source.groups[index]:
             linears = [
                 module for name in group.linears if isinstance(module := block.get_submodule(name), ShardedLinear)
@@ -213,14 +223,18 @@ class Walk:
                     linear.set_plans(plans)
                 linear.quantize(self.scheme, self.config.weights)
                 linear.prepared = group.norm is not None
+                linear.freeze()
             if group.norm is not None:
                 norm = block.get_submodule(group.norm)
-                norm = norm if plans is None else ReassembledNorm(norm, plans[0].to("cpu")).to(self.source.device)
-                block.set_submodule(group.norm, PreparedNorm(norm, self.scheme.act_bits))
-        attention.set_bits([block.get_submodule(name) for name in attentions], self.attention_bits)
-        for module in block.modules():
-            if isinstance(module, ShardedLinear):
-                module.freeze()
+                if plans is not None or (self._trains_norms() and rms_gain(norm) is not None):
+                    plan = plans[0] if plans is not None else ReassemblyPlan.identity(self.shape[-1])
+                    norm = ReassembledNorm(norm, plan.to("cpu")).to(self.source.device)
+                name = self.source.fqn(index, group.norm)
+                block.set_submodule(group.norm, PreparedNorm(name, norm, self.scheme.act_bits))
+            attention.set_bits([block.get_submodule(group.owner)], self.attention_bits)
+
+    def _trains_norms(self) -> bool:
+        return self.config.correction.train_norms and self.config.correction.mode != "none"
 
     def _reassembles(self, index: int, row: str, kind: str) -> bool:
         """Everything but the attention's output projection, which the paper leaves (reassembly.o_proj)."""
@@ -241,9 +255,11 @@ class Walk:
         if section.mode == "none":
             return
         parameters = add_low_rank(linears, section, self.config.seed)
-        if section.train_norms:
-            parameters += trainable_gains(blocks)
-        for linear in linears:
+        norms = trainable_norms(blocks) if section.train_norms else []
+        before = [norm.gain.detach().clone() for norm in norms]
+        parameters += [norm.gain for norm in norms]
+        untrained = self._loss(blocks, indices, target)
+        for linear in linears if section.mode == "merged" else ():  # beside a branch the weights stay
             linear.unfreeze()
         ranks, hidden_size = world_size(self.dp_group), self.shape[-1]
         each = section.batch_size // ranks
@@ -264,6 +280,31 @@ class Walk:
         steps = -(-len(self.ids) // each)
         seed = self.config.seed * 1_000_003 + indices[0]
         result.losses = train(parameters, step, steps, section, seed % 2**63, self.dp_group, log)
+        stored = self.source.stored_dtype or self.source.dtype
+        for norm in norms:
+            norm.gain.data = (norm.gain.data - norm.offset).to(stored).float() + norm.offset  # as it will be deployed
+        for linear in linears:
+            linear.freeze()
+        result.loss_before, result.loss_after = untrained, self._loss(blocks, indices, target)
+        if not result.loss_after < untrained:  # never worse than without
+            for linear in linears:
+                linear.drop_low_rank()
+            for norm, gain in zip(norms, before, strict=True):
+                norm.gain.data = gain
+
+    @torch.no_grad()
+    def _loss(self, blocks: list[nn.Module], indices: list[int], target: HiddenStream) -> float:
+        """The group's mean squared error over all windows of all ranks, as it is now."""
+        total = torch.zeros(1, dtype=torch.float64, device=self.source.device)
+        for start, stop, mask in self._batches():
+            hidden = self.stream.read(start, stop, self.source.device)
+            for block, index in zip(blocks, indices, strict=True):
+                hidden = self._call(block, index, hidden)
+            wanted = target.read(start, stop, self.source.device)
+            total += (hidden.float() - wanted.float())[mask].square().sum(dtype=torch.float64)
+        if self.dp_group is not None:
+            dist.all_reduce(total, group=self.dp_group)
+        return total.item() / (int(self.all_mask.sum()) * self.shape[-1])
 
     @torch.no_grad()
     def _record_ranges(self, blocks: list[nn.Module], indices: list[int], to: HiddenStream | None = None) -> None:
@@ -317,11 +358,11 @@ class Walk:
                 linear.reducer = VirtualReducer(plan.sites[linear.name])
 
     @torch.no_grad()
-    def _pack(self, indices: list[int], blocks: list[nn.Module], tensors: list[dict[str, Tensor]]) -> CheckpointPart:
+    def _pack(self, blocks: list[nn.Module], tensors: list[dict[str, Tensor]]) -> CheckpointPart:
         part = CheckpointPart()
-        for index, block, own in zip(indices, blocks, tensors, strict=True):
+        for block, own in zip(blocks, tensors, strict=True):
             part.tensors.update(own)
-            for name, module in block.named_modules():
+            for module in block.modules():
                 if isinstance(module, ShardedLinear):
                     part.linears[module.name] = module.packed()
                     if (low_rank := module.low_rank()) is not None:
@@ -329,31 +370,33 @@ class Walk:
                     plan = module.whole_plan() if not module.prepared else None
                     if plan is not None and not plan.is_identity:
                         part.reassembly[module.name] = plan
-                if isinstance(module, ReassembledNorm):
-                    part.reassembly[self.source.fqn(index, name.removesuffix(".norm"))] = module.reassembly.plan().to(
-                        "cpu"
-                    )
-            if self.config.correction.train_norms and self.config.correction.mode != "none":
-                part.tensors.update(self._trained_gains(index, block, own))
+                if isinstance(module, PreparedNorm) and isinstance(norm := module.norm, ReassembledNorm):
+                    if not (plan := norm.reassembly.plan().to("cpu")).is_identity:
+                        part.reassembly[module.name] = plan
+                    if self._trains_norms() and norm.gain is not None:
+                        before = own[f"{module.name}.weight"]
+                        trained = norm.gain.detach().cpu() - norm.offset
+                        part.tensors[f"{module.name}.weight"] = trained.to(before.dtype)
         return part
-
-    def _trained_gains(self, index: int, block: nn.Module, own: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The norms' weights after training, under their names in the model."""
-        trained = {}
-        for name, module in block.named_modules():
-            fqn = self.source.fqn(index, name.removesuffix(".norm") + ".weight")
-            if fqn in own and own[fqn].ndim == 1:
-                if isinstance(module, ReassembledNorm) and module.gain is not None:
-                    trained[fqn] = (module.gain.detach().cpu() - module.offset).to(own[fqn].dtype)
-                elif isinstance(weight := module._parameters.get("weight"), Tensor):
-                    trained[fqn] = weight.detach().to("cpu", own[fqn].dtype)
-        return trained
 
     # Resuming.
 
     def _settings(self) -> dict[str, Any]:
         values = {key: value for key, value in defaults(self.config).items() if key not in _FREE_KEYS}
-        return json.loads(json.dumps({**values, "calibration.data's tokens": self.digest[:16]}))
+        return json.loads(
+            json.dumps(
+                {
+                    **values,
+                    "calibration.data's tokens": self.digest[:16],
+                    "model's weights": self.source.weights.digest(),
+                }
+            )
+        )
+
+    def _run_name(self) -> str:
+        """Eight digits of the settings, without the numbers of ranks: they do not change the artifact."""
+        values = {key: value for key, value in self._settings().items() if key not in ("tp", "dp")}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
     def _resume(self) -> int:
         """Groups that an unfinished run of the same settings has done; 0 for a fresh start, which makes the state."""
@@ -363,8 +406,11 @@ class Walk:
             if not (self.state / "state.json").exists():
                 shutil.rmtree(self.state, ignore_errors=True)
                 ensure_writable(self.state)
+                remove_leftovers(self.folder)
                 return {"done": 0}
             found = read_json(self.state / "state.json")
+            if not {"settings", "done", "parts", "bit_sums", "results"} <= set(found):
+                raise LowBitError(f"{str(self.state)!r} is damaged; delete the folder to start the run over")
             before = found["settings"]
             changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
             if changed:
@@ -375,6 +421,10 @@ class Walk:
                     f"{str(self.state)!r} is an unfinished run with other settings ({listed}); "
                     "repeat those to continue it, delete the folder to start over, or choose another output_dir"
                 )
+            try:
+                verify_files(self.folder, merge_parts(found["parts"]))
+            except LowBitError as error:
+                raise LowBitError(f"{error}; delete {str(self.state)!r} to start the run over") from None
             keep = {f"{name}-{found['done']}-" for name in ("hp", "lowbit")}
             for stream in self.state.glob("*.bin"):
                 if not any(stream.name.startswith(prefix) for prefix in keep):
@@ -385,7 +435,7 @@ class Walk:
         if found["done"]:
             self.results = [GroupResult(**result) for result in found["results"]]
             self.parts, self.bit_sums = found["parts"], found["bit_sums"]
-            self.ranges = CalibrationStats.load(self.state).ranges
+            self.ranges = CalibrationStats.load(self.state / f"ranges-{found['done']}").ranges
             if env_rank() == 0:
                 print(f"continuing after {found['done']} of the block groups")
         return found["done"]
@@ -397,9 +447,8 @@ class Walk:
         self.bit_sums |= sums
 
         def save() -> list[dict[str, Any]]:
-            run = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode()).hexdigest()[:8]
-            parts = [*self.parts, part.save(self.folder / f"lowbit-{run}-{done - 1:03d}.safetensors")]
-            CalibrationStats(self.ranges, {"weights": {}}).save(self.state)
+            parts = [*self.parts, part.save(self.folder / f"lowbit-{self._run_name()}-{done - 1:03d}.safetensors")]
+            CalibrationStats(self.ranges, {"weights": {}}).save(ensure_writable(self.state / f"ranges-{done}"))
             state = {
                 "settings": self._settings(),
                 "done": done,
@@ -408,14 +457,15 @@ class Walk:
                 "results": [asdict(result) for result in self.results],
             }
             write_json(self.state / "state.json", state)
+            shutil.rmtree(self.state / f"ranges-{done - 1}", ignore_errors=True)
             return parts
 
         self.parts = on_rank_zero(save)
 
     def _finish(self, fingerprint: dict[str, Any], save_beside: Callable[[Path], Any]) -> None:
         """The tensors outside the blocks, and lowbit.json over all parts: from here on the artifact is the new one."""
-        run = next(iter(self.parts[0]["files"])).removesuffix("-000.safetensors")
-        rest = CheckpointPart(tensors=self.source.rest()).save(self.folder / f"{run}-rest.safetensors")
+        path = self.folder / f"lowbit-{self._run_name()}-rest.safetensors"
+        rest = CheckpointPart(tensors=self.source.rest()).save(path)
         weights = self.config.weights
         merged = merge_parts([*self.parts, rest])
         try:
@@ -423,7 +473,6 @@ class Walk:
         except OSError as error:
             raise LowBitError(f"cannot write to {str(self.folder)!r}: {one_line(error)}") from None
         write_checkpoint(self.folder, merged, weights.scheme, weights.shard_groups, self.attention_bits, fingerprint)
-        shutil.rmtree(self.state)
 
 
 def attention_bits(config: QuantizeConfig) -> int:

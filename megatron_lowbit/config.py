@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 SchemeName = Literal["none", "W4A16", "W4A8", "W4A4", "W6A6", "W8A8"]
 CommMode = Literal["bf16", "one_shot"]
@@ -112,6 +112,12 @@ class ReassemblyConfig(_Config):
         if not value or any(not 0 < ratio <= 1 for ratio in value):
             raise ValueError("expansions are one or more shares of the width, above 0 and at most 1")
         return value
+
+    @model_validator(mode="after")
+    def _equal_widths(self) -> ReassemblyConfig:
+        if not self.merge and self.mode == "adaptive":
+            raise ValueError("merge=false needs mode=fixed: all shards have to grow by the same number of channels")
+        return self
 
 
 class CorrectionConfig(_Config):

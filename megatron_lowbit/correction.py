@@ -36,20 +36,20 @@ def add_low_rank(linears: Sequence[ShardedLinear], config: CorrectionConfig, see
     return parameters
 
 
-def trainable_gains(blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """The gains of all norms of the blocks, as parameters that take gradients."""
-    gains: list[nn.Parameter] = []
+def trainable_norms(blocks: Sequence[nn.Module]) -> list[Any]:
+    """The blocks' ReassembledNorms, their float32 gains made parameters that take gradients.
+
+    They are the norms that linears read. All tensor-parallel ranks see the whole gradient of such a gain, which a norm
+    inside the attention (of one rank's heads) would not.
+    """
+    norms: list[Any] = []
     for module in (module for block in blocks for module in block.modules()):
         if isinstance(module, ReassembledNorm) and module.gain is not None:
             gain = nn.Parameter(module.gain)
             del module.gain
             module.register_parameter("gain", gain)
-            gains.append(gain)
-        weight = module._parameters.get("weight")
-        if isinstance(weight, nn.Parameter) and weight.ndim == 1:
-            weight.requires_grad_(True)
-            gains.append(weight)
-    return gains
+            norms.append(module)
+    return norms
 
 
 def train(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -35,8 +36,16 @@ class HFWeights:
             if not path.exists():
                 raise LowBitError(f"{str(folder)!r} lacks the shard {path.name}; download it again")
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.files
+    def digest(self) -> str:
+        """Sixteen digits that change with the weights: of every file's size, and its first and last megabyte."""
+        sha = hashlib.sha256()
+        for path in sorted(set(self.files.values())):
+            size = path.stat().st_size
+            with open(path, "rb") as file:
+                sha.update(str(size).encode() + file.read(2**20))
+                file.seek(max(size - 2**20, 0))
+                sha.update(file.read())
+        return sha.hexdigest()[:16]
 
     def read(self, name: str, shape: torch.Size, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         """Tensor `name`, or its slice start:stop along `dim`, as it is stored. `shape` is what the model expects."""

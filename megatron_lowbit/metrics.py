@@ -5,6 +5,7 @@ Only rank 0 writes. wandb is imported when it is first needed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -61,8 +62,7 @@ class MetricLogger:
         if not self.active:
             return
         record = {"stage": self.stage, "step": self.step, "time": time.time(), **values}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._write(record)
         if self._run is not None:
             self._run.log({**values, "step": self.step})
         self.step += 1
@@ -71,10 +71,16 @@ class MetricLogger:
         """A per-layer table: one JSONL record, one W&B table."""
         if not self.active:
             return
-        self._file.write(json.dumps({"stage": self.stage, "table": name, "columns": columns, "rows": rows}) + "\n")
-        self._file.flush()
+        self._write({"stage": self.stage, "table": name, "columns": columns, "rows": rows})
         if self._run is not None:
             self._run.log({name: self._wandb.Table(columns=columns, data=rows)})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise LowBitError(f"cannot write {self._file.name!r}: {error.strerror}") from None
 
     def summary(self, **values: Any) -> None:
         if self.active and self._run is not None:
@@ -82,7 +88,8 @@ class MetricLogger:
 
     def close(self, exit_code: int = 0) -> None:
         if self.active:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk was told when it was met
+                self._file.close()
             if self._run is not None:
                 self._run.finish(exit_code=exit_code)
 

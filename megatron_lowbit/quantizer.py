@@ -109,7 +109,8 @@ def fake_quantize_with(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: i
         grouped = x.detach().float().unflatten(-1, (scale.shape[-1], -1))
         scale, zero_point = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
         # In place on one copy: training does this to every weight in every step.
-        values = torch.div(grouped, scale).round_().add_(zero_point).clamp_(0, 2**num_bits - 1)
+        values = torch.div(grouped, scale).round_().add_(zero_point)
+        values = values.clamp_(0, 2**num_bits - 1).trunc_()  # to whole codes: a constant row's zero point is not
         quantized = values.sub_(zero_point).mul_(scale).flatten(-2).to(x.dtype)
     return _StraightThrough.apply(x, quantized)
 

@@ -72,6 +72,17 @@ def num_splits(max_abs: Tensor, threshold: float) -> Tensor:
     return torch.ceil(max_abs / threshold).to(torch.int64).clamp_(min=1)
 
 
+def split_counts(max_abs: Tensor, added: int) -> Tensor:
+    """T of every channel, int64 [M], that adds exactly `added`: num_splits at threshold_for, with ties broken by index.
+
+    Exactly, because all shards of a row-parallel input have to stay of one width.
+    """
+    steps = torch.arange(1, added + 1, device=max_abs.device)
+    breakpoints = (max_abs.float()[:, None] / steps).flatten()
+    widest = breakpoints.argsort(descending=True, stable=True)[:added]
+    return 1 + torch.bincount(widest // added, minlength=len(max_abs))
+
+
 def match(distance: Tensor, channels: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
     """Bipartite soft matching: `count` shortest edges (source, target), or None where set A is smaller than that."""
     a, b = channels[0::2], channels[1::2]
@@ -88,11 +99,15 @@ def build_plan(max_abs: Tensor, threshold: float, distance: Tensor | None) -> Re
     distance: D [M, M], or None to split only, which leaves a plan wider than its input. Sub-channels are never merged.
     Returns None where too few unsplit channels remain to pay for the split ones.
     """
-    features = len(max_abs)
-    splits = num_splits(max_abs, threshold)
+    return plan_of(num_splits(max_abs, threshold), distance)
+
+
+def plan_of(splits: Tensor, distance: Tensor | None) -> ReassemblyPlan | None:
+    """build_plan for given numbers of sub-channels, int64 [M]."""
+    features = len(splits)
     added = int(splits.sum()) - features
     outputs = splits.clone()  # channels of x' that start with this channel of x
-    members = torch.ones(features, dtype=torch.int64, device=max_abs.device)
+    members = torch.ones_like(splits)
     source = target = splits.new_empty(0)
     if distance is not None and added > 0:
         edges = match(distance, (splits == 1).nonzero().squeeze(1), added)
@@ -103,7 +118,7 @@ def build_plan(max_abs: Tensor, threshold: float, distance: Tensor | None) -> Re
         members.index_add_(0, target, torch.ones_like(target))
     first = outputs.cumsum(0) - outputs  # where each channel's outputs start
     width = int(outputs.sum())
-    src = torch.repeat_interleave(torch.arange(features, device=max_abs.device), outputs)
+    src = torch.repeat_interleave(torch.arange(features, device=splits.device), outputs)
     share = 1.0 / (splits * members).float()  # 1/T or 1/|G|: no channel is both
     src_idx = torch.cat([src, source])
     dst_idx = torch.cat([torch.arange(width, device=src.device), first[target]])
@@ -112,15 +127,17 @@ def build_plan(max_abs: Tensor, threshold: float, distance: Tensor | None) -> Re
 
 
 def candidate_plans(stats: ChannelStats, weight_gram: Tensor, config: ReassemblyConfig) -> list[ReassemblyPlan]:
-    """The distinct plans among which the block's output chooses, the identity first; for mode=fixed that one alone."""
+    """The distinct plans among which the block's output chooses, the identity first.
+
+    For mode=fixed there is one: the given expansion, or the identity where too few channels are left to merge.
+    """
     features = len(stats.max_abs)
     identity = ReassemblyPlan.identity(features).to(stats.max_abs.device)
     expansions = (config.expansion,) if config.mode == "fixed" else config.expansions
     distance = merge_error(stats.gram, weight_gram) if config.merge else None
-    plans = {} if config.mode == "fixed" else {0: identity}
+    plans = [] if config.mode == "fixed" else [identity]
     for added in sorted({max(1, round(ratio * features)) for ratio in expansions}):
-        plan = build_plan(stats.max_abs, threshold_for(stats.max_abs, added), distance)
-        if plan is not None and torch.isfinite(stats.max_abs).all():
-            count = int(num_splits(stats.max_abs, threshold_for(stats.max_abs, added)).sum()) - features
-            plans.setdefault(count, plan)
-    return list(plans.values()) or [identity]
+        plan = plan_of(split_counts(stats.max_abs, added), distance)
+        if plan is not None:
+            plans.append(plan)
+    return plans or [identity]

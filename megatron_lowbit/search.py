@@ -24,7 +24,7 @@ from megatron_lowbit.adapters import attention
 from megatron_lowbit.adapters.huggingface import InputGroup
 from megatron_lowbit.channels import ReassemblyPlan
 from megatron_lowbit.config import LowBitError, QuantizeConfig
-from megatron_lowbit.quantizer import Scheme, fake_quantize_with, qparams_from_range
+from megatron_lowbit.quantizer import Scheme, fake_quantize, fake_quantize_with, qparams_from_range
 from megatron_lowbit.reassembly import ChannelStats, candidate_plans
 from megatron_lowbit.sharded import ShardedLinear, prepare
 from megatron_lowbit.sharding import gather_shards
@@ -67,7 +67,10 @@ class Search:
                     stats[s].update(window[real])
         for shard_stats in stats:
             shard_stats.all_reduce(self.dp_group)
-            if not torch.isfinite(shard_stats.max_abs).all():
+            finite = torch.isfinite(shard_stats.max_abs).all().to(torch.int32)
+            if self.tp_group is not None:  # all ranks have to leave together
+                dist.all_reduce(finite, dist.ReduceOp.MIN, self.tp_group)
+            if not finite:
                 raise LowBitError(f"{linears[0].name} is given NaN or Inf; check the model's weights and dtype")
         grams = self._weight_grams(linears, shards, stats[0].gram)
         candidates = [candidate_plans(s, g, self.config.reassembly) for s, g in zip(stats, grams, strict=True)]
@@ -161,9 +164,11 @@ class Search:
 
     def _rounded_within(self, weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """A shard's quantized weight if the other shards' range is that of the original weight [out, 1]."""
+        bits, group_size = self.scheme.weight_bits, self.config.weights.group_size
+        if group_size is not None:
+            return fake_quantize(weight, bits, self.config.weights.symmetric, group_size)
         low = torch.minimum(low, weight.amin(1, keepdim=True)).float()
         high = torch.maximum(high, weight.amax(1, keepdim=True)).float()
-        bits = self.scheme.weight_bits
         return fake_quantize_with(weight, *qparams_from_range(low, high, bits, self.config.weights.symmetric), bits)
 
     def _smallest(self, errors: Tensor, tp: bool = True) -> int:
@@ -213,6 +218,10 @@ class Search:
             args, kwargs = call.pop()
 
             def again(other: Tensor, args=args, kwargs=kwargs, x=x) -> Tensor:
+                if not any(value is x for value in (*args, *kwargs.values())):
+                    raise LowBitError(
+                        f"{group.owner} changes its input before {group.linears[0]} reads it; set reassembly.mode=none"
+                    )
                 swapped = tuple(other if value is x else value for value in args)
                 named = {name: other if value is x else value for name, value in kwargs.items()}
                 return until(row, lambda: owner(*swapped, **named))

@@ -105,8 +105,6 @@ class ShardedLinear(nn.Module):
         count, total = len(self.hp_weights), len(self.hp_weights) * world_size(self.tp_group)
         inputs = self.hp_weights[0].shape[1] * (total if self.kind == "row" else 1)
         outputs = self.hp_weights[0].shape[0] * (total if self.kind == "column" else 1)
-        if rank > min(inputs, outputs):
-            raise LowBitError(f"correction.rank={rank} is above the {min(inputs, outputs)} channels of {self.name}")
         device = self.hp_weights[0].device
         bound = inputs**-0.5
         whole_a = torch.rand(rank, inputs, generator=generator).mul_(2 * bound).sub_(bound)  # the same at every tp size
@@ -119,11 +117,17 @@ class ShardedLinear(nn.Module):
             shards = [a.contiguous().to(device) for a in whole_a.chunk(total, 1)[first : first + count]]
         self.lora_shards = nn.ParameterList(nn.Parameter(shard) for shard in shards)
         self.branch = branch
-        self._frozen = None
+        if not branch:
+            self._frozen = None
         return [self.lora_shared, *self.lora_shards]
 
+    def drop_low_rank(self) -> None:
+        """Forget A and B."""
+        self.lora_shared, self.lora_shards, self.branch = None, None, False
+        self.freeze()
+
     def freeze(self) -> None:
-        """Compute the effective weights once, for all forwards until the next `unfreeze`."""
+        """Compute the effective weights once, for all forwards until the next `unfreeze` or change."""
         self._frozen = None
         with torch.no_grad():
             self._frozen = [w.detach() for w in self.effective_weights()]
@@ -237,11 +241,11 @@ class ShardedLinear(nn.Module):
 
 
 class PreparedNorm(nn.Module):
-    """A norm whose output is quantized per token, once for all column-parallel linears that read it."""
+    """A norm, named by its fqn, whose output is quantized per token, once for all linears that read it."""
 
-    def __init__(self, norm: nn.Module, act_bits: int):
+    def __init__(self, name: str, norm: nn.Module, act_bits: int):
         super().__init__()
-        self.norm, self.act_bits = norm, act_bits
+        self.name, self.norm, self.act_bits = name, norm, act_bits
 
     def forward(self, hidden: Tensor) -> Tensor:
         return prepare(self.norm(hidden), None, self.act_bits)

@@ -15,13 +15,15 @@ class HiddenStream:
     """A file of [windows, length, hidden] in `dtype`; pages of it are in memory while they are used.
 
     Raises LowBitError where the disk has no room: the file is allocated whole when it is made, because a write to a
-    mapped page of a full disk would kill the process.
+    mapped page of a full disk would kill the process; and for one that should exist and does not.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype):
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, existing: bool = False):
         self.path = path
         count = shape[0] * shape[1] * shape[2]
         size = count * dtype.itemsize
+        if existing and not (path.exists() and path.stat().st_size == size):
+            raise LowBitError(f"{str(path)!r} is missing or cut short; delete its folder to start the run over")
         try:
             with open(path, "ab") as file:
                 if file.tell() != size:

@@ -136,7 +136,7 @@ CASES = {
     "half the weights": (["evaluate", "model={folder}/half-weights", *EVALUATION], ["half-weights"]),
     "not a causal LM": (["evaluate", "model={folder}/bert", *EVALUATION], ["bert", "BertModel", "causal LM"]),
     "NaN in a weight": (
-        ["quantize", "model={folder}/nan", *CALIBRATION],
+        ["quantize", "model={folder}/nan", *CALIBRATION, "weights.method=rtn"],
         ["model.layers.1.mlp.down_proj", "NaN or Inf"],
     ),
     "NaN while calibrating": (

@@ -73,10 +73,8 @@ def test_evaluate_an_artifact_without_its_model(chain):
     assert row["name"] == "W4A8 + hybrid int4/bf16" and (row["tp"], row["weights"]) == (2, "W4A8")
     # 12 sites, each (2 * 2 + 126 / 2) bytes per token for 128 values
     assert row["bits_per_value"] == 4 + 12 * 2 / 128 == 4.1875 and row["bytes_per_token"] == 12 * 67
-    assert row["kl"] is None, "there is nothing in full precision to compare with"
-    assert row["tokens"] == 4 * 63 and set(row["sites"]) == SITES
-    assert row["sqnr_db"] == pytest.approx(sum(row["sites"].values()) / 12)
-    assert min(row["sites"].values()) > 0  # against the checkpoint's own weights, dequantized
+    assert row["kl"] is row["sqnr_db"] is None, "there is nothing in full precision to compare with"
+    assert row["tokens"] == 4 * 63 and row["sites"] == {}
     assert 1 < row["perplexity"] < 10 * 1024  # a vocabulary of 1024
 
 
@@ -120,9 +118,7 @@ def test_metrics_file(chain, stage):
             "ranges_tp8",
         ]
     if stage == "evaluate":
-        (table,) = [record for record in records if "table" in record]
-        (row,) = results(chain / "evaluate", "evaluate")["rows"]
-        assert dict(table["rows"]) == row["sites"]
+        assert not [record for record in records if "table" in record], "nothing to compare the sites with"
 
 
 def tables(records: list[dict]) -> int:
@@ -140,7 +136,12 @@ def test_artifact_made_on_the_fly_equals_the_saved_one(chain, tmp_path):
     for name in on_the_fly:
         for figure in ("perplexity", "kl", "bits_per_value", "bytes_per_token", "tokens"):
             assert on_the_fly[name][figure] == saved[name][figure], (name, figure)
-    assert saved["full precision"]["kl"] == 0 < saved["W4A8 + hybrid int4/bf16"]["kl"]
+    low_bit = saved["W4A8 + hybrid int4/bf16"]
+    assert saved["full precision"]["kl"] == 0 < low_bit["kl"]
+    assert set(low_bit["sites"]) == SITES and min(low_bit["sites"].values()) > 0
+    assert low_bit["sqnr_db"] == pytest.approx(sum(low_bit["sites"].values()) / 12)
+    (table,) = [record for record in metrics(tmp_path / "there") if "table" in record]
+    assert dict(table["rows"]) == low_bit["sites"]
     # Without its model the artifact gives the same figures, but for what only full precision can tell.
     (alone,) = results(chain / "evaluate", "evaluate")["rows"]
     # Its unquantized tensors are the stored bf16 ones in both cases.

@@ -20,12 +20,22 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import those of its own tier and of earlier ones. A new module has to be given its place here.
 TIERS = [
     {"config", "kernels", "kernels.packing", "kernels.reference", "embedded"},
-    {"quantizer", "artifacts", "distributed"},
-    {"data", "metrics"},
+    {"quantizer", "channels", "distributed", "hf_weights", "streams"},
+    {"artifacts", "data", "metrics", "reassembly", "sharding"},
     {"calibrate", "ranges", "rounding"},
-    {"linear", "collectives"},
-    {"adapters", "adapters.patching", "adapters.huggingface", "adapters.deepspeed"},
-    {"evaluate"},
+    {"linear", "collectives", "sharded"},
+    {"correction"},
+    {
+        "adapters",
+        "adapters.attention",
+        "adapters.patching",
+        "adapters.huggingface",
+        "adapters.outliers",
+        "adapters.blocks",
+        "adapters.deepspeed",
+    },
+    {"evaluate", "search"},
+    {"blockwise"},
     {"launch"},  # and all that is below it
 ]
 PLACE = {name: number for number, tier in enumerate(TIERS) for name in tier}

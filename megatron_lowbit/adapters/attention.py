@@ -138,5 +138,6 @@ def _encode(x: Tensor, num_bits: int) -> Tensor:
 def _decode(rows: Tensor, num_bits: int, width: int) -> Tensor:
     """The inverse: float32 [..., width]."""
     packed = rows[..., :-_QPARAM_BYTES]
-    scale, zero_point = rows[..., -_QPARAM_BYTES:].contiguous().view(torch.float32).split(1, dim=-1)
+    qparams = rows[..., -_QPARAM_BYTES:].clone(memory_format=torch.contiguous_format)  # floats lie at multiples of four
+    scale, zero_point = qparams.view(torch.float32).split(1, dim=-1)
     return dequantize(unpack_bits(packed, num_bits, width), scale, zero_point)

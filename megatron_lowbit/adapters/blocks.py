@@ -86,6 +86,22 @@ class BlockSource:
         self.groups: list[list[InputGroup]] = []
         self.bit_sums: dict[str, Tensor] = {}
 
+    def check_widths(self) -> None:
+        """Raise LowBitError for a group size or a rank that some linear is too narrow for, before hours are spent."""
+        group_size, correction = self.config.weights.group_size, self.config.correction
+        for index, kinds in enumerate(self.kinds):
+            for name, (kind, linear) in kinds.items():
+                fqn, inputs = self.fqn(index, name), linear.in_features
+                shards = 1 if kind == "column" else activation_groups(inputs, self.config.weights.shard_groups)
+                if group_size is not None and inputs // shards % group_size:
+                    where = f" of each of the {shards} shard groups" if shards > 1 else ""
+                    raise LowBitError(
+                        f"weights.group_size={group_size} does not divide the {inputs // shards} inputs{where} of {fqn}"
+                    )
+                narrow = min(inputs, linear.out_features)
+                if correction.mode != "none" and correction.rank > narrow:
+                    raise LowBitError(f"correction.rank={correction.rank} is above the {narrow} channels of {fqn}")
+
     def fqn(self, index: int, name: str) -> str:
         return f"{self.prefix}.{index}.{name}"
 
@@ -215,7 +231,12 @@ class BlockSource:
                 f"set weights.shard_groups to a multiple of {ranks}, or another tp"
             )
         start, stop = rank * width // ranks, (rank + 1) * width // ranks
-        weight = self._read(fqn + ".weight", linear.weight.shape, dim, start, stop, check_dtype=True)
+        weight = self._read(fqn + ".weight", linear.weight.shape, dim, start, stop, linear=True)
+        finite = torch.isfinite(weight).all().to(torch.int32)
+        if self.tp_group is not None:  # all ranks have to leave together
+            dist.all_reduce(finite, dist.ReduceOp.MIN, self.tp_group)
+        if not finite:
+            raise LowBitError(f"{fqn} holds NaN or Inf; repair the checkpoint before it is quantized")
         outputs, inputs = scales.get(name, (None, None))
         if kind == "column":
             scale_linear(weight, None if outputs is None else outputs[start:stop], inputs)
@@ -227,7 +248,7 @@ class BlockSource:
             bias = self._read(fqn + ".bias", linear.bias.shape)
             bias = bias if outputs is None else bias * outputs.to(bias)
             bias = bias[start:stop] if kind == "column" else bias
-        pieces = [piece.float().contiguous() for piece in weight.chunk(shards // ranks, dim)]
+        pieces = [piece.contiguous() for piece in weight.chunk(shards // ranks, dim)]
         return ShardedLinear(fqn, kind, pieces, bias, self.tp_group)
 
     def _read(
@@ -237,16 +258,17 @@ class BlockSource:
         dim: int = 0,
         start: int = 0,
         stop: int | None = None,
-        check_dtype: bool = False,
+        linear: bool = False,
     ) -> Tensor:
         tensor = self.weights.read(name, shape, dim, start, stop)
         declared = self.stored_dtype
-        if check_dtype and declared is not None and tensor.dtype != declared:
+        if linear and declared is not None and tensor.dtype != declared:
             kind, want = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, declared))
             raise LowBitError(
                 f"{name} is stored as {kind}, config.json says {want}; download or convert the model again"
             )
-        return tensor.to(self.device, self.dtype, copy=True)
+        # Linears are quantized from float32; the rest has to agree with the activations' dtype.
+        return tensor.to(self.device, torch.float32 if linear else self.dtype, copy=True)
 
 
 def _to_meta(value: Any) -> Any:

@@ -5,8 +5,8 @@
     v_o       rows i of v * s     columns i of o / s             so is attention in v; with GQA, every query head's
     columns
 
-The model's function stays (bit for bit where s is a power of two); the activations in between get outliers. Chosen are
-1 % of the channels, at least one, by the seed and the block's number.
+The model's function stays (bit for bit in float32 where s is a power of two, but for gains 1 + w); the activations
+in between get outliers. Chosen are 1 % of the channels, at least one, by the seed and the block's number.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def outlier_scales(
     for key, first in (("up_down", "up_proj"), ("v_o", "v_proj")):
         if key not in at:
             continue
-        found = [(name, group) for group in groups for name in group.linears if name.endswith(first)]
+        found = [(name, group) for group in groups for name in group.linears if name.rpartition(".")[2] == first]
         if not found:
             raise LowBitError(f"inject_at={key}: the model's blocks have no {first}; leave {key} out")
         for name, group in found:

@@ -54,12 +54,12 @@ def remove(model: Any) -> Any:
         replacement = module.get_submodule(name)
         device = next(chain(replacement.parameters(), replacement.buffers())).device
         module.set_submodule(name, original.to(device))
-    if replaced:
-        object.__setattr__(module, _PATCH, {})
     undo = getattr(module, _UNDO, None)
     if undo is not None:
         undo()
-        object.__setattr__(module, _UNDO, None)
+    for name in (_PATCH, _UNDO):
+        if hasattr(module, name):
+            object.__delattr__(module, name)
     return model
 
 

@@ -1,0 +1,88 @@
+"""evaluate --ablation: its rows, and that it makes no row twice."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from commands import CALIBRATION, EVALUATION, run_here
+
+ROWS = ["full", "rtn", "rtn_grouped"]
+ROWS += [f"{name}_{gamma}" for name in ("disassembly", "reassembly") for gamma in ("0.01", "0.03", "0.05")]
+ROWS += ["adaptive", "correction", "adaptive_correction", "adaptive_branch"]
+TINY = [*CALIBRATION, "calibration.samples=2", *EVALUATION, "reassembly.expansions=[0.05]", "correction.epochs=1"]
+OUTLIERS = ["inject_outliers=32", "inject_at=[norm, up_down, v_o]"]
+
+
+def rows(folder) -> list[dict]:
+    return json.loads((folder / "evaluate.json").read_text())["rows"]
+
+
+@pytest.fixture(scope="module")
+def ablation(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ablation")
+    command = ["evaluate", "--ablation", "model=embedded", "weights.scheme=W4A4", *OUTLIERS, *TINY]
+    command.append(f"output_dir={folder}")
+    assert run_here(*command) == 0
+    return folder, command
+
+
+def test_rows(ablation):
+    folder, _ = ablation
+    found = rows(folder)
+    assert [row["name"] for row in found] == ROWS
+    assert all(math.isfinite(row["perplexity"]) and row["perplexity"] > 1 for row in found)
+    assert found[0]["kl"] == 0 and all(math.isfinite(row["kl"]) and row["kl"] > 0 for row in found[1:])
+    assert all(row["injected"] == 32 for row in found[1:])
+    made = {path.parent.name for path in (folder / "ablation").glob("*/lowbit.json")}
+    assert made == set(ROWS[3:]), "what is rounded to nearest alone needs no artifact"
+    assert not list((folder / "ablation").glob("*/resume"))
+
+
+def test_rows_differ_in_what_they_are_about(ablation):
+    folder, _ = ablation
+    found = {row["name"]: row for row in rows(folder)}
+    assert len({found[name]["perplexity"] for name in ROWS}) == len(ROWS)
+    # Splitting alone widens the inputs, splitting and merging keeps them; a branch comes on top of the weights.
+    wide, same = (found[f"{name}_0.05"]["linear_bytes"] for name in ("disassembly", "reassembly"))
+    assert wide > same > found["rtn_grouped"]["linear_bytes"] == found["correction"]["linear_bytes"]
+    assert found["adaptive_branch"]["linear_bytes"] > found["adaptive_correction"]["linear_bytes"]
+    widths = [found[f"disassembly_{gamma}"]["linear_bytes"] for gamma in ("0.01", "0.03", "0.05")]
+    assert widths == sorted(widths) and len(set(widths)) == 3
+
+
+def test_injected_outliers_leave_the_function_alone(ablation, tmp_path):
+    folder, _ = ablation
+    assert run_here("evaluate", "model=embedded", *EVALUATION, f"output_dir={tmp_path}") == 0
+    (plain,) = rows(tmp_path)
+    assert rows(folder)[0]["perplexity"] == pytest.approx(plain["perplexity"], rel=1e-6)  # a power of two
+
+
+def test_a_second_run_makes_no_row_again(ablation):
+    folder, command = ablation
+    before, files = rows(folder), stamps(folder)
+    assert run_here(*command) == 0
+    assert stamps(folder) == files
+    keys = ("name", "perplexity", "kl", "linear_bytes")
+    assert [[row.get(key) for key in keys] for row in rows(folder)] == [
+        [row.get(key) for key in keys] for row in before
+    ]
+
+
+def stamps(folder) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in (folder / "ablation").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "weights.scheme"),
+        (["weights.scheme=W4A4", "virtual_tp=2"], "virtual_tp"),
+        (["weights.scheme=W4A4", "artifact=somewhere"], "artifact"),
+    ],
+)
+def test_refused(more, said, tmp_path, capsys):
+    assert run_here("evaluate", "--ablation", "model=embedded", *TINY, *more, f"output_dir={tmp_path}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("megatron-lowbit: ") and said in line
