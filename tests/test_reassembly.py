@@ -16,6 +16,7 @@ from megatron_lowbit.reassembly import (
     match,
     merge_error,
     num_splits,
+    split_counts,
     squared_distances,
     threshold_for,
 )
@@ -303,12 +304,20 @@ def test_candidates(features):
     assert all(plan.width == plan.in_features == features for plan in plans)
 
 
-def test_candidates_that_tie_are_one():
-    """Equal maxima everywhere: all counts below the width fall on 'none', which is the identity."""
+def test_candidates_that_tie_add_what_was_asked_for():
+    """Equal maxima everywhere: no threshold adds exactly n, so the first n channels are split in two."""
     stats = ChannelStats(40)
     stats.update(torch.ones(3, 40))
-    plans = candidate_plans(stats, torch.eye(40, dtype=torch.float64), ReassemblyConfig())
-    assert len(plans) == 1 and plans[0].is_identity
+    plans = candidate_plans(stats, torch.eye(40, dtype=torch.float64), ReassemblyConfig(expansions=(0.1,)))
+    assert plans[0].is_identity and len(plans) == 2
+    assert split_counts(stats.max_abs, 4).tolist() == [2] * 4 + [1] * 36
+
+
+@pytest.mark.parametrize("added", [1, 2, 7, 30])
+def test_split_counts_are_those_of_the_threshold(added):
+    """Where maxima do not tie, exactly T = ceil(max|x| / theta) at the theta that adds as many."""
+    max_abs = torch.rand(24, generator=torch.Generator().manual_seed(added)) + 0.1
+    assert torch.equal(split_counts(max_abs, added), num_splits(max_abs, threshold_for(max_abs, added)))
 
 
 def test_candidates_of_one_expansion():
@@ -320,13 +329,6 @@ def test_candidates_of_one_expansion():
     assert plan.is_identity  # as many splits as channels cannot be paid for
     (plan,) = candidate_plans(stats_of(x), w.T @ w, ReassemblyConfig(mode="fixed", expansion=0.1, merge=False))
     assert (plan.in_features, plan.width) == (50, 55)
-
-
-def test_candidates_of_activations_that_are_not_finite():
-    x, w = correlated(10, 20, 5, seed=3)
-    x[4, 7] = torch.inf
-    plans = candidate_plans(stats_of(x), w.T @ w, ReassemblyConfig())
-    assert len(plans) == 1 and plans[0].is_identity
 
 
 # The official score
