@@ -76,7 +76,8 @@ def test_dry_run(name, tmp_path, no_network, capsys):
     assert total["groups"] == math.ceil(blocks / 4) and total["blocks_per_group"] == 4
     assert total["packed_bytes_per_rank"] == blocks * sum(packed.values())
     assert total["other_bytes"] == 2 * OTHER[name]
-    assert total["group_weight_bytes_per_rank"] == 4 * weights * 4
+    # Float32: four blocks, their rounded copies, and nine candidates (eight expansions and none) of gate and up.
+    assert total["group_weight_bytes_per_rank"] == 4 * (2 * 4 * weights + 9 * hidden * width)
     assert total["stream_bytes_per_rank"] == 128 * 2048 * hidden * 4  # float32 on a CPU
     assert total["estimated_seconds_per_group"] > 0 and total["measured_flops_per_second"] > 0
     assert {file.name for file in tmp_path.iterdir()} <= {"metrics.jsonl", "quantize.json", "quantize.yaml"}
