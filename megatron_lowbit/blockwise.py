@@ -71,7 +71,7 @@ class GroupResult:
     losses: list[float] = field(default_factory=list)
     loss_before: float | None = None  # of the correction, over all windows
     loss_after: float | None = None
-    reassembled: dict[str, int] = field(default_factory=dict)  # {module: channels added}
+    reassembled: dict[str, int] = field(default_factory=dict)  # {module: channels added, on rank 0}
 
 
 class Walk:
@@ -216,7 +216,7 @@ class Walk:
             if plans is not None and group.kind == "column" and plans[0].is_identity:
                 plans = None  # on all ranks; a row-parallel linear's shards, and so its ranks, may differ
             if plans is not None:
-                added = sum(int((plan.coefficient != 1).sum()) for plan in plans)
+                added = sum(len(plan.src_idx) - plan.in_features for plan in plans)
                 result.reassembled[self.source.fqn(index, group.norm or group.linears[0])] = added
             for linear in linears:
                 if plans is not None:
