@@ -67,7 +67,7 @@ def quantize_qllm(
     if plans and len(stats.ranges) > 1:
         on_rank_zero(lambda: remove_plans(config.output_dir))
         rows = write_plans(stats, config, config.output_dir, logger)
-    on_rank_zero(walk.forget)
+    on_rank_zero(walk.state.forget)
     return rows, walk.results
 
 

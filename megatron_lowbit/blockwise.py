@@ -13,8 +13,6 @@ killed run continues with the next.
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -32,20 +30,15 @@ from megatron_lowbit.artifacts import (
     CalibrationStats,
     CheckpointPart,
     FeatureRange,
-    ensure_writable,
     fingerprint_fields,
     fingerprint_of,
     merge_parts,
-    read_json,
-    remove_leftovers,
-    verify_files,
     write_checkpoint,
-    write_json,
 )
 from megatron_lowbit.calibrate import RangeObserver
 from megatron_lowbit.channels import ReassemblyPlan
 from megatron_lowbit.collectives import VirtualReducer
-from megatron_lowbit.config import LowBitError, QuantizeConfig, defaults, one_line
+from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.correction import add_low_rank, train, trainable_norms
 from megatron_lowbit.data import Windows
 from megatron_lowbit.distributed import all_gather_stack, env_rank, group_rank, on_rank_zero, world_size
@@ -53,12 +46,11 @@ from megatron_lowbit.linear import ReassembledNorm, rms_gain
 from megatron_lowbit.metrics import MetricLogger, peak_memory, progress
 from megatron_lowbit.quantizer import Scheme
 from megatron_lowbit.ranges import build_plan
+from megatron_lowbit.resume import RunState
 from megatron_lowbit.search import Search
 from megatron_lowbit.sharded import PreparedNorm, ShardedLinear
+from megatron_lowbit.sharding import ordered_sum
 from megatron_lowbit.streams import HiddenStream
-
-STATE = "resume"  # folder of an unfinished run, inside its output_dir
-_FREE_KEYS = ("output_dir", "wandb", "dry_run", "architecture")  # may differ when a run is resumed
 
 
 @dataclass
@@ -95,8 +87,9 @@ class Walk:
         self.all_mask = windows.mask
         self.ids, self.mask = windows.ids[rank::ranks], windows.mask[rank::ranks]
         self.folder = Path(config.output_dir)
-        self.state = self.folder / STATE
-        self.digest = hashlib.sha256(windows.ids.numpy().tobytes() + windows.mask.numpy().tobytes()).hexdigest()
+        text = hashlib.sha256(windows.ids.numpy().tobytes() + windows.mask.numpy().tobytes()).hexdigest()[:16]
+        inputs = {"calibration.data's tokens": text, "model's weights": source.weights.digest()}
+        self.state = RunState(config, inputs)
         self.results: list[GroupResult] = []
         self.parts: list[dict[str, Any]] = []
         self.bit_sums: dict[str, int] = {}
@@ -121,11 +114,6 @@ class Walk:
         on_rank_zero(partial(self._finish, fingerprint, save_beside))
         return CalibrationStats(self.ranges, fingerprint)
 
-    def forget(self) -> None:
-        """Delete the state: all that the run was to write is written. (Rank 0.)"""
-        (self.state / "state.json").unlink(missing_ok=True)  # first, or what is left would look like a run to continue
-        shutil.rmtree(self.state, ignore_errors=True)
-
     def _start_streams(self, done: int) -> None:
         """Open the streams before group `done`, or fill them with the embeddings."""
         ids = self.ids
@@ -141,7 +129,7 @@ class Walk:
         self.source.free_rest()
 
     def _stream(self, name: str, number: int | str, existing: bool = False) -> HiddenStream:
-        path = self.state / f"{name}-{number}-rank{env_rank()}.bin"
+        path = self.state.folder / f"{name}-{number}-rank{env_rank()}.bin"
         return HiddenStream(path, self.shape, self.source.dtype, existing)
 
     def _group(self, number: int, indices: list[int]) -> None:
@@ -321,7 +309,7 @@ class Walk:
                     if size not in ranges:
                         ranges[size] = RangeObserver(size, parts[0].shape[-1], gamma, parts[0].device)
                     for rank in range(size):
-                        total = sum(parts[rank * each + 1 : (rank + 1) * each], start=parts[rank * each])
+                        total = ordered_sum(parts[rank * each : (rank + 1) * each], None)
                         self._observe(ranges[size], rank, total, current)
 
             return observer
@@ -379,93 +367,29 @@ class Walk:
                         part.tensors[f"{module.name}.weight"] = trained.to(before.dtype)
         return part
 
-    # Resuming.
-
-    def _settings(self) -> dict[str, Any]:
-        values = {key: value for key, value in defaults(self.config).items() if key not in _FREE_KEYS}
-        return json.loads(
-            json.dumps(
-                {
-                    **values,
-                    "calibration.data's tokens": self.digest[:16],
-                    "model's weights": self.source.weights.digest(),
-                }
-            )
-        )
-
-    def _run_name(self) -> str:
-        """Eight digits of the settings, without the numbers of ranks: they do not change the artifact."""
-        values = {key: value for key, value in self._settings().items() if key not in ("tp", "dp")}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-
     def _resume(self) -> int:
-        """Groups that an unfinished run of the same settings has done; 0 for a fresh start, which makes the state."""
-        settings = self._settings()
-
-        def check() -> dict[str, Any]:
-            if not (self.state / "state.json").exists():
-                shutil.rmtree(self.state, ignore_errors=True)
-                ensure_writable(self.state)
-                remove_leftovers(self.folder)
-                return {"done": 0}
-            found = read_json(self.state / "state.json")
-            if not {"settings", "done", "parts", "bit_sums", "results"} <= set(found):
-                raise LowBitError(f"{str(self.state)!r} is damaged; delete the folder to start the run over")
-            before = found["settings"]
-            changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
-            if changed:
-                listed = ", ".join(
-                    f"{key} {before.get(key)!r} there, {settings.get(key)!r} here" for key in changed[:6]
-                )
-                raise LowBitError(
-                    f"{str(self.state)!r} is an unfinished run with other settings ({listed}); "
-                    "repeat those to continue it, delete the folder to start over, or choose another output_dir"
-                )
-            try:
-                verify_files(self.folder, merge_parts(found["parts"]))
-            except LowBitError as error:
-                raise LowBitError(f"{error}; delete {str(self.state)!r} to start the run over") from None
-            keep = {f"{name}-{found['done']}-" for name in ("hp", "lowbit")}
-            for stream in self.state.glob("*.bin"):
-                if not any(stream.name.startswith(prefix) for prefix in keep):
-                    stream.unlink()
-            return found
-
-        found = on_rank_zero(check)
+        """Groups that an unfinished run of the same settings has done."""
+        found = on_rank_zero(self.state.find)
         if found["done"]:
             self.results = [GroupResult(**result) for result in found["results"]]
             self.parts, self.bit_sums = found["parts"], found["bit_sums"]
-            self.ranges = CalibrationStats.load(self.state / f"ranges-{found['done']}").ranges
+            self.ranges = self.state.ranges(found["done"])
             if env_rank() == 0:
                 print(f"continuing after {found['done']} of the block groups")
         return found["done"]
 
     def _save_state(self, done: int, part: CheckpointPart, sums: dict[str, int]) -> None:
-        """Write the group's part and the state, once the streams of all ranks are on the disk."""
+        """Write the group's part and the state, once the streams of all ranks are written."""
         if dist.is_initialized():
             dist.barrier()
         self.bit_sums |= sums
-
-        def save() -> list[dict[str, Any]]:
-            parts = [*self.parts, part.save(self.folder / f"lowbit-{self._run_name()}-{done - 1:03d}.safetensors")]
-            CalibrationStats(self.ranges, {"weights": {}}).save(ensure_writable(self.state / f"ranges-{done}"))
-            state = {
-                "settings": self._settings(),
-                "done": done,
-                "parts": parts,
-                "bit_sums": self.bit_sums,
-                "results": [asdict(result) for result in self.results],
-            }
-            write_json(self.state / "state.json", state)
-            shutil.rmtree(self.state / f"ranges-{done - 1}", ignore_errors=True)
-            return parts
-
+        results = [asdict(result) for result in self.results]
+        save = partial(self.state.save, done, part, self.parts, self.ranges, bit_sums=self.bit_sums, results=results)
         self.parts = on_rank_zero(save)
 
     def _finish(self, fingerprint: dict[str, Any], save_beside: Callable[[Path], Any]) -> None:
         """The tensors outside the blocks, and lowbit.json over all parts: from here on the artifact is the new one."""
-        path = self.folder / f"lowbit-{self._run_name()}-rest.safetensors"
-        rest = CheckpointPart(tensors=self.source.rest()).save(path)
+        rest = CheckpointPart(tensors=self.source.rest()).save(self.state.part_path("rest"))
         weights = self.config.weights
         merged = merge_parts([*self.parts, rest])
         try:

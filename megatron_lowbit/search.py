@@ -27,7 +27,7 @@ from megatron_lowbit.config import LowBitError, QuantizeConfig
 from megatron_lowbit.quantizer import Scheme, fake_quantize, fake_quantize_with, qparams_from_range
 from megatron_lowbit.reassembly import ChannelStats, candidate_plans
 from megatron_lowbit.sharded import ShardedLinear, prepare
-from megatron_lowbit.sharding import gather_shards
+from megatron_lowbit.sharding import ordered_sum
 
 Run = Callable[[], Iterator[tuple[Callable[[], Any], Tensor]]]  # (forward of the block on a batch, its mask), per batch
 
@@ -149,7 +149,7 @@ class Search:
 
     def _sum(self, slices: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         parts = [F.linear(x_s, w.to(x_s.dtype)) for x_s, w in zip(slices, weights, strict=True)]
-        return torch.stack(gather_shards(parts, self.tp_group)).sum(0)
+        return ordered_sum(parts, self.tp_group)
 
     def _candidate_weights(
         self, linear: ShardedLinear, plan: ReassemblyPlan | Sequence[ReassemblyPlan]

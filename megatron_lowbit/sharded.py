@@ -34,7 +34,7 @@ from megatron_lowbit.quantizer import (
     qparams_from_range,
     quantize,
 )
-from megatron_lowbit.sharding import gather_shards, replicate
+from megatron_lowbit.sharding import gather_shards, ordered_sum, replicate
 
 Kind = Literal["column", "row"]
 
@@ -69,10 +69,6 @@ class ShardedLinear(nn.Module):
         self.branch = False
         self._active: list[ReassemblyPlan | None] = []  # the plans that do anything
         self._frozen: list[Tensor] | None = None
-
-    @property
-    def out_features(self) -> int:
-        return self.hp_weights[0].shape[0] * (len(self.hp_weights) if self.kind == "column" else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self.effective_weights()
@@ -178,8 +174,8 @@ class ShardedLinear(nn.Module):
         if self.quantized and self.reducer is not None:
             ranks = len(self.reducer.scale)
             each = len(parts) // ranks
-            return self.reducer.all_reduce([_total(parts[r * each : (r + 1) * each]) for r in range(ranks)])
-        return _total(parts)
+            return self.reducer.all_reduce([ordered_sum(parts[r * each : (r + 1) * each], None) for r in range(ranks)])
+        return ordered_sum(parts, None)
 
     @torch.no_grad()
     def _qparams(self, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -256,14 +252,6 @@ def prepare(x: Tensor, plan: ReassemblyPlan | None, act_bits: int) -> Tensor:
     if plan is not None:
         x = plan.activations(x)
     return x if act_bits == 16 else fake_quantize(x, act_bits)
-
-
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    """Ordered sum with autograd."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 def _bf16(factor: Tensor, like: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ TIERS = [
         "adapters.deepspeed",
     },
     {"evaluate", "search"},
-    {"blockwise"},
+    {"blockwise", "resume"},
     {"launch"},  # and all that is below it
 ]
 PLACE = {name: number for number, tier in enumerate(TIERS) for name in tier}

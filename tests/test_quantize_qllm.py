@@ -249,3 +249,12 @@ def test_a_trained_norm_is_stored(tmp_path):
         for norm in ("input_layernorm", "post_attention_layernorm"):
             before, after = (checkpoints[t].tensors[f"model.layers.{layer}.{norm}.weight"] for t in (False, True))
             assert before.dtype == after.dtype and not torch.equal(before, after)
+
+
+def test_a_correction_that_makes_it_worse_is_dropped(tmp_path):
+    """At this learning rate the loss ends a million times higher; what is written is as if nothing had been trained."""
+    settings = [*SHORT, "reassembly.mode=none"]
+    trained = quantize(tmp_path / "trained", *settings, "correction.learning_rate=0.9")
+    assert all(group["loss_after"] > group["loss_before"] > 0 for group in results(trained)["groups"])
+    plain = quantize(tmp_path / "plain", *settings, "correction.mode=none")
+    assert description(trained)["files"] == description(plain)["files"]

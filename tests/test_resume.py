@@ -146,6 +146,7 @@ MOMENTS = [
     ("replace:lowbit-*-001.safetensors", 1),
     ("replace:calibration.safetensors", 2),
     ("replace:state.json", 2),
+    ("replace:calibration.json", 2),
     ("unlink:lowbit-1-*.bin", 1),
     ("replace:lowbit-*-rest.safetensors", 1),
     ("replace:lowbit.json", 1),
