@@ -34,7 +34,7 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed,wandb,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed,megatron,wandb,test]'
 	touch $@ $(VENV)/.run
 
 clean:

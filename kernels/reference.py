@@ -9,6 +9,8 @@ Arithmetic is float32, cast at the store.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -114,13 +116,48 @@ def quant_linear(
 
     x: float [tokens, in], or uint8 codes [tokens, in] with x_scale, x_zero_point float32 [tokens, act_groups];
     packed_weight: uint8 [out, row_bytes]; weight_scale, weight_zero_point: float32 [out, weight_groups].
-    Returns [tokens, out] in `dtype`.
+    Returns [tokens, out] in `dtype`. Codes are multiplied exactly, so a token's result is the same whatever batch it
+    is in, and a weight's row whatever rows lie beside it.
     """
     codes = unpack_bits(packed_weight, weight_bits, x.shape[1])
-    weight = dequantize(codes, weight_scale, weight_zero_point)
     if x_scale is None or x_zero_point is None:
-        return F.linear(x, weight.to(x.dtype)).to(dtype)
-    return F.linear(dequantize(x, x_scale, x_zero_point), weight).to(dtype)
+        return F.linear(x, dequantize(codes, weight_scale, weight_zero_point).to(x.dtype)).to(dtype)
+    return _integer_linear(x, x_scale, x_zero_point, codes, weight_scale, weight_zero_point, weight_bits).to(dtype)
+
+
+def _integer_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    codes: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    weight_bits: int,
+) -> Tensor:
+    """quant_linear on codes, float64 [tokens, out]. With s, z of x and S, Z of the weight, summed over blocks g:
+
+        y = sum_g s S ( x.w  -  z (1.w)  -  (x.1 - k z) Z )        k channels that share s, z, S and Z
+
+    x.w is a sum of whole numbers below 2^24, which float32 holds exactly in any order; float64 where it might not.
+    """
+    features = x.shape[1]
+    blocks = math.lcm(x_scale.shape[1], weight_scale.shape[1])
+    largest = 255 * (2**weight_bits - 1)
+    while largest * (features // blocks) >= 2**24 and (features // blocks) % 2 == 0:
+        blocks *= 2
+    k = features // blocks
+    exact = torch.float32 if largest * k < 2**24 else torch.float64
+    s, z, scale, zero = (
+        t.double().repeat_interleave(blocks // t.shape[1], 1)
+        for t in (x_scale, x_zero_point, weight_scale, weight_zero_point)
+    )
+    a, w = (t.to(exact).unflatten(1, (blocks, k)) for t in (x, codes))
+    left = torch.cat([s * z, s * (a.sum(2).double() - k * z)], dim=1)
+    right = torch.cat([scale * w.sum(2).double(), scale * zero], dim=1)
+    y = torch.mm(left, right.t()).neg_()
+    for g in range(blocks):
+        y.addcmul_(torch.mm(a[:, g], w[:, g].t()) * s[:, g, None], scale[:, g])
+    return y
 
 
 @quant_linear.register_fake

@@ -11,7 +11,8 @@ STAGES = {
     "calibrate": "measure the ranges that the collective quantizes with; writes CommPlans",
     "quantize": "quantize the weights; writes a LowBitCheckpoint (and CommPlans, given calibration.data)",
     "evaluate": "perplexity, KL divergence, SQNR and bytes on the wire",
-    "generate": "continue a prompt",
+    "generate": "continue prompts",
+    "parity": "one artifact on every engine and tensor-parallel size: logits and tokens compared",
     "benchmark": "time patched against unpatched engines, in pairs",
 }
 

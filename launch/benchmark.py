@@ -42,7 +42,7 @@ def run(config: BenchmarkConfig, logger: MetricLogger) -> dict[str, Any]:
         "W4A8 + hybrid": Artifact(engine.checkpoints["W4A8"], {size: plan}),
     }
     length = min(engine.context, config.tokens)
-    vocab = engine.module.config.vocab_size
+    vocab = engine.text_config.vocab_size
     ids = torch.randint(
         vocab, (max(1, config.tokens // length), length), generator=torch.Generator().manual_seed(config.seed)
     )

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_lowbit.adapters.huggingface import check_divides, model_config
+from megatron_lowbit.adapters.huggingface import check_divides
 from megatron_lowbit.artifacts import CalibrationStats
 from megatron_lowbit.config import CalibrateConfig, CommConfig, LowBitError
 from megatron_lowbit.distributed import env_rank, on_rank_zero
@@ -23,7 +23,8 @@ def run(config: CalibrateConfig, logger: MetricLogger) -> dict[str, Any]:
     engine = start_engine(config)
     if not engine.full_precision:
         raise LowBitError("calibration needs the full-precision model; set model to its folder or hub id")
-    stats = calibrate_engine(engine, config.calibration, usable_sizes(engine, config), logger)
+    sizes = usable_sizes(engine, config)
+    stats = calibrate_engine(engine, config.calibration, sizes, logger, config.comm.gather)
     return {"rows": write_plans(stats, config, config.output_dir, logger)}
 
 
@@ -33,7 +34,7 @@ def usable_sizes(engine: Engine, config: CalibrateConfig) -> list[int]:
     sizes = []
     for size in config.comm.tp_sizes:
         try:
-            check_divides(model_config(engine.module), size, "comm.tp_sizes")
+            check_divides(engine.text_config, size, "comm.tp_sizes")
             if size % ranks:
                 raise LowBitError(f"comm.tp_sizes: {size} is no multiple of the {ranks} ranks that calibrate")
             sizes.append(size)

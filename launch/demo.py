@@ -48,14 +48,14 @@ def run(config: DemoConfig, logger: MetricLogger) -> dict[str, Any]:
     windows = load_windows(engine, config.evaluation, "evaluation")
     row, reference = full_precision_row(engine, windows, config.evaluation, logger)
     rows = [row]
-    text = {"prompt": config.prompt, "full precision": continue_text(engine, config.prompt, config.max_new_tokens)[0]}
+    text = {"prompt": config.prompt, "full precision": continue_text(engine, config.prompt, config.max_new_tokens)}
     for name, scheme, comm in ROWS:
         plans: dict[int, CommPlan] = {}
         if comm.mode == "one_shot":
             plans[size] = build_plan(stats, size, comm, config.seed)
         artifact = Artifact(engine.checkpoints.get(scheme), plans)
         rows.append(low_bit_row(engine, name, artifact, comm.mode, windows, config.evaluation, reference, logger))
-    text[name] = continue_text(engine, config.prompt, config.max_new_tokens)[0]  # the last row: W4A8 + hybrid
+    text[name] = continue_text(engine, config.prompt, config.max_new_tokens)  # the last row: W4A8 + hybrid
     folder = ensure_writable(Path(config.output_dir) / "artifact")
     on_rank_zero(lambda: stats.save(folder))
     on_rank_zero(lambda: artifact.plan(size).save(folder))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import distributed as dist
@@ -22,7 +22,15 @@ from megatron_lowbit.artifacts import Artifact, CalibrationStats, CommPlan, Fing
 from megatron_lowbit.calibrate import calibrate
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError, StageConfig, WeightsConfig, one_line
 from megatron_lowbit.data import Windows, token_windows
-from megatron_lowbit.distributed import device, env_rank, launched, on_rank_zero, seed_everything
+from megatron_lowbit.distributed import (
+    device,
+    env_rank,
+    group_rank,
+    launched,
+    on_rank_zero,
+    seed_everything,
+    world_size,
+)
 from megatron_lowbit.metrics import MetricLogger, progress
 from megatron_lowbit.ranges import build_plan
 from megatron_lowbit.rounding import quantize_model
@@ -30,11 +38,11 @@ from megatron_lowbit.rounding import quantize_model
 
 @dataclass
 class Engine:
-    """kind "huggingface": `model` is the Hugging Face model; "deepspeed": the InferenceEngine around it."""
+    """A Hugging Face model in one process, and what the other engines share. `model` is what the adapter patches."""
 
-    kind: str
     model: Any
     tokenizer: Any
+    hf_config: Any
     context: int
     tp_size: int  # ranks that share the model, real or virtual
     checkpoints: dict[str, LowBitCheckpoint]  # {scheme: ...}: the artifact's, or what the stage asked to quantize
@@ -43,7 +51,11 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        return self.model.module if self.kind == "deepspeed" else self.model
+        return self.model
+
+    @property
+    def text_config(self) -> Any:
+        return getattr(self.hf_config, "text_config", None) or self.hf_config
 
     @property
     def checkpoint(self) -> LowBitCheckpoint | None:
@@ -51,40 +63,126 @@ class Engine:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        if self.kind == "huggingface":
-            return None
+        """The tensor-parallel group; None for a single rank."""
+        return None
+
+    dp_group: dist.ProcessGroup | None = None
+    pp_group: dist.ProcessGroup | None = None
+
+    def __call__(self, input_ids: torch.Tensor, **options: Any) -> Any:
+        """An object with logits [windows, length, vocab], on every rank; logits_to_keep=1: where nobody reads them."""
+        return self.module(input_ids=input_ids.to(device()), use_cache=False, **options)
+
+    def sites(self) -> Mapping[str, Any]:
+        """{fqn: row-parallel linear} of the unpatched model, as calibrate wants them."""
+        return huggingface.row_parallel_sites(self.model)
+
+    def inputs(self) -> Mapping[str, Any]:
+        """{fqn: column-parallel linear}, the first of each group that reads the same tensor."""
+        return huggingface.first_readers(huggingface.find_linears(self.model))
+
+    def site_pairs(self) -> dict[str, tuple[Any, Any]]:
+        """{fqn: (low-bit row-parallel linear that is in place, what it replaced)}."""
+        return patching.site_pairs(self.model)
+
+    def all_stages(self, sites: dict[str, float]) -> dict[str, float]:
+        """What all pipeline stages have measured of their own sites."""
+        return sites
+
+    def fingerprint(self) -> Fingerprint:
+        return huggingface.fingerprint(self.module)
+
+    def apply(self, artifact: Artifact, comm_mode: CommMode | None = None) -> None:
+        huggingface.apply_to_huggingface(self.model, artifact, self.tp_size, comm_mode)
+
+    def remove(self) -> None:
+        patching.remove(self.model)
+
+    def generate(self, prompts: Sequence[list[int]], options: GenerateOptions) -> list[list[int]]:
+        """The new tokens of every prompt, one after the other; the same on all ranks."""
+        made = []
+        for number, prompt in enumerate(prompts):
+            stream = partial(options.on_token, number)
+            sampling = (
+                {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
+            )
+            ids = torch.tensor([prompt], device=device())
+            output: Any = self.module.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=min(options.max_new_tokens, self.context - len(prompt)),
+                pad_token_id=self.tokenizer.eos_token_id,
+                streamer=_TokenStreamer(stream),
+                **sampling,
+            )
+            made.append(output[0, len(prompt) :].tolist())
+        return made
+
+
+class _TokenStreamer:
+    """What transformers' generate calls with the prompt, then with every token."""
+
+    def __init__(self, on_token: Callable[[int], None]):
+        self.on_token, self.begun = on_token, False
+
+    def put(self, ids: torch.Tensor) -> None:
+        if self.begun:
+            self.on_token(int(ids))
+        self.begun = True
+
+    def end(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How to continue prompts; on_token(number of the prompt, token id) is called as tokens come."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    batching: Literal["static", "dynamic"] = "dynamic"
+    max_batch: int = 8
+    seed: int = 0
+    on_token: Callable[[int, int], None] = lambda number, token: None
+
+
+@dataclass
+class DeepSpeedEngine(Engine):
+    """`model` is DeepSpeed's InferenceEngine."""
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model.module
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
         from megatron_lowbit.adapters import deepspeed
 
         return deepspeed.tp_group(self.model)
 
-    def __call__(self, input_ids: torch.Tensor, **options: Any) -> Any:
-        return self.module(input_ids=input_ids.to(device()), use_cache=False, **options)
-
-    def sites(self) -> dict[str, nn.Module]:
-        """{fqn: row-parallel linear} of the unpatched model."""
-        if self.kind == "huggingface":
-            return huggingface.row_parallel_sites(self.model)
+    def sites(self) -> Mapping[str, Any]:
         from megatron_lowbit.adapters import deepspeed
 
         return deepspeed.row_parallel_sites(self.model)
 
-    def fingerprint(self) -> Fingerprint:
-        if self.group is None:
-            return huggingface.fingerprint(self.module)
+    def inputs(self) -> Mapping[str, Any]:
         from megatron_lowbit.adapters import deepspeed
 
-        return deepspeed.fingerprint(self.model)
+        if self.group is None:
+            return huggingface.first_readers(huggingface.find_linears(self.module))
+        return huggingface.first_readers(
+            {name: ("column", m) for name, m in deepspeed.tp_linears(self.model)[0].items()}
+        )
+
+    def fingerprint(self) -> Fingerprint:
+        from megatron_lowbit.adapters import deepspeed
+
+        return huggingface.fingerprint(self.module) if self.group is None else deepspeed.fingerprint(self.model)
 
     def apply(self, artifact: Artifact, comm_mode: CommMode | None = None) -> None:
-        if self.kind == "huggingface":
-            huggingface.apply_to_huggingface(self.model, artifact, self.tp_size, comm_mode)
-        else:
-            from megatron_lowbit.adapters import deepspeed
+        from megatron_lowbit.adapters import deepspeed
 
-            deepspeed.apply_to_deepspeed(self.model, artifact, comm_mode)
-
-    def remove(self) -> None:
-        patching.remove(self.model)
+        deepspeed.apply_to_deepspeed(self.model, artifact, comm_mode)
 
 
 def start_engine(config: StageConfig, weights: Sequence[WeightsConfig] = ()) -> Engine:
@@ -93,28 +191,36 @@ def start_engine(config: StageConfig, weights: Sequence[WeightsConfig] = ()) -> 
     Quantization comes before the engine, which would shard the full-precision weights.
     """
     seed_everything(config.seed)
-    world = _init_distributed(config)
+    if config.engine == "megatron":
+        from megatron_lowbit.launch.megatron_engine import start_megatron
+
+        return start_megatron(config, weights)
+    world = _init_deepspeed() if config.engine == "deepspeed" else 1
     folder = Artifact.load(config.artifact) if config.artifact is not None else Artifact()
-    model, tokenizer, stored_dtype = _load(config, folder.checkpoint)
-    if config.inject_outliers is not None and config.model is not None:
-        inject_outliers(model, config.inject_outliers, config.inject_at, config.seed)
-    tp_size = max(config.tp, config.virtual_tp)
+    hf_config, tokenizer = load_config_and_tokenizer(config, folder.checkpoint)
+    model = load_model(config, hf_config, folder.checkpoint)
     text_config = huggingface.model_config(model)
+    tp_size = max(config.tp, config.virtual_tp)
     huggingface.check_divides(text_config, tp_size, "virtual_tp" if config.virtual_tp > 1 else "tp")
-    if folder.checkpoint is not None:
-        checkpoints = {folder.checkpoint.scheme_name: folder.checkpoint}
-    else:
-        checkpoints = {w.scheme: round_weights(model, w, stored_dtype) for w in weights if w.scheme != "none"}
+    checkpoints = take_checkpoints(folder.checkpoint, model, weights, hf_config.dtype)
     context = getattr(text_config, "max_position_embeddings", None) or 2048
     full_precision = not hasattr(model, "_lowbit_fingerprint")
-    model.eval()
+    shared = (tokenizer, hf_config, context, tp_size, checkpoints, folder.plans, full_precision)
     if config.engine == "huggingface":
-        model.to(device())
-    else:  # DeepSpeed moves each rank's shards; the whole model may not fit
-        from megatron_lowbit.adapters import deepspeed
+        return Engine(model.eval().to(device()), *shared)
+    # DeepSpeed moves each rank's shards; the whole model may not fit
+    from megatron_lowbit.adapters import deepspeed
 
-        model = deepspeed.init_engine(model, world, next(model.parameters()).dtype)
-    return Engine(config.engine, model, tokenizer, context, tp_size, checkpoints, folder.plans, full_precision)
+    return DeepSpeedEngine(deepspeed.init_engine(model.eval(), world, next(model.parameters()).dtype), *shared)
+
+
+def take_checkpoints(
+    given: LowBitCheckpoint | None, model: nn.Module, weights: Sequence[WeightsConfig], dtype: torch.dtype | None
+) -> dict[str, LowBitCheckpoint]:
+    """{scheme: checkpoint}: the artifact's, or the model rounded as `weights` say."""
+    if given is not None:
+        return {given.scheme_name: given}
+    return {w.scheme: round_weights(model, w, dtype) for w in weights if w.scheme != "none"}
 
 
 def round_weights(model: nn.Module, weights: WeightsConfig, dtype: torch.dtype | None) -> LowBitCheckpoint:
@@ -134,21 +240,36 @@ def load_windows(engine: Engine, section: Any, key: str) -> Windows:
     return on_rank_zero(lambda: token_windows(engine.tokenizer, *arguments))
 
 
-def calibrate_engine(engine: Engine, section: Any, tp_sizes: list[int], logger: MetricLogger) -> CalibrationStats:
-    """One calibration pass of the unpatched engine over calibration.data."""
+def calibrate_engine(
+    engine: Engine, section: Any, tp_sizes: list[int], logger: MetricLogger, gather: bool = False
+) -> CalibrationStats:
+    """One calibration pass of the unpatched engine over calibration.data; gather: also of what column-parallel linears
+    read."""
     windows = load_windows(engine, section, "calibration")
 
     def logged():
         batches = windows.batches(section.batch_size)
         count = windows.num_batches(section.batch_size)
         for number, (ids, mask) in enumerate(progress(batches, count, "calibrating", env_rank())):
-            yield ids, mask
+            yield share_of_batch(ids, mask, engine.dp_group)
             logger.log(calibration_batch=number + 1, calibration_tokens=int(mask.sum()))
 
     run_blocks = partial(engine, logits_to_keep=1)  # logits of every token would be computed for nobody
-    return calibrate(
-        run_blocks, engine.sites(), logged(), tp_sizes, engine.fingerprint(), section.ema_gamma, engine.group
-    )
+    inputs = engine.inputs() if gather else None
+    groups = (engine.dp_group, engine.pp_group)
+    fingerprint, gamma = engine.fingerprint(), section.ema_gamma
+    return calibrate(run_blocks, engine.sites(), logged(), tp_sizes, fingerprint, gamma, engine.group, inputs, *groups)
+
+
+def share_of_batch(
+    ids: torch.Tensor, mask: torch.Tensor, dp_group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This data-parallel rank's neighbouring windows of a batch; where they do not divide, the last get padding."""
+    size, rank = world_size(dp_group), group_rank(dp_group)
+    missing = -len(ids) % size
+    if missing:
+        ids, mask = (torch.cat([t, t.new_zeros(missing, t.shape[1])]) for t in (ids, mask))
+    return ids.chunk(size)[rank], mask.chunk(size)[rank]
 
 
 def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artifact:
@@ -182,17 +303,15 @@ def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artif
             raise LowBitError(
                 f"artifact {config.artifact!r} has no plan for tp={engine.tp_size}; set model to calibrate one"
             )
-        stats = calibrate_engine(engine, config.calibration, [engine.tp_size], logger)
+        stats = calibrate_engine(engine, config.calibration, [engine.tp_size], logger, comm.gather)
         plans = {engine.tp_size: build_plan(stats, engine.tp_size, comm, config.seed)}
     artifact = Artifact(engine.checkpoint, plans)
     patching.choose_plan(artifact, engine.tp_size, comm.mode)  # a missing plan is told now, not after an evaluation
     return artifact
 
 
-def _init_distributed(config: StageConfig) -> int:
+def _init_deepspeed() -> int:
     """Join the ranks that the launcher started; returns how many there are."""
-    if config.engine == "huggingface":
-        return 1
     from megatron_lowbit.adapters import deepspeed
 
     package = deepspeed.import_deepspeed()
@@ -225,40 +344,52 @@ def compute_dtype(config: StageConfig) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype, auto)
 
 
-def _load(config: StageConfig, checkpoint: LowBitCheckpoint | None) -> tuple[Any, Any, torch.dtype | None]:
-    """(model, tokenizer, dtype of the stored weights). Raises LowBitError for whatever is wrong with the folder."""
+def load_config_and_tokenizer(config: StageConfig, checkpoint: LowBitCheckpoint | None) -> tuple[Any, Any]:
+    """(config, tokenizer) of the model or, without one, of the artifact. Raises LowBitError for what is wrong there."""
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if config.model is None and (checkpoint is None or config.artifact is None):
         raise LowBitError("model is not set; name a folder, a hub id or `embedded`")
     name = model_name(config.model or config.artifact or "")
-    dtype = compute_dtype(config)
+    with _loading(name):
+        hf_config = AutoConfig.from_pretrained(name)
+        if not any("CausalLM" in a or "LMHead" in a for a in hf_config.architectures or ["CausalLM"]):
+            raise LowBitError(f"{name!r} is a {hf_config.architectures[0]}, not a causal LM")
+        return hf_config, AutoTokenizer.from_pretrained(name)
+
+
+def load_model(config: StageConfig, hf_config: Any, checkpoint: LowBitCheckpoint | None) -> Any:
+    """The whole Hugging Face model, with the outliers that config asks for; from the artifact without config.model."""
+    from transformers import AutoModelForCausalLM
+
+    name, dtype = model_name(config.model or config.artifact or ""), compute_dtype(config)
+    with _loading(name):
+        if config.model is None and checkpoint is not None:
+            return _from_checkpoint(hf_config, checkpoint, dtype)
+        stored: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        model, info = stored
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise LowBitError(f"{name!r} lacks {len(missing)} weights, the first {missing[0]}; download it again")
+    if config.inject_outliers is not None:
+        inject_outliers(model, config.inject_outliers, config.inject_at, config.seed)
+    return model
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Whatever transformers, safetensors, tokenizers and the hub client raise, as one line; what they print, not."""
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(None):
             warnings.simplefilter("ignore")
-            hf_config = AutoConfig.from_pretrained(name)
-            if not any("CausalLM" in a or "LMHead" in a for a in hf_config.architectures or ["CausalLM"]):
-                raise LowBitError(f"{name!r} is a {hf_config.architectures[0]}, not a causal LM")
-            stored_dtype = hf_config.dtype
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            if config.model is None and checkpoint is not None:
-                model = _from_checkpoint(hf_config, checkpoint, dtype)
-            else:
-                loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
-                model, info = loaded
-                if info["missing_keys"]:
-                    missing = sorted(info["missing_keys"])
-                    raise LowBitError(
-                        f"{name!r} lacks {len(missing)} weights, the first {missing[0]}; download it again"
-                    )
+            yield
     except LowBitError:
         raise
-    except Exception as error:  # whatever transformers, safetensors, tokenizers and the hub client raise
+    except Exception as error:
         raise LowBitError(f"cannot load model {name!r}: {one_line(error)}") from None
-    return model, tokenizer, stored_dtype
 
 
 def _from_checkpoint(hf_config: Any, checkpoint: LowBitCheckpoint, dtype: torch.dtype) -> Any:

@@ -38,7 +38,7 @@ def run(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:
         rows.append(row)
     plain = artifact.checkpoint is None and engine.tp_size == 1
     if not (plain and rows):
-        name = row_name(artifact, engine.tp_size, config.comm.mode)
+        name = row_name(engine, artifact, config.comm.mode)
         rows.append(
             low_bit_row(engine, name, artifact, config.comm.mode, windows, config.evaluation, reference, logger)
         )
@@ -56,15 +56,23 @@ def check_unused(config: EvaluateConfig) -> None:
             raise LowBitError(f"{section}.* has no effect here: it belongs to quantize, and to evaluate --ablation")
 
 
-def row_name(artifact: Artifact, tp_size: int, mode: CommMode | None) -> str:
+def row_name(engine: Engine, artifact: Artifact, mode: CommMode | None) -> str:
     """W4A8 + hybrid int4/bf16, and the like."""
     weights = artifact.checkpoint.scheme_name if artifact.checkpoint else "full precision"
-    return weights if tp_size == 1 else f"{weights} + {communication(artifact, tp_size, mode)}"
+    return weights if engine.tp_size == 1 else f"{weights} + {communication(engine, artifact, mode)}"
 
 
-def communication(artifact: Artifact, tp_size: int, mode: CommMode | None) -> str:
-    low_bit = tp_size > 1 and mode != "bf16" and tp_size in artifact.plans
-    return artifact.plans[tp_size].description if low_bit else "bf16" if tp_size > 1 else "none"
+def communication(engine: Engine, artifact: Artifact, mode: CommMode | None) -> str:
+    """What the partial sums travel as."""
+    if engine.tp_size == 1:
+        return "none"
+    if mode not in ("native", "bf16") and engine.tp_size in artifact.plans:
+        return artifact.plans[engine.tp_size].description
+    return "bf16" if mode == "bf16" else _dtype(engine)
+
+
+def _dtype(engine: Engine) -> str:
+    return str(next(engine.module.parameters()).dtype).removeprefix("torch.")
 
 
 def full_precision_row(
@@ -75,7 +83,7 @@ def full_precision_row(
     real_ranks = engine.group is not None
     with SiteTraffic(engine.sites() if real_ranks else {}) as traffic:
         quality = measure_quality(engine, _batches(windows, section, "full precision"), _kl_tokens(section))
-    dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
+    dtype = _dtype(engine)
     row = {
         "name": "full precision",
         "tp": engine.tp_size,
@@ -109,13 +117,14 @@ def low_bit_row(
     few = max(1, SQNR_TOKENS // windows.ids.shape[1])
     sites: dict[str, float] = {}
     if engine.full_precision:  # or there is nothing to compare with
-        sites = measure_sqnr(engine, Windows(windows.ids[:few], windows.mask[:few]).batches(section.batch_size))
+        small = Windows(windows.ids[:few], windows.mask[:few])
+        sites = engine.all_stages(measure_sqnr(engine, engine.site_pairs(), small.batches(section.batch_size)))
     mean_sqnr = sum(sites.values()) / len(sites) if sites else None
     row = {
         "name": name,
         "tp": engine.tp_size,
         "weights": artifact.checkpoint.scheme_name if artifact.checkpoint else "none",
-        "communication": communication(artifact, engine.tp_size, mode),
+        "communication": communication(engine, artifact, mode),
         "perplexity": quality.perplexity,
         "kl": quality.kl,
         **wire,

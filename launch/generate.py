@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_lowbit.config import GenerateConfig, LowBitError
-from megatron_lowbit.distributed import device, env_rank
-from megatron_lowbit.launch.engine import Engine, prepare_artifact, start_engine
+from megatron_lowbit.config import GenerateConfig, LowBitError, one_line
+from megatron_lowbit.distributed import env_rank, on_rank_zero
+from megatron_lowbit.launch.engine import Engine, GenerateOptions, prepare_artifact, start_engine
 from megatron_lowbit.launch.evaluate import row_name
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.metrics import MetricLogger
@@ -19,41 +20,105 @@ CONFIG = GenerateConfig
 
 
 def run(config: GenerateConfig, logger: MetricLogger) -> dict[str, Any]:
+    prompts = [config.prompt] if config.prompts is None else on_rank_zero(lambda: read_prompts(config.prompts or ""))
     engine = start_engine(config, [config.weights])
     artifact = prepare_artifact(engine, config, logger)
-    if artifact.checkpoint is not None or engine.tp_size > 1:
+    ids = [encode(engine, prompt) for prompt in prompts]
+    if artifact.checkpoint is not None or artifact.plans or (engine.tp_size > 1 and config.comm.mode is not None):
         engine.apply(artifact, config.comm.mode)
+    text = Streams(engine.tokenizer, prompts) if env_rank() == 0 else None
     start = time.perf_counter()
-    text, tokens = continue_text(engine, config.prompt, config.max_new_tokens, config.temperature, stream=True)
-    seconds = time.perf_counter() - start
-    logger.log(new_tokens=tokens, seconds=seconds)
-    name = row_name(artifact, engine.tp_size, config.comm.mode)
-    return {"rows": [{"name": name, "prompt": config.prompt, "text": text, "new_tokens": tokens, "seconds": seconds}]}
-
-
-def continue_text(
-    engine: Engine, prompt: str, max_new_tokens: int, temperature: float = 0.0, stream: bool = False
-) -> tuple[str, int]:
-    """(continuation, its tokens); greedy at temperature 0. Raises LowBitError for a prompt beyond the context."""
-    from transformers import TextStreamer
-
-    ids = torch.tensor([engine.tokenizer(prompt, verbose=False)["input_ids"]])
-    if ids.shape[1] == 0:
-        raise LowBitError(f"prompt {prompt!r} has no tokens; give some text")
-    if ids.shape[1] >= engine.context:
-        raise LowBitError(f"the prompt has {ids.shape[1]} tokens, the model's context is {engine.context}; shorten it")
-    streamer = TextStreamer(engine.tokenizer, skip_prompt=True) if stream and env_rank() == 0 else None
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    output = engine.module.generate(
-        input_ids=ids.to(device()),
-        attention_mask=torch.ones_like(ids).to(device()),
-        max_new_tokens=min(max_new_tokens, engine.context - ids.shape[1]),
-        pad_token_id=engine.tokenizer.eos_token_id,
-        streamer=streamer,
-        **sampling,
+    options = GenerateOptions(
+        config.max_new_tokens,
+        config.temperature,
+        config.batching,
+        config.max_batch,
+        config.seed,
+        (lambda number, token: None) if text is None else text.put,
     )
-    new = output[0, ids.shape[1] :]
-    return engine.tokenizer.decode(new, skip_special_tokens=True), len(new)
+    made = engine.generate(ids, options)
+    seconds = time.perf_counter() - start
+    if text is not None:
+        text.end()
+    tokens = sum(map(len, made))
+    logger.log(new_tokens=tokens, seconds=seconds)
+    name = row_name(engine, artifact, config.comm.mode)
+    decode = partial(engine.tokenizer.decode, skip_special_tokens=True)
+    rows = [
+        {"name": name, "prompt": prompt, "text": decode(new), "tokens": new, "new_tokens": len(new), "seconds": seconds}
+        for prompt, new in zip(prompts, made, strict=True)
+    ]
+    return {"rows": rows}
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a text file that are not empty."""
+    try:
+        lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise LowBitError(f"cannot read prompts={path!r}: {one_line(error)}") from None
+    if not lines:
+        raise LowBitError(f"prompts={path!r} holds no prompts; write one per line")
+    return lines
+
+
+def encode(engine: Engine, prompt: str) -> list[int]:
+    """Token ids of a prompt.
+
+    Raises LowBitError for one that is empty, holds what the model has no token for, or leaves no room in its context.
+    """
+    tokenizer = engine.tokenizer
+    encoded = tokenizer(prompt, verbose=False)
+    ids, vocab = encoded["input_ids"], engine.text_config.vocab_size
+    if not [token for token in ids if token != tokenizer.bos_token_id]:
+        raise LowBitError(f"prompt {prompt!r} has no tokens; give some text")
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and unknown in ids and str(tokenizer.unk_token) not in prompt:
+        span = encoded.token_to_chars(ids.index(unknown)) if tokenizer.is_fast else None
+        what = repr(prompt[span.start : span.end]) if span is not None else f"a part of {prompt!r}"
+        raise LowBitError(f"the tokenizer has no token for {what}; leave it out of the prompt")
+    beyond = [token for token in ids if token >= vocab]
+    if beyond:
+        raise LowBitError(
+            f"the tokenizer's token {beyond[0]} ({tokenizer.decode(beyond[:1])!r}) is beyond the model's vocabulary of "
+            f"{vocab}; use the model's own tokenizer"
+        )
+    if len(ids) >= engine.context:
+        raise LowBitError(f"the prompt has {len(ids)} tokens, the model's context is {engine.context}; shorten it")
+    return ids
+
+
+class Streams:
+    """Text on standard output: of one prompt as its tokens come, of several when all are done, in their order."""
+
+    def __init__(self, tokenizer: Any, prompts: Sequence[str]):
+        self.tokenizer, self.many = tokenizer, len(prompts) > 1
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.told = ""
+
+    def put(self, number: int, token: int) -> None:
+        self.tokens[number].append(token)
+        text = self._text(number)
+        if self.many or text.endswith("\ufffd"):  # half a character: the next token completes it
+            return
+        print(text[len(self.told) :], end="", flush=True)
+        self.told = text
+
+    def end(self) -> None:
+        if self.many:
+            for number in range(len(self.tokens)):
+                print(f"[{number}] {self._text(number)}")
+        else:
+            print(self._text(0)[len(self.told) :])
+
+    def _text(self, number: int) -> str:
+        return self.tokenizer.decode(self.tokens[number], skip_special_tokens=True)
+
+
+def continue_text(engine: Engine, prompt: str, max_new_tokens: int) -> str:
+    """The greedy continuation of one prompt."""
+    (new,) = engine.generate([encode(engine, prompt)], GenerateOptions(max_new_tokens))
+    return engine.tokenizer.decode(new, skip_special_tokens=True)
 
 
 if __name__ == "__main__":

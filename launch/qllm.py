@@ -43,6 +43,11 @@ def quantize_qllm(
         raise LowBitError("weights.method=qllm needs calibration.data; name a text, or set weights.method=rtn")
     if config.model is None:
         raise LowBitError("quantization needs the full-precision model; set model to its folder or hub id")
+    if config.pp > 1 or config.sequence_parallel:
+        key = "pp" if config.pp > 1 else "sequence_parallel"
+        raise LowBitError(f"weights.method=qllm streams block by block on tp x dp ranks; leave {key} out")
+    if config.comm.gather:
+        raise LowBitError("comm.gather has no effect with weights.method=qllm; run calibrate with it afterwards")
     if config.artifact is not None:
         raise LowBitError("weights.method=qllm makes a new artifact; leave artifact out")
     seed_everything(config.seed)

@@ -30,6 +30,8 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
     if method(config) == "qllm":
         return {"rows": run_qllm(config, logger)}
     for key in ("reassembly", "correction", "dp"):
+        if key == "dp" and config.engine == "megatron":
+            continue
         if getattr(config, key) != getattr(QuantizeConfig(), key):
             raise LowBitError(
                 f"{key} has no effect with weights.method=rtn; set weights.method=qllm and calibration.data"
@@ -46,7 +48,7 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
     sizes = usable_sizes(engine, config) if config.calibration.data is not None else []
     check_shard_groups(engine, checkpoint, sizes)
     if sizes:
-        stats = calibrate_engine(engine, config.calibration, sizes, logger)
+        stats = calibrate_engine(engine, config.calibration, sizes, logger, config.comm.gather)
         rows = write_plans(stats, config, config.output_dir, logger)
     else:
         for plan in engine.plans.values():
@@ -113,7 +115,7 @@ def check_shard_groups(engine: Engine, checkpoint: LowBitCheckpoint, tp_sizes: l
 def save_checkpoint(engine: Engine, checkpoint: LowBitCheckpoint, folder: str | Path) -> None:
     """The checkpoint with the model's config and tokenizer beside it, so that the folder loads by itself."""
     try:
-        engine.module.config.save_pretrained(folder)
+        engine.hf_config.save_pretrained(folder)
         engine.tokenizer.save_pretrained(folder)
     except OSError as error:
         raise LowBitError(f"cannot write to {str(folder)!r}: {one_line(error)}") from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import signal
 import socket
@@ -60,9 +61,9 @@ def run_stage(name: str, argv: list[str]) -> int:
         if config.engine == "huggingface":
             _check_world(config, nproc or 1)
             return _run(name, stage, config)
-        _check_world(config, nproc or config.tp)
+        _check_world(config, nproc or world_of(config))
         ensure_writable(config.output_dir)
-        return _start_ranks(name, argv, config.tp)
+        return _start_ranks(name, argv, world_of(config))
     except LowBitError as error:
         return fail(str(error))
 
@@ -83,15 +84,20 @@ def _parse(name: str, config_class: type[StageConfig], argv: list[str]) -> tuple
     parser.add_argument("--config", help="YAML file of config keys")
     parser.add_argument("--model", help="same as model=...")
     parser.add_argument("--output-dir", help="same as output_dir=...")
+    parser.add_argument("--engine", help="huggingface, deepspeed or megatron; same as engine=...")
     parser.add_argument("--wandb", help="off, offline or online; same as wandb=...")
-    parser.add_argument("--nproc", type=int, help="ranks to start outside a launcher; must equal tp")
+    parser.add_argument("--nproc", type=int, help="ranks to start outside a launcher; must equal tp x pp x dp")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     flags = [flag for flag in ("ablation", "dry_run") if flag in config_class.model_fields]
     for flag in flags:
         parser.add_argument(f"--{flag.replace('_', '-')}", action="store_true", help=f"same as {flag}=true")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_intermixed_args(argv)
-    named = [f"{key}={value}" for key in ("model", "output_dir", "wandb") if (value := getattr(args, key)) is not None]
+    named = [
+        f"{key}={value}"
+        for key in ("model", "engine", "output_dir", "wandb")
+        if (value := getattr(args, key)) is not None
+    ]
     named += [f"{flag}=true" for flag in flags if getattr(args, flag)]
     return load_config(config_class, args.config, [*args.overrides, *named]), args.nproc
 
@@ -105,10 +111,30 @@ def _check_world(config: StageConfig, world: int) -> None:
         raise LowBitError(
             f"virtual_tp={config.virtual_tp} needs engine=huggingface; engine=deepspeed runs real ranks (tp)"
         )
-    if world != config.tp:
+    if config.engine == "megatron" and config.virtual_tp > 1:
         raise LowBitError(
-            f"tp={config.tp} needs {config.tp} processes, there are {world}; start that many or set tp={world}"
+            f"virtual_tp={config.virtual_tp} needs engine=huggingface; engine=megatron runs real ranks (tp)"
         )
+    given = {"pp": config.pp > 1, "sequence_parallel": config.sequence_parallel, "dp": getattr(config, "dp", 1) > 1}
+    for key, used in given.items():
+        if used and config.engine != "megatron":
+            raise LowBitError(f"{key}={getattr(config, key)} needs engine=megatron")
+    needed = world_of(config)
+    if world != needed:
+        product = " x ".join(f"{key}={n}" for key, n in _sizes(config).items())
+        other = f" or set tp={world}" if needed == config.tp else ""
+        raise LowBitError(f"{product} needs {needed} processes, there are {world}; start that many{other}")
+
+
+def _sizes(config: StageConfig) -> dict[str, int]:
+    """{key: size} of the kinds of parallelism in use; tp always."""
+    sizes = {"tp": config.tp, "pp": config.pp, "dp": getattr(config, "dp", 1)}
+    return {key: size for key, size in sizes.items() if key == "tp" or size > 1}
+
+
+def world_of(config: StageConfig) -> int:
+    """Processes that a stage runs in."""
+    return math.prod(_sizes(config).values())
 
 
 def _run(name: str, stage: Any, config: StageConfig) -> int:
@@ -151,7 +177,8 @@ def _leave_groups(code: int) -> None:
 def _quiet() -> None:
     """Frameworks announce themselves at length; errors still come through."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("DeepSpeed", "transformers", "torch.distributed"):
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")  # what it falls back from
+    for name in ("DeepSpeed", "transformers", "torch.distributed", "megatron.core"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs errors that it raises too
     if not torch.cuda.is_available():

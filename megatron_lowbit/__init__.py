@@ -3,6 +3,7 @@
     import megatron_lowbit as lowbit
     engine = lowbit.apply_to_deepspeed(engine, "artifact/")      # after deepspeed.init_inference (AutoTP)
     model = lowbit.apply_to_huggingface(hf_model, "artifact/")   # one process, TP=1 or virtual TP
+    model = lowbit.apply_to_megatron(gpt_model, "artifact/")     # a GPTModel of Megatron-Core, or its pipeline chunks
     lowbit.remove(model)                                         # restores what was there
     y = lowbit.HybridReducer(site_plan, tp_group).all_reduce(x)
 
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_lowbit.adapters.deepspeed import apply_to_deepspeed
     from megatron_lowbit.adapters.huggingface import apply_to_huggingface
+    from megatron_lowbit.adapters.megatron import apply_to_megatron
     from megatron_lowbit.adapters.patching import remove
     from megatron_lowbit.artifacts import Artifact, CalibrationStats, CommPlan, LowBitCheckpoint
     from megatron_lowbit.collectives import HybridReducer, VirtualReducer
@@ -34,6 +36,7 @@ _HOMES = {
     "VirtualReducer": "collectives",
     "apply_to_deepspeed": "adapters.deepspeed",
     "apply_to_huggingface": "adapters.huggingface",
+    "apply_to_megatron": "adapters.megatron",
     "remove": "adapters.patching",
 }
 __all__ = [
@@ -46,6 +49,7 @@ __all__ = [
     "VirtualReducer",
     "apply_to_deepspeed",
     "apply_to_huggingface",
+    "apply_to_megatron",
     "remove",
 ]
 

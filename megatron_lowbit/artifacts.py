@@ -77,9 +77,14 @@ def fingerprint_fields(config: Any) -> dict[str, Any]:
 
 def bit_sum(weight: Tensor) -> Tensor:
     """Sum of the bit patterns in bf16, an int64 scalar; the sums of a weight's shards add up to its own."""
+    return row_bit_sums(weight).sum()
+
+
+def row_bit_sums(weight: Tensor) -> Tensor:
+    """bit_sum of every row of a weight [out, in]: int64 [out]."""
     rounded = weight.to(torch.bfloat16)
     rounded = torch.where(rounded.abs() < 2.0**-14, 0, rounded)
-    return rounded.contiguous().view(torch.int16).sum(dtype=torch.int64)
+    return rounded.contiguous().view(torch.int16).sum(-1, dtype=torch.int64)
 
 
 def check_fingerprint(what: str, artifact: Fingerprint, model: Fingerprint) -> None:
@@ -148,23 +153,30 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class CommPlan:
-    """{site: SitePlan} of one tensor-parallel size."""
+    """{site: SitePlan} of one tensor-parallel size.
+
+    gathers: of the inputs of column-parallel linears, {first linear that reads it: SitePlan of one sender}, for the
+    all-gather of sequence parallelism; empty where it stays in full precision.
+    """
 
     sites: dict[str, SitePlan]
     tp_size: int
     fingerprint: Fingerprint
     description: str = "hybrid"
+    gathers: dict[str, SitePlan] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:
         tensors = {}
-        for site, plan in self.sites.items():
+        both = {**self.sites, **self.gathers}
+        for site, plan in both.items():
             for name in ("scale", "zero_point", "bf16_idx"):
                 tensors[f"{site}.{name}"] = getattr(plan, name)
         meta = {
             "fingerprint": self.fingerprint,
             "tp_size": self.tp_size,
             "description": self.description,
-            "num_bits": {site: plan.num_bits for site, plan in self.sites.items()},
+            "num_bits": {site: plan.num_bits for site, plan in both.items()},
+            "gathers": list(self.gathers),
         }
         _save(Path(folder) / f"comm_plan_tp{self.tp_size}", tensors, meta)
 
@@ -191,7 +203,8 @@ class CommPlan:
                 )
                 for site, bits in meta["num_bits"].items()
             }
-        return cls(sites, tp_size, meta["fingerprint"], meta["description"])
+        gathers = {name: sites.pop(name) for name in meta.get("gathers", [])}
+        return cls(sites, tp_size, meta["fingerprint"], meta["description"], gathers)
 
 
 @dataclass
@@ -214,7 +227,7 @@ class CheckpointPart:
             for name, value in owner.items():
                 tensors |= {f"{name}.{leaf}": getattr(value, leaf) for leaf in names}
         return {
-            "files": {path.name: _write_tensors(path, tensors)},
+            "files": {path.name: write_tensors(path, tensors)},
             "in_features": {name: weight.in_features for name, weight in self.linears.items()},
             "reassembly": {name: [plan.in_features, plan.width] for name, plan in self.reassembly.items()},
             "low_rank": sorted(self.low_rank),
@@ -401,11 +414,11 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def _save(stem: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    checksum = _write_tensors(stem.with_suffix(".safetensors"), tensors)
+    checksum = write_tensors(stem.with_suffix(".safetensors"), tensors)
     write_json(stem.with_suffix(".json"), {"format": FORMAT, "sha256": checksum, **meta})
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write a safetensors file atomically; returns its sha256."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -12,10 +12,14 @@ common, wider range: on stories260K at TP=4 that costs 1.8 dB of SQNR.)
 The ranks are those of `tp_group`, or virtual ones: a process that holds in_features / R inputs computes the partial
 sums of t / R ranks by slicing them, for every t in tp_sizes. So the ranges of TP=8 can be calibrated in one process.
 Only running statistics are kept, never activations.
+
+Ranks of `dp_group` share the windows of every batch; their minima and maxima are exchanged and averaged in the order of
+the windows, so the ranges are those of one process. Pipeline stages (`pp_group`) each observe their own sites.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -38,12 +42,18 @@ class RangeObserver:
         self.min_vals = torch.zeros(ranks, features, device=device)
         self.max_vals = torch.zeros(ranks, features, device=device)
 
-    def update(self, rank: int, y: Tensor, mask: Tensor) -> None:
-        """y: [windows, length, features] of local rank `rank`; mask: bool [windows, length], True on real tokens."""
-        for window, real in zip(y, mask, strict=True):
-            tokens = window[real].float()
-            if len(tokens):
-                self.step(rank, tokens.amin(0), tokens.amax(0))
+    def update(self, rank: int, y: Tensor, mask: Tensor, dp_group: dist.ProcessGroup | None = None) -> None:
+        """y: [windows, length, features] of local rank `rank`; mask: bool [windows, length], True on real tokens.
+
+        With dp_group a collective call: every rank's windows count, in rank order.
+        """
+        hidden = ~mask.unsqueeze(-1)
+        low = y.float().masked_fill(hidden, math.inf).amin(1)
+        high = y.float().masked_fill(hidden, -math.inf).amax(1)
+        lows, highs = (all_gather_stack(t, dp_group).flatten(0, 1) for t in (low, high))
+        for low, high in zip(lows, highs, strict=True):
+            if low[0] != math.inf:  # a window of padding only
+                self.step(rank, low, high)
 
     def step(self, rank: int, low: Tensor, high: Tensor) -> None:
         """One window's minimum and maximum [features]."""
@@ -61,12 +71,16 @@ def calibrate(
     fingerprint: Fingerprint,
     gamma: float = 0.01,
     tp_group: dist.ProcessGroup | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    dp_group: dist.ProcessGroup | None = None,
+    pp_group: dist.ProcessGroup | None = None,
 ) -> CalibrationStats:
     """Run `model` over `batches` of (ids, mask) [windows, length] and return the ranges at `sites`.
 
     sites: {fqn: row-parallel linear} with attributes weight [features, local in_features] and bias (or None), whose
-    output is the full sum. tp_sizes: multiples of the group's size. All ranks of tp_group return the same statistics.
-    Raises LowBitError naming the layer where NaN or Inf appears.
+    output is the full sum. tp_sizes: multiples of the group's size. inputs: {fqn: column-parallel linear} whose input's
+    ranges are wanted too (recorded under tp_size 1). Batches hold the same number of windows on all ranks of dp_group;
+    all ranks of all groups return the same statistics. Raises LowBitError naming the layer where NaN or Inf appears.
     """
     world = world_size(tp_group)
     sizes = sorted(set(tp_sizes))
@@ -92,16 +106,26 @@ def calibrate(
             full_sum = output if module.bias is None else output - module.bias
             if not torch.isfinite(full_sum[real]).all():
                 raise LowBitError(f"calibration: {name} puts out NaN or Inf; check the model's weights and dtype")
-            observers[1][name].update(0, full_sum, real)
+            observers[1][name].update(0, full_sum, real, dp_group)
             for size in sizes:
                 local = size // world
                 shards = zip(inputs[0].chunk(local, -1), module.weight.chunk(local, 1), strict=True)
                 for rank, (x_i, w_i) in enumerate(shards):
-                    observers[size][name].update(rank, F.linear(x_i, w_i), real)
+                    observers[size][name].update(rank, F.linear(x_i, w_i), real, dp_group)
+
+        return hook
+
+    def observe_input(name: str):
+        def hook(module: Any, given: tuple[Tensor, ...], output: Tensor) -> None:
+            x, real = given[0], mask.to(given[0].device)
+            if name not in observers[1]:
+                observers[1][name] = RangeObserver(1, x.shape[-1], gamma, x.device)
+            observers[1][name].update(0, x, real, dp_group)
 
         return hook
 
     handles = [module.register_forward_hook(observe(name)) for name, module in sites.items()]
+    handles += [module.register_forward_hook(observe_input(name)) for name, module in (inputs or {}).items()]
     try:
         with torch.inference_mode():
             for ids, mask in batches:  # noqa: B007 (the hooks read mask)
@@ -120,4 +144,8 @@ def calibrate(
             if size > 1:
                 low, high = (all_gather_stack(t, tp_group).flatten(0, 1) for t in (low, high))
             ranges[size][name] = FeatureRange(low.cpu(), high.cpu())
+    if pp_group is not None:
+        stages: list[Any] = [None] * world_size(pp_group)
+        dist.all_gather_object(stages, ranges, group=pp_group)
+        ranges = {size: {name: r for stage in stages for name, r in stage[size].items()} for size in observers}
     return CalibrationStats(ranges, fingerprint)

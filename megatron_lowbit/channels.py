@@ -75,6 +75,31 @@ class ReassemblyPlan:
         src, dst = self.src_idx[mine] - rank * inputs, self.dst_idx[mine] - rank * width
         return ReassemblyPlan(src, dst, self.coefficient[mine], inputs, width)
 
+    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(src int64 [width], coefficient float32 [width], merged_into int64 [in_features]): a form whose shape does
+        not depend on what is merged, and whose slices are those of the channels.
+
+        The first two are the entries 0 .. width-1; merged_into[i] is the channel of x' that channel i is added to by
+        one of the others, or -1. (A channel is merged once, and its coefficient is that of the group.)
+        """
+        merged = torch.full((self.in_features,), -1, dtype=torch.int64, device=self.src_idx.device)
+        merged[self.src_idx[self.width :]] = self.dst_idx[self.width :]
+        return self.src_idx[: self.width], self.coefficient[: self.width], merged
+
+    @classmethod
+    def from_dense(cls, src: Tensor, coefficient: Tensor, merged_into: Tensor) -> ReassemblyPlan:
+        """The inverse of dense; the merged channels are added in their order."""
+        source = (merged_into >= 0).nonzero().squeeze(1)
+        target = merged_into[source]
+        dst = torch.arange(len(src), device=src.device)
+        return cls(
+            torch.cat([src, source]),
+            torch.cat([dst, target]),
+            torch.cat([coefficient, coefficient[target]]),
+            len(merged_into),
+            len(src),
+        )
+
     @staticmethod
     def join(parts: Sequence[ReassemblyPlan]) -> ReassemblyPlan:
         """One plan of the plans of neighbouring slices, in order."""

@@ -16,7 +16,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 SchemeName = Literal["none", "W4A16", "W4A8", "W4A4", "W6A6", "W8A8"]
-CommMode = Literal["bf16", "one_shot"]
+EngineName = Literal["huggingface", "deepspeed", "megatron"]
+CommMode = Literal["native", "bf16", "one_shot"]
 
 
 class LowBitError(Exception):
@@ -71,7 +72,8 @@ class WeightsConfig(_Config):
 
 class CommConfig(_Config):
     mode: CommMode | None = None
-    # bf16: all-reduce; one_shot: all-gather of low-bit messages, local sum; none: one_shot if the artifact has a plan
+    # native: all-reduce in the model's dtype; bf16: all-reduce of bf16 values; one_shot: all-gather of low-bit
+    # messages, local sum; none: one_shot if the artifact has a plan, else native
     bits: int = Field(4, ge=2, le=8)
     # bits of a feature that does not travel in bf16
     bf16_fraction: float = Field(1 / 64, ge=0, le=1)
@@ -80,6 +82,8 @@ class CommConfig(_Config):
     # which features: those of widest range, or any (the paper's control)
     symmetric: bool = False
     # ranges without a zero point
+    gather: bool = False
+    # sequence parallelism: also calibrate and quantize the all-gather of the normed activation (engine=megatron)
     tp_sizes: tuple[int, ...] = (2, 4, 8)
     # tensor-parallel sizes whose ranges one calibration pass records, where they divide the model
 
@@ -148,10 +152,14 @@ class StageConfig(_Config):
     # folder or hub id of a causal LM; "embedded" is the small Llama inside this package
     artifact: str | None = None
     # folder of a LowBitCheckpoint and/or its CommPlans, as calibrate and quantize write it
-    engine: Literal["huggingface", "deepspeed"] = "huggingface"
+    engine: EngineName = "huggingface"
     # what runs the model
     tp: int = Field(1, ge=1)
-    # tensor-parallel processes (engine=deepspeed)
+    # tensor-parallel processes (engine=deepspeed or megatron)
+    pp: int = Field(1, ge=1)
+    # pipeline stages (engine=megatron)
+    sequence_parallel: bool = False
+    # between the linears each tensor-parallel rank holds a share of the tokens (engine=megatron)
     virtual_tp: int = Field(1, ge=1)
     # tensor-parallel ranks simulated inside one process (engine=huggingface)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -176,14 +184,14 @@ class StageConfig(_Config):
 class CalibrateConfig(StageConfig):
     calibration: CalibrationConfig = CalibrationConfig()
     comm: CommConfig = CommConfig()
+    dp: int = Field(1, ge=1)
+    # data-parallel ranks: each takes a share of the calibration windows (engine=megatron, or method=qllm)
 
 
 class QuantizeConfig(CalibrateConfig):
     weights: WeightsConfig = WeightsConfig(scheme="W4A8")
     reassembly: ReassemblyConfig = ReassemblyConfig()
     correction: CorrectionConfig = CorrectionConfig()
-    dp: int = Field(1, ge=1)
-    # data-parallel ranks of method=qllm: each takes a share of the calibration windows
     dry_run: bool = False
     # print shards, shapes, bytes and time per group, and stop (also --dry-run)
     architecture: dict[str, Any] | None = None
@@ -196,10 +204,30 @@ class GenerateConfig(StageConfig):
     weights: WeightsConfig = WeightsConfig()
     prompt: str = Field("Once upon a time", min_length=1)
     # text to continue
+    prompts: str | None = None
+    # text file of prompts, one per line, instead of `prompt`
+    batching: Literal["static", "dynamic"] = "dynamic"
+    # engine=megatron: its StaticInferenceEngine, or DynamicInferenceEngine (continuous batching)
+    max_batch: int = Field(8, ge=1)
+    # engine=megatron: prompts in flight at once
     max_new_tokens: int = Field(64, ge=1)
     # tokens to add
     temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
     # 0: greedy
+
+
+class ParityConfig(StageConfig):
+    output_dir: str = "runs/parity"
+    engines: tuple[EngineName, ...] = ("huggingface", "deepspeed", "megatron")
+    # engines to compare; huggingface, which is the reference, is always among them
+    tp_sizes: tuple[int, ...] = (1, 2, 4)
+    # tensor-parallel sizes: real ranks, on huggingface virtual ones
+    prompts: str | None = None
+    # text file of prompts, one per line
+    max_new_tokens: int = Field(32, ge=1)
+    # tokens to add to each
+    outcomes: bool = False
+    # run one engine at one size here and write what it computes, for the parity run that started it
 
 
 class EvaluateConfig(StageConfig):
@@ -215,7 +243,7 @@ class EvaluateConfig(StageConfig):
 
 class DemoConfig(StageConfig):
     model: str | None = "embedded"
-    engine: Literal["huggingface", "deepspeed"] = "deepspeed"
+    engine: EngineName = "deepspeed"
     tp: int = Field(2, ge=1)
     output_dir: str = "runs/demo"
     calibration: CalibrationConfig = CalibrationConfig(data="stdlib:calibration", samples=64)
@@ -228,7 +256,7 @@ class DemoConfig(StageConfig):
 
 class BenchmarkConfig(StageConfig):
     model: str | None = "embedded"
-    engine: Literal["huggingface", "deepspeed"] = "deepspeed"
+    engine: EngineName = "deepspeed"
     tp: int = Field(2, ge=1)
     dtype: Literal["auto", "float32", "bfloat16"] = "bfloat16"
     output_dir: str = "runs/benchmark"

@@ -95,3 +95,9 @@ def all_gather_stack(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the new name from torch 2.13 on
     all_gather(gathered, x.reshape(-1), group=group)
     return gathered.view(size, *x.shape)
+
+
+def reduce_scatter(output: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
+    """Sum x [length, ...] over the ranks; rank r's slice r of it goes to output [length / N, ...]. Both contiguous."""
+    scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+    scatter(output, x, group=group)

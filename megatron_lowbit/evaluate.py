@@ -10,14 +10,13 @@ All sums are float64. `model` is anything callable as model(input_ids=...) that 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron_lowbit.adapters.patching import original_modules, row_parallel_modules
 from megatron_lowbit.config import LowBitError
 
 Batch = tuple[Tensor, Tensor]
@@ -61,20 +60,19 @@ def measure_quality(model: Any, batches: Iterable[Batch], kl_tokens: int, refere
 
 
 @torch.inference_mode()
-def measure_sqnr(model: Any, batches: Iterable[Batch]) -> dict[str, float]:
+def measure_sqnr(model: Any, pairs: Mapping[str, tuple[Any, Any]], batches: Iterable[Batch]) -> dict[str, float]:
     """SQNR in dB of every low-bit row-parallel linear that is in place, against the module it replaced.
 
-    Both get the same input, so the figure is the site's own error: its weights', activations' and collective's.
+    pairs: {fqn: (the one in place, the one it replaced)}, both [windows, length, in] -> [windows, length, out]. Both
+    get the same input, so the figure is the site's own error: its weights', activations' and collective's.
     """
-    originals = original_modules(model)
     signal: dict[str, float] = {}
     noise: dict[str, float] = {}
     mask = torch.empty(0, dtype=torch.bool)
 
-    def compare(name: str):
+    def compare(name: str, original: Any):
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             real = mask.to(output.device)
-            original = originals[name]
             parked = next(original.parameters()).device
             exact = original.to(output.device)(inputs[0])[real].double()
             original.to(parked)
@@ -83,7 +81,7 @@ def measure_sqnr(model: Any, batches: Iterable[Batch]) -> dict[str, float]:
 
         return hook
 
-    handles = [m.register_forward_hook(compare(name)) for name, m in row_parallel_modules(model).items()]
+    handles = [m.register_forward_hook(compare(name, original)) for name, (m, original) in pairs.items()]
     try:
         for ids, mask in batches:  # noqa: B007 (the hooks read mask)
             model(input_ids=ids)
@@ -103,7 +101,7 @@ def sqnr_db(signal: float, noise: float) -> float:
 class SiteTraffic:
     """Context manager: bytes that the host's own row-parallel linears hand to their all-reduce (unpatched models)."""
 
-    def __init__(self, sites: dict[str, nn.Module]):
+    def __init__(self, sites: Mapping[str, Any]):
         self.sites = sites
         self.bytes = 0
         self.values = 0

@@ -26,8 +26,15 @@ from torch.nn import functional as F
 
 from megatron_lowbit.channels import ReassemblyPlan
 from megatron_lowbit.collectives import HybridReducer, VirtualReducer
-from megatron_lowbit.kernels import dequantize, quant_linear, reassemble
-from megatron_lowbit.quantizer import Float32QParams, LowRank, QuantizedWeight, choose_qparams, quantize
+from megatron_lowbit.kernels import dequantize, quant_linear, reassemble, unpack_bits
+from megatron_lowbit.quantizer import (
+    Float32QParams,
+    LowRank,
+    QuantizedWeight,
+    choose_qparams,
+    quantize,
+    straight_through,
+)
 
 
 class QuantColumnParallelLinear(Float32QParams):
@@ -64,20 +71,23 @@ class QuantColumnParallelLinear(Float32QParams):
         self.register_buffer("lora_a", None if low_rank is None else low_rank.lora_a)
         self.register_buffer("lora_b", None if low_rank is None else low_rank.lora_b)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """dtype: of the result; None: x's."""
         if self.reassembly is not None:
             x = self.reassembly(x)
         rows = x.reshape(-1, self.in_features)
-        act_scale = act_zero_point = None
+        codes, act_scale, act_zero_point = rows.detach(), None, None
         if self.act_bits < 16:
             act_scale, act_zero_point = choose_qparams(
-                rows, self.act_bits, group_size=self.in_features // self.act_groups
+                codes, self.act_bits, group_size=self.in_features // self.act_groups
             )
-            rows = quantize(rows, act_scale, act_zero_point, self.act_bits)
+            codes = quantize(codes, act_scale, act_zero_point, self.act_bits)
         weight = (self.packed_weight, self.scale, self.zero_point, self.weight_bits)
-        y = quant_linear(rows, act_scale, act_zero_point, *weight, x.dtype)
+        y = _QuantLinear.apply(rows, codes, act_scale, act_zero_point, *weight, dtype or x.dtype)
         if self.lora_a is not None and self.lora_b is not None:
-            inputs = rows if act_scale is None else dequantize(rows, act_scale, act_zero_point).to(x.dtype)
+            inputs = rows
+            if act_scale is not None and act_zero_point is not None:
+                inputs = straight_through(rows, dequantize(codes, act_scale, act_zero_point).to(x.dtype))
             y = y + F.linear(F.linear(inputs, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
@@ -85,6 +95,22 @@ class QuantColumnParallelLinear(Float32QParams):
     def extra_repr(self) -> str:
         scheme = f"W{self.weight_bits}A{self.act_bits}"
         return f"{self.in_features}, {self.out_features}, {scheme}, act_groups={self.act_groups}"
+
+
+class _QuantLinear(torch.autograd.Function):
+    """Forward on codes; backward straight through both roundings: dx = dy W^, W^ the dequantized weight."""
+
+    @staticmethod
+    def forward(ctx, rows, codes, act_scale, act_zero_point, packed_weight, scale, zero_point, bits, dtype):  # type: ignore[override]
+        ctx.save_for_backward(packed_weight, scale, zero_point)
+        ctx.bits, ctx.in_features, ctx.dtype = bits, rows.shape[1], rows.dtype
+        return quant_linear(codes, act_scale, act_zero_point, packed_weight, scale, zero_point, bits, dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        packed_weight, scale, zero_point = ctx.saved_tensors
+        weight = dequantize(unpack_bits(packed_weight, ctx.bits, ctx.in_features), scale, zero_point)
+        return (grad.float() @ weight).to(ctx.dtype), *[None] * 8
 
 
 class Reassembly(Float32QParams):
@@ -130,7 +156,7 @@ class ReassembledNorm(Float32QParams):
             )  # 1: the norm multiplies by 1 + weight
         self.norm = norm if rms is None else None
         self.reassembly = Reassembly(plan)
-        self.register_buffer("gain", None if rms is None else rms[0].float())
+        self.register_buffer("gain", None if rms is None else rms[0].float(), persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.norm is not None or self.gain is None:
@@ -170,7 +196,7 @@ class DenseShard(nn.Module):
         super().__init__()
         self.register_parameter("weight", weight if isinstance(weight, nn.Parameter) else _frozen(weight))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return F.linear(x, self.weight)
 
 
@@ -179,26 +205,37 @@ class QuantRowParallelLinear(nn.Module):
 
     shards: this rank's matrix product (without bias); in one process that stands for N virtual ranks, all N of them,
     each for an equal slice of x. reducer: None where there is nothing to sum. bias is added after the collective.
+    sequence_parallel: this rank keeps its share of the sum along the first dimension (Megatron's [tokens, batch, ...]).
     """
 
     bias: nn.Parameter | None
 
     def __init__(
-        self, shards: Sequence[nn.Module], reducer: HybridReducer | VirtualReducer | None, bias: Tensor | None = None
+        self,
+        shards: Sequence[nn.Module],
+        reducer: HybridReducer | VirtualReducer | None,
+        bias: Tensor | None = None,
+        sequence_parallel: bool = False,
     ):
         super().__init__()
+        self.sequence_parallel = sequence_parallel
         self.shards = nn.ModuleList(shards)
         self.reducer = reducer
         self.register_parameter("bias", _frozen(bias))
 
     def forward(self, x: Tensor) -> Tensor:
+        # Float32 partial sums that nothing rounds travel as float64: their sum is then the same for any number of
+        # ranks, where an ulp could flip a code of the next layer.
+        exact = x.dtype == torch.float32 and self.reducer is not None and self.reducer.native
+        dtype = torch.float64 if exact else None
         if isinstance(self.reducer, VirtualReducer):
             slices = x.chunk(len(self.shards), dim=-1)
-            y = self.reducer.all_reduce([shard(x_r) for shard, x_r in zip(self.shards, slices, strict=True)])
+            y = self.reducer.all_reduce([shard(x_r, dtype) for shard, x_r in zip(self.shards, slices, strict=True)])
         else:
-            y = self.shards[0](x)
+            y = self.shards[0](x, dtype)
             if self.reducer is not None:
-                y = self.reducer.all_reduce(y)
+                y = self.reducer.reduce_scatter(y) if self.sequence_parallel else self.reducer.all_reduce(y)
+        y = y.to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 

@@ -13,8 +13,9 @@ import resource
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,13 +98,15 @@ class MetricLogger:
 def require(module: str, extra: str) -> Any:
     """Import an optional package, or raise LowBitError with the pip command that installs it."""
     try:
-        package = __import__(module)
+        with warnings.catch_warnings():  # Megatron-Core warns four times that Transformer Engine is not there
+            warnings.simplefilter("ignore", UserWarning)
+            package = import_module(module)
     except ImportError as error:
-        if error.name is not None and error.name.partition(".")[0] != module:
+        if error.name is not None and error.name.partition(".")[0] != module.partition(".")[0]:
             raise
         package = None
     if getattr(package, "__file__", None) is None:  # a folder of that name on the path imports as an empty package
-        raise LowBitError(f"{module} is not installed; pip install 'megatron-lowbit[{extra}]'")
+        raise LowBitError(f"{module.replace('.', '-')} is not installed; pip install 'megatron-lowbit[{extra}]'")
     return package
 
 
@@ -131,7 +134,7 @@ def peak_memory() -> int:
 def environment() -> dict[str, Any]:
     """Versions, commit and machine, for every JSON result."""
     versions = {"python": platform.python_version()}
-    for package in ("megatron-lowbit", "torch", "transformers", "deepspeed", "datasets", "wandb"):
+    for package in ("megatron-lowbit", "torch", "transformers", "deepspeed", "megatron-core", "datasets", "wandb"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

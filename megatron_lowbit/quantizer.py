@@ -96,6 +96,11 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
+def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
+    """`quantized`, with the gradient going to x as it is."""
+    return _StraightThrough.apply(x, quantized)
+
+
 def fake_quantize(x: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None) -> Tensor:
     """dequantize(quantize(x)) in x's dtype, with the straight-through gradient (identity)."""
     with torch.no_grad():
@@ -112,7 +117,7 @@ def fake_quantize_with(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: i
         values = torch.div(grouped, scale).round_().add_(zero_point)
         values = values.clamp_(0, 2**num_bits - 1).trunc_()  # to whole codes: a constant row's zero point is not
         quantized = values.sub_(zero_point).mul_(scale).flatten(-2).to(x.dtype)
-    return _StraightThrough.apply(x, quantized)
+    return straight_through(x, quantized)
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,7 @@ class QuantizedWeight:
     in_features: int
 
     @classmethod
+    @torch.no_grad()
     def from_float(
         cls, weight: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None, name: str = "weight"
     ) -> QuantizedWeight:

@@ -32,15 +32,30 @@ def build_plan(stats: CalibrationStats, tp_size: int, config: CommConfig, seed: 
     sites = {}
     for name, r in sorted(stats.ranges[tp_size].items()):
         features = r.min_vals.shape[1]
-        # Rounding may put E * fraction a hair below an integer: 0.29 * 100 is 28.999999999999996.
-        k = math.floor(features * config.bf16_fraction + 1e-9)
+        k = num_bf16(features, config)
         if config.selection == "random":
             chosen = torch.randperm(features, generator=generator)[:k]
         else:
             chosen = widest_features(aggregated_range(r.min_vals, r.max_vals, config.symmetric), k)
         scale, zero_point = qparams_from_range(r.min_vals, r.max_vals, config.bits, config.symmetric)
         sites[name] = SitePlan(scale, zero_point, chosen.sort().values, config.bits)
-    return CommPlan(sites, tp_size, stats.fingerprint, describe(config))
+    gathers = {}
+    if config.gather:
+        inputs = {name: r for name, r in sorted(stats.ranges[1].items()) if name not in sites}
+        if not inputs:
+            raise LowBitError("the calibration has no ranges for the all-gather; calibrate with comm.gather=true")
+        for name, r in inputs.items():
+            k = num_bf16(r.min_vals.shape[1], config)
+            chosen = widest_features(aggregated_range(r.min_vals, r.max_vals, config.symmetric), k)
+            scale, zero_point = qparams_from_range(r.min_vals, r.max_vals, config.bits, config.symmetric)
+            gathers[name] = SitePlan(scale, zero_point, chosen.sort().values, config.bits)
+    return CommPlan(sites, tp_size, stats.fingerprint, describe(config), gathers)
+
+
+def num_bf16(features: int, config: CommConfig) -> int:
+    """k = floor(features * bf16_fraction)."""
+    # Rounding may put the product a hair below an integer: 0.29 * 100 is 28.999999999999996.
+    return math.floor(features * config.bf16_fraction + 1e-9)
 
 
 def aggregated_range(min_vals: Tensor, max_vals: Tensor, symmetric: bool) -> Tensor:

@@ -113,7 +113,8 @@ def plan_of(splits: Tensor, distance: Tensor | None) -> ReassemblyPlan | None:
         edges = match(distance, (splits == 1).nonzero().squeeze(1), added)
         if edges is None:
             return None
-        source, target = edges
+        in_order = edges[0].argsort()  # a group is summed in the order of its channels
+        source, target = edges[0][in_order], edges[1][in_order]
         outputs[source] = 0
         members.index_add_(0, target, torch.ones_like(target))
     first = outputs.cumsum(0) - outputs  # where each channel's outputs start

@@ -133,6 +133,15 @@ def row_parallel_sites(model: nn.Module) -> dict[str, nn.Module]:
     return {name: linear for name, (kind, linear) in find_linears(model).items() if kind == "row"}
 
 
+def first_readers(linears: Mapping[str, tuple[Kind, Any]]) -> dict[str, Any]:
+    """{fqn: linear} of the first column-parallel linear of every owner (attention, MLP): they read the same."""
+    first: dict[str, tuple[str, Any]] = {}
+    for name, (kind, linear) in linears.items():
+        if kind == "column":
+            first.setdefault(name.rpartition(".")[0], (name, linear))
+    return dict(first.values())
+
+
 def fingerprint(model: nn.Module) -> Fingerprint:
     """Of a whole model. One that was rebuilt from a LowBitCheckpoint keeps the fingerprint of its original."""
     known = getattr(model, "_lowbit_fingerprint", None)
@@ -162,9 +171,9 @@ def apply_to_huggingface(
     """Replace the model's linears in place and return it.
 
     artifact: folder (or loaded Artifact) of a LowBitCheckpoint and/or CommPlans. virtual_tp: ranks whose partial sums
-    and messages are simulated in this process, bit for bit. comm_mode: bf16 or one_shot; None: one_shot where the
-    artifact has plans. Raises LowBitError for an artifact of another model or without a plan for this size;
-    the model is then left without low-bit modules.
+    and messages are simulated in this process, bit for bit. comm_mode: native, bf16 or one_shot; None: one_shot
+    where the artifact has plans, else native. Raises LowBitError for an artifact of another model or without a plan
+    for this size; the model is then left without low-bit modules.
     """
     patching.remove(model)
     artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
@@ -188,7 +197,8 @@ def apply_to_huggingface(
             patching.row_shard(checkpoint, name, rank, virtual_tp, dense.contiguous() if virtual_tp > 1 else dense)
             for rank, dense in enumerate(slices)
         ]
-        reducer = VirtualReducer(patching.site_plan(plan, name)) if virtual_tp > 1 else None
+        wire = patching.wire_dtype(comm_mode)
+        reducer = VirtualReducer(patching.site_plan(plan, name), wire) if virtual_tp > 1 else None
         replacements[name] = QuantRowParallelLinear(shards, reducer, linear.bias)
     if quantized:
         assert checkpoint is not None

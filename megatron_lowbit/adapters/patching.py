@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -38,7 +38,7 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
     object.__setattr__(model, _PATCH, replaced)
     for name, replacement in replacements.items():
         original = model.get_submodule(name)
-        device = next(original.parameters()).device
+        device = next(chain(original.parameters(), original.buffers())).device
         model.set_submodule(name, replacement.to(device).train(original.training))
         replaced[name] = original
         if device.type != "cpu" and not _shares_parameters(original, replacement):
@@ -47,12 +47,20 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
 
 
 def remove(model: Any) -> Any:
-    """Restore the modules that an apply_to_* replaced (a model, or an engine with `.module`). Returns its argument."""
-    module = getattr(model, "module", model)
+    """Restore the modules that an apply_to_* replaced. Returns its argument.
+
+    model: a model, an engine or wrapper with `.module`, or a list of pipeline chunks.
+    """
+    if isinstance(model, (list, tuple)):
+        for chunk in model:
+            remove(chunk)
+        return model
+    module = model
+    while not (hasattr(module, _PATCH) or hasattr(module, _UNDO)) and hasattr(module, "module"):
+        module = module.module
     replaced = getattr(module, _PATCH, {})
     for name, original in replaced.items():
-        replacement = module.get_submodule(name)
-        device = next(chain(replacement.parameters(), replacement.buffers())).device
+        device = _device(module.get_submodule(name))
         module.set_submodule(name, original.to(device))
     undo = getattr(module, _UNDO, None)
     if undo is not None:
@@ -74,6 +82,12 @@ def row_parallel_modules(model: Any) -> dict[str, QuantRowParallelLinear]:
     return {name: m for name, m in module.named_modules() if isinstance(m, QuantRowParallelLinear)}
 
 
+def site_pairs(model: Any) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """{fqn: (low-bit row-parallel linear that is in place, the module it replaced)}."""
+    originals = original_modules(model)
+    return {name: (module, originals[name]) for name, module in row_parallel_modules(model).items()}
+
+
 def site_traffic(model: Any) -> dict[str, Traffic]:
     """{fqn of a low-bit row-parallel linear: what its reducer has sent so far}."""
     modules = row_parallel_modules(model)
@@ -81,14 +95,19 @@ def site_traffic(model: Any) -> dict[str, Traffic]:
 
 
 def choose_plan(artifact: Artifact, tp_size: int, comm_mode: CommMode | None) -> CommPlan | None:
-    """The plan to communicate with; None is bf16. comm_mode None: low-bit where the artifact has any plan."""
-    if tp_size == 1 or comm_mode == "bf16" or (comm_mode is None and not artifact.plans):
+    """The plan to communicate with; None: an all-reduce. comm_mode None: low-bit where the artifact has a plan."""
+    if tp_size == 1 or comm_mode in ("native", "bf16") or (comm_mode is None and not artifact.plans):
         return None
     return artifact.plan(tp_size)
 
 
+def wire_dtype(comm_mode: CommMode | None) -> torch.dtype | None:
+    """Of partial sums that no plan quantizes: bf16 where it was asked for, else their own (None)."""
+    return torch.bfloat16 if comm_mode == "bf16" else None
+
+
 def site_plan(plan: CommPlan | None, name: str) -> SitePlan | None:
-    """The plan of one row-parallel linear; None is bf16. Raises LowBitError for a site that was not calibrated."""
+    """The plan of one row-parallel linear, if any. Raises LowBitError for a site that was not calibrated."""
     if plan is None:
         return None
     if name not in plan.sites:
@@ -172,6 +191,11 @@ def quantize_attention(model: Any, checkpoint: LowBitCheckpoint, config: Any) ->
         for handle in handles:
             handle.remove()
 
+    undo_with(model, undo)
+
+
+def undo_with(model: Any, undo: Callable[[], None]) -> None:
+    """Have `remove` call undo()."""
     object.__setattr__(model, _UNDO, undo)
 
 
@@ -179,6 +203,10 @@ def _quantized(checkpoint: LowBitCheckpoint, name: str):
     if name not in checkpoint.linears:
         raise LowBitError(f"the checkpoint has no quantized weight for {name}; quantize this model again")
     return checkpoint.linears[name]
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(chain(module.parameters(), module.buffers())).device
 
 
 def _shares_parameters(a: nn.Module, b: nn.Module) -> bool:

@@ -1,0 +1,175 @@
+"""megatron-lowbit parity: does one artifact compute the same in every engine, at every tensor-parallel size?
+
+Every engine runs at every size in processes of its own, on the same prompts, and is compared with Hugging Face in one
+process: without virtual ranks where partial sums travel in the model's own dtype, with as many as the other has where
+they travel as bf16 or low-bit.
+
+    max|logits - logits_ref| / max|logits_ref|      over all tokens of all prompts
+    tokens                                          greedy continuations that are equal, token by token
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_lowbit.adapters.patching import remove
+from megatron_lowbit.artifacts import Artifact, write_tensors
+from megatron_lowbit.config import CommMode, LowBitError, ParityConfig
+from megatron_lowbit.distributed import on_rank_zero
+from megatron_lowbit.launch.engine import GenerateOptions, start_engine
+from megatron_lowbit.launch.generate import encode, read_prompts
+from megatron_lowbit.launch.runner import run_stage
+from megatron_lowbit.metrics import MetricLogger
+
+CONFIG = ParityConfig
+TIMEOUT = 3600  # seconds of one engine at one size
+
+Outcome = dict[str, Tensor]  # logits.<prompt> [tokens, vocab] and tokens.<prompt> [new tokens]
+SAME_SIZE = ("bf16", "one_shot")  # compared with as many virtual ranks
+
+
+def ranks(config: ParityConfig) -> int | None:
+    """The comparison itself needs one process, and starts the others; those are as many as in every stage (None)."""
+    return None if config.outcomes else 1
+
+
+def run(config: ParityConfig, logger: MetricLogger) -> dict[str, Any]:
+    if config.model is None or config.artifact is None or config.prompts is None:
+        key = next(key for key in ("model", "artifact", "prompts") if getattr(config, key) is None)
+        raise LowBitError(f"{key} is not set; parity compares an artifact with its model on a file of prompts")
+    if config.outcomes:
+        return {"rows": write_outcomes(config)}
+    artifact = Artifact.load(config.artifact)
+    sizes = sorted({1, *config.tp_sizes})
+    references = {size: outcomes_of(config, "huggingface", size) for size in sizes}
+    rows: list[dict[str, Any]] = []
+    for engine in config.engines:
+        for size in sizes:
+            found = references[size] if engine == "huggingface" else outcomes_of(config, engine, size)
+            for mode, outcome in found.items():
+                reference = references[size if mode in SAME_SIZE else 1][mode]
+                rows.append(
+                    {"name": name_of(artifact, mode), "engine": engine, "tp": size} | compare(outcome, reference)
+                )
+                logger.log(**rows[-1])
+    rows.sort(key=lambda row: row["name"] != "full precision")
+    print_rows(rows)
+    return {"rows": rows}
+
+
+def modes(artifact: Artifact, size: int) -> list[CommMode | None]:
+    """What is compared at a size; None is the unpatched model, `native` all there is at size 1."""
+    wanted: list[CommMode | None] = [None]
+    if artifact.checkpoint is not None:
+        wanted += ["native", "bf16"] if size > 1 else ["native"]
+    return wanted + (["one_shot"] if size in artifact.plans and size > 1 else [])
+
+
+def name_of(artifact: Artifact, mode: str) -> str:
+    weights = artifact.checkpoint.scheme_name if artifact.checkpoint else "full precision"
+    names = {"None": "full precision", "native": weights, "bf16": f"{weights} + bf16"}
+    return names.get(mode, f"{weights} + hybrid")
+
+
+def write_outcomes(config: ParityConfig) -> list[dict[str, Any]]:
+    """One engine at one size: <output_dir>/<mode>.safetensors for every mode, from the engine's ranks."""
+    engine = start_engine(config)
+    prompts = [encode(engine, prompt) for prompt in on_rank_zero(lambda: read_prompts(config.prompts or ""))]
+    artifact = Artifact.load(config.artifact or "")
+    found = modes(artifact, engine.tp_size)
+    for mode in found:
+        remove(engine.model)
+        if mode is not None:
+            engine.apply(artifact, mode)
+        outcome = {}
+        with torch.inference_mode():
+            for number, prompt in enumerate(prompts):
+                outcome[f"logits.{number}"] = engine(input_ids=torch.tensor([prompt])).logits[0].float()
+        made = engine.generate(prompts, GenerateOptions(config.max_new_tokens))
+        outcome |= {f"tokens.{number}": torch.tensor(tokens) for number, tokens in enumerate(made)}
+        path = Path(config.output_dir) / f"{mode}.safetensors"
+        on_rank_zero(lambda path=path, outcome=outcome: write_tensors(path, outcome))  # type: ignore[misc]
+    return [{"name": str(mode), "prompts": len(prompts)} for mode in found]
+
+
+def outcomes_of(config: ParityConfig, engine: str, size: int) -> dict[str, Outcome]:
+    """{mode: outcome}, from processes of their own; raises LowBitError with their last line where they fail."""
+    folder = Path(config.output_dir) / f"{engine}-{size}"
+    arguments = {
+        "outcomes": "true",
+        "model": config.model,
+        "artifact": config.artifact,
+        "engine": engine,
+        "virtual_tp" if engine == "huggingface" else "tp": size,
+        "prompts": config.prompts,
+        "max_new_tokens": config.max_new_tokens,
+        "dtype": config.dtype,
+        "seed": config.seed,
+        "output_dir": folder,
+    }
+    command = [sys.executable, "-m", "megatron_lowbit.launch", "parity"]
+    command += [f"{key}={value}" for key, value in arguments.items()]
+    environ = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        raise LowBitError(f"engine={engine} tp={size} took more than {TIMEOUT} s; give fewer prompts") from None
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise LowBitError(f"engine={engine} tp={size} failed: {last.removeprefix('megatron-lowbit: ')}")
+    wanted = modes(Artifact.load(config.artifact or ""), size)
+    return {str(mode): load_file(folder / f"{mode}.safetensors") for mode in wanted}
+
+
+def compare(outcome: Outcome, reference: Outcome) -> dict[str, Any]:
+    """The largest difference of logits, relative to the largest logit, and the tokens that agree."""
+    pairs = {key: (outcome[key], reference[key]) for key in sorted(reference)}
+    logits = [pair for key, pair in pairs.items() if key.startswith("logits.")]
+    tokens = [(new.tolist(), want.tolist()) for key, (new, want) in pairs.items() if key.startswith("tokens.")]
+    largest = max(want.abs().max().item() for _, want in logits)
+    return {
+        "max_relative_difference": max((new - want).abs().max().item() for new, want in logits) / largest,
+        "argmax_equal": sum(int((new.argmax(-1) == want.argmax(-1)).sum()) for new, want in logits),
+        "prompt_tokens": sum(len(want) for _, want in logits),
+        "tokens_equal": sum(_common(new, want) for new, want in tokens),
+        "new_tokens": sum(len(want) for _, want in tokens),
+        "prompts_equal": sum(new == want for new, want in tokens),
+        "prompts": len(tokens),
+    }
+
+
+def _common(new: list[int], want: list[int]) -> int:
+    """Tokens before the first that differs."""
+    same = torch.tensor([a == b for a, b in zip(new, want, strict=False)], dtype=torch.int64)
+    return int(same.cumprod(0).sum())
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    table = Table(title="against Hugging Face in one process (bf16, hybrid: with as many virtual ranks)")
+    for column in ("name", "engine", "tp", "max rel. difference", "argmax equal", "tokens equal", "prompts equal"):
+        table.add_column(column, justify="left" if column in ("name", "engine") else "right")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            row["engine"],
+            str(row["tp"]),
+            f"{row['max_relative_difference']:.1e}",
+            f"{row['argmax_equal']} / {row['prompt_tokens']}",
+            f"{row['tokens_equal']} / {row['new_tokens']}",
+            f"{row['prompts_equal']} / {row['prompts']}",
+        )
+    Console(width=None if Console().is_terminal else 120).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage("parity", sys.argv[1:]))

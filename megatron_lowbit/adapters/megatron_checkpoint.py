@@ -1,0 +1,278 @@
+"""Megatron's distributed checkpoints (torch_dist) of a GPTModel, in full precision or low-bit, at any parallel size.
+
+    save_checkpoint(model, folder)      at TP = 2, say; then, on models built for TP = 1, 4, ...
+    load_checkpoint(model, folder)      what the folder holds decides: low-bit layers are made to its shapes first
+
+Megatron's own scripts save and load a patched model through model.sharded_state_dict() all the same; only the first
+step of loading, making an unpatched model low-bit, needs shape_like.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import distributed as dist
+from torch import nn
+
+from megatron_lowbit.adapters import megatron, megatron_attention, patching
+from megatron_lowbit.adapters.megatron_layers import (
+    LowBitColumnParallelLinear,
+    LowBitLayerNormColumnParallelLinear,
+    LowBitRowParallelLinear,
+    full_weight,
+    tp_group,
+)
+from megatron_lowbit.adapters.megatron_layout import COLUMN, NORMS, PATHS
+from megatron_lowbit.adapters.megatron_norm import LowBitNorm
+from megatron_lowbit.adapters.megatron_sharding import Shape, check_bytes, empty_linear
+from megatron_lowbit.artifacts import SitePlan
+from megatron_lowbit.channels import ReassemblyPlan
+from megatron_lowbit.collectives import HybridReducer
+from megatron_lowbit.config import LowBitError, one_line
+from megatron_lowbit.distributed import on_rank_zero
+from megatron_lowbit.linear import DenseShard, QuantRowParallelLinear
+
+
+def save_checkpoint(model: Any, folder: str | Path) -> None:
+    """Write a torch_dist checkpoint; a collective call. The folder is there when it is whole, or not at all.
+
+    Raises LowBitError where it exists, and where a rank's inputs end inside a packed byte.
+    """
+    folder = Path(folder)
+    whole, partial = folder, folder.with_name(f".{folder.name}.partial")
+
+    def prepare() -> None:
+        if whole.exists():
+            raise LowBitError(f"{str(whole)!r} exists; choose another folder for the checkpoint")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    on_rank_zero(prepare)
+    with _quiet():
+        dist_checkpointing.save(_sharded(model, not _alike(model)), str(partial))
+    dist.barrier()
+    on_rank_zero(lambda: partial.rename(whole))
+
+
+def load_checkpoint(model: Any, folder: str | Path) -> Any:
+    """Load a torch_dist checkpoint, saved at whatever parallel size; a collective call. Returns the model.
+
+    A low-bit checkpoint makes the model's layers low-bit; a full-precision one is rounded on the way in where the model
+    was built with a scheme (lowbit_spec). Raises LowBitError, with the model as it was, for a checkpoint of other
+    shapes and for a tp that splits a shard group or a packed byte.
+    """
+    folder = Path(folder)
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+        raise LowBitError(f"{str(folder)!r} is no distributed checkpoint; write one with save_checkpoint")
+    shape_like(model, folder)
+    with _quiet():
+        by_layer = any(
+            re.search(r"layers\.\d+\.", key) for key in dist_checkpointing.load_tensors_metadata(str(folder))
+        )
+    chunks = megatron.model_chunks(model)
+    with _quiet():
+        try:
+            state = dist_checkpointing.load(_sharded(model, by_layer), str(folder))
+        except Exception as error:  # whatever torch.distributed.checkpoint and Megatron raise
+            raise LowBitError(f"cannot load {str(folder)!r} into this model: {one_line(error)}") from None
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[f"model{number}"])
+    return model
+
+
+def _alike(model: Any) -> bool:
+    """Whether all layers of the model have tensors of the same names and shapes, so that Megatron can stack them."""
+    seen: set[Any] = set()
+    for chunk in megatron.model_chunks(model):
+        for layer in chunk.decoder.layers:
+            shapes = [(name, tuple(t.shape)) for name, t in layer.state_dict().items() if isinstance(t, torch.Tensor)]
+            seen.add(tuple(shapes))
+    stages: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(stages, seen)
+    return len(set().union(*stages)) == 1
+
+
+def _sharded(model: Any, by_layer: bool) -> dict[str, Any]:
+    """by_layer: keys hold the layer's number, for layers that differ."""
+    chunks = megatron.model_chunks(model)
+    metadata: dict[str, Any] = {"non_homogeneous_layers": by_layer}
+    if hasattr(chunks[0].pg_collection, "dp_cp"):
+        metadata["dp_cp_group"] = chunks[0].pg_collection.dp_cp
+    return {f"model{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)}
+
+
+def shape_like(model: Any, folder: str | Path) -> Any:
+    """Make the layers of a model low-bit and of the shapes that a distributed checkpoint holds, with nothing in them.
+
+    Nothing happens for a checkpoint in full precision. Afterwards the checkpoint loads as Megatron loads any.
+    """
+    with _quiet():
+        found = dist_checkpointing.load_tensors_metadata(str(folder))
+    if not any(key.endswith(".lowbit") or ".plan_tp" in key for key in found):
+        return model
+    shapes = {key: tuple(tensor.global_shape) for key, tensor in found.items()}
+    described = _described(folder, [key for key in shapes if key.endswith(".lowbit")], shapes)
+    chunks = megatron.model_chunks(model)
+    for chunk in chunks:
+        patching.remove(chunk)
+    replacements = [_empty_modules(chunk, shapes, described) for chunk in chunks]
+    for chunk, (modules, bits) in zip(chunks, replacements, strict=True):
+        patching.swap(chunk, modules)
+        megatron_attention.quantize(chunk, bits)
+    return model
+
+
+def _described(folder: str | Path, keys: list[str], shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The `lowbit` tensors, whole: they say what the rest looks like."""
+    wanted = {
+        key: ShardedTensor.from_rank_offsets(
+            key, torch.zeros(shapes[key], dtype=torch.int64), replica_id=dist.get_rank()
+        )
+        for key in keys
+    }
+    with _quiet():
+        return dist_checkpointing.load(wanted, str(folder))
+
+
+class _Stored:
+    """Tensors of one layer as the checkpoint holds them: stacked over layers, or one by one."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], described: dict[str, torch.Tensor], layer: int):
+        self.shapes, self.described, self.layer = shapes, described, layer
+
+    def _find(self, path: str, leaf: str) -> tuple[str, bool] | None:
+        stacked, single = f"decoder.layers.{path}.{leaf}", f"decoder.layers.{self.layer}.{path}.{leaf}"
+        return (stacked, True) if stacked in self.shapes else (single, False) if single in self.shapes else None
+
+    def shape(self, path: str, leaf: str) -> tuple[int, ...] | None:
+        """Of the whole tensor of this layer; None where there is none."""
+        found = self._find(path, leaf)
+        return None if found is None else self.shapes[found[0]][1:] if found[1] else self.shapes[found[0]]
+
+    def lowbit(self, path: str) -> Shape | None:
+        found = self._find(path, "lowbit")
+        if found is None:
+            return None
+        rows = self.described[found[0]]
+        return Shape(*(rows[self.layer] if found[1] else rows).tolist())
+
+    def plan_sizes(self, path: str) -> list[int]:
+        sizes = set()
+        for key in self.shapes:
+            head, plan, rest = key.partition(f"{path}.plan_tp")
+            if plan and head in ("decoder.layers.", f"decoder.layers.{self.layer}."):
+                sizes.add(int(rest.partition(".")[0]))
+        return sorted(sizes)
+
+
+def _empty_modules(
+    model: Any, shapes: dict[str, tuple[int, ...]], described: dict[str, torch.Tensor]
+) -> tuple[dict[str, nn.Module], int]:
+    """({path: empty low-bit layer or norm}, bits of the attention) of one chunk."""
+    layout, bits = megatron.layout_of(model), 16
+    modules: dict[str, nn.Module] = {}
+    for (layer, role), (path, host) in megatron.find_linears(model).items():
+        stored, inside = _Stored(shapes, described, layer), PATHS[role]
+        shape, scales = stored.lowbit(inside), stored.shape(inside, "scale")
+        plans = {size: _empty_plan(stored, inside, size) for size in stored.plan_sizes(inside)}
+        column, group = role in COLUMN, tp_group(host)
+        if shape is None and not plans:
+            continue
+        shard: Any = host  # full precision, with low-bit communication
+        rows = sum(layout.part_rows(role))
+        if shape is not None:
+            assert scales is not None, "a low-bit layer is stored with its scales"
+            there = stored.shape(inside, "packed_weight")
+            if there is None or there[0] != rows:
+                raise LowBitError(
+                    f"{path} has {there and there[0]} outputs in the checkpoint and {rows} in the GPTModel"
+                )
+            branch = stored.shape(inside, "lora_a")
+            ranks = 1 if column else layout.tp_size
+            if not column:
+                check_bytes(path, shape.width // ranks, shape.weight_bits)
+            shard = empty_linear(
+                shape,
+                rows // layout.tp_size if column else rows,
+                scales[1] // ranks if shape.grouped else 1,
+                None if branch is None else branch[0],
+                ranks,
+            )
+            bits = min(bits, shape.attention_bits)
+        else:
+            shard = DenseShard(full_weight(host))
+        twin: Any
+        if column:
+            kind = (
+                LowBitLayerNormColumnParallelLinear
+                if hasattr(host, "layer_norm_weight")
+                else LowBitColumnParallelLinear
+            )
+            twin = kind.around(host, shard, role == "linear_fc1" and host.config.gated_linear_unit, plans.get(1))
+        else:
+            reducer = None
+            if group is not None:
+                reducer = HybridReducer(plans.get(layout.tp_size), group, None)
+            sequence_parallel = group is not None and host.config.sequence_parallel
+            twin = LowBitRowParallelLinear.around(
+                host, QuantRowParallelLinear([shard], reducer, None, sequence_parallel), plans
+            )
+        if shape is not None:
+            twin.grouped, twin.attention_bits = bool(shape.grouped), shape.attention_bits
+            twin.stores_reassembly = stored.shape(inside, "reassembly.src") is not None
+        modules[path] = twin
+    modules |= _empty_norms(model, shapes, described)
+    return modules, bits
+
+
+def _empty_plan(stored: _Stored, path: str, size: int) -> SitePlan:
+    """A plan of the stored shape; its bits come with the checkpoint (until then, any)."""
+    scale, index = stored.shape(path, f"plan_tp{size}.scale"), stored.shape(path, f"plan_tp{size}.bf16_idx")
+    assert scale is not None and index is not None, "a plan is stored whole"
+    return SitePlan(torch.ones(scale), torch.zeros(scale), torch.arange(index[0]), 4)
+
+
+def _empty_norms(
+    model: Any, shapes: dict[str, tuple[int, ...]], described: dict[str, torch.Tensor]
+) -> dict[str, nn.Module]:
+    modules: dict[str, nn.Module] = {}
+    for index, layer in enumerate(model.decoder.layers):
+        keys = getattr(layer.submodules_config, "sharded_state_dict_keys_map", {})
+        for norm in NORMS:
+            module: Any = layer
+            for name in norm.split("."):
+                module = getattr(module, name, None)
+            if getattr(module, "weight", None) is None:
+                continue
+            stem = keys.get(
+                f"{norm}.", f"{norm}."
+            )  # input_layernorm. is stored as self_attention.linear_qkv.layer_norm_
+            stored = _Stored(shapes, described, layer.layer_number - 1)
+            if stored.shape(stem.rpartition(".")[0], stem.rpartition(".")[2] + "reassembly.src") is not None:
+                plan = ReassemblyPlan.identity(len(module.weight))
+                modules[f"decoder.layers.{index}.{norm}"] = LowBitNorm(module, module.weight.data, plan)
+    return modules
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Megatron and torch tell about their own deprecations while they save and load."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+__all__ = ["load_checkpoint", "save_checkpoint", "shape_like"]
