@@ -29,6 +29,7 @@ SMALL_TEXT = [
 CALIBRATION, EVALUATION = SMALL_TEXT[:4], SMALL_TEXT[4:]
 # Not importorskip: that would import it here, and it takes seconds.
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs megatron-lowbit[deepspeed]")
+needs_megatron = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron-lowbit[megatron]")
 COMMAND = [sys.executable, "-m", "megatron_lowbit.launch"]
 
 

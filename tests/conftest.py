@@ -23,6 +23,14 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
+def one_rank():
+    """A process group of one, for frameworks that do not run without."""
+    pool = RankPool(1)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
 def two_ranks():
     pool = RankPool(2)
     yield pool
@@ -34,3 +42,9 @@ def four_ranks():
     pool = RankPool(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def pool_of(request):
+    """The pool of so many ranks: pool_of(2).run(...)."""
+    return lambda size: request.getfixturevalue({1: "one_rank", 2: "two_ranks", 4: "four_ranks"}[size])

@@ -41,3 +41,23 @@ def bf16_bits(x) -> np.ndarray:
 def bf16_round(x) -> np.ndarray:
     """x rounded to bfloat16, as float64."""
     return (bf16_bits(x).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def fused_qkv_rows(heads: int, groups: int, head_dim: int) -> list[int]:
+    """Rows of [q | k | v] in the order of Megatron's linear_qkv: group by group its queries, its key, its value."""
+    order, per_group = [], heads // groups
+    for group in range(groups):
+        for head in range(group * per_group, (group + 1) * per_group):
+            order += [head * head_dim + row for row in range(head_dim)]
+        for start in (heads, heads + groups):  # of the keys, of the values
+            order += [(start + group) * head_dim + row for row in range(head_dim)]
+    return order
+
+
+def fused_gate_up_rows(ffn: int, ranks: int) -> list[int]:
+    """Rows of [gate | up] in the order of Megatron's linear_fc1: rank by rank its gates, then its ups."""
+    order, share = [], ffn // ranks
+    for rank in range(ranks):
+        for start in (0, ffn):
+            order += [start + rank * share + row for row in range(share)]
+    return order

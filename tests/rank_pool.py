@@ -28,7 +28,7 @@ class RankPool:
         self.size = size
         self._ranks: list[tuple[SpawnProcess, Connection]] = []
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
         """Call `function(rank, size, *args)`, a module-level function, on every rank; its results in rank order.
 
         Re-raises the exception of the lowest rank that failed, its traceback as a note; raises TimeoutError.

@@ -265,3 +265,48 @@ def test_splits_of_these_plans():
     assert num_splits(outlier_max(8), 1.0).tolist() == [1, 3, 1, 4, 1, 1, 1, 1]
     assert split_only(8).width == 8 + 2 + 3
     assert sum(len(group) - 1 for group in groups_of(split_and_merged(33))) == 5
+
+
+def joined(*parts: ReassemblyPlan) -> ReassemblyPlan:
+    return ReassemblyPlan.join(parts)
+
+
+DENSE = PLANS | {
+    "identity 1": lambda: ReassemblyPlan.identity(1),
+    "joined": lambda: joined(*(split_and_merged(11, seed=seed, outliers=1 + seed % 2) for seed in range(4))),
+    "joined, uneven": lambda: joined(split_only(5), ReassemblyPlan.identity(3), split_and_merged(8)),
+    "joined groups of three": lambda: joined(two_into_one(), two_into_one()),
+    "a shard of a joined one": lambda: joined(split_and_merged(9), split_and_merged(9, seed=1)).shard(1, 2),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_form_and_back(name):
+    """A form of one shape per width, for checkpoints: every entry comes back, in its order and bit for bit."""
+    plan = DENSE[name]()
+    src, coefficient, merged = plan.dense()
+    assert len(src) == len(coefficient) == plan.width and len(merged) == plan.in_features
+    assert src.dtype == merged.dtype == torch.int64 and coefficient.dtype == torch.float32
+    again = ReassemblyPlan.from_dense(src, coefficient, merged)
+    assert (again.in_features, again.width) == (plan.in_features, plan.width)
+    for leaf in ("src_idx", "dst_idx", "coefficient"):
+        assert torch.equal(getattr(again, leaf), getattr(plan, leaf)), leaf
+    assert again.is_identity == plan.is_identity
+
+
+def test_dense_by_hand():
+    """Channel 0 in three parts, then 2 with 1 and 3 merged into it, then 4."""
+    src, coefficient, merged = two_into_one().dense()
+    assert src.tolist() == [0, 0, 0, 2, 4] and merged.tolist() == [-1, 3, -1, 3, -1]
+    torch.testing.assert_close(coefficient, torch.tensor([1 / 3] * 4 + [1.0]), rtol=1e-7, atol=0)
+
+
+def test_dense_form_of_a_joined_plan_is_the_slices_side_by_side():
+    """So a rank stores its own slice, counted from the first channel of all."""
+    parts = [split_and_merged(11, seed=seed) for seed in range(3)]
+    whole = joined(*parts).dense()
+    for number, part in enumerate(parts):
+        src, coefficient, merged = part.dense()
+        mine = slice(11 * number, 11 * (number + 1))
+        assert torch.equal(whole[0][mine], src + 11 * number) and torch.equal(whole[1][mine], coefficient)
+        assert torch.equal(whole[2][mine], torch.where(merged < 0, merged, merged + 11 * number))

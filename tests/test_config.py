@@ -103,7 +103,10 @@ def test_a_key_of_another_stage_is_unknown():
     [
         ("weights.scheme=W4A9", "weights.scheme='W4A9' is not one of none, W4A16, W4A8, W4A4, W6A6, W8A8"),
         ("comm.mode=oneshot", "did you mean 'one_shot'?"),
-        ("engine=hugging", "engine='hugging' is not one of huggingface, deepspeed; did you mean 'huggingface'?"),
+        (
+            "engine=hugging",
+            "engine='hugging' is not one of huggingface, deepspeed, megatron; did you mean 'huggingface'?",
+        ),
         ("dtype=bf16", "dtype='bf16' is not one of auto, float32, bfloat16; did you mean"),
         ("comm.selection=tops", "did you mean 'top'?"),
         ("weights.method=3", "weights.method=3 is not one of rtn, qllm; did you mean 'rtn'?"),

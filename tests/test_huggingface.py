@@ -109,7 +109,7 @@ def test_nothing_quantized_on_virtual_ranks(architecture, virtual_tp):
 
         return hook
 
-    lowbit.apply_to_huggingface(model, Artifact(), virtual_tp)
+    lowbit.apply_to_huggingface(model, Artifact(), virtual_tp, comm_mode="bf16")
     for name, module in patching.row_parallel_modules(model).items():
         module.register_forward_hook(check(name))
     y = logits(model)
@@ -288,7 +288,7 @@ def test_artifact_for_another_tp_size_is_refused(tmp_path):
 def test_bf16_communication_can_be_asked_for_despite_a_plan():
     model = build("llama")
     artifact = make_artifact(model, tp_sizes=(2,))
-    expected = logits(lowbit.apply_to_huggingface(model, Artifact(), 2))
+    expected = logits(lowbit.apply_to_huggingface(model, Artifact(), 2, comm_mode="bf16"))
     assert torch.equal(logits(lowbit.apply_to_huggingface(model, artifact, 2, comm_mode="bf16")), expected)
 
 

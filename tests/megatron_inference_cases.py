@@ -1,0 +1,68 @@
+"""What workers of a RankPool run for test_megatron_inference.py: `case(rank, size, *args)`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tiny_models
+from megatron_cases import gpt_model
+from megatron_checkpoint_cases import with_weights
+from megatron_groups import parallel
+from megatron_model_cases import said
+
+import megatron_lowbit as lowbit
+from megatron_lowbit.artifacts import Artifact
+
+Model = Path | tuple[str, dict[str, Any]]  # a folder, or a tiny model's architecture and changed config fields
+Run = tuple[list[tuple[list[int], int]], dict[str, Any]]  # (prompt, new tokens) of every request; options of generate
+
+
+def _built(model: Model, artifact: Artifact | Path | None, sequence_parallel: bool = False) -> Any:
+    if isinstance(model, Path):
+        gpt = with_weights(model, sequence_parallel=sequence_parallel)
+    else:
+        gpt = gpt_model(tiny_models.build(model[0], **model[1]), sequence_parallel)
+    return gpt if artifact is None else lowbit.apply_to_megatron(gpt, artifact)
+
+
+def generated(
+    rank: int,
+    size: int,
+    model: Model,
+    artifact: Artifact | Path | None,
+    runs: dict[str, Run],
+    sequence_parallel: bool = False,
+    pp: int = 1,
+) -> dict[str, tuple[list[list[int]], list[tuple[int, int]]]]:
+    """{name: (new tokens of every request, what on_token was told, in order)}; one model serves all runs."""
+    results = {}
+    with parallel(size // pp, pp):
+        from megatron_lowbit.adapters.megatron_inference import Request, generate
+
+        gpt = _built(model, artifact, sequence_parallel)
+        for name, (requests, options) in runs.items():
+            told: list[tuple[int, int]] = []
+            asked = [Request(prompt, new) for prompt, new in requests]
+            made = generate(gpt, asked, on_token=lambda *pair, told=told: told.append(pair), **options)
+            results[name] = made, told
+    return results
+
+
+def refused(
+    rank: int, size: int, model: Model, runs: dict[str, Run], sequence_parallel: bool = False
+) -> dict[str, tuple[str, int]]:
+    """{name: (what is said, tokens made before)}; the model works afterwards."""
+    results = {}
+    with parallel(size):
+        from megatron_lowbit.adapters.megatron_inference import Request, generate
+
+        gpt = _built(model, None, sequence_parallel)
+        for name, (requests, options) in runs.items():
+            told: list[tuple[int, int]] = []
+            asked = [Request(prompt, new) for prompt, new in requests]
+            serve = partial(generate, gpt, asked, on_token=lambda *pair, told=told: told.append(pair), **options)
+            results[name] = said(serve), len(told)
+        assert len(generate(gpt, [Request([5, 6], 2)])[0]) == 2
+    return results

@@ -1,0 +1,111 @@
+"""Gradients of low-bit layers and collectives on real ranks: Megatron's own, or straight through the roundings."""
+
+from __future__ import annotations
+
+import megatron_training_cases as cases
+import oracles
+import pytest
+import torch
+from commands import needs_megatron
+from megatron_cases import token_ids
+from tiny_models import build, make_artifact, make_stats
+
+from megatron_lowbit.artifacts import Artifact, CalibrationStats, FeatureRange
+from megatron_lowbit.config import CommConfig
+from megatron_lowbit.ranges import build_plan
+
+pytestmark = needs_megatron
+
+LAYOUTS = [False, True]
+STEPS = 20
+
+
+def wide_artifact() -> Artifact:
+    """8-bit ranges of the very batch, three times as wide: what saturates has another gradient, rounding has not."""
+    model, ids = build("llama"), token_ids()
+    stats = make_stats(model, (2,), [(ids, torch.ones_like(ids, dtype=torch.bool))])
+    wide = {
+        name: FeatureRange(2 * r.min_vals - r.max_vals, 2 * r.max_vals - r.min_vals)
+        for name, r in stats.ranges[2].items()
+    }
+    return Artifact(None, {2: build_plan(CalibrationStats({2: wide}, stats.fingerprint), 2, CommConfig(bits=8))})
+
+
+@pytest.mark.parametrize("sequence_parallel", LAYOUTS, ids=("all-reduce", "sequence parallel"))
+def test_a_plan_leaves_the_gradients_as_they_are(two_ranks, sequence_parallel):
+    """The forward pass is rounded; backward is Megatron's mapping, so every bit of x.grad and weight.grad is its."""
+    artifact = make_artifact(build("llama with biases"), tp_sizes=(2,))
+    for results in two_ranks.run(cases.row_gradients, artifact, sequence_parallel):
+        assert len(results) == 4
+        for path, ((y, x_grad, weight_grad), (low_bit_y, low_bit_x_grad, low_bit_weight_grad)) in results.items():
+            assert not torch.equal(y, low_bit_y), f"{path}: nothing was rounded"
+            assert torch.equal(x_grad, low_bit_x_grad) and torch.equal(weight_grad, low_bit_weight_grad), path
+
+
+@pytest.mark.parametrize("sequence_parallel", LAYOUTS, ids=("all-reduce", "sequence parallel"))
+@pytest.mark.parametrize("scheme", ("W4A16", "W4A8"))
+def test_quantized_layers_pass_gradients_straight_through(two_ranks, scheme, sequence_parallel):
+    """x.grad is the upstream gradient times the dequantized weight, in float64 here. Columns: summed over the ranks,
+    which hold other rows; rows: the rank's own, of the upstream gradient of all tokens."""
+    ranks = two_ranks.run(cases.quantized_gradients, make_artifact(build("llama"), scheme, (2,)), sequence_parallel)
+    for path, first in ranks[0].items():
+        of_rank = [results[path] for results in ranks]
+        upstream = [r["upstream"].double() for r in of_rank]
+        if first["row"] and sequence_parallel:
+            upstream = [torch.cat(upstream)] * 2  # each rank got the gradient of its own tokens
+        exact = [u @ r["weight"].double() for u, r in zip(upstream, of_rank, strict=True)]
+        terms = [u.abs() @ r["weight"].double().abs() for u, r in zip(upstream, of_rank, strict=True)]
+        if not first["row"]:
+            exact, terms = [sum(exact)] * 2, [sum(terms)] * 2
+            if sequence_parallel:
+                exact, terms = (list(whole[0].chunk(2)) for whole in (exact, terms))
+        # float32: a sum of at most 344 products, its two factors exact, and one sum over the ranks
+        rounding = (first["weight"].shape[0] + 2) * oracles.EPS32
+        for results, expected, magnitude in zip(of_rank, exact, terms, strict=True):
+            assert ((results["grad"].double() - expected).abs() <= rounding * magnitude).all(), path
+            assert results["parameters"] == [], "a packed weight is no parameter"
+
+
+@pytest.mark.parametrize("sequence_parallel", LAYOUTS, ids=("all-reduce", "sequence parallel"))
+def test_first_gradients_are_those_without_rounding(two_ranks, sequence_parallel):
+    """A step of three times a window's range, about 3 standard deviations, is 9/255 of one, and a rounding is off by
+    1/sqrt(12) of it: 1 % of the values. Two ranks at four sites: 3 % at the logits, if they add up as independent
+    errors do, and as much again on the way back. A cosine of 0.99 allows 14 %; a gradient that lacks a rank, a layer or
+    its share of the tokens has less."""
+    artifact = wide_artifact()
+    for results in two_ranks.run(cases.first_step, artifact, sequence_parallel):
+        patched, plain = results["patched"], results["plain"]
+        assert patched.keys() == plain.keys() and len(plain) == 3 + 2 * 6
+        for name, gradient in plain.items():
+            assert not torch.equal(patched[name], gradient), name
+            cosine = torch.cosine_similarity(patched[name].flatten(), gradient.flatten(), dim=0).item()
+            assert cosine > 0.99, (name, cosine)
+            assert 0.9 < (patched[name].norm() / gradient.norm()).item() < 1.1, name
+
+
+@pytest.mark.parametrize("sequence_parallel", LAYOUTS, ids=("all-reduce", "sequence parallel"))
+def test_training_through_the_low_bit_collective(two_ranks, sequence_parallel):
+    """Every parameter learns, those of the replaced layers among them, and they stay when the patch goes."""
+    artifact = make_artifact(build("llama"), tp_sizes=(2,))
+    ranks = two_ranks.run(cases.trained, artifact, sequence_parallel, STEPS)
+    assert ranks[0]["losses"] == ranks[1]["losses"]
+    for results in ranks:
+        assert results["losses"][-1] < 0.5 * results["losses"][0], results["losses"]
+        assert results["moved"] == results["all"]
+        assert results["removed"] < 0.7 * results["losses"][0], "without rounding it has learnt too"
+
+
+@pytest.mark.parametrize("sequence_parallel", LAYOUTS, ids=("all-reduce", "sequence parallel"))
+def test_training_around_packed_weights(two_ranks, sequence_parallel):
+    """Embedding, output layer and norms learn through them; codes, scales and zero points stay."""
+    artifact = make_artifact(build("llama"), "W4A8", (2,))
+    ranks = two_ranks.run(cases.trained, artifact, sequence_parallel, STEPS)
+    assert ranks[0]["losses"] == ranks[1]["losses"]
+    for results in ranks:
+        assert results["losses"][-1] < 0.5 * results["losses"][0], results["losses"]
+        norms = {
+            f"decoder.layers.{n}.{name}.weight" for n in range(2) for name in ("input_layernorm", "pre_mlp_layernorm")
+        }
+        others = {"embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight"}
+        assert results["moved"] == norms | others
+        assert any("packed_weight" in name for name in results["all"])
