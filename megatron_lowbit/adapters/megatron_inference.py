@@ -86,6 +86,8 @@ def generate(
             )
     if batching == "static" and model.config.sequence_parallel:
         raise LowBitError("static batching does not support sequence_parallel=true; use batching=dynamic")
+    if not requests:
+        return []
     run = _static if batching == "static" else _dynamic
     with megatron_cpu.engines(), torch.inference_mode(), _quiet():
         return run(model, requests, -1 if end_id is None else end_id, temperature, max_batch, seed, on_token)
