@@ -79,7 +79,7 @@ def time_pairs(
 ) -> list[tuple[float, float]]:
     """(unpatched, patched) seconds of `repeats` pairs, their order alternating. Leaves the engine unpatched."""
     engine.apply(artifact)
-    patched = {fqn: engine.module.get_submodule(fqn) for fqn in patching.original_modules(engine.model)}
+    patched = patching.replacing_modules(engine.model)
     seconds = {True: 0.0, False: 0.0}
     pairs = []
     for number in progress(range(-3, repeats), repeats + 3, f"timing {name}", env_rank()):

@@ -42,7 +42,7 @@ def start_megatron(config: StageConfig, weights: Sequence[WeightsConfig]) -> Eng
     folder = Artifact.load(config.artifact) if config.artifact is not None else Artifact()
     hf_config, tokenizer = load_config_and_tokenizer(config, folder.checkpoint)
     text_config = getattr(hf_config, "text_config", None) or hf_config
-    huggingface.check_divides(text_config, config.tp, "tp")
+    huggingface.check_divides(text_config, config.tp, "tp", share_kv_heads=True)
     model = megatron_model.build(text_config, compute_dtype(config), config.sequence_parallel)
     checkpoints = {folder.checkpoint.scheme_name: folder.checkpoint} if folder.checkpoint is not None else {}
     full_precision = config.model is not None

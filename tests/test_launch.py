@@ -99,7 +99,7 @@ def test_torchrun_and_the_deepspeed_launcher_agree(tmp_path):
         assert code == 0, stderr
         assert stdout.count("perplexity") == 1, "more than one rank prints the table"
     torchrun, deepspeed = (rows(tmp_path / name, "evaluate") for name in launchers)
-    assert torchrun == deepspeed and list(torchrun) == ["full precision", "full precision + bf16"]
+    assert torchrun == deepspeed and list(torchrun) == ["full precision", "full precision + float32"]
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -152,17 +152,28 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     )
 
 
-def check_divides(config: Any, tp_size: int, key: Literal["tp", "virtual_tp", "comm.tp_sizes"]) -> None:
+def check_divides(
+    config: Any, tp_size: int, key: Literal["tp", "virtual_tp", "comm.tp_sizes"], share_kv_heads: bool = False
+) -> None:
     """Raise LowBitError, naming the config key, where `tp_size` ranks cannot share a model's heads or MLP equally.
 
     Virtual ranks (any key but tp) only slice the inputs of row-parallel linears, so KV heads do not bind them.
+    share_kv_heads: several ranks may use one KV head together, as Megatron-Core's do.
     """
     names = ["num_attention_heads", "intermediate_size"] + (["num_key_value_heads"] if key == "tp" else [])
-    for name in names:
+
+    def fits(name: str, size: int) -> bool:
         value = getattr(config, name, None)
-        if isinstance(value, int) and value % tp_size:
-            fits = [n for n in range(1, value + 1) if all(getattr(config, m, 0) % n == 0 for m in names) and n <= 64]
-            raise LowBitError(f"{key}={tp_size} does not divide the model's {name}={value}; choose one of {fits}")
+        if not isinstance(value, int):
+            return True
+        return value % size == 0 or (share_kv_heads and name == "num_key_value_heads" and size % value == 0)
+
+    for name in names:
+        if not fits(name, tp_size):
+            sizes = [size for size in range(1, 65) if all(fits(other, size) for other in names)]
+            raise LowBitError(
+                f"{key}={tp_size} does not divide the model's {name}={getattr(config, name)}; choose one of {sizes}"
+            )
 
 
 def apply_to_huggingface(

@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_lowbit.adapters import megatron, megatron_attention, patching
 from megatron_lowbit.adapters.megatron_layers import (
@@ -57,9 +59,10 @@ def save_checkpoint(model: Any, folder: str | Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
+    state = _sharded(model, not _alike(model))  # what it refuses leaves no folder behind
     on_rank_zero(prepare)
     with _quiet():
-        dist_checkpointing.save(_sharded(model, not _alike(model)), str(partial))
+        dist_checkpointing.save(state, str(partial))
     dist.barrier()
     on_rank_zero(lambda: partial.rename(whole))
 
@@ -72,22 +75,56 @@ def load_checkpoint(model: Any, folder: str | Path) -> Any:
     shapes and for a tp that splits a shard group or a packed byte.
     """
     folder = Path(folder)
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+    if not _is_checkpoint(folder):
         raise LowBitError(f"{str(folder)!r} is no distributed checkpoint; write one with save_checkpoint")
-    shape_like(model, folder)
+    chunks = megatron.model_chunks(model)
+    with _unchanged_on_error(chunks):
+        shape_like(model, folder)
+        state = _load(model, folder)
+        for number, chunk in enumerate(chunks):
+            chunk.load_state_dict(state[f"model{number}"])
+    return model
+
+
+def _load(model: Any, folder: Path) -> dict[str, Any]:
     with _quiet():
         by_layer = any(
             re.search(r"layers\.\d+\.", key) for key in dist_checkpointing.load_tensors_metadata(str(folder))
         )
-    chunks = megatron.model_chunks(model)
-    with _quiet():
+        state = _sharded(model, by_layer)
+        for tensor in nested_values(state):
+            if isinstance(tensor, ShardedTensor) and tensor.allow_shape_mismatch and tensor.data is not None:
+                tensor.data = tensor.data.clone()  # Megatron clears it before it finds that the rest does not fit
         try:
-            state = dist_checkpointing.load(_sharded(model, by_layer), str(folder))
-        except Exception as error:  # whatever torch.distributed.checkpoint and Megatron raise
+            return dist_checkpointing.load(state, str(folder))
+        except CheckpointException as error:  # a BaseException that holds each rank's own
+            first, _ = next(iter(error.failures.values()))
+            raise LowBitError(f"cannot load {str(folder)!r} into this model: {one_line(first)}") from None
+        except Exception as error:  # whatever else torch.distributed.checkpoint and Megatron raise
             raise LowBitError(f"cannot load {str(folder)!r} into this model: {one_line(error)}") from None
-    for number, chunk in enumerate(chunks):
-        chunk.load_state_dict(state[f"model{number}"])
-    return model
+
+
+@contextlib.contextmanager
+def _unchanged_on_error(chunks: list[Any]) -> Iterator[None]:
+    """Whatever replaces layers inside is undone where it does not come to its end, and what it replaced is back."""
+    before = [patching.replacing_modules(chunk) for chunk in chunks]
+    try:
+        yield
+    except BaseException:
+        for chunk, modules in zip(chunks, before, strict=True):
+            patching.remove(chunk)
+            if modules:
+                patching.swap(chunk, modules)
+                bits = (getattr(module, "attention_bits", 16) for module in modules.values())
+                megatron_attention.quantize(chunk, min(bits))
+        raise
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    try:
+        return dist_checkpointing.check_is_distributed_checkpoint(str(folder))
+    except (OSError, TypeError, ValueError):  # a metadata.json of something else
+        return False
 
 
 def _alike(model: Any) -> bool:

@@ -62,7 +62,7 @@ def transformer_config(
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
     )
-    huggingface.check_divides(hf_config, tp, "tp")
+    huggingface.check_divides(hf_config, tp, "tp", share_kv_heads=True)
     if hf_config.num_hidden_layers % pp:
         raise LowBitError(f"pp={pp} does not divide the model's num_hidden_layers={hf_config.num_hidden_layers}")
     gpu = torch.cuda.is_available()
@@ -169,6 +169,8 @@ def build(hf_config: Any, dtype: torch.dtype = torch.float32, sequence_parallel:
             parallel_output=True,
             **_rotary(hf_config),
         )
+    if model.post_process:
+        _mask_padding(model, hf_config.vocab_size)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

@@ -99,7 +99,8 @@ class Twins:
             shard = patching.row_shard(self.checkpoint, name, self.rank, self.layout.tp_size, host.weight)
         reducer = None if group is None else HybridReducer(patching.site_plan(self.plan, name), group, self.wire)
         low_bit = QuantRowParallelLinear([shard], reducer, None, group is not None and host.config.sequence_parallel)
-        stored = self.artifact.plans if self.plan is not None else {}
+        # A single rank sends nothing, but its checkpoint may be loaded by several.
+        stored = self.artifact.plans if self.plan is not None or self.layout.tp_size == 1 else {}
         sites = {size: plan.sites[name] for size, plan in stored.items() if name in plan.sites}
         twin = LowBitRowParallelLinear.around(host, low_bit, sites)
         if self.checkpoint is not None:

@@ -76,6 +76,12 @@ def original_modules(model: Any) -> dict[str, nn.Module]:
     return dict(getattr(getattr(model, "module", model), _PATCH, {}))
 
 
+def replacing_modules(model: Any) -> dict[str, nn.Module]:
+    """{fqn: the low-bit module that is in place}; swap puts them back after a remove."""
+    module = getattr(model, "module", model)
+    return {name: module.get_submodule(name) for name in original_modules(model)}
+
+
 def row_parallel_modules(model: Any) -> dict[str, QuantRowParallelLinear]:
     """{fqn: module} of the low-bit row-parallel linears that are in place."""
     module = getattr(model, "module", model)
