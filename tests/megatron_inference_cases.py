@@ -51,7 +51,12 @@ def generated(
 
 
 def refused(
-    rank: int, size: int, model: Model, runs: dict[str, Run], sequence_parallel: bool = False
+    rank: int,
+    size: int,
+    model: Model,
+    runs: dict[str, Run],
+    sequence_parallel: bool = False,
+    accepted: dict[str, Any] | None = None,
 ) -> dict[str, tuple[str, int]]:
     """{name: (what is said, tokens made before)}; the model works afterwards."""
     results = {}
@@ -64,5 +69,5 @@ def refused(
             asked = [Request(prompt, new) for prompt, new in requests]
             serve = partial(generate, gpt, asked, on_token=lambda *pair, told=told: told.append(pair), **options)
             results[name] = said(serve), len(told)
-        assert len(generate(gpt, [Request([5, 6], 2)])[0]) == 2
+        assert len(generate(gpt, [Request([5, 6], 2)], **(accepted or {}))[0]) == 2
     return results

@@ -260,9 +260,9 @@ RANKS_CASES = {
         ["evaluate", "model={folder}/layers", *EVALUATION, "pp=2"],
         ["pp=2", "num_hidden_layers=3"],
     ),
-    "tp and KV heads": (
-        ["evaluate", "model={folder}/one-kv-head", *EVALUATION, "tp=2"],
-        ["tp=2 does not divide the model's num_key_value_heads=1; choose one of [1]"],
+    "tp and the MLP": (
+        ["evaluate", "model={folder}/odd", *EVALUATION, "tp=2"],
+        ["tp=2 does not divide the model's intermediate_size=171; choose one of [1]"],
     ),
     "another architecture": (
         ["evaluate", "model={folder}/gemma2", *EVALUATION, "tp=2"],
@@ -283,7 +283,7 @@ RANKS_CASES = {
 def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("bad-input")
     save_model("llama", root / "layers", num_hidden_layers=3)
-    save_model("llama", root / "one-kv-head", num_key_value_heads=1)
+    save_model("llama", root / "odd", intermediate_size=171)
     save_model("gemma2", root / "gemma2")
     build("llama", vocab_size=16).save_pretrained(root / "words")
     words = ["<unk>", "<s>", "</s>", "read", "a", "line"]

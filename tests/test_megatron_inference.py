@@ -81,6 +81,20 @@ def test_greedy_tokens_are_those_of_transformers(pools, kind, ranks):
         assert told_in_turn(told, len(many)) == tokens, "on_token was told something else"
 
 
+def test_ranks_that_share_a_kv_head(two_ranks):
+    """One KV head for both ranks: the static engine keeps a copy on each, the dynamic one says that it cannot."""
+    changes = {"num_key_value_heads": 1}
+    hf, many = build("llama", **changes), prompts(LENGTHS)
+    artifact = make_artifact(hf, "W4A8", (2,))
+    expected = by_transformers(lowbit.apply_to_huggingface(hf, artifact, 2), many, 10)
+    runs = {"static": (asked(many, 10), {**STATIC, "max_batch": 4})}
+    made = only(two_ranks.run(cases.generated, ("llama", changes), artifact, runs))
+    assert made["static"][0] == expected
+    for outcome in two_ranks.run(cases.refused, ("llama", changes), {"": (asked(many, 4), DYNAMIC)}, False, STATIC):
+        line, tokens = outcome[""]
+        assert "1 KV heads on tp=2" in line and "batching=static" in line and tokens == 0
+
+
 def told_in_turn(told: list[tuple[int, int]], count: int) -> list[list[int]]:
     streams: list[list[int]] = [[] for _ in range(count)]
     for number, token in told:

@@ -32,6 +32,7 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 from torch import Tensor
 
 from megatron_lowbit.adapters import megatron, megatron_cpu
+from megatron_lowbit.adapters.megatron_layout import layout_of
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.distributed import world_size
 
@@ -72,7 +73,8 @@ def generate(
 
     end_id ends a request, and is its last token then; None: nothing does. max_batch: requests in flight at once.
     on_token(number of the request, token id) is called as tokens are made. Raises LowBitError for an empty prompt, one
-    without room in the model's context, and for sequence parallelism with static batching.
+    without room in the model's context, for sequence parallelism with static batching, and for KV heads that
+    ranks share with dynamic batching.
     """
     (model,) = megatron.model_chunks(model)
     context = model.max_sequence_length
@@ -86,6 +88,9 @@ def generate(
             )
     if batching == "static" and model.config.sequence_parallel:
         raise LowBitError("static batching does not support sequence_parallel=true; use batching=dynamic")
+    groups, ranks = layout_of(model).num_groups, layout_of(model).tp_size
+    if batching == "dynamic" and groups % ranks:  # each rank's cache holds whole KV heads of its own
+        raise LowBitError(f"dynamic batching does not support {groups} KV heads on tp={ranks}; use batching=static")
     if not requests:
         return []
     run = _static if batching == "static" else _dynamic
