@@ -1,24 +1,31 @@
 """Low-bit kernels: one op per function below, registered with torch.library under `megatron_lowbit::`.
 
-torch.library is the dispatch: `reference` registers the plain torch implementation for every device together with its
-fake (shapes and dtypes for torch.compile and CUDA graphs); a faster kernel registers itself for its device type.
+torch.library is the dispatch: `hybrid`, `packing` and `reference` register the plain torch implementations for every
+device together with their fakes (shapes and dtypes for torch.compile and CUDA graphs); a faster kernel registers itself
+for its device type.
 """
 
-from megatron_lowbit.kernels.packing import pack_bits, packed_bytes, unpack_bits
-from megatron_lowbit.kernels.reference import (
-    dequantize,
+from megatron_lowbit.kernels import cpu as cpu  # registers its kernels
+from megatron_lowbit.kernels.hybrid import (
+    BF16_BITS,
+    header_bytes,
     hybrid_pack,
     hybrid_row_bytes,
     hybrid_unpack_reduce,
-    quant_linear,
-    reassemble,
+    hybrid_unpack_reduce_requantize,
 )
+from megatron_lowbit.kernels.packing import codes_per_word, pack_bits, packed_bytes, unpack_bits
+from megatron_lowbit.kernels.reference import dequantize, quant_linear, reassemble
 
 __all__ = [
+    "BF16_BITS",
+    "codes_per_word",
     "dequantize",
+    "header_bytes",
     "hybrid_pack",
     "hybrid_row_bytes",
     "hybrid_unpack_reduce",
+    "hybrid_unpack_reduce_requantize",
     "pack_bits",
     "packed_bytes",
     "quant_linear",

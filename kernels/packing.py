@@ -24,6 +24,11 @@ _WORDS = {
 }
 
 
+def codes_per_word(num_bits: int) -> int:
+    """The smallest number of codes that fills whole bytes."""
+    return _WORDS[num_bits][0]
+
+
 def packed_bytes(num_codes: int, num_bits: int) -> int:
     """Bytes of one packed row of `num_codes` codes."""
     codes, size, _ = _WORDS[num_bits]

@@ -20,7 +20,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_lowbit.artifacts import Artifact, LowBitCheckpoint, read_json, write_json
+from megatron_lowbit.artifacts import Artifact, LowBitCheckpoint
 from megatron_lowbit.config import (
     CorrectionConfig,
     EvaluateConfig,
@@ -29,6 +29,7 @@ from megatron_lowbit.config import (
     ReassemblyConfig,
     WeightsConfig,
 )
+from megatron_lowbit.files import read_json, write_json
 from megatron_lowbit.launch.engine import Engine, load_windows, round_weights, start_engine
 from megatron_lowbit.launch.evaluate import full_precision_row, low_bit_row, print_rows
 from megatron_lowbit.launch.qllm import quantize_qllm

@@ -63,7 +63,7 @@ def write_plans(
         for name, site in plan.sites.items():
             r = stats.ranges[size][name]
             width = aggregated_range(r.min_vals, r.max_vals, config.comm.symmetric)
-            table.append([name, width.max().item(), width.median().item(), len(site.bf16_idx)])
+            table.append([name, width.max().item(), width.median().item(), len(site.first.bf16_idx)])
         logger.table(f"ranges_tp{size}", ["site", "widest", "median", "bf16_features"], table)
         rows.append({"name": f"tp{size}", "tp_size": size, "sites": len(plan.sites), "communication": plan.description})
     return rows

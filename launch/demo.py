@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_lowbit.artifacts import Artifact, CommPlan, ensure_writable
+from megatron_lowbit.artifacts import Artifact, CommPlan
 from megatron_lowbit.config import CommConfig, DemoConfig, LowBitError, SchemeName, WeightsConfig
 from megatron_lowbit.distributed import env_rank, on_rank_zero
+from megatron_lowbit.files import ensure_writable
 from megatron_lowbit.launch.engine import calibrate_engine, load_windows, start_engine
 from megatron_lowbit.launch.evaluate import full_precision_row, low_bit_row, print_rows
 from megatron_lowbit.launch.generate import continue_text

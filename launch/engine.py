@@ -20,6 +20,7 @@ from megatron_lowbit.adapters.blocks import skeleton
 from megatron_lowbit.adapters.outliers import inject_outliers
 from megatron_lowbit.artifacts import Artifact, CalibrationStats, CommPlan, Fingerprint, LowBitCheckpoint
 from megatron_lowbit.calibrate import calibrate
+from megatron_lowbit.collectives import LOW_BIT
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError, StageConfig, WeightsConfig, one_line
 from megatron_lowbit.data import Windows, token_windows
 from megatron_lowbit.distributed import (
@@ -289,16 +290,19 @@ def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artif
         if value != getattr(WeightsConfig(), key) and config.weights.scheme == "none":
             why = "the artifact decides it" if engine.checkpoint else "it needs a weights.scheme"
             raise LowBitError(f"weights.{key}={value} would have no effect: {why}")
-    if comm.mode == "one_shot" and engine.tp_size == 1:
-        raise LowBitError("comm.mode=one_shot has nobody to talk to at tp=1; set tp (engine=deepspeed) or virtual_tp")
+    low_bit = comm.mode in LOW_BIT
+    if low_bit and engine.tp_size == 1:
+        raise LowBitError(
+            f"comm.mode={comm.mode} has nobody to talk to at tp=1; set tp (engine=deepspeed) or virtual_tp"
+        )
     defaults = CommConfig()
-    keys = ("bits", "bf16_fraction", "selection", "symmetric")
+    keys = ("bits", "bf16_fraction", "selection", "symmetric", "scale", "allocation", "second_bits", "carrier_bits")
     given = [key for key in keys if getattr(comm, key) != getattr(defaults, key)]
-    if given and (engine.tp_size in plans or comm.mode != "one_shot"):
+    if given and (engine.tp_size in plans or not low_bit):
         key = given[0]
         why = "the artifact's plan decides it" if engine.tp_size in plans else "it needs comm.mode=one_shot"
         raise LowBitError(f"comm.{key}={getattr(comm, key)} would have no effect: {why}")
-    if comm.mode == "one_shot" and engine.tp_size not in plans:
+    if low_bit and engine.tp_size not in plans:
         if not engine.full_precision:
             raise LowBitError(
                 f"artifact {config.artifact!r} has no plan for tp={engine.tp_size}; set model to calibrate one"

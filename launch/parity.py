@@ -23,9 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_lowbit.adapters.patching import remove
-from megatron_lowbit.artifacts import Artifact, write_tensors
+from megatron_lowbit.artifacts import Artifact
 from megatron_lowbit.config import CommMode, LowBitError, ParityConfig
 from megatron_lowbit.distributed import on_rank_zero
+from megatron_lowbit.files import write_tensors
 from megatron_lowbit.launch.engine import GenerateOptions, start_engine
 from megatron_lowbit.launch.generate import encode, read_prompts
 from megatron_lowbit.launch.runner import run_stage

@@ -23,9 +23,9 @@ from typing import Any, NoReturn
 import torch
 import yaml
 
-from megatron_lowbit.artifacts import ensure_writable, write_json, write_text
 from megatron_lowbit.config import LowBitError, StageConfig, defaults, load_config
 from megatron_lowbit.distributed import env_rank, env_world_size, launched
+from megatron_lowbit.files import ensure_writable, write_json, write_text
 from megatron_lowbit.launch import STAGES
 from megatron_lowbit.metrics import MetricLogger, environment, require
 

@@ -11,27 +11,33 @@ holds the model's fingerprint, so an artifact of another model is refused with t
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch import distributed as dist
 
 from megatron_lowbit.channels import ReassemblyPlan
-from megatron_lowbit.config import LowBitError, one_line
+from megatron_lowbit.codec import Codec
+from megatron_lowbit.config import LowBitError
+from megatron_lowbit.files import (
+    FORMAT,
+    complete,
+    discard,
+    load_pair,
+    read_meta,
+    read_tensors,
+    save_pair,
+    sha256,
+    write_json,
+    write_tensors,
+)
 from megatron_lowbit.quantizer import LowRank, QuantizedWeight, Scheme
 
-FORMAT = 2
 _FINGERPRINT_FIELDS = (
     "model_type",
     "hidden_size",
@@ -107,10 +113,18 @@ def check_fingerprint(what: str, artifact: Fingerprint, model: Fingerprint) -> N
 
 @dataclass(frozen=True)
 class FeatureRange:
-    """Per-feature range of the partial sums at one site: float32 [tp_size, features] each."""
+    """What calibration knows of the partial sums at one site, per rank and feature: float32 [tp_size, features] each.
+
+    min_vals, max_vals: the moving averages of the ranges; mean, std: over all tokens, for rank-1 scales.
+    """
 
     min_vals: Tensor
     max_vals: Tensor
+    mean: Tensor | None = None
+    std: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f.name: t for f in fields(self) if (t := getattr(self, f.name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -121,41 +135,64 @@ class CalibrationStats:
     fingerprint: Fingerprint
 
     def save(self, folder: str | Path) -> None:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for size, sites in self.ranges.items():
             for site, r in sites.items():
-                tensors[f"tp{size}.{site}.min_vals"] = r.min_vals
-                tensors[f"tp{size}.{site}.max_vals"] = r.max_vals
-        _save(Path(folder) / "calibration", tensors, {"fingerprint": self.fingerprint})
+                tensors |= {f"tp{size}.{site}.{name}": tensor for name, tensor in r.tensors().items()}
+        save_pair(Path(folder) / "calibration", tensors, {"fingerprint": self.fingerprint})
 
     @classmethod
     def load(cls, folder: str | Path) -> CalibrationStats:
-        tensors, meta = _load(Path(folder) / "calibration", "fingerprint")
+        tensors, meta = load_pair(Path(folder) / "calibration", "fingerprint")
         ranges: dict[int, dict[str, FeatureRange]] = {}
-        with _complete(Path(folder) / "calibration"):
+        with complete(Path(folder) / "calibration"):
             for key in tensors:
                 if key.endswith(".min_vals"):
-                    size, site = key.removesuffix(".min_vals").removeprefix("tp").split(".", 1)
-                    r = FeatureRange(tensors[key], tensors[key.removesuffix("min_vals") + "max_vals"])
-                    ranges.setdefault(int(size), {})[site] = r
+                    stem = key.removesuffix("min_vals")
+                    size, site = stem.removesuffix(".").removeprefix("tp").split(".", 1)
+                    ranges.setdefault(int(size), {})[site] = FeatureRange(**_below(tensors, stem))
         return cls(ranges, meta["fingerprint"])
 
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What the ranks send at one site: scale, zero_point float32 [tp_size, features]; bf16_idx int64 [k], ascending."""
+    """What the ranks send at one site.
 
-    scale: Tensor
-    zero_point: Tensor
-    bf16_idx: Tensor
-    num_bits: int
+    first: of every rank's partial sums; second: of their sum, one sender (two_shot's second hop; None where the ranges
+    of the sum are not known). center float32 [tp_size, E], half_range float32 [E]: for exact_sum, the middle of each
+    rank's range, and half of the widest rank's, which all ranks share; carrier_bits: of its integers, 8 or 16.
+    """
+
+    first: Codec
+    second: Codec | None
+    center: Tensor
+    half_range: Tensor
+    carrier_bits: int = 8
+
+    @property
+    def tp_size(self) -> int:
+        return self.first.senders
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What an artifact stores."""
+        hops = {"first": self.first, "second": self.second}
+        stored = {f"{hop}.{name}": t for hop, codec in hops.items() if codec for name, t in codec.tensors().items()}
+        carrier = torch.tensor([self.carrier_bits])
+        return {**stored, "center": self.center, "half_range": self.half_range, "carrier_bits": carrier}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> SitePlan:
+        """The inverse of `tensors`."""
+        second = _below(tensors, "second.")
+        first, again = Codec.of(_below(tensors, "first.")), Codec.of(second) if second else None
+        return cls(first, again, tensors["center"], tensors["half_range"], int(tensors["carrier_bits"]))
 
 
 @dataclass(frozen=True)
 class CommPlan:
     """{site: SitePlan} of one tensor-parallel size.
 
-    gathers: of the inputs of column-parallel linears, {first linear that reads it: SitePlan of one sender}, for the
+    gathers: of the inputs of column-parallel linears, {first linear that reads it: Codec of one sender}, for the
     all-gather of sequence parallelism; empty where it stays in full precision.
     """
 
@@ -163,22 +200,19 @@ class CommPlan:
     tp_size: int
     fingerprint: Fingerprint
     description: str = "hybrid"
-    gathers: dict[str, SitePlan] = field(default_factory=dict)
+    gathers: dict[str, Codec] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:
-        tensors = {}
-        both = {**self.sites, **self.gathers}
-        for site, plan in both.items():
-            for name in ("scale", "zero_point", "bf16_idx"):
-                tensors[f"{site}.{name}"] = getattr(plan, name)
+        both: dict[str, SitePlan | Codec] = {**self.sites, **self.gathers}
+        tensors = {f"{site}.{name}": t for site, plan in both.items() for name, t in plan.tensors().items()}
         meta = {
             "fingerprint": self.fingerprint,
             "tp_size": self.tp_size,
             "description": self.description,
-            "num_bits": {site: plan.num_bits for site, plan in both.items()},
+            "sites": list(self.sites),
             "gathers": list(self.gathers),
         }
-        _save(Path(folder) / f"comm_plan_tp{self.tp_size}", tensors, meta)
+        save_pair(Path(folder) / f"comm_plan_tp{self.tp_size}", tensors, meta)
 
     @classmethod
     def load(cls, folder: str | Path, tp_size: int) -> CommPlan:
@@ -191,19 +225,14 @@ class CommPlan:
                 f"{str(folder)!r} has no communication plan for tp_size {tp_size} ({have}); "
                 f"run calibrate with comm.tp_sizes=[{tp_size}]"
             )
-        tensors, meta = _load(stem, "fingerprint", "tp_size", "description", "num_bits")
+        tensors, meta = load_pair(stem, "fingerprint", "tp_size", "description", "sites", "gathers")
         if meta["tp_size"] != tp_size:
             raise LowBitError(
                 f"{str(stem)!r} was calibrated for tp_size {meta['tp_size']}, not {tp_size}; calibrate again"
             )
-        with _complete(stem):
-            sites = {
-                site: SitePlan(
-                    tensors[f"{site}.scale"], tensors[f"{site}.zero_point"], tensors[f"{site}.bf16_idx"], bits
-                )
-                for site, bits in meta["num_bits"].items()
-            }
-        gathers = {name: sites.pop(name) for name in meta.get("gathers", [])}
+        with complete(stem):
+            sites = {site: SitePlan.of(_below(tensors, f"{site}.")) for site in meta["sites"]}
+            gathers = {name: Codec.of(_below(tensors, f"{name}.")) for name in meta["gathers"]}
         return cls(sites, tp_size, meta["fingerprint"], meta["description"], gathers)
 
 
@@ -286,12 +315,12 @@ class LowBitCheckpoint:
             "reassembly",
             "low_rank",
         )
-        meta = _read_meta(stem, *keys)
+        meta = read_meta(stem, *keys)
         scheme = Scheme.parse(meta["scheme"])
-        with _complete(stem):
+        with complete(stem):
             tensors: dict[str, Tensor] = {}
             for file, checksum in meta["files"].items():
-                tensors |= _read_tensors(Path(folder) / file, checksum)
+                tensors |= read_tensors(Path(folder) / file, checksum)
             linears = {
                 name: QuantizedWeight(
                     **_pop(tensors, name, _WEIGHT), num_bits=scheme.weight_bits, in_features=in_features
@@ -346,7 +375,12 @@ def write_checkpoint(
     write_json(folder / "lowbit.json", meta)
     for file in folder.glob("lowbit*.safetensors"):
         if file.name not in part["files"]:
-            _discard(file)
+            discard(file)
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """{name without the prefix: tensor} of the names that have it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _pop(tensors: dict[str, Tensor], name: str, leaves: tuple[str, ...]) -> dict[str, Any]:
@@ -384,128 +418,27 @@ class Artifact:
         return self.plans[tp_size]
 
 
-def ensure_writable(folder: str | Path) -> Path:
-    """Create the folder and prove that files can be written there; raises LowBitError."""
-    folder = Path(folder)
-    probe = folder / f".write-probe-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise LowBitError(f"output_dir {str(folder)!r} is not writable ({error.strerror}); choose another") from None
-    return folder
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write atomically: a reader sees the old file or the new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        _discard(temporary)
-        raise LowBitError(f"cannot write {str(path)!r}: {error.strerror}") from None
-
-
-def _save(stem: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    checksum = write_tensors(stem.with_suffix(".safetensors"), tensors)
-    write_json(stem.with_suffix(".json"), {"format": FORMAT, "sha256": checksum, **meta})
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write a safetensors file atomically; returns its sha256."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
-        temporary.chmod(0o644)  # safetensors leaves files that only their owner can read
-        checksum = _sha256(temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        _discard(temporary)
-        raise LowBitError(f"cannot write {str(path)!r}: {one_line(error)}") from None
-    return checksum
-
-
-def _load(stem: Path, *keys: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    meta = _read_meta(stem, "sha256", *keys)
-    return _read_tensors(stem.with_suffix(".safetensors"), meta["sha256"]), meta
-
-
-def _read_meta(stem: Path, *keys: str) -> dict[str, Any]:
-    meta = read_json(stem.with_suffix(".json"))
-    if "format" in meta and meta["format"] != FORMAT:
-        raise LowBitError(f"{str(stem)!r} has format {meta['format']}; this version reads {FORMAT}: write it again")
-    if not {"format", *keys} <= set(meta):
-        raise LowBitError(f"cannot read {str(stem)!r}: its JSON is incomplete; write it again")
-    return meta
-
-
 def verify_files(folder: Path, part: PartMeta) -> None:
     """Raise LowBitError where a file of `part` is missing or not what was written."""
     for name, checksum in part["files"].items():
-        if not (folder / name).exists() or _sha256(folder / name) != checksum:
+        if not (folder / name).exists() or sha256(folder / name) != checksum:
             raise LowBitError(f"{str(folder / name)!r} is missing or corrupt (its checksum differs)")
 
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed run left half written."""
     for file in folder.glob(".lowbit*.tmp"):
-        _discard(file)
+        discard(file)
 
 
 def remove_plans(folder: str | Path) -> None:
     """Delete the folder's communication plans: they belong to a checkpoint that is about to be replaced."""
     for size in _plan_sizes(Path(folder)):
         for suffix in (".json", ".safetensors"):
-            _discard(Path(folder) / f"comm_plan_tp{size}{suffix}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises LowBitError."""
-    try:
-        value = json.loads(path.read_text())
-        if not isinstance(value, dict):
-            raise ValueError("its JSON is incomplete")
-        return value
-    except (OSError, ValueError) as error:
-        raise LowBitError(f"cannot read {str(path.with_suffix(''))!r}: {one_line(error)}; write it again") from None
-
-
-def _read_tensors(path: Path, checksum: str) -> dict[str, Tensor]:
-    try:
-        if _sha256(path) != checksum:
-            raise LowBitError(f"{str(path)!r} is truncated or corrupt (its checksum differs); write it again")
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise LowBitError(f"cannot read {str(path.with_suffix(''))!r}: {one_line(error)}; write it again") from None
-
-
-@contextlib.contextmanager
-def _complete(stem: Path) -> Iterator[None]:
-    """Around the use of loaded tensors: JSON and safetensors that do not belong together are one clear error."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise LowBitError(f"{str(stem)!r} is incomplete ({one_line(error)}); write it again") from None
-
-
-def _discard(temporary: Path) -> None:
-    with contextlib.suppress(OSError):
-        temporary.unlink()
+            discard(Path(folder) / f"comm_plan_tp{size}{suffix}")
 
 
 def _plan_sizes(folder: Path) -> list[int]:
     """The tensor-parallel sizes that the folder has plans for."""
     found = (re.fullmatch(r"comm_plan_tp(\d+)", path.stem) for path in folder.glob("comm_plan_tp*.json"))
     return sorted(int(match.group(1)) for match in found if match)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

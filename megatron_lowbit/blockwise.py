@@ -35,7 +35,7 @@ from megatron_lowbit.artifacts import (
     merge_parts,
     write_checkpoint,
 )
-from megatron_lowbit.calibrate import RangeObserver
+from megatron_lowbit.calibrate import RangeObserver, window_statistics
 from megatron_lowbit.channels import ReassemblyPlan
 from megatron_lowbit.collectives import VirtualReducer
 from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
@@ -327,15 +327,13 @@ class Walk:
         for linear in rows:
             linear.observer = None
             for size, ranges in observers[linear.name].items():
-                self.ranges[size][linear.name] = FeatureRange(ranges.min_vals.cpu(), ranges.max_vals.cpu())
+                self.ranges[size][linear.name] = ranges.feature_range()
 
     def _observe(self, observer: RangeObserver, rank: int, y: Tensor, mask: Tensor) -> None:
         """Windows of all data-parallel ranks in the order one process would see them."""
-        lows = torch.stack([window[real].float().amin(0) for window, real in zip(y, mask, strict=True)])
-        highs = torch.stack([window[real].float().amax(0) for window, real in zip(y, mask, strict=True)])
-        both = all_gather_stack(torch.stack([lows, highs]).contiguous(), self.dp_group)  # [ranks, 2, windows, features]
-        for low, high in both.permute(2, 0, 1, 3).flatten(0, 1):
-            observer.step(rank, low, high)
+        shares = all_gather_stack(window_statistics(y, mask), self.dp_group)  # [ranks, windows, 5, features]
+        for window in shares.transpose(0, 1).flatten(0, 1):
+            observer.step(rank, window)
 
     def _attach_reducers(self, linears: list[ShardedLinear]) -> None:
         size = max(self.config.virtual_tp, self.config.tp)

@@ -5,9 +5,9 @@ At every row-parallel site, for each rank i and output feature j, over the windo
     m_ij <- (1 - gamma) m_ij + gamma min_tokens(Y_i[:, j])      Y_i = X_i W_i^T, rank i's partial sum, without bias
     M_ij <- (1 - gamma) M_ij + gamma max_tokens(Y_i[:, j])      first window initialises; padding is left out
 
-and likewise for the full sum (recorded as tp_size 1). One window is one step of the average however many go through the
-model at once, so calibration.batch_size changes the speed, not the ranges. (A step over 16 windows takes their
-common, wider range: on stories260K at TP=4 that costs 1.8 dB of SQNR.)
+and likewise for the full sum (recorded as tp_size 1); besides, mean and standard deviation over all tokens. One window
+is one step of the average however many go through the model at once, so calibration.batch_size changes the speed, not
+the ranges. (A step over 16 windows takes their common, wider range: on stories260K at TP=4 that costs 1.8 dB of SQNR.)
 
 The ranks are those of `tp_group`, or virtual ones: a process that holds in_features / R inputs computes the partial
 sums of t / R ranks by slicing them, for every t in tp_sizes. So the ranges of TP=8 can be calibrated in one process.
@@ -33,34 +33,55 @@ from megatron_lowbit.config import LowBitError
 from megatron_lowbit.distributed import all_gather_stack, world_size
 
 
+def window_statistics(y: Tensor, mask: Tensor) -> Tensor:
+    """y [windows, length, features], mask bool [windows, length] -> float64 [windows, 5, features]: minimum, maximum,
+    sum, sum of squares and number of the real tokens."""
+    hidden = ~mask.unsqueeze(-1)
+    values = y.float()
+    low, high = values.masked_fill(hidden, math.inf).amin(1), values.masked_fill(hidden, -math.inf).amax(1)
+    exact = values.masked_fill(hidden, 0.0).double()
+    count = mask.sum(1, keepdim=True).double().expand_as(low)
+    return torch.stack([low.double(), high.double(), exact.sum(1), exact.square().sum(1), count], dim=1)
+
+
 class RangeObserver:
-    """Running EMA of per-feature ranges of `ranks` local partial sums: min_vals, max_vals float32 [ranks, features]."""
+    """Running statistics per feature of `ranks` local partial sums: EMA of the ranges, mean and standard deviation.
+
+    min_vals, max_vals: float32 [ranks, features].
+    """
 
     def __init__(self, ranks: int, features: int, gamma: float, device: torch.device):
         self.gamma = gamma
         self.steps = [0] * ranks
         self.min_vals = torch.zeros(ranks, features, device=device)
         self.max_vals = torch.zeros(ranks, features, device=device)
+        self.moments = torch.zeros(ranks, 3, features, dtype=torch.float64, device=device)  # sum, of squares, tokens
 
     def update(self, rank: int, y: Tensor, mask: Tensor, dp_group: dist.ProcessGroup | None = None) -> None:
         """y: [windows, length, features] of local rank `rank`; mask: bool [windows, length], True on real tokens.
 
         With dp_group a collective call: every rank's windows count, in rank order.
         """
-        hidden = ~mask.unsqueeze(-1)
-        low = y.float().masked_fill(hidden, math.inf).amin(1)
-        high = y.float().masked_fill(hidden, -math.inf).amax(1)
-        lows, highs = (all_gather_stack(t, dp_group).flatten(0, 1) for t in (low, high))
-        for low, high in zip(lows, highs, strict=True):
-            if low[0] != math.inf:  # a window of padding only
-                self.step(rank, low, high)
+        for window in all_gather_stack(window_statistics(y, mask), dp_group).flatten(0, 1):
+            self.step(rank, window)
 
-    def step(self, rank: int, low: Tensor, high: Tensor) -> None:
-        """One window's minimum and maximum [features]."""
+    def step(self, rank: int, window: Tensor) -> None:
+        """One window's statistics float64 [5, features]; one of padding only counts for nothing."""
+        if window[4, 0] == 0:
+            return
         weight = self.gamma if self.steps[rank] else 1.0
-        self.min_vals[rank].lerp_(low, weight)
-        self.max_vals[rank].lerp_(high, weight)
+        self.min_vals[rank].lerp_(window[0].float(), weight)
+        self.max_vals[rank].lerp_(window[1].float(), weight)
+        self.moments[rank] += window[2:]
         self.steps[rank] += 1
+
+    def feature_range(self, tp_group: dist.ProcessGroup | None = None) -> FeatureRange:
+        """What was seen, of all ranks of tp_group, on the CPU."""
+        total, square, count = self.moments.unbind(1)
+        mean = total / count
+        std = (square / count - mean.square()).clamp_min(0).sqrt()
+        local = self.min_vals, self.max_vals, mean.float(), std.float()
+        return FeatureRange(*(all_gather_stack(t.contiguous(), tp_group).flatten(0, 1).cpu() for t in local))
 
 
 def calibrate(
@@ -140,10 +161,7 @@ def calibrate(
     for size, by_site in observers.items():
         ranges[size] = {}
         for name, observer in by_site.items():
-            low, high = observer.min_vals, observer.max_vals
-            if size > 1:
-                low, high = (all_gather_stack(t, tp_group).flatten(0, 1) for t in (low, high))
-            ranges[size][name] = FeatureRange(low.cpu(), high.cpu())
+            ranges[size][name] = observer.feature_range(tp_group if size > 1 else None)
     if pp_group is not None:
         stages: list[Any] = [None] * world_size(pp_group)
         dist.all_gather_object(stages, ranges, group=pp_group)

@@ -1,19 +1,23 @@
-"""The low-bit all-reduce of row-parallel partial sums (Dong et al., arXiv 2411.07942).
+"""The low-bit all-reduce of row-parallel partial sums (Dong et al., arXiv 2411.07942, and two of our own).
 
-one_shot: every rank packs its partial sums [tokens, E] into one uint8 message, all ranks gather all messages, decode
-them and add them up in float32 in rank order. So every rank ends with the same bits, with one rounding per value.
-Bytes handed to torch.distributed per rank: tokens * (2 k + packed_bytes(E - k, b)), about b bits per code; each rank
-receives N - 1 such messages.
+    one_shot     every rank packs its partial sums [tokens, E] into one message, all ranks gather all messages, decode
+                 them and add them up in float32 in rank order
+    two_shot     rank r gets every rank's message for its stripe of the tokens, decodes and adds, packs the sum with
+                 ranges of its own, and all ranks gather the packed sums
+    exact_sum    a stock all-reduce of integers that cannot overflow (exact_sum.py)
+    bf16         a stock all-reduce of bf16 values;  native: of the values as they are
+
+So every rank ends with the same bits in all of them. With b bits per code a rank receives (N - 1) b bits per value in
+one_shot, and (N - 1) / N (b + b_second) in two_shot; a bf16 ring moves 2 (N - 1) / N 16. One-shot rounds a value once.
+In two_shot the owner of a stripe, too, uses what it sent.
 
 Under sequence parallelism the sum is scattered along the first dimension instead: every rank sends each other rank that
-rank's rows only, as many bytes in one all-to-all, and decodes and adds tokens / N rows.
-HybridGather sends the normed activation back in the same format, with ranges of its own.
+rank's rows only, in one all-to-all, which is the first hop of two_shot. HybridGather, its second hop, sends the normed
+activation back, with ranges of its own.
 
-Without a plan: the stock all-reduce, on bf16 values or in the values' own dtype.
-
-VirtualReducer does the same in one process that holds the partial sums of all ranks. It runs the same pack and
-unpack-reduce on the same bytes, so its result is bit-identical to that of N real ranks. (In bf16 mode that holds for
-N = 2; beyond, the order in which a stock all-reduce adds, and rounds, is the backend's own.)
+VirtualReducer does the same in one process that holds the partial sums of all ranks. It runs the same kernels on the
+same bytes, so its result is bit-identical to that of N real ranks. (In bf16 mode that holds for N = 2; beyond, the
+order in which a stock all-reduce adds, and rounds, is the backend's own.)
 """
 
 from __future__ import annotations
@@ -22,14 +26,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from megatron_lowbit.artifacts import SitePlan
-from megatron_lowbit.config import LowBitError
+from megatron_lowbit.codec import Codec, WireFormat
+from megatron_lowbit.config import CommMode, LowBitError
 from megatron_lowbit.distributed import all_gather_stack, reduce_scatter
-from megatron_lowbit.kernels import hybrid_pack, hybrid_unpack_reduce
-from megatron_lowbit.quantizer import Float32QParams
+from megatron_lowbit.exact_sum import ExactSum
+
+LOW_BIT: tuple[CommMode, ...] = ("one_shot", "two_shot", "exact_sum")
 
 
 @dataclass
@@ -39,74 +45,79 @@ class Traffic:
     bytes: int = 0
     values: int = 0
 
+    def count(self, message: Tensor, values: int = 0) -> None:
+        self.bytes += message.nbytes
+        self.values += values
+
     @property
     def bits_per_value(self) -> float:
         return 8 * self.bytes / self.values if self.values else 0.0
 
 
-class _Reducer(Float32QParams):
-    """Shared by the real and the virtual reducer: the plan's tensors as buffers, pack and unpack-reduce."""
+class _Reducer(nn.Module):
+    """Shared by the real and the virtual reducer: the plan's formats, and which of them the mode uses.
 
-    scale: Tensor  # float32 [tp_size, E - k], of the features in low_idx
-    zero_point: Tensor
-    bf16_idx: Tensor  # int64 [k]
-    low_idx: Tensor  # int64 [E - k]
+    mode None: one_shot with a plan, bf16 without.
+    """
 
-    def __init__(self, plan: SitePlan | None, dtype: torch.dtype | None = torch.bfloat16):
+    first: WireFormat | None
+    second: WireFormat | None
+    exact: ExactSum | None
+
+    def __init__(self, plan: SitePlan | None, mode: CommMode | None = None):
         super().__init__()
+        self.mode: CommMode = mode or ("bf16" if plan is None else "one_shot")
+        self.plan = plan
         self.traffic = Traffic()
-        self.dtype = dtype
-        self.num_bits = 16 if plan is None else plan.num_bits
-        if plan is not None:
-            low = torch.ones(plan.scale.shape[1], dtype=torch.bool)
-            low[plan.bf16_idx] = False
-            low_idx = low.nonzero().squeeze(1)
-            self.register_buffer("scale", plan.scale[:, low_idx].contiguous(), persistent=False)
-            self.register_buffer("zero_point", plan.zero_point[:, low_idx].contiguous(), persistent=False)
-            self.register_buffer("bf16_idx", plan.bf16_idx.clone(), persistent=False)
-            self.register_buffer("low_idx", low_idx, persistent=False)
+        self.first = self.second = self.exact = None
+        if not self.low_bit:
+            return
+        if plan is None:
+            raise LowBitError(f"comm.mode={mode} needs a communication plan; calibrate one")
+        if self.mode == "exact_sum":
+            self.exact = ExactSum(plan)
+            return
+        self.first = WireFormat(plan.first)
+        if self.mode == "two_shot":
+            if plan.second is None:
+                raise LowBitError(
+                    "the communication plan has no ranges of the sum, which two_shot needs; calibrate again"
+                )
+            self.second = WireFormat(plan.second)
 
     @property
     def low_bit(self) -> bool:
-        return self.num_bits < 16
+        return self.mode in LOW_BIT
 
     @property
     def native(self) -> bool:
         """Whether values travel as they are."""
-        return self.dtype is None and not self.low_bit
+        return self.mode == "native"
+
+    @property
+    def saturated(self) -> int:
+        """Values of this rank that lay beyond their calibrated range so far. Waits for the device."""
+        return sum(int(part.saturated) for part in (self.first, self.second, self.exact) if part is not None)
 
     def _wire_dtype(self, x: Tensor) -> torch.dtype:
         """Without a plan; 16-bit values travel as they are."""
-        return x.dtype if self.dtype is None or x.element_size() == 2 else self.dtype
-
-    def _pack(self, x: Tensor, rank: int) -> Tensor:
-        if self.scale.device != x.device:  # plans are loaded on the CPU
-            self.to(x.device)
-        return hybrid_pack(x, self.scale[rank], self.zero_point[rank], self.bf16_idx, self.low_idx, self.num_bits)
-
-    def _unpack_reduce(self, messages: Tensor) -> Tensor:
-        return hybrid_unpack_reduce(messages, self.scale, self.zero_point, self.bf16_idx, self.low_idx, self.num_bits)
-
-    def _count(self, message: Tensor, values: int) -> None:
-        self.traffic.bytes += message.nbytes
-        self.traffic.values += values
+        return x.dtype if self.native or x.element_size() == 2 else torch.bfloat16
 
 
 class HybridReducer(_Reducer):
     """All-reduce over the ranks of `tp_group` at one site.
 
-    plan: the site's SitePlan; without one values travel as `dtype`, None being their own. Raises LowBitError where the
-    plan is for another number of ranks.
+    plan: the site's SitePlan, which bf16 and native do without. Raises LowBitError where the plan is for another number
+    of ranks, or lacks what the mode needs.
     """
 
-    def __init__(self, plan: SitePlan | None, tp_group: dist.ProcessGroup, dtype: torch.dtype | None = torch.bfloat16):
-        super().__init__(plan, dtype)
+    def __init__(self, plan: SitePlan | None, tp_group: dist.ProcessGroup, mode: CommMode | None = None):
+        super().__init__(plan, mode)
         self.tp_group = tp_group
-        self.tp_rank = dist.get_rank(tp_group)
-        size = dist.get_world_size(tp_group)
-        if plan is not None and plan.scale.shape[0] != size:
+        self.tp_rank, self.tp_size = dist.get_rank(tp_group), dist.get_world_size(tp_group)
+        if plan is not None and plan.tp_size != self.tp_size:
             raise LowBitError(
-                f"the communication plan is for tp_size {plan.scale.shape[0]}, this group has {size} ranks"
+                f"the communication plan is for tp_size {plan.tp_size}, this group has {self.tp_size} ranks"
             )
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -115,62 +126,87 @@ class HybridReducer(_Reducer):
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """This rank's partial sums [length, ..., E] -> rank r's slice r of the sum [length / N, ..., E]; bit for bit
-        that slice of all_reduce where the values are low-bit. The gradient is all-gathered in full precision.
+        that slice of all_reduce in one_shot and exact_sum. The gradient is all-gathered in full precision.
 
         The first half of sequence parallelism (Megatron's [length, batch, hidden]); length is a multiple of N.
         """
         return _ReduceScatterToSequenceParallelRegion.apply(x, self)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if not self.low_bit:
+        rows = x.reshape(-1, x.shape[-1])
+        if self.exact is not None:
+            codes = self.exact.encode(rows, self.tp_rank)
+            self.traffic.count(codes, x.numel())
+            dist.all_reduce(codes, group=self.tp_group)
+            return self.exact.decode(codes, x.dtype).view(x.shape)
+        if self.first is None:
             # The copy keeps the caller's tensor out of the in-place all-reduce.
             message = x.to(self._wire_dtype(x), copy=True).contiguous()
-            self._count(message, x.numel())
+            self.traffic.count(message, x.numel())
             dist.all_reduce(message, group=self.tp_group)
             return message.to(x.dtype)
-        rows = x.reshape(-1, x.shape[-1])
-        message = self._pack(rows, self.tp_rank)
-        self._count(message, x.numel())
-        return self._unpack_reduce(all_gather_stack(message, self.tp_group)).to(x.dtype).view(x.shape)
+        message = self.first.pack(rows, self.tp_rank)
+        self.traffic.count(message, x.numel())
+        if self.second is None:
+            return self.first.unpack_reduce(all_gather_stack(message, self.tp_group), x.dtype).view(x.shape)
+        stripe = self._two_shot(self.first, self.second, message)
+        self.traffic.count(stripe)
+        sums = all_gather_stack(stripe, self.tp_group).flatten(0, 1)[: len(rows)]
+        return self.second.unpack_reduce(sums.unsqueeze(0), x.dtype).view(x.shape)
+
+    def _two_shot(self, first: WireFormat, second: WireFormat, message: Tensor) -> Tensor:
+        """Every rank's message -> this rank's stripe of the sum, packed: uint8 [ceil(tokens / N), second row bytes].
+
+        Stripes are ceil(tokens / N) neighbouring tokens; the last ones may be shorter, or empty, and are padded.
+        """
+        each = -(-len(message) // self.tp_size)
+        sizes = [max(0, min(each, len(message) - rank * each)) for rank in range(self.tp_size)]
+        mine = sizes[self.tp_rank]
+        received = message.new_empty(self.tp_size * mine, message.shape[1])
+        dist.all_to_all_single(received, message, [mine] * self.tp_size, sizes, group=self.tp_group)
+        stripe = message.new_zeros(each, second.row_bytes)
+        stripe[:mine] = first.requantize(received.view(self.tp_size, mine, first.row_bytes), second)
+        return stripe
 
     def _forward_scatter(self, x: Tensor) -> Tensor:
         """Rank r gets every rank's rows r: one all-to-all of messages, decoded and added in rank order."""
-        size = dist.get_world_size(self.tp_group)
-        shape = (x.shape[0] // size, *x.shape[1:])
-        if not self.low_bit:
-            message = x.to(self._wire_dtype(x)).contiguous()
-            self._count(message, x.numel())
-            total = message.new_empty(shape)
+        shape = (x.shape[0] // self.tp_size, *x.shape[1:])
+        rows = x.reshape(-1, x.shape[-1])
+        if self.first is None:
+            exact = self.exact
+            message = x.to(self._wire_dtype(x)).contiguous() if exact is None else exact.encode(rows, self.tp_rank)
+            self.traffic.count(message, x.numel())
+            total = message.new_empty(len(message) // self.tp_size, *message.shape[1:])
             reduce_scatter(total, message, self.tp_group)
-            return total.to(x.dtype)
-        message = self._pack(x.reshape(-1, x.shape[-1]), self.tp_rank)
-        self._count(message, x.numel())
+            return total.to(x.dtype) if exact is None else exact.decode(total, x.dtype).view(shape)
+        message = self.first.pack(rows, self.tp_rank)
+        self.traffic.count(message, x.numel())
         received = torch.empty_like(message)
         dist.all_to_all_single(received, message, group=self.tp_group)
-        return self._unpack_reduce(received.unflatten(0, (size, -1))).to(x.dtype).view(shape)
+        return self.first.unpack_reduce(received.unflatten(0, (self.tp_size, -1)), x.dtype).view(shape)
 
 
-class HybridGather(_Reducer):
+class HybridGather(nn.Module):
     """All-gather of activations at one site: the other half of sequence parallelism, before a column-parallel linear.
 
-    plan: scale and zero_point [1, E], of the activation itself, which is the same on every rank.
+    codec: of one sender, the activation itself, whose ranges are the same on every rank.
     """
 
-    def __init__(self, plan: SitePlan, tp_group: dist.ProcessGroup):
-        super().__init__(plan)
-        self.tp_group = tp_group
-        if plan.scale.shape[0] != 1:
-            raise LowBitError(f"a plan of one sender's ranges is needed here, not of {plan.scale.shape[0]}")
+    def __init__(self, codec: Codec, tp_group: dist.ProcessGroup):
+        super().__init__()
+        if codec.senders != 1:
+            raise LowBitError(f"a plan of one sender's ranges is needed here, not of {codec.senders}")
+        self.format, self.tp_group, self.traffic = WireFormat(codec), tp_group, Traffic()
 
     def all_gather(self, x: Tensor) -> Tensor:
         """x [length / N, ..., E] -> [length, ..., E] in rank order; the gradient is reduce-scattered, not quantized."""
         return _GatherFromSequenceParallelRegion.apply(x, self)
 
     def _forward(self, x: Tensor) -> Tensor:
-        message = self._pack(x.reshape(-1, x.shape[-1]), 0)
-        self._count(message, x.numel())
+        message = self.format.pack(x.reshape(-1, x.shape[-1]), 0)
+        self.traffic.count(message, x.numel())
         messages = all_gather_stack(message, self.tp_group).flatten(0, 1)
-        return self._unpack_reduce(messages.unsqueeze(0)).to(x.dtype).view(-1, *x.shape[1:])
+        return self.format.unpack_reduce(messages.unsqueeze(0), x.dtype).view(-1, *x.shape[1:])
 
 
 class VirtualReducer(_Reducer):
@@ -186,15 +222,25 @@ class VirtualReducer(_Reducer):
             dtype = self._wire_dtype(x)
             exact = torch.promote_types(dtype, torch.float32)
             total = torch.stack([p.to(dtype) for p in partials]).to(exact).sum(0).to(dtype)
-            self._count(total, x.numel())
+            self.traffic.count(total, x.numel())
             return total.to(x.dtype)
-        if len(partials) != len(self.scale):
+        if self.plan is not None and len(partials) != self.plan.tp_size:
             raise LowBitError(
-                f"the communication plan is for tp_size {len(self.scale)}, there are {len(partials)} shards"
+                f"the communication plan is for tp_size {self.plan.tp_size}, there are {len(partials)} shards"
             )
-        messages = torch.stack([self._pack(p.reshape(-1, x.shape[-1]), rank) for rank, p in enumerate(partials)])
-        self._count(messages[0], x.numel())
-        return self._unpack_reduce(messages).to(x.dtype).view(x.shape)
+        rows = [p.reshape(-1, x.shape[-1]) for p in partials]
+        if self.exact is not None:
+            codes = [self.exact.encode(own, rank) for rank, own in enumerate(rows)]
+            self.traffic.count(codes[0], x.numel())
+            return self.exact.decode(self.exact.add(codes), x.dtype).view(x.shape)
+        assert self.first is not None, "one_shot and two_shot have a first hop"
+        messages = torch.stack([self.first.pack(own, rank) for rank, own in enumerate(rows)])
+        self.traffic.count(messages[0], x.numel())
+        if self.second is None:
+            return self.first.unpack_reduce(messages, x.dtype).view(x.shape)
+        sums = self.first.requantize(messages, self.second)
+        self.traffic.count(sums[: -(-len(sums) // len(partials))])
+        return self.second.unpack_reduce(sums.unsqueeze(0), x.dtype).view(x.shape)
 
 
 class _VirtualReduce(torch.autograd.Function):

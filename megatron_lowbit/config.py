@@ -9,15 +9,16 @@ each field says what it does; these comments are the reference of every command'
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 SchemeName = Literal["none", "W4A16", "W4A8", "W4A4", "W6A6", "W8A8"]
 EngineName = Literal["huggingface", "deepspeed", "megatron"]
-CommMode = Literal["native", "bf16", "one_shot"]
+CommMode = Literal["native", "bf16", "one_shot", "two_shot", "exact_sum"]
 
 
 class LowBitError(Exception):
@@ -73,7 +74,8 @@ class WeightsConfig(_Config):
 class CommConfig(_Config):
     mode: CommMode | None = None
     # native: all-reduce in the model's dtype; bf16: all-reduce of bf16 values; one_shot: all-gather of low-bit
-    # messages, local sum; none: one_shot if the artifact has a plan, else native
+    # messages, local sum; two_shot: all-to-all of them, the sums rounded again and all-gathered; exact_sum: all-reduce
+    # of integers; none: one_shot if the artifact has a plan, else native
     bits: int = Field(4, ge=2, le=8)
     # bits of a feature that does not travel in bf16
     bf16_fraction: float = Field(1 / 64, ge=0, le=1)
@@ -82,6 +84,14 @@ class CommConfig(_Config):
     # which features: those of widest range, or any (the paper's control)
     symmetric: bool = False
     # ranges without a zero point
+    scale: Literal["static", "rank1"] = "static"
+    # static: a feature's calibrated range; rank1: its standard deviation times the token's own range, which is sent
+    allocation: Literal["uniform", "adaptive"] = "uniform"
+    # adaptive: 2 to 8 bits by feature, of the same size over all sites as bits and bf16_fraction would be
+    second_bits: int = Field(8, ge=2, le=8)
+    # two_shot: bits of the sums on their way back
+    carrier_bits: Literal[8, 16] = 8
+    # exact_sum: bits of an integer, of which log2(tp) keep the sum from overflowing
     gather: bool = False
     # sequence parallelism: also calibrate and quantize the all-gather of the normed activation (engine=megatron)
     tp_sizes: tuple[int, ...] = (2, 4, 8)
@@ -267,6 +277,65 @@ class BenchmarkConfig(StageConfig):
     # tokens per forward
 
 
+class BenchmarkCollectivesConfig(StageConfig):
+    """Times all-reduces alone, without a model; of the keys that commands share it has seed, output_dir and wandb."""
+
+    output_dir: str = "runs/benchmark_collectives"
+    comm: CommConfig = CommConfig()
+    # bits and scales of our collectives; the plan is calibrated on random partial sums
+    ranks: tuple[int, ...] = (2, 4, 8)
+    # numbers of processes
+    sizes: tuple[int, ...] = (2**16, 2**20, 2**22, 2**24)
+    # bytes of a bf16 tensor [tokens, 1024] (below 2 KiB: of one token); 64KiB and 1MiB are understood
+    rate: str | None = None
+    # every rank's link, such as 100mbit, 1gbit or 10gbit (needs root, ip and tc); none: loopback
+    algorithms: tuple[Literal["bf16", "fp32", "group32", "one_shot", "two_shot", "exact_sum"], ...] = (
+        *("bf16", "fp32", "group32"),
+        *("one_shot", "two_shot", "exact_sum"),
+    )
+    # bf16, fp32: stock all-reduces, the former always among them; group32: two-shot with dynamic groups of 32 (peers)
+    repeats: int = Field(20, ge=3)
+    # rounds of all algorithms, at most
+    cell_seconds: float = Field(10, gt=0, allow_inf_nan=False)
+    # time for the rounds of one number of ranks and one size; there are at least three rounds
+
+    @field_validator("ranks", "sizes", "algorithms", mode="before")
+    @classmethod
+    def _listed(cls, value: Any, info: ValidationInfo) -> Any:
+        values = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        if info.field_name == "sizes":
+            return [_bytes(size) if isinstance(size, str) else size for size in values]
+        return values
+
+    @field_validator("ranks")
+    @classmethod
+    def _some_ranks(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or any(not 2 <= ranks <= 64 for ranks in value):
+            raise ValueError("give one or more numbers of ranks from 2 to 64")
+        return value
+
+    @field_validator("sizes")
+    @classmethod
+    def _whole_tokens(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or any(size < 64 or size % (64 if size < 2**11 else 2**11) for size in value):
+            raise ValueError("give one or more sizes in multiples of 2KiB (of 64 bytes below that), such as 64KiB")
+        return value
+
+    @field_validator("rate", mode="before")
+    @classmethod
+    def _is_a_rate(cls, value: Any) -> Any:
+        if value is None or value == "none":
+            return None
+        if not re.fullmatch(r"[1-9]\d{0,3}(mbit|gbit)", str(value)):
+            raise ValueError("give a rate such as 100mbit, 1gbit or 10gbit")
+        return value
+
+    @field_validator("algorithms")
+    @classmethod
+    def _with_the_baseline(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(("bf16", *value)))
+
+
 StageT = TypeVar("StageT", bound=StageConfig)
 
 
@@ -301,6 +370,14 @@ def load_config(stage: type[StageT], file: str | None, overrides: list[str]) -> 
         return stage.model_validate(tree)
     except ValidationError as error:
         raise LowBitError(_explain(stage, error)) from None
+
+
+def _bytes(text: str) -> int:
+    """64KiB -> 65536."""
+    match = re.fullmatch(r"(\d+) *(|B|KiB|MiB|GiB)", text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size; write bytes, or 64KiB, 4MiB")
+    return int(match[1]) * {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[match[2]]
 
 
 def _merge(tree: dict[str, Any], given: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""From calibrated ranges to a CommPlan (Dong et al., arXiv 2411.07942).
+"""From calibrated ranges to a CommPlan (Dong et al., arXiv 2411.07942; rank-1 scales and adaptive bits are ours).
 
     range_ij = M_ij - m_ij   (asymmetric)   or   2 max(|m_ij|, |M_ij|)   (symmetric)
     R_j      = sum_i range_ij                            the aggregated range of feature j over the ranks i
@@ -7,17 +7,25 @@
 The k widest features travel in bf16, all others as num_bits codes whose scale and zero point are static: they follow
 from m_ij and M_ij, are known to every rank and never travel. bits per value = b + (16 - b) k / E: 4.1875 at b = 4,
 k = E / 64.
+
+comm.scale=rank1 takes a feature's standard deviation for its scale and sends the token's own range (kernels/hybrid.py).
+comm.allocation=adaptive gives every feature of every site its own bits (allocation.py), of the same total size.
+The sum has ranges of its own, for the second hop of two_shot.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from megatron_lowbit.artifacts import CalibrationStats, CommPlan, SitePlan
+from megatron_lowbit.allocation import allocate_bits
+from megatron_lowbit.artifacts import CalibrationStats, CommPlan, FeatureRange, SitePlan
+from megatron_lowbit.codec import Codec
 from megatron_lowbit.config import CommConfig, LowBitError
+from megatron_lowbit.kernels import BF16_BITS, header_bytes
 from megatron_lowbit.quantizer import qparams_from_range
 
 
@@ -28,28 +36,102 @@ def build_plan(stats: CalibrationStats, tp_size: int, config: CommConfig, seed: 
         raise LowBitError(
             f"the calibration has ranges for tp_size {sizes}, not {tp_size}; set comm.tp_sizes=[{tp_size}]"
         )
+    ranges, sums = dict(sorted(stats.ranges[tp_size].items())), stats.ranges.get(1, {})
+    bits = adaptive_bits(ranges, sums, config) if config.allocation == "adaptive" else {}
     generator = torch.Generator().manual_seed(seed)
     sites = {}
-    for name, r in sorted(stats.ranges[tp_size].items()):
-        features = r.min_vals.shape[1]
-        k = num_bf16(features, config)
+    for name, r in ranges.items():
+        chosen = None
         if config.selection == "random":
-            chosen = torch.randperm(features, generator=generator)[:k]
-        else:
-            chosen = widest_features(aggregated_range(r.min_vals, r.max_vals, config.symmetric), k)
-        scale, zero_point = qparams_from_range(r.min_vals, r.max_vals, config.bits, config.symmetric)
-        sites[name] = SitePlan(scale, zero_point, chosen.sort().values, config.bits)
+            features = r.min_vals.shape[1]
+            chosen = torch.randperm(features, generator=generator)[: num_bf16(features, config)]
+        sites[name] = site_plan(r, sums.get(name), config, chosen, bits.get(name))
     gathers = {}
     if config.gather:
-        inputs = {name: r for name, r in sorted(stats.ranges[1].items()) if name not in sites}
+        inputs = {name: r for name, r in sorted(sums.items()) if name not in sites}
         if not inputs:
             raise LowBitError("the calibration has no ranges for the all-gather; calibrate with comm.gather=true")
-        for name, r in inputs.items():
-            k = num_bf16(r.min_vals.shape[1], config)
-            chosen = widest_features(aggregated_range(r.min_vals, r.max_vals, config.symmetric), k)
-            scale, zero_point = qparams_from_range(r.min_vals, r.max_vals, config.bits, config.symmetric)
-            gathers[name] = SitePlan(scale, zero_point, chosen.sort().values, config.bits)
+        gathers = {name: codec_of(r, config, uniform_bits(r, config, config.bits)) for name, r in inputs.items()}
     return CommPlan(sites, tp_size, stats.fingerprint, describe(config), gathers)
+
+
+def site_plan(
+    ranges: FeatureRange,
+    sums: FeatureRange | None,
+    config: CommConfig,
+    chosen: Tensor | None = None,
+    bits: Tensor | None = None,
+) -> SitePlan:
+    """ranges: of each rank's partial sums; sums: of their sum. chosen: the bf16 features, None for the widest.
+    bits: of each feature, None for uniform ones."""
+    if bits is None:
+        bits = uniform_bits(ranges, config, config.bits, chosen)
+    second = None if sums is None else codec_of(sums, config, uniform_bits(sums, config, config.second_bits))
+    half = (ranges.max_vals / 2 - ranges.min_vals / 2).amax(0)
+    center = ranges.max_vals / 2 + ranges.min_vals / 2
+    return SitePlan(codec_of(ranges, config, bits), second, center, half, config.carrier_bits)
+
+
+def synthetic_plan(partials: Tensor, config: CommConfig) -> SitePlan:
+    """The plan that calibrating on these partial sums alone would give: float [ranks, tokens, E]."""
+    return site_plan(_observed(partials), _observed(partials.sum(0, keepdim=True)), config)
+
+
+def _observed(x: Tensor) -> FeatureRange:
+    exact = x.double()
+    std = exact.std(1, correction=0) if x.shape[1] else exact.new_zeros(x.shape[0], x.shape[2])
+    return FeatureRange(x.amin(1).float(), x.amax(1).float(), exact.mean(1).float(), std.float())
+
+
+def codec_of(ranges: FeatureRange, config: CommConfig, bits: Tensor) -> Codec:
+    """How values with these ranges travel; bits: uint8 [E]."""
+    if config.scale == "rank1":
+        if ranges.mean is None or ranges.std is None:
+            raise LowBitError(
+                "the calibration has no standard deviations, which comm.scale=rank1 needs; calibrate again"
+            )
+        scale = torch.where(ranges.std > torch.finfo(torch.float32).tiny, ranges.std, 1.0)
+        return Codec(scale, -ranges.mean / scale, bits, rank1=True)
+    scale, zero_point = torch.zeros_like(ranges.min_vals), torch.zeros_like(ranges.min_vals)
+    for width in bits.unique().tolist():
+        own = bits == width
+        pair = qparams_from_range(
+            ranges.min_vals[:, own],
+            ranges.max_vals[:, own],
+            config.bits if width == BF16_BITS else width,
+            config.symmetric,
+        )
+        scale[:, own], zero_point[:, own] = pair
+    return Codec(scale, zero_point, bits)
+
+
+def uniform_bits(ranges: FeatureRange, config: CommConfig, num_bits: int, chosen: Tensor | None = None) -> Tensor:
+    """uint8 [E]: 16 for the widest features (or the chosen ones), num_bits for all others."""
+    features = ranges.min_vals.shape[1]
+    if chosen is None:
+        aggregated = aggregated_range(ranges.min_vals, ranges.max_vals, config.symmetric)
+        chosen = widest_features(aggregated, num_bf16(features, config))
+    bits = torch.full((features,), num_bits, dtype=torch.uint8)
+    bits[chosen] = BF16_BITS
+    return bits
+
+
+def adaptive_bits(
+    ranges: Mapping[str, FeatureRange], sums: Mapping[str, FeatureRange], config: CommConfig
+) -> dict[str, Tensor]:
+    """{site: uint8 [E]} of all sites under one budget: what `bits` and `bf16_fraction` would send."""
+    weights, budget, header = {}, 0.0, 8 * header_bytes([config.bits, 1], config.scale == "rank1")
+    for name, r in ranges.items():
+        features = r.min_vals.shape[1]
+        spread = r.std if config.scale == "rank1" and r.std is not None else r.max_vals - r.min_vals
+        total = sums.get(name)
+        # A site's error counts by the energy of its sum: what the layers after it hear is the ratio.
+        energy = 1.0
+        if total is not None and total.std is not None and total.mean is not None:
+            energy = (total.std.double().square() + total.mean.double().square()).sum().item() or 1.0
+        weights[name] = spread.double().square().sum(0) / energy
+        budget += config.bits * features + (BF16_BITS - config.bits) * num_bf16(features, config) - header
+    return allocate_bits(weights, budget)
 
 
 def num_bf16(features: int, config: CommConfig) -> int:
@@ -70,8 +152,11 @@ def widest_features(aggregated: Tensor, k: int) -> Tensor:
 
 
 def describe(config: CommConfig) -> str:
-    """What the collective is called in results: int4, random int4/bf16 or hybrid int4/bf16."""
+    """What the collective is called in results: int4, random int4/bf16, hybrid int4/bf16, rank-1 tiered and so on."""
+    scale = "rank-1 " if config.scale == "rank1" else ""
+    if config.allocation == "adaptive":
+        return f"{scale}tiered int{config.bits}"
     if config.bf16_fraction == 0:
-        return f"int{config.bits}"
+        return f"{scale}int{config.bits}"
     kind = "random" if config.selection == "random" else "hybrid"
-    return f"{kind} int{config.bits}/bf16"
+    return f"{scale}{kind} int{config.bits}/bf16"

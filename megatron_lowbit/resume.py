@@ -20,14 +20,12 @@ from megatron_lowbit.artifacts import (
     CalibrationStats,
     CheckpointPart,
     FeatureRange,
-    ensure_writable,
     merge_parts,
-    read_json,
     remove_leftovers,
     verify_files,
-    write_json,
 )
 from megatron_lowbit.config import LowBitError, QuantizeConfig, defaults
+from megatron_lowbit.files import ensure_writable, read_json, write_json
 
 _FREE_KEYS = ("output_dir", "wandb", "dry_run", "architecture")  # may differ when a run is resumed
 

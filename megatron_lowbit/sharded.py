@@ -172,7 +172,8 @@ class ShardedLinear(nn.Module):
         if self.observer is not None:
             self.observer(parts)
         if self.quantized and self.reducer is not None:
-            ranks = len(self.reducer.scale)
+            assert self.reducer.plan is not None, "training runs through a plan's collective"
+            ranks = self.reducer.plan.tp_size
             each = len(parts) // ranks
             return self.reducer.all_reduce([ordered_sum(parts[r * each : (r + 1) * each], None) for r in range(ranks)])
         return ordered_sum(parts, None)

@@ -38,6 +38,13 @@ def two_ranks():
 
 
 @pytest.fixture(scope="session")
+def three_ranks():
+    pool = RankPool(3)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
 def four_ranks():
     pool = RankPool(4)
     yield pool

@@ -222,7 +222,7 @@ def gathers(rank: int, size: int, artifact: Artifact) -> dict[str, Any]:
 
                 def rounded(module: Any, args: tuple[Tensor], site: Any = site) -> tuple[Tensor]:
                     (x,) = args
-                    codes = (torch.round(x / site.scale[0]) + site.zero_point[0]).clamp(0, 15)
+                    codes = torch.round(x * site.scale[0].reciprocal() + site.zero_point[0]).clamp(0, 15)
                     y = (codes - site.zero_point[0]) * site.scale[0]
                     y[..., site.bf16_idx] = x[..., site.bf16_idx].bfloat16().float()
                     return (y,)

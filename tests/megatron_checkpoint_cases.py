@@ -68,8 +68,7 @@ def traits(model: Any) -> dict[str, Any]:
             "linear": str(linear),
             "branch": getattr(linear, "lora_a", None) is not None,
             "reassembly": getattr(linear, "reassembly", None) is not None,
-            "sent": None if plan is None else [t.tolist() for t in (plan.scale, plan.zero_point, plan.bf16_idx)],
-            "bits": None if plan is None else plan.num_bits,
+            "sent": None if plan is None else {name: t.tolist() for name, t in plan.tensors().items()},
             "gathered": getattr(layer, "gather", None) is not None,
         }
     for name, module in model.named_modules():

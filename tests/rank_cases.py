@@ -18,7 +18,7 @@ from torch import distributed as dist
 
 from megatron_lowbit.artifacts import SitePlan
 from megatron_lowbit.collectives import HybridReducer
-from megatron_lowbit.config import LowBitError
+from megatron_lowbit.config import CommMode, LowBitError
 
 
 def echo(rank: int, size: int, value: Any) -> Any:
@@ -51,9 +51,11 @@ def environment(rank: int, size: int) -> dict[str, Any]:
     }
 
 
-def all_reduce(rank: int, size: int, plan: SitePlan | None, partials: Tensor, views: str = "plain") -> dict[str, Any]:
+def all_reduce(
+    rank: int, size: int, plan: SitePlan | None, partials: Tensor, views: str = "plain", mode: CommMode | None = None
+) -> dict[str, Any]:
     """HybridReducer on this rank's `partials[rank]`: the sum, and what was handed to torch.distributed meanwhile."""
-    reducer = HybridReducer(plan, dist.group.WORLD)
+    reducer = HybridReducer(plan, dist.group.WORLD, mode)
     x = partials[rank]
     if views == "transposed":  # the same values, column by column in memory
         x = x.t().contiguous().t()
@@ -71,11 +73,13 @@ def all_reduce(rank: int, size: int, plan: SitePlan | None, partials: Tensor, vi
     }
 
 
-def all_reduce_gradient(rank: int, size: int, plan: SitePlan, partials: Tensor) -> tuple[Tensor, Tensor | None]:
+def all_reduce_gradient(
+    rank: int, size: int, plan: SitePlan, partials: Tensor, mode: CommMode | None = None
+) -> tuple[Tensor, Tensor | None]:
     """(upstream gradient, gradient of this rank's partial sums)."""
     x = partials[rank].clone().requires_grad_()
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(rank))
-    HybridReducer(plan, dist.group.WORLD).all_reduce(x).backward(upstream)
+    HybridReducer(plan, dist.group.WORLD, mode).all_reduce(x).backward(upstream)
     return upstream, x.grad
 
 

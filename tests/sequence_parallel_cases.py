@@ -12,8 +12,9 @@ from torch import distributed as dist
 
 from megatron_lowbit.artifacts import CalibrationStats, SitePlan
 from megatron_lowbit.calibrate import calibrate
+from megatron_lowbit.codec import Codec
 from megatron_lowbit.collectives import HybridGather, HybridReducer
-from megatron_lowbit.config import LowBitError
+from megatron_lowbit.config import CommMode, LowBitError
 from megatron_lowbit.launch.engine import share_of_batch
 
 
@@ -26,11 +27,11 @@ def scatter(
     size: int,
     plan: SitePlan | None,
     partials: Tensor,
-    dtype: torch.dtype | None = None,
+    mode: CommMode | None = None,
     strided: bool = False,
 ) -> dict[str, Any]:
     """This rank's share of the sum of partials [ranks, length, ..., E], and the whole of it by all_reduce."""
-    reducer, whole = (HybridReducer(plan, dist.group.WORLD, dtype) for _ in range(2))
+    reducer, whole = (HybridReducer(plan, dist.group.WORLD, mode) for _ in range(2))
     x = partials[rank]
     if strided:  # the same values, the last dimension first in memory
         x = x.movedim(-1, 0).contiguous().movedim(0, -1)
@@ -56,7 +57,7 @@ def scatter_gradient(rank: int, size: int, plan: SitePlan | None, partials: Tens
     return upstream, x.grad
 
 
-def gather(rank: int, size: int, plan: SitePlan, x: Tensor) -> dict[str, Any]:
+def gather(rank: int, size: int, plan: Codec, x: Tensor) -> dict[str, Any]:
     """All ranks' shares of x [length, ..., E] together again, and the gradient of this rank's share."""
     layer = HybridGather(plan, dist.group.WORLD)
     mine = x.chunk(size)[rank].clone().requires_grad_()
@@ -75,7 +76,7 @@ def gather(rank: int, size: int, plan: SitePlan, x: Tensor) -> dict[str, Any]:
     }
 
 
-def wrong_plans(rank: int, size: int, scatter_plan: SitePlan, gather_plan: SitePlan) -> list[str]:
+def wrong_plans(rank: int, size: int, scatter_plan: SitePlan, gather_plan: Codec) -> list[str]:
     messages = []
     for kind, plan in ((HybridReducer, scatter_plan), (HybridGather, gather_plan)):
         try:

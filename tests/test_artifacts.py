@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_lowbit import artifacts
 from megatron_lowbit.artifacts import (
     Artifact,
     CalibrationStats,
@@ -18,11 +17,11 @@ from megatron_lowbit.artifacts import (
     LowBitCheckpoint,
     SitePlan,
     check_fingerprint,
-    ensure_writable,
     model_fingerprint,
-    write_json,
 )
+from megatron_lowbit.codec import Codec
 from megatron_lowbit.config import LowBitError, WeightsConfig
+from megatron_lowbit.files import ensure_writable, write_json
 from megatron_lowbit.quantizer import QuantizedWeight, Scheme
 from megatron_lowbit.rounding import quantize_model
 
@@ -36,17 +35,25 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def make_stats() -> CalibrationStats:
     def ranges(size: int) -> dict[str, FeatureRange]:
-        return {site: FeatureRange(normal(size, 5), normal(size, 5, seed=1)) for site in (SITE, "model.tp2.o_proj")}
+        return {
+            SITE: FeatureRange(*(normal(size, 5, seed=seed) for seed in range(4))),
+            "model.tp2.o_proj": FeatureRange(normal(size, 5), normal(size, 5, seed=1)),
+        }
 
     return CalibrationStats({size: ranges(size) for size in (1, 2, 8)}, FINGERPRINT)
 
 
 def make_plan(size: int = 2) -> CommPlan:
     sites = {
-        SITE: SitePlan(normal(size, 5), normal(size, 5, seed=1).round(), torch.tensor([1, 4]), 4),
-        "o_proj": SitePlan(normal(size, 3), torch.zeros(size, 3), torch.empty(0, dtype=torch.int64), 8),
+        SITE: SitePlan(codec(size, [4, 16, 4, 4, 16]), codec(1, [8] * 5), normal(size, 5), normal(5).abs(), 16),
+        "o_proj": SitePlan(codec(size, [8, 2, 3], rank1=True), None, normal(size, 3), normal(3).abs()),
     }
-    return CommPlan(sites, size, FINGERPRINT, "hybrid int4/bf16")
+    return CommPlan(sites, size, FINGERPRINT, "hybrid int4/bf16", {"q_proj": codec(1, [4, 4, 16])})
+
+
+def codec(senders: int, bits: list[int], rank1: bool = False) -> Codec:
+    qparams = normal(senders, len(bits)), normal(senders, len(bits), seed=1).round()
+    return Codec(*qparams, torch.tensor(bits, dtype=torch.uint8), rank1)
 
 
 def make_checkpoint() -> LowBitCheckpoint:
@@ -72,8 +79,10 @@ def test_calibration_stats_round_trip(tmp_path):
     }
     for size, sites in stats.ranges.items():
         for site, ranges in sites.items():
-            assert_same(loaded.ranges[size][site].min_vals, ranges.min_vals)
-            assert_same(loaded.ranges[size][site].max_vals, ranges.max_vals)
+            found = loaded.ranges[size][site].tensors()
+            assert found.keys() == ranges.tensors().keys() and len(found) == (4 if site == SITE else 2)
+            for name, tensor in ranges.tensors().items():
+                assert_same(found[name], tensor)
 
 
 def test_comm_plan_round_trip(tmp_path):
@@ -81,11 +90,15 @@ def test_comm_plan_round_trip(tmp_path):
     plan.save(tmp_path)
     loaded = CommPlan.load(tmp_path, 2)
     assert (loaded.tp_size, loaded.fingerprint, loaded.description) == (2, plan.fingerprint, plan.description)
-    assert loaded.sites.keys() == plan.sites.keys()
-    for name, site in plan.sites.items():
-        assert loaded.sites[name].num_bits == site.num_bits
-        for field in ("scale", "zero_point", "bf16_idx"):
-            assert_same(getattr(loaded.sites[name], field), getattr(site, field))
+    assert loaded.sites.keys() == plan.sites.keys() and loaded.gathers.keys() == plan.gathers.keys()
+    for stored, found in ((plan.sites, loaded.sites), (plan.gathers, loaded.gathers)):
+        for name, site in stored.items():
+            assert found[name].tensors().keys() == site.tensors().keys()
+            for leaf, tensor in site.tensors().items():
+                assert_same(found[name].tensors()[leaf], tensor)
+    site, other = loaded.sites[SITE], loaded.sites["o_proj"]
+    assert (site.carrier_bits, site.first.rank1, site.tp_size) == (16, False, 2) and site.second is not None
+    assert other.second is None and other.first.rank1 and other.first.bits.tolist() == [8, 2, 3]
 
 
 def test_checkpoint_round_trip(tmp_path):
@@ -108,7 +121,7 @@ def test_artifact_loads_what_the_folder_holds(tmp_path):
         make_plan(size).save(tmp_path)
     plans_only = Artifact.load(tmp_path)
     assert plans_only.checkpoint is None and sorted(plans_only.plans) == [2, 8]
-    assert plans_only.plan(8).sites[SITE].scale.shape == (8, 5)
+    assert plans_only.plan(8).sites[SITE].first.scale.shape == (8, 5)
     make_checkpoint().save(tmp_path)
     both = Artifact.load(str(tmp_path))
     assert both.checkpoint is not None and sorted(both.plans) == [2, 8] and both.folder == tmp_path
@@ -199,7 +212,7 @@ def test_other_format(tmp_path, make, load, stem):
     make().save(tmp_path)
     path = tmp_path / f"{stem}.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(LowBitError, match="has format 99; this version reads 2"):
+    with pytest.raises(LowBitError, match="has format 99; this version reads 3"):
         load(tmp_path)
 
 
@@ -314,7 +327,7 @@ def test_a_failed_write_leaves_nothing_new(tmp_path, monkeypatch, make, load, st
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(artifacts.os, "replace", full_disk)
+    monkeypatch.setattr("megatron_lowbit.files.os.replace", full_disk)
     with pytest.raises(LowBitError, match=f"cannot write .*{stem}.*No space left"):
         make().save(tmp_path)
     # The JSON comes last, so without it there is no artifact, whatever else is there.
@@ -332,7 +345,7 @@ def test_a_failed_write_keeps_the_old_artifact(tmp_path, monkeypatch):
     def broken(*args):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(artifacts.os, "replace", broken)
+    monkeypatch.setattr("megatron_lowbit.files.os.replace", broken)
     with pytest.raises(LowBitError, match="Input/output error"):
         CommPlan(make_plan().sites, 2, FINGERPRINT, "another").save(tmp_path)
     assert files(tmp_path) == before

@@ -96,7 +96,7 @@ _DAMAGE = {
     "lost-plan": lambda f: (f / "comm_plan_tp2.safetensors").unlink(),
     "cut-plan-json": lambda f: _cut(f / "comm_plan_tp2.json"),
     "list-plan-json": lambda f: (f / "comm_plan_tp2.json").write_text("[1, 2]"),
-    "short-plan-json": lambda f: _edit(f / "comm_plan_tp2.json", num_bits=None),
+    "short-plan-json": lambda f: _edit(f / "comm_plan_tp2.json", sites=None),
     "renamed-plan": lambda f: [p.rename(f / p.name.replace("tp2", "tp4")) for p in f.glob("comm_plan_tp2.*")],
     "cut-checkpoint": lambda f: _cut(f / "lowbit.safetensors"),
     "flipped-checkpoint": lambda f: _flip(f / "lowbit.safetensors"),

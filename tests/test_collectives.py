@@ -32,7 +32,7 @@ def make_plan(partials: Tensor, num_bf16: int, num_bits: int = 4) -> SitePlan:
     ranges = {"site": FeatureRange(partials.amin(1) - margin, partials.amax(1) + margin)}
     config = CommConfig(bits=num_bits, bf16_fraction=num_bf16 / features)
     plan = build_plan(CalibrationStats({ranks: ranges}, {}), ranks, config).sites["site"]
-    assert len(plan.bf16_idx) == num_bf16
+    assert len(plan.first.bf16_idx) == num_bf16
     return plan
 
 
@@ -45,9 +45,9 @@ def error_bound(partials: Tensor, plan: SitePlan) -> Tensor:
     magnitude = partials.double().abs().sum(0)
     # A zero point is rounded too, so a code at the very end of the range may lie half a step outside 0..15 and be
     # clamped: the same half step, not one more.
-    bound = (plan.scale.double().sum(0) / 2).expand_as(magnitude).clone()
-    bound[:, plan.bf16_idx] = BF16_ROUNDING * magnitude[:, plan.bf16_idx]
-    return bound + FLOAT32_ROUNDING * magnitude + FLOAT32_ROUNDING * plan.scale.double().sum(0)
+    bound = (plan.first.scale.double().sum(0) / 2).expand_as(magnitude).clone()
+    bound[:, plan.first.bf16_idx] = BF16_ROUNDING * magnitude[:, plan.first.bf16_idx]
+    return bound + FLOAT32_ROUNDING * magnitude + FLOAT32_ROUNDING * plan.first.scale.double().sum(0)
 
 
 def virtual_sum(partials: Tensor, plan: SitePlan | None) -> Tensor:
@@ -93,7 +93,7 @@ def test_rounding_is_as_coarse_as_its_bits(two_ranks):
         error = two_ranks.run(rank_cases.all_reduce, plan, partials)[0]["y"].double() - exact_sum(partials)
         # Rounding of two ranks is uniform on one step each: variance (s0^2 + s1^2) / 12. Over 25,600 values the
         # estimate of a variance is within 2 %; 10 % is allowed.
-        expected = plan.scale.double().square().sum(0) / 12
+        expected = plan.first.scale.double().square().sum(0) / 12
         assert (error.square().mean(0) / expected).mean().item() == pytest.approx(1.0, abs=0.1)
 
 
@@ -150,7 +150,7 @@ def test_bytes_handed_to_torch_distributed(request, size, tokens, features, num_
     pool = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[size])
     partials = partial_sums(size, tokens, features)
     plan = make_plan(partials, num_bf16)
-    expected = tokens * (2 * num_bf16 + -(-(features - num_bf16) // 2))
+    expected = tokens * ((num_bf16 == 0) + 2 * num_bf16 + -(-(features - num_bf16) // 2))
     for rank in pool.run(rank_cases.all_reduce, plan, partials):
         # One call and no other: scales and zero points are static and never travel.
         ((name, sent, dtype),) = rank["calls"]
@@ -179,25 +179,25 @@ def test_values_beyond_the_calibrated_range_saturate(two_ranks):
     louder = 3 * partials
     y = two_ranks.run(rank_cases.all_reduce, plan, louder)[0]["y"].double()
     low = torch.ones(128, dtype=torch.bool)
-    low[plan.bf16_idx] = False
+    low[plan.first.bf16_idx] = False
     # Codes 0 and 15 of every rank are the least and the most that a sum can be.
-    least = ((0 - plan.zero_point.double()) * plan.scale.double()).sum(0)
-    most = ((15 - plan.zero_point.double()) * plan.scale.double()).sum(0)
+    least = ((0 - plan.first.zero_point.double()) * plan.first.scale.double()).sum(0)
+    most = ((15 - plan.first.zero_point.double()) * plan.first.scale.double()).sum(0)
     slack = FLOAT32_ROUNDING * (least.abs() + most.abs())
     assert ((y >= least - slack) & (y <= most + slack))[:, low].all()
     assert (exact_sum(louder)[:, low] > most[low]).any(), "nothing saturated"
-    wide = (y - exact_sum(louder))[:, plan.bf16_idx].abs()
-    assert (wide <= 2 * BF16_ROUNDING * louder.double().abs().sum(0)[:, plan.bf16_idx]).all()
+    wide = (y - exact_sum(louder))[:, plan.first.bf16_idx].abs()
+    assert (wide <= 2 * BF16_ROUNDING * louder.double().abs().sum(0)[:, plan.first.bf16_idx]).all()
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_nan_and_inf_reach_every_rank(two_ranks, poison):
     partials = partial_sums(2, 5, 128)
     plan = make_plan(partials, 2)
-    low_feature = max(f for f in range(128) if f not in plan.bf16_idx.tolist())
+    low_feature = max(f for f in range(128) if f not in plan.first.bf16_idx.tolist())
     partials[1, 3, low_feature] = poison
     for rank in two_ranks.run(rank_cases.all_reduce, plan, partials):
-        assert rank["y"][3, plan.bf16_idx].isnan().all(), "a broken token travels as if nothing had happened"
+        assert rank["y"][3, plan.first.bf16_idx].isnan().all(), "a broken token travels as if nothing had happened"
         assert rank["y"][[0, 1, 2, 4]].isfinite().all()
 
 

@@ -51,7 +51,9 @@ def test_calibrate_writes_a_plan_per_size(chain):
     assert artifact.checkpoint is None and sorted(artifact.plans) == [2, 4, 8]
     for size, plan in artifact.plans.items():
         assert set(plan.sites) == SITES
-        assert all(site.scale.shape == (size, 128) and len(site.bf16_idx) == 2 for site in plan.sites.values())
+        assert all(
+            site.first.scale.shape == (size, 128) and len(site.first.bf16_idx) == 2 for site in plan.sites.values()
+        )
     for size, row in zip((2, 4, 8), results(chain / "plans", "calibrate")["rows"], strict=True):
         assert row == {"name": f"tp{size}", "tp_size": size, "sites": 12, "communication": "hybrid int4/bf16"}
 

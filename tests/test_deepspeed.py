@@ -153,8 +153,8 @@ def test_calibration_on_real_ranks_equals_virtual_calibration(two_ranks, archite
         for size in (2, 4):
             plan, reference = (build_plan(s, size, CommConfig(bf16_fraction=1 / 8)) for s in (stats, expected))
             for name in SITES:
-                assert len(plan.sites[name].bf16_idx) == 8
-                assert torch.equal(plan.sites[name].bf16_idx, reference.sites[name].bf16_idx)
+                assert len(plan.sites[name].first.bf16_idx) == 8
+                assert torch.equal(plan.sites[name].first.bf16_idx, reference.sites[name].first.bf16_idx)
     for size, sites in ranks[0].ranges.items():
         for name, measured in sites.items():
             other = ranks[1].ranges[size][name]

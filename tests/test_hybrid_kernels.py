@@ -22,6 +22,12 @@ SHAPES = [  # tokens, features, bf16 features
 ]
 
 
+def tiers(features: int, num_bf16: int, bits: int) -> list[int]:
+    """[bits, count, ...] of the paper's two tiers; none that is empty."""
+    pairs = [(16, num_bf16), (bits, features - num_bf16)]
+    return [number for pair in pairs if pair[1] for number in pair]
+
+
 class Ranks:
     """Partial sums x [ranks, tokens, features] with the static qparams of their own range per rank and feature."""
 
@@ -37,16 +43,18 @@ class Ranks:
         scale, zero_point = qparams_from_range(low, high, bits, symmetric)
         self.scale, self.zero_point = scale[:, self.low_idx], zero_point[:, self.low_idx]
         self.bits = bits
+        self.order = torch.cat([self.bf16_idx, self.low_idx])
+        self.wire = scale[:, self.order], zero_point[:, self.order]  # in the order of the wire
+        self.format = self.order, tiers(features, num_bf16, bits), False
 
     def pack(self, x: torch.Tensor | None = None) -> torch.Tensor:
         """[ranks, tokens, row_bytes]"""
         x = self.x if x is None else x
-        ranks = zip(x, self.scale, self.zero_point, strict=True)
-        return torch.stack([kernels.hybrid_pack(*rank, self.bf16_idx, self.low_idx, self.bits) for rank in ranks])
+        ranks = zip(x, *self.wire, strict=True)
+        return torch.stack([kernels.hybrid_pack(*rank, *self.format)[0] for rank in ranks])
 
     def reduce(self, messages: torch.Tensor) -> torch.Tensor:
-        qparams = (self.scale, self.zero_point)
-        return kernels.hybrid_unpack_reduce(messages, *qparams, self.bf16_idx, self.low_idx, self.bits)
+        return kernels.hybrid_unpack_reduce(messages, *self.wire, *self.format, torch.float32)
 
     def exact_codes(self) -> tuple[np.ndarray, np.ndarray]:
         """(codes of the low-bit features in float64 arithmetic, where float32 might round to the other neighbour)"""
@@ -54,8 +62,9 @@ class Ranks:
         scale, zero = scale[:, None], zero[:, None]
         codes = oracles.quantize(low, scale, zero, self.bits)
         quotient = low / scale
-        # One float32 division moves a quotient by at most EPS32 of itself.
-        tie = abs(abs(quotient - np.floor(quotient)) - 0.5) <= oracles.EPS32 * abs(quotient)
+        # A float32 reciprocal, a product and a sum move a quotient by at most 3 EPS32 of what is added.
+        reach = 3 * oracles.EPS32 * (abs(quotient) + abs(zero))
+        tie = abs(abs(quotient - np.floor(quotient)) - 0.5) <= reach
         return codes.astype(int), tie
 
     def exact_rows(self) -> list[list[bytes]]:
@@ -63,8 +72,9 @@ class Ranks:
         codes, tie = self.exact_codes()
         assert not tie.any()
         exact = oracles.bf16_bits(self.x[..., self.bf16_idx].numpy()).astype("<u2")
+        header = b"" if len(self.bf16_idx) else b"\0"  # no NaN or Inf
         return [
-            [values.tobytes() + oracles.pack_row(row, self.bits) for values, row in zip(*rank, strict=True)]
+            [header + values.tobytes() + oracles.pack_row(row, self.bits) for values, row in zip(*rank, strict=True)]
             for rank in zip(exact, codes.tolist(), strict=True)
         ]
 
@@ -85,7 +95,7 @@ def test_message_bytes_match_the_oracle(tokens, features, num_bf16, bits, symmet
     ranks = Ranks(2, tokens, features, num_bf16, bits, symmetric)
     messages = ranks.pack()
     assert messages.dtype == torch.uint8
-    assert messages.shape == (2, tokens, kernels.hybrid_row_bytes(features, num_bf16, bits))
+    assert messages.shape == (2, tokens, kernels.hybrid_row_bytes(tiers(features, num_bf16, bits), False))
     assert [[bytes(row) for row in rank] for rank in messages.tolist()] == ranks.exact_rows()
 
 
@@ -106,11 +116,11 @@ def test_sum_matches_the_oracle(tokens, features, num_bf16, size):
 def test_row_bytes_at_four_bits(features, fraction):
     k = int(features * fraction)
     low = features - k
-    assert kernels.hybrid_row_bytes(features, k, 4) == 2 * k + math.ceil(low / 2)
+    assert kernels.hybrid_row_bytes(tiers(features, k, 4), False) == (k == 0) + 2 * k + math.ceil(low / 2)
 
 
 def test_bits_per_value_of_the_paper():
-    assert 8 * kernels.hybrid_row_bytes(4096, 4096 // 64, 4) / 4096 == 4.1875
+    assert 8 * kernels.hybrid_row_bytes(tiers(4096, 4096 // 64, 4), False) / 4096 == 4.1875
 
 
 @pytest.mark.parametrize("size", (1, 2, 8))
@@ -141,9 +151,10 @@ def test_values_beyond_the_range_saturate():
     low, high = torch.tensor([-3.0, 2.0, -5.0]), torch.tensor([12.0, 5.0, -2.0])
     scale, zero_point = qparams_from_range(low, high, 4)
     x = torch.tensor([[1e4, 1e4, 1e4], [-1e4, -1e4, -1e4], [3e38, 3e38, 3e38], [-3e38, -3e38, -3e38]])
-    none, all_low = torch.empty(0, dtype=torch.int64), torch.arange(3)
-    message = kernels.hybrid_pack(x, scale, zero_point, none, all_low, 4)
-    result = kernels.hybrid_unpack_reduce(message[None], scale[None], zero_point[None], none, all_low, 4)
+    format = torch.arange(3), [4, 3], False
+    message, saturated = kernels.hybrid_pack(x, scale, zero_point, *format)
+    result = kernels.hybrid_unpack_reduce(message[None], scale[None], zero_point[None], *format, torch.float32)
+    assert saturated.tolist() == [12]
     # scales 1, 0.2, 0.2 and zero points 3, -10, 25: code 0 and code 15 stand for these.
     expected = torch.tensor([[12.0, 5.0, -2.0], [-3.0, 2.0, -5.0]]).repeat(2, 1)
     torch.testing.assert_close(result, expected, rtol=4 * oracles.EPS32, atol=0)
@@ -195,7 +206,88 @@ def test_a_feature_of_constant_range_is_exact():
     """min = max: scale 1 and zero point -value, so the value comes back bit for bit."""
     value = torch.tensor([0.0, 0.3, -100.4, 1e30])
     scale, zero_point = qparams_from_range(value, value, 4)
-    none, all_low = torch.empty(0, dtype=torch.int64), torch.arange(4)
-    message = kernels.hybrid_pack(value[None], scale, zero_point, none, all_low, 4)
-    result = kernels.hybrid_unpack_reduce(message[None], scale[None], zero_point[None], none, all_low, 4)
-    assert torch.equal(result[0], value)
+    format = torch.arange(4), [4, 4], False
+    message, saturated = kernels.hybrid_pack(value[None], scale, zero_point, *format)
+    result = kernels.hybrid_unpack_reduce(message[None], scale[None], zero_point[None], *format, torch.float32)
+    assert torch.equal(result[0], value) and saturated.tolist() == [0]
+
+
+@pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
+@pytest.mark.parametrize(("widths", "rank1"), [([4, 12], False), ([4, 12], True), ([16, 3, 4, 9], True)])
+def test_where_no_bf16_feature_carries_it_the_header_does(bad, widths, rank1):
+    """Every feature of that token is NaN, and no other token is touched."""
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+    x[2, 4] = bad
+    scale, zero = torch.full((12,), 0.5), torch.full((12,), 8.0)
+    message, _ = kernels.hybrid_pack(x, scale, zero, torch.arange(12), widths, rank1)
+    y = kernels.hybrid_unpack_reduce(message[None], scale[None], zero[None], torch.arange(12), widths, rank1, x.dtype)
+    assert y[2].isnan().all() and y[[0, 1, 3, 4]].isfinite().all()
+
+
+# Tiers of other widths, and the token's own range
+
+
+TIERS = [[8, 4, 5, 8, 4, 5, 3, 8, 2, 3], [16, 3, 6, 8, 4, 17], [3, 8, 2, 20], [8, 28], [16, 28]]
+
+
+def tiered(seed: int, widths: list[int], ranks: int = 3, tokens: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x float32 [ranks, tokens, E], order int64 [E]): features and tokens of very different size."""
+    generator = torch.Generator().manual_seed(seed)
+    features = sum(widths[1::2])
+    x = torch.randn(ranks, tokens, features, generator=generator)
+    x *= torch.exp(torch.randn(ranks, 1, features, generator=generator))
+    x *= torch.exp(2 * torch.randn(ranks, tokens, 1, generator=generator))
+    return x, torch.randperm(features, generator=generator)
+
+
+@pytest.mark.parametrize("widths", TIERS)
+@pytest.mark.parametrize("rank1", (False, True))
+def test_every_value_is_within_half_a_step(widths, rank1):
+    """static: a step of the feature's range over 2^b - 1; rank-1: of the token's own range times the feature's size."""
+    x, order = tiered(len(widths), widths)
+    bits = torch.empty(len(order), dtype=torch.int64)
+    bits[order] = torch.cat([torch.full((n,), b) for b, n in zip(widths[::2], widths[1::2], strict=True)])
+    if rank1:
+        scale = x.std(1)
+        zero = -x.mean(1) / scale
+        normed = x.double() / scale[:, None] + zero[:, None]
+        coded = normed[..., bits < 16] if (bits < 16).any() else normed.new_zeros(*normed.shape[:2], 1)
+        step = (coded.amax(2) - coded.amin(2))[..., None] * scale[:, None].double()
+        # Both ends of the token's range travel as bf16, so the codes' grid may end that much before it.
+        slack = 2**-8 * (coded.abs().amax(2)[..., None] * 3) * scale[:, None].double()
+    else:
+        low, high = x.amin(1), x.amax(1)
+        scale, zero = (torch.empty_like(low) for _ in range(2))
+        for width in set(widths[::2]):
+            own = bits == width
+            scale[:, own], zero[:, own] = qparams_from_range(low[:, own], high[:, own], min(width, 8))
+        step = (high - low)[:, None].double().expand(x.shape)
+        slack = 1e-5 * x.abs().amax(1)[:, None].double().expand(x.shape)
+    levels = 2.0 ** bits.clamp(max=8) - 1
+    bound = torch.where(bits == 16, 2**-8 * x.abs(), step / (2 * levels) + slack)
+    wire = scale[:, order], zero[:, order]
+    messages = torch.stack([kernels.hybrid_pack(*rank, order, widths, rank1)[0] for rank in zip(x, *wire, strict=True)])
+    assert messages.shape[2] == kernels.hybrid_row_bytes(widths, rank1)
+    for rank in range(len(x)):
+        alone = slice(rank, rank + 1)
+        qparams = (t[alone] for t in wire)
+        y = kernels.hybrid_unpack_reduce(messages[alone], *qparams, order, widths, rank1, torch.float32)
+        assert ((y.double() - x[rank]).abs() <= bound[rank]).all()
+    total = kernels.hybrid_unpack_reduce(messages, *wire, order, widths, rank1, torch.float32)
+    assert ((total.double() - x.double().sum(0)).abs() <= bound.sum(0) + 1e-5 * x.abs().sum(0)).all()
+
+
+def test_requantizing_is_unpacking_and_packing():
+    """The fused op between the hops of two_shot: its second format has other tiers, another order and its own range."""
+    x, order = tiered(5, TIERS[1])
+    scale = x.std(1)[:, order]
+    zero = torch.zeros_like(scale)
+    first = order, TIERS[1], True
+    messages = torch.stack([kernels.hybrid_pack(*rank, *first)[0] for rank in zip(x, scale, zero, strict=True)])
+    total = kernels.hybrid_unpack_reduce(messages, scale, zero, *first, torch.float32)
+    back = order.flip(0)
+    low, high = total.amin(0) * 0.9, total.amax(0) * 0.9  # a tenth too narrow, so that some values saturate
+    second = *(t[back] for t in qparams_from_range(low, high, 8)), back, [16, 4, 8, 24], False
+    message, saturated = kernels.hybrid_unpack_reduce_requantize(messages, scale, zero, *first, *second)
+    expected, count = kernels.hybrid_pack(total, *second)
+    assert torch.equal(message, expected) and torch.equal(saturated, count) and saturated > 0

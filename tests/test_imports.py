@@ -19,10 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module may import those of its own tier and of earlier ones. A new module has to be given its place here.
 TIERS = [
-    {"config", "kernels", "kernels.packing", "kernels.reference", "embedded"},
-    {"quantizer", "channels", "distributed", "hf_weights", "streams"},
-    {"artifacts", "data", "metrics", "reassembly", "sharding"},
-    {"calibrate", "ranges", "rounding"},
+    {"config", "kernels", "kernels.cpu", "kernels.hybrid", "kernels.packing", "kernels.reference", "embedded"},
+    {"quantizer", "allocation", "channels", "files", "distributed", "hf_weights", "streams"},
+    {"codec", "data", "metrics", "reassembly", "sharding"},
+    {"artifacts"},
+    {"calibrate", "exact_sum", "ranges", "rounding"},
     {"linear", "collectives", "sharded"},
     {"correction"},
     {

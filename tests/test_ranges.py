@@ -225,7 +225,7 @@ def test_widest_features_take_the_lower_index_of_equals():
 def test_number_of_bf16_features(features, fraction, k):
     for selection in ("top", "random"):
         config = CommConfig(bf16_fraction=fraction, selection=selection)
-        chosen = build_plan(random_stats(features), 2, config).sites["site0"].bf16_idx
+        chosen = build_plan(random_stats(features), 2, config).sites["site0"].first.bf16_idx
         assert chosen.dtype == torch.int64 and chosen.shape == (k,)
         assert chosen.tolist() == sorted(set(chosen.tolist()))  # ascending, none twice
         assert all(0 <= index < features for index in chosen.tolist())
@@ -236,13 +236,13 @@ def test_top_selection_depends_on_symmetric():
     stats = stats_of([[-3.0, 9.0, 0.0], [-3.0, 9.0, 0.0]], [[3.0, 10.0, 1.0], [3.0, 10.0, 1.0]])
     for symmetric, index in ((False, 0), (True, 1)):
         plan = build_plan(stats, 2, CommConfig(bf16_fraction=0.4, symmetric=symmetric))
-        assert plan.sites["site"].bf16_idx.tolist() == [index]
+        assert plan.sites["site"].first.bf16_idx.tolist() == [index]
 
 
 def test_top_selection_adds_up_the_ranks():
     """Feature 2 is widest on no rank, but in the sum."""
     stats = stats_of([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], [[10.0, 0.0, 8.0], [0.0, 10.0, 8.0]])
-    assert build_plan(stats, 2, CommConfig(bf16_fraction=0.4)).sites["site"].bf16_idx.tolist() == [2]
+    assert build_plan(stats, 2, CommConfig(bf16_fraction=0.4)).sites["site"].first.bf16_idx.tolist() == [2]
 
 
 def test_random_selection_is_seeded():
@@ -250,7 +250,7 @@ def test_random_selection_is_seeded():
     config = CommConfig(bf16_fraction=0.1, selection="random")
 
     def chosen(seed: int) -> list[list[int]]:
-        return [site.bf16_idx.tolist() for site in build_plan(stats, 2, config, seed).sites.values()]
+        return [site.first.bf16_idx.tolist() for site in build_plan(stats, 2, config, seed).sites.values()]
 
     torch.manual_seed(5)
     first = chosen(3)
@@ -258,7 +258,7 @@ def test_random_selection_is_seeded():
     assert chosen(3) == first
     assert chosen(4) != first
     assert first[0] != first[1]  # sites draw apart
-    top = build_plan(stats, 2, CommConfig(bf16_fraction=0.1)).sites["site0"].bf16_idx.tolist()
+    top = build_plan(stats, 2, CommConfig(bf16_fraction=0.1)).sites["site0"].first.bf16_idx.tolist()
     assert first[0] != top
 
 
@@ -269,13 +269,14 @@ def test_scales_of_the_plan(bits, symmetric):
     plan = build_plan(stats, 2, CommConfig(bits=bits, symmetric=symmetric))
     assert plan.tp_size == 2 and plan.fingerprint == FINGERPRINT
     site, ranges = plan.sites["site0"], stats.ranges[2]["site0"]
-    assert site.num_bits == bits and site.scale.shape == site.zero_point.shape == (2, 9)
+    codec = site.first
+    assert codec.bits.tolist() == [bits] * 9 and codec.scale.shape == codec.zero_point.shape == (2, 9)
     low, high = ranges.min_vals.double().numpy(), ranges.max_vals.double().numpy()
     scale, zero_point = oracles.qparams(low, high, bits, symmetric)
     # Two quotients and their difference are rounded; the difference of two like signs magnifies the first two.
     bound = oracles.EPS32 * (2 + (abs(low) + abs(high)) / (high - low)) * scale
-    assert (abs(site.scale.double().numpy() - scale) <= bound).all()
-    assert np.array_equal(site.zero_point.numpy(), zero_point)
+    assert (abs(codec.scale.double().numpy() - scale) <= bound).all()
+    assert np.array_equal(codec.zero_point.numpy(), zero_point)
 
 
 def test_a_feature_that_never_changes_is_sent_exactly():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.artifacts import CalibrationStats, FeatureRange, SitePlan
+from megatron_lowbit.codec import Codec
 from megatron_lowbit.collectives import VirtualReducer
 from megatron_lowbit.config import CommConfig
 from megatron_lowbit.ranges import build_plan
@@ -35,14 +36,15 @@ def make_plan(values: Tensor, num_bf16: int, num_bits: int = 4) -> SitePlan:
     stats = CalibrationStats({max(len(low), 2): {"site": FeatureRange(low, high)}}, {})
     config = CommConfig(bits=num_bits, bf16_fraction=num_bf16 / low.shape[1])
     plan = build_plan(stats, max(len(low), 2), config).sites["site"]
-    assert len(plan.bf16_idx) == num_bf16 and plan.scale.shape == low.shape
+    assert len(plan.first.bf16_idx) == num_bf16 and plan.first.scale.shape == low.shape
     return plan
 
 
 def row_bytes(features: int, num_bf16: int, num_bits: int) -> int:
-    """Codes fill whole bytes: two of 4 bits one byte, four of 6 bits three."""
+    """Codes fill whole bytes: two of 4 bits one byte, four of 6 bits three. One byte tells of a NaN where no bf16
+    value does."""
     codes = 8 // math.gcd(8, num_bits)
-    return 2 * num_bf16 + -(-(features - num_bf16) // codes) * codes * num_bits // 8
+    return (num_bf16 == 0) + 2 * num_bf16 + -(-(features - num_bf16) // codes) * codes * num_bits // 8
 
 
 @pytest.mark.parametrize("size", (2, 4))
@@ -85,7 +87,9 @@ def test_without_a_plan(pool_of, size, dtype):
     partials = partial_sums(size, 64)
     exact, magnitude = partials.double().sum(0), partials.double().abs().sum(0)
     rounding = 2.0**-8 * size if dtype is torch.bfloat16 else FLOAT32 * size
-    for rank, results in enumerate(pool_of(size).run(cases.scatter, None, partials, dtype)):
+    for rank, results in enumerate(
+        pool_of(size).run(cases.scatter, None, partials, "native" if dtype is None else "bf16")
+    ):
         error = (results["y"].double() - exact.chunk(size)[rank]).abs()
         assert (error <= 1.1 * rounding * magnitude.chunk(size)[rank]).all()
         (call,) = results["calls"]
@@ -106,18 +110,19 @@ def test_backward_of_the_scatter_is_the_all_gather(pool_of, size, low_bit):
     assert all(torch.equal(gradient, everything) for _, gradient in ranks)
 
 
-def rounded(x: Tensor, plan: SitePlan) -> Tensor:
-    """dequantize(quantize(x)) in float32, the plan's widest features in bf16."""
-    codes = (torch.round(x.float() / plan.scale[0]) + plan.zero_point[0]).clamp(0, 2**plan.num_bits - 1)
-    y = (codes - plan.zero_point[0]) * plan.scale[0]
-    y[..., plan.bf16_idx] = x[..., plan.bf16_idx].bfloat16().float()
+def rounded(x: Tensor, codec: Codec) -> Tensor:
+    """dequantize(quantize(x)) in float32, the codec's widest features in bf16."""
+    scale, zero_point = codec.scale[0], codec.zero_point[0]
+    codes = torch.round(x.float() * scale.reciprocal() + zero_point).clamp(torch.tensor(0.0), 2.0**codec.bits - 1)
+    y = (codes - zero_point) * scale
+    y[..., codec.bf16_idx] = x[..., codec.bf16_idx].bfloat16().float()
     return y.to(x.dtype)
 
 
-def gather_plan(x: Tensor, num_bf16: int, num_bits: int = 4) -> SitePlan:
+def gather_plan(x: Tensor, num_bf16: int, num_bits: int = 4) -> Codec:
     """Of one sender; build_plan makes those of two, of which the second is dropped."""
-    two = make_plan(torch.stack([x.float(), x.float()]), num_bf16, num_bits)
-    return SitePlan(two.scale[:1], two.zero_point[:1], two.bf16_idx, num_bits)
+    two = make_plan(torch.stack([x.float(), x.float()]), num_bf16, num_bits).first
+    return Codec(two.scale[:1], two.zero_point[:1], two.bits)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -152,7 +157,7 @@ def test_backward_of_the_gather_is_the_reduce_scatter(pool_of, size):
 
 def test_plans_for_another_number_of_senders(two_ranks):
     """The scatter needs a range per rank, the gather one for all: what they send is the same tensor everywhere."""
-    four, two = make_plan(partial_sums(4, 64), 1), make_plan(partial_sums(2, 64), 1)
+    four, two = make_plan(partial_sums(4, 64), 1), make_plan(partial_sums(2, 64), 1).first
     for messages in two_ranks.run(cases.wrong_plans, four, two):
         assert messages == [
             "the communication plan is for tp_size 4, this group has 2 ranks",

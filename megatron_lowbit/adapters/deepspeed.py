@@ -130,7 +130,7 @@ def apply_to_deepspeed(engine: Any, artifact: str | Path | Artifact, comm_mode: 
     for name, module in rows.items():
         patching.check_equal_shares(name, module._partition_sizes)
         shard = patching.row_shard(checkpoint, name, rank, size, module.weight)
-        reducer = HybridReducer(patching.site_plan(plan, name), group, patching.wire_dtype(comm_mode))
+        reducer = HybridReducer(patching.site_plan(plan, name), group, patching.reducer_mode(plan, comm_mode))
         replacements[name] = QuantRowParallelLinear([shard], reducer, module.bias)
     if checkpoint is not None and quantized:
         replacements |= patching.norms(engine.module, checkpoint)

@@ -182,7 +182,7 @@ def apply_to_huggingface(
     """Replace the model's linears in place and return it.
 
     artifact: folder (or loaded Artifact) of a LowBitCheckpoint and/or CommPlans. virtual_tp: ranks whose partial sums
-    and messages are simulated in this process, bit for bit. comm_mode: native, bf16 or one_shot; None: one_shot
+    and messages are simulated in this process, bit for bit. comm_mode: as comm.mode; None: one_shot
     where the artifact has plans, else native. Raises LowBitError for an artifact of another model or without a plan
     for this size; the model is then left without low-bit modules.
     """
@@ -208,8 +208,8 @@ def apply_to_huggingface(
             patching.row_shard(checkpoint, name, rank, virtual_tp, dense.contiguous() if virtual_tp > 1 else dense)
             for rank, dense in enumerate(slices)
         ]
-        wire = patching.wire_dtype(comm_mode)
-        reducer = VirtualReducer(patching.site_plan(plan, name), wire) if virtual_tp > 1 else None
+        mode = patching.reducer_mode(plan, comm_mode)
+        reducer = VirtualReducer(patching.site_plan(plan, name), mode) if virtual_tp > 1 else None
         replacements[name] = QuantRowParallelLinear(shards, reducer, linear.bias)
     if quantized:
         assert checkpoint is not None

@@ -114,7 +114,7 @@ def apply_to_megatron(model: Any, artifact: str | Path | Artifact, comm_mode: Co
                 here = fingerprint(chunk, part.fingerprint["weights"])
                 both = here.keys() & part.fingerprint.keys()  # a GPTModel knows no model_type, and pads its vocabulary
                 check_fingerprint(what, *({key: f[key] for key in both} for f in (part.fingerprint, here)))
-    replacements = [Twins(chunk, artifact, plan, patching.wire_dtype(comm_mode)).modules() for chunk in chunks]
+    replacements = [Twins(chunk, artifact, plan, patching.reducer_mode(plan, comm_mode)).modules() for chunk in chunks]
     for chunk, modules in zip(chunks, replacements, strict=True):
         patching.swap(chunk, modules)
         if artifact.checkpoint is not None:

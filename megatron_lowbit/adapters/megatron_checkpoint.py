@@ -36,9 +36,10 @@ from megatron_lowbit.adapters.megatron_layers import (
 )
 from megatron_lowbit.adapters.megatron_layout import COLUMN, NORMS, PATHS
 from megatron_lowbit.adapters.megatron_norm import LowBitNorm
-from megatron_lowbit.adapters.megatron_sharding import Shape, check_bytes, empty_linear
+from megatron_lowbit.adapters.megatron_sharding import Shape, check_bytes, empty_codec, empty_linear
 from megatron_lowbit.artifacts import SitePlan
 from megatron_lowbit.channels import ReassemblyPlan
+from megatron_lowbit.codec import Codec
 from megatron_lowbit.collectives import HybridReducer
 from megatron_lowbit.config import LowBitError, one_line
 from megatron_lowbit.distributed import on_rank_zero
@@ -221,7 +222,7 @@ def _empty_modules(
     for (layer, role), (path, host) in megatron.find_linears(model).items():
         stored, inside = _Stored(shapes, described, layer), PATHS[role]
         shape, scales = stored.lowbit(inside), stored.shape(inside, "scale")
-        plans = {size: _empty_plan(stored, inside, size) for size in stored.plan_sizes(inside)}
+        plans: dict[int, Any] = {size: _empty_plan(stored, inside, size) for size in stored.plan_sizes(inside)}
         column, group = role in COLUMN, tp_group(host)
         if shape is None and not plans:
             continue
@@ -259,7 +260,7 @@ def _empty_modules(
         else:
             reducer = None
             if group is not None:
-                reducer = HybridReducer(plans.get(layout.tp_size), group, None)
+                reducer = HybridReducer(plans.get(layout.tp_size), group, None if layout.tp_size in plans else "native")
             sequence_parallel = group is not None and host.config.sequence_parallel
             twin = LowBitRowParallelLinear.around(
                 host, QuantRowParallelLinear([shard], reducer, None, sequence_parallel), plans
@@ -272,11 +273,16 @@ def _empty_modules(
     return modules, bits
 
 
-def _empty_plan(stored: _Stored, path: str, size: int) -> SitePlan:
-    """A plan of the stored shape; its bits come with the checkpoint (until then, any)."""
-    scale, index = stored.shape(path, f"plan_tp{size}.scale"), stored.shape(path, f"plan_tp{size}.bf16_idx")
-    assert scale is not None and index is not None, "a plan is stored whole"
-    return SitePlan(torch.ones(scale), torch.zeros(scale), torch.arange(index[0]), 4)
+def _empty_plan(stored: _Stored, path: str, size: int) -> SitePlan | Codec:
+    """A plan of the stored shape to load into."""
+    gathered = stored.shape(path, f"plan_tp{size}.scale")
+    if gathered is not None:
+        return empty_codec(*gathered)
+    shape = stored.shape(path, f"plan_tp{size}.first.scale")
+    assert shape is not None, "a plan is stored whole"
+    second = stored.shape(path, f"plan_tp{size}.second.scale")
+    again = None if second is None else empty_codec(*second)
+    return SitePlan(empty_codec(*shape), again, torch.zeros(shape), torch.ones(shape[1]))
 
 
 def _empty_norms(

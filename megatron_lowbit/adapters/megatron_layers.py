@@ -26,6 +26,7 @@ from torch import distributed as dist
 from megatron_lowbit.adapters import megatron_sharding
 from megatron_lowbit.adapters.megatron_rounding import parse_recipe, round_column, round_row
 from megatron_lowbit.artifacts import SitePlan, row_bit_sums
+from megatron_lowbit.codec import Codec
 from megatron_lowbit.collectives import HybridGather
 from megatron_lowbit.config import LowBitError, WeightsConfig
 from megatron_lowbit.distributed import world_size
@@ -49,7 +50,7 @@ class _LowBitLayer:
     grouped: bool  # rows have several scales
     attention_bits: int  # of Q, K and V, kept here for distributed checkpoints
     stores_reassembly: bool  # some layer of this role reassembles its own input
-    plans: dict[int, SitePlan]  # by number of senders, for distributed checkpoints: a column's gather has 1
+    plans: dict[int, Any]  # for distributed checkpoints: SitePlans by tp_size; of a column {1: Codec of its gather}
     weight_came = False  # with the state dict that is being loaded
     row_sums: Tensor | None  # row_bit_sums of the weight that was rounded on load: the model's identity
 
@@ -136,7 +137,7 @@ class LowBitColumnParallelLinear(_LowBitLayer, ColumnParallelLinear):
 
     @classmethod
     def around(
-        cls, host: nn.Module, low_bit: QuantColumnParallelLinear | DenseShard, gated: bool, gather: SitePlan | None
+        cls, host: nn.Module, low_bit: QuantColumnParallelLinear | DenseShard, gated: bool, gather: Codec | None
     ) -> LowBitColumnParallelLinear:
         """The low-bit twin of a column-parallel layer; gated: rows are [gate_r | up_r]; gather: of its input."""
         layer = cls.__new__(cls)
@@ -149,7 +150,7 @@ class LowBitColumnParallelLinear(_LowBitLayer, ColumnParallelLinear):
         layer.output_size = rows * world_size(layer.tp_group)
         return layer
 
-    def set_gather(self, plan: SitePlan | None) -> None:
+    def set_gather(self, plan: Codec | None) -> None:
         """Gather the input in low bits, where sequence parallelism has to gather it."""
         self.plans = {} if plan is None else {1: plan}
         if plan is not None and self.sequence_parallel and self.tp_group is not None:
@@ -194,7 +195,7 @@ class LowBitLayerNormColumnParallelLinear(LowBitColumnParallelLinear):
             self.layer_norm_weight = nn.Parameter(gain, requires_grad=False)
 
     @classmethod
-    def around(cls, host: Any, low_bit: Any, gated: bool, gather: SitePlan | None):  # type: ignore[override]
+    def around(cls, host: Any, low_bit: Any, gated: bool, gather: Codec | None):  # type: ignore[override]
         layer = super().around(host, low_bit, gated, gather)
         layer.layer_norm_weight = host.layer_norm_weight
         layer.register_parameter("layer_norm_bias", getattr(host, "layer_norm_bias", None))

@@ -69,7 +69,7 @@ def round_row(
         )
     packed = _packed(weight, qparams, scheme.weight_bits)
     shard = QuantColumnParallelLinear(packed, None, scheme.act_bits, max(groups // size, 1))
-    reducer = None if group is None else HybridReducer(None, group, None)
+    reducer = None if group is None else HybridReducer(None, group, "native")
     return QuantRowParallelLinear([shard], reducer, None, sequence_parallel)
 
 

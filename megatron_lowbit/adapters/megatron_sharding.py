@@ -5,8 +5,9 @@
     row      packed_weight, lora_a                            axis 1; scale and zero_point too where weights are grouped
              scale, zero_point, lora_b, bias                  the same on all ranks
     both     reassembly.{src, coefficient, merged_into}       ReassemblyPlan.dense: axis 0 of a row-parallel linear
-             plan_tp<N>.{scale, zero_point, bf16_idx, bits}   what N ranks send: whole, for every N of the artifact
-                                                              (N = 1: the all-gather before a column)
+             plan_tp<N>.*                                     SitePlan.tensors, of what N ranks send: whole, for every N
+                                                              of the artifact; N = 1: Codec.tensors, of the all-gather
+                                                              before a column
              lowbit                                           int64 [6]: see Shape; tells a reader what to allocate
 
 Keys are Megatron's own with these names in place of `weight`, so layers of equal shape are stacked as Megatron stacks
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from megatron_lowbit.artifacts import SitePlan
 from megatron_lowbit.channels import ReassemblyPlan
+from megatron_lowbit.codec import Codec
 from megatron_lowbit.collectives import HybridReducer
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.distributed import group_rank, world_size
@@ -30,7 +32,6 @@ from megatron_lowbit.kernels import packed_bytes
 from megatron_lowbit.linear import QuantColumnParallelLinear, QuantRowParallelLinear, Reassembly
 from megatron_lowbit.quantizer import LowRank, QuantizedWeight
 
-_PLAN_LEAVES = ("scale", "zero_point", "bf16_idx", "bits")
 _REASSEMBLY_LEAVES = ("src", "coefficient", "merged_into")
 
 
@@ -93,8 +94,7 @@ def sharded_state(layer: Any, prefix: str, sharded_offsets: tuple, metadata: Any
             tensors |= dense_tensors(plan, offset)
             split |= {f"reassembly.{leaf}": 0 for leaf in _REASSEMBLY_LEAVES} if row else {}
     for size, plan in layer.plans.items():
-        values = (plan.scale, plan.zero_point, plan.bf16_idx, torch.tensor([plan.num_bits]))
-        tensors |= {f"plan_tp{size}.{leaf}": value for leaf, value in zip(_PLAN_LEAVES, values, strict=True)}
+        tensors |= {f"plan_tp{size}.{leaf}": value for leaf, value in plan.tensors().items()}
     dp_cp_group = None if metadata is None else metadata.get("dp_cp_group")
     groups = {"tp_group": layer.tp_group, "dp_cp_group": dp_cp_group} if dp_cp_group is not None else {}
     sharded = make_sharded_tensors_for_checkpoint(tensors, prefix, split, sharded_offsets, **groups)
@@ -160,12 +160,22 @@ def take_plans(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
         linear.reassembly = None if plan.is_identity else Reassembly(plan)
     found = {key.removeprefix(f"{prefix}plan_tp") for key in state_dict if key.startswith(f"{prefix}plan_tp")}
     for size in sorted({int(key.partition(".")[0]) for key in found}):
-        values = [state_dict.pop(f"{prefix}plan_tp{size}.{leaf}") for leaf in _PLAN_LEAVES]
-        layer.plans[size] = SitePlan(values[0].cpu(), values[1].cpu(), values[2].cpu(), int(values[3]))
+        stem = f"{prefix}plan_tp{size}."
+        keys = [key for key in state_dict if key.startswith(stem)]
+        tensors = {key.removeprefix(stem): state_dict.pop(key).cpu() for key in keys}
+        layer.plans[size] = SitePlan.of(tensors) if layer.is_row else Codec.of(tensors)
         if not layer.is_row:
             layer.set_gather(layer.plans[size])
         elif size == world_size(layer.tp_group) and layer.low_bit is not None:
-            layer.low_bit.reducer = HybridReducer(layer.plans[size], layer.tp_group)
+            before = layer.low_bit.reducer
+            mode = before.mode if before is not None and before.low_bit else None
+            layer.low_bit.reducer = HybridReducer(layer.plans[size], layer.tp_group, mode)
+
+
+def empty_codec(senders: int, features: int) -> Codec:
+    """A codec to load into; until then, of four bits."""
+    ones, zeros = torch.ones(senders, features), torch.zeros(senders, features)
+    return Codec(ones, zeros, torch.full((features,), 4, dtype=torch.uint8))
 
 
 def empty_linear(shape: Shape, out_features: int, scales: int, rank: int | None, ranks: int) -> Any:

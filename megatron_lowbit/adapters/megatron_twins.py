@@ -26,25 +26,25 @@ from megatron_lowbit.adapters.megatron_layout import (
     parts,
 )
 from megatron_lowbit.adapters.megatron_norm import LowBitNorm
-from megatron_lowbit.artifacts import Artifact, CommPlan, LowBitCheckpoint, SitePlan
+from megatron_lowbit.artifacts import Artifact, CommPlan, LowBitCheckpoint
 from megatron_lowbit.channels import ReassemblyPlan
+from megatron_lowbit.codec import Codec
 from megatron_lowbit.collectives import HybridReducer
-from megatron_lowbit.config import LowBitError
+from megatron_lowbit.config import CommMode, LowBitError
 from megatron_lowbit.distributed import group_rank
 from megatron_lowbit.linear import DenseShard, QuantColumnParallelLinear, QuantRowParallelLinear
 from megatron_lowbit.quantizer import LowRank, QuantizedWeight
 
 
 class Twins:
-    """model: a GPTModel (one pipeline stage); plan: the artifact's for this tp_size; without one partial sums
-    travel as `wire` (None: their own dtype).
+    """model: a GPTModel (one pipeline stage); plan: the artifact's for this tp_size; mode: how partial sums travel.
 
     Layers of one role get tensors of the same names and shapes, whatever each of them needs, because Megatron stacks
     them in its checkpoints: an identity reassembly, a branch of zeros.
     """
 
-    def __init__(self, model: Any, artifact: Artifact, plan: CommPlan | None, wire: torch.dtype | None = None):
-        self.model, self.artifact, self.plan, self.wire = model, artifact, plan, wire
+    def __init__(self, model: Any, artifact: Artifact, plan: CommPlan | None, mode: CommMode = "native"):
+        self.model, self.artifact, self.plan, self.mode = model, artifact, plan, mode
         checkpoint = artifact.checkpoint
         self.checkpoint = checkpoint if checkpoint is not None and checkpoint.scheme.weight_bits < 16 else None
         self.known = known_linears(artifact)
@@ -85,7 +85,7 @@ class Twins:
             twin.set_gain(stored)
         return twin
 
-    def _dense_column(self, role: Role, host: Any, gather: SitePlan) -> nn.Module:
+    def _dense_column(self, role: Role, host: Any, gather: Codec) -> nn.Module:
         """In full precision (or as it was rounded on load), with a low-bit all-gather of its input."""
         kind = LowBitLayerNormColumnParallelLinear if hasattr(host, "layer_norm_weight") else LowBitColumnParallelLinear
         linear = DenseShard(host.weight) if host.weight is not None else host.low_bit
@@ -97,7 +97,7 @@ class Twins:
             shard = host.low_bit.shards[0]
         else:
             shard = patching.row_shard(self.checkpoint, name, self.rank, self.layout.tp_size, host.weight)
-        reducer = None if group is None else HybridReducer(patching.site_plan(self.plan, name), group, self.wire)
+        reducer = None if group is None else HybridReducer(patching.site_plan(self.plan, name), group, self.mode)
         low_bit = QuantRowParallelLinear([shard], reducer, None, group is not None and host.config.sequence_parallel)
         # A single rank sends nothing, but its checkpoint may be loaded by several.
         stored = self.artifact.plans if self.plan is not None or self.layout.tp_size == 1 else {}
@@ -115,7 +115,7 @@ class Twins:
     def _parts(self, layer: int, role: Role) -> tuple[str, ...]:
         return parts(self.prefix, layer, role, self.known)
 
-    def _gather(self, name: str, host: Any) -> SitePlan | None:
+    def _gather(self, name: str, host: Any) -> Codec | None:
         """What the all-gather of a column-parallel layer's input sends; None: nothing, or full precision."""
         if self.plan is None or tp_group(host) is None or not host.config.sequence_parallel:
             return None

@@ -107,9 +107,9 @@ def choose_plan(artifact: Artifact, tp_size: int, comm_mode: CommMode | None) ->
     return artifact.plan(tp_size)
 
 
-def wire_dtype(comm_mode: CommMode | None) -> torch.dtype | None:
-    """Of partial sums that no plan quantizes: bf16 where it was asked for, else their own (None)."""
-    return torch.bfloat16 if comm_mode == "bf16" else None
+def reducer_mode(plan: CommPlan | None, comm_mode: CommMode | None) -> CommMode:
+    """How partial sums travel, where choose_plan has chosen `plan` for comm_mode."""
+    return comm_mode or ("native" if plan is None else "one_shot")
 
 
 def site_plan(plan: CommPlan | None, name: str) -> SitePlan | None:

@@ -1,0 +1,320 @@
+"""The ops of hybrid.py on CPUs, bit for bit, in C++: hybrid.cpp, compiled by the machine's own compiler at first use.
+
+Nothing is built at import. The library is cached in $XDG_CACHE_HOME/megatron_lowbit (~/.cache by default) under a name
+that says what it was built from, by what and for which CPU. Without a compiler, or where the build fails, the torch
+reference runs, and one line says so.
+
+$MEGATRON_LOWBIT_KERNELS   auto, the default: as above
+                           reference: the torch reference
+                           cpu: this or an error
+$CXX                       the compiler; else c++, else g++
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.kernels.hybrid import (
+    BF16_BITS,
+    hybrid_pack,
+    hybrid_row_bytes,
+    hybrid_unpack_reduce,
+    hybrid_unpack_reduce_requantize,
+    pack_reference,
+    requantize_reference,
+    unpack_reduce_reference,
+)
+
+logger = logging.getLogger("megatron_lowbit")
+
+SOURCE = Path(__file__).with_name("hybrid.cpp")
+# No fast-math and no fused multiply-add: results are those of the torch reference.
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
+FLAGS += ["-shared", "-fPIC", "-w"]
+MODES = ("auto", "reference", "cpu")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as in hybrid.cpp
+
+
+class _Format(ctypes.Structure):
+    """LowbitFormat of hybrid.cpp. Keeps alive what it points to."""
+
+    _fields_ = [
+        ("scale", ctypes.c_void_p),
+        ("zero_point", ctypes.c_void_p),
+        ("order", ctypes.c_void_p),
+        ("tiers", ctypes.c_void_p),
+        ("num_tiers", ctypes.c_int64),
+        ("features", ctypes.c_int64),
+        ("rank1", ctypes.c_int64),
+    ]
+
+    def __init__(self, scale: Tensor, zero_point: Tensor, order: Tensor, tiers: Sequence[int], rank1: bool):
+        scale, zero_point, order = scale.contiguous(), zero_point.contiguous(), order.contiguous()
+        numbers = (ctypes.c_int64 * len(tiers))(*tiers)
+        self.alive = scale, zero_point, order, numbers
+        pointers = scale.data_ptr(), zero_point.data_ptr(), order.data_ptr(), ctypes.addressof(numbers)
+        super().__init__(*pointers, len(tiers) // 2, order.shape[0], rank1)
+
+
+@hybrid_pack.register_kernel("cpu")
+def _pack(
+    x: Tensor, scale: Tensor, zero_point: Tensor, order: Tensor, tiers: Sequence[int], rank1: bool
+) -> tuple[Tensor, Tensor]:
+    """hybrid_pack; see there."""
+    library = _library()
+    good = library and x.dim() == 2 and x.dtype in _DTYPES and order.shape == x.shape[1:] and scale.dim() == 1
+    format = _format(library, scale, zero_point, order, tiers, rank1) if good else None
+    if library is None or format is None:
+        return pack_reference(x, scale, zero_point, order, tiers, rank1)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    message = x.new_empty((x.shape[0], hybrid_row_bytes(tiers, rank1)), dtype=torch.uint8)
+    saturated = torch.empty(1, dtype=torch.int64)
+    library.lowbit_pack(
+        *(ctypes.byref(format), x.data_ptr(), _DTYPES[x.dtype], x.shape[0], x.stride(0)),
+        *(message.data_ptr(), saturated.data_ptr(), torch.get_num_threads()),
+    )
+    return message, saturated
+
+
+@hybrid_unpack_reduce.register_kernel("cpu")
+def _unpack_reduce(
+    messages: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    order: Tensor,
+    tiers: Sequence[int],
+    rank1: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """hybrid_unpack_reduce; see there."""
+    library = _library()
+    good = library and dtype in _DTYPES and _messages_fit(messages, scale, tiers, rank1)
+    format = _format(library, scale, zero_point, order, tiers, rank1) if good else None
+    if library is None or format is None:
+        return unpack_reduce_reference(messages, scale, zero_point, order, tiers, rank1, dtype)
+    messages = _with_plain_rows(messages)
+    total = scale.new_empty((messages.shape[1], order.shape[0]), dtype=dtype)
+    library.lowbit_unpack_reduce(
+        *(ctypes.byref(format), messages.data_ptr(), *messages.shape[:2], *messages.stride()[:2]),
+        *(total.data_ptr(), _DTYPES[dtype], torch.get_num_threads()),
+    )
+    return total
+
+
+@hybrid_unpack_reduce_requantize.register_kernel("cpu")
+def _requantize(
+    messages: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    order: Tensor,
+    tiers: Sequence[int],
+    rank1: bool,
+    second_scale: Tensor,
+    second_zero_point: Tensor,
+    second_order: Tensor,
+    second_tiers: Sequence[int],
+    second_rank1: bool,
+) -> tuple[Tensor, Tensor]:
+    """hybrid_unpack_reduce_requantize; see there."""
+    first = scale, zero_point, order, tiers, rank1
+    second = second_scale, second_zero_point, second_order, second_tiers, second_rank1
+    library = _library()
+    good = library and _messages_fit(messages, scale, tiers, rank1)
+    good = good and second_order.shape == order.shape and second_scale.dim() == 1
+    format = _format(library, *first) if good else None
+    second_format = _format(library, *second) if good else None
+    if library is None or format is None or second_format is None:
+        return requantize_reference(messages, *first, *second)
+    messages = _with_plain_rows(messages)
+    out = messages.new_empty((messages.shape[1], hybrid_row_bytes(second_tiers, second_rank1)))
+    saturated = torch.empty(1, dtype=torch.int64)
+    library.lowbit_requantize(
+        *(ctypes.byref(format), messages.data_ptr(), *messages.shape[:2], *messages.stride()[:2]),
+        *(ctypes.byref(second_format), out.data_ptr(), saturated.data_ptr(), torch.get_num_threads()),
+    )
+    return out, saturated
+
+
+def _messages_fit(messages: Tensor, scale: Tensor, tiers: Sequence[int], rank1: bool) -> bool:
+    """What the reference would refuse goes to the reference, whose errors are torch's."""
+    return (
+        messages.dim() == 3
+        and messages.dtype == torch.uint8
+        and messages.shape[2] >= hybrid_row_bytes(tiers, rank1)
+        and scale.dim() == 2
+        and scale.shape[0] == messages.shape[0] > 0
+    )
+
+
+def _with_plain_rows(messages: Tensor) -> Tensor:
+    """Rows of bytes side by side; the rows themselves may lie anywhere."""
+    return messages if messages.stride(2) == 1 else messages.contiguous()
+
+
+def _format(
+    library: ctypes.CDLL | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    order: Tensor,
+    tiers: Sequence[int],
+    rank1: bool,
+) -> _Format | None:
+    """None for a plan that the kernels do not take."""
+    features = order.shape[0] if order.dim() == 1 else 0
+    widths = list(tiers[::2])
+    bf16_first = sorted(widths, key=lambda bits: bits != BF16_BITS) == widths  # where rank-1 ranges look for them
+    if (
+        library is None
+        or not 0 < features < 2**24
+        or sum(tiers[1::2]) != features
+        or not all(tensor.dtype == torch.float32 for tensor in (scale, zero_point))
+        or scale.shape != zero_point.shape
+        or scale.shape[-1] != features
+        or order.dtype != torch.int64
+        or not (bf16_first or not rank1)
+        or not all(tensor.device.type == "cpu" for tensor in (scale, zero_point, order))
+    ):
+        return None
+    format = _Format(scale, zero_point, order, tiers, rank1)
+    return format if library.lowbit_valid(ctypes.byref(format)) else None
+
+
+_loading = threading.Lock()
+_loaded: list[ctypes.CDLL | Exception] = []  # the library, or why there is none; empty before the first use
+
+
+def _library() -> ctypes.CDLL | None:
+    """The kernels; None where the reference is to run."""
+    mode = os.environ.get("MEGATRON_LOWBIT_KERNELS", "auto")
+    if mode == "reference":
+        return None
+    if mode not in MODES:
+        raise RuntimeError(f"MEGATRON_LOWBIT_KERNELS={mode}: use {', '.join(MODES[:-1])} or {MODES[-1]}")
+    with _loading:
+        if not _loaded:
+            try:
+                _loaded.append(_load())
+            except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+                _loaded.append(error)
+                if mode == "auto":
+                    logger.warning("CPU kernels: %s; the slower torch reference runs", _one_line(error))
+    loaded = _loaded[0]
+    if isinstance(loaded, ctypes.CDLL):
+        return loaded
+    if mode == "cpu":
+        raise RuntimeError(f"MEGATRON_LOWBIT_KERNELS=cpu: {_one_line(loaded)}") from loaded
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+# Arguments of the functions, as in hybrid.cpp.
+_MESSAGES = [ctypes.c_void_p] + 4 * [ctypes.c_int64]
+_ENCODED = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+_ARGUMENTS = {
+    "lowbit_valid": [ctypes.c_void_p],
+    "lowbit_pack": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, *_ENCODED],
+    "lowbit_unpack_reduce": [ctypes.c_void_p, *_MESSAGES, ctypes.c_void_p, ctypes.c_int, ctypes.c_int],
+    "lowbit_requantize": [ctypes.c_void_p, *_MESSAGES, ctypes.c_void_p, *_ENCODED],
+}
+
+
+def _load() -> ctypes.CDLL:
+    """The library, with its functions' arguments declared."""
+    library = _cached()
+    for name, types in _ARGUMENTS.items():
+        getattr(library, name).argtypes = types
+    return library
+
+
+def _cached() -> ctypes.CDLL:
+    """Load the cached library, built first if need be."""
+    compiler = _compiler()
+    version = _run([*compiler, "--version"])
+    key = hashlib.sha256("\0".join([SOURCE.read_text(), *compiler, version, *FLAGS, _cpu()]).encode()).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_lowbit"
+    library = cache / f"hybrid-{key[:24]}.so"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if not library.exists():
+            with _one_at_a_time(cache):
+                if not library.exists():
+                    _build(compiler, library)
+    except OSError:  # a cache that cannot be written
+        with tempfile.TemporaryDirectory(prefix="megatron-lowbit-") as folder:
+            _build(compiler, Path(folder) / library.name)
+            return ctypes.CDLL(folder + "/" + library.name)  # stays mapped when its file is gone
+    return ctypes.CDLL(str(library))
+
+
+def _compiler() -> list[str]:
+    if chosen := os.environ.get("CXX"):
+        return shlex.split(chosen)
+    for name in ("c++", "g++"):
+        if found := shutil.which(name):
+            return [found]
+    raise RuntimeError("no C++ compiler is installed (c++ or g++)")
+
+
+def _build(compiler: list[str], library: Path) -> None:
+    """Compile to a name of its own, then rename: another process sees the whole library or none."""
+    handle, unfinished = tempfile.mkstemp(suffix=".so", prefix=library.stem, dir=library.parent)
+    os.close(handle)
+    try:
+        _run([*compiler, *FLAGS, str(SOURCE), "-o", unfinished])
+        os.replace(unfinished, library)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(unfinished)
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    except OSError as error:  # not to be taken for a cache that cannot be written
+        raise RuntimeError(f"{command[0]} does not run ({error.strerror})") from error
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed with status {done.returncode} {done.stderr.strip()}".strip())
+    return done.stdout
+
+
+@contextlib.contextmanager
+def _one_at_a_time(cache: Path) -> Iterator[None]:
+    """Of the processes that start together, one builds and the others wait; without locks, each builds its own."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(cache / "lock", "w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _cpu() -> str:
+    """What -march=native looks at: a cache may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    wanted = ("model name", "cpu family", "model", "stepping", "flags", "Features", "CPU part", "CPU implementer")
+    return "\n".join(sorted({line for line in lines if line.partition(":")[0].strip() in wanted}))

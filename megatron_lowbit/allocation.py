@@ -1,0 +1,52 @@
+"""Bits by feature: reverse water-filling under one budget over all sites (ours; arXiv 2411.07942 has two tiers, Int4
+and BF16, in every layer alike).
+
+A code of b bits of a feature with squared range w has the squared error w / (12 (2^b - 1)^2). Of all features of all
+sites the one whose next bits lower the weighted error most, per bit, gets them, until the budget is spent. The error is
+convex in b, so taking the steps in the order of their gain is the same as taking them one by one.
+
+Tiers other than the narrowest hold whole words of codes (packing.py), so that no bits are lost in padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.kernels import codes_per_word
+
+WIDTHS = (2, 3, 4, 5, 6, 8)
+
+
+def allocate_bits(weights: Mapping[str, Tensor], budget: float) -> dict[str, Tensor]:
+    """weights: {site: float64 [E], what an error of the feature costs}; budget: bits of a token at all sites together.
+
+    Returns {site: uint8 [E] of WIDTHS}; at least the narrowest width for every feature, whatever the budget.
+    """
+    names, sizes = list(weights), [len(weight) for weight in weights.values()]
+    every = torch.cat([weight.double() for weight in weights.values()])
+    error = torch.tensor([(2.0**bits - 1) ** -2 for bits in WIDTHS], dtype=torch.float64)
+    cost = torch.tensor(WIDTHS, dtype=torch.float64).diff()
+    gain = every[:, None] * (-error.diff() / cost)  # [features, steps], of one bit in each step
+    order = torch.sort(gain.flatten(), descending=True, stable=True).indices
+    spent = cost.repeat(len(every))[order].cumsum(0)
+    taken = order[spent <= budget - WIDTHS[0] * len(every)] // len(cost)
+    level = torch.bincount(taken, minlength=len(every))
+    bits = torch.tensor(WIDTHS, dtype=torch.uint8)[level]
+    return {
+        name: _whole_words(own, weight)
+        for name, own, weight in zip(names, bits.split(sizes), weights.values(), strict=True)
+    }
+
+
+def _whole_words(bits: Tensor, weight: Tensor) -> Tensor:
+    """Move what is left over beyond the last whole word of a tier, its lightest features, into the next narrower."""
+    bits = bits.clone()
+    for wide, narrow in zip(WIDTHS[:0:-1], WIDTHS[-2::-1], strict=True):
+        members = (bits == wide).nonzero().squeeze(1)
+        extra = len(members) % codes_per_word(wide)
+        lightest = torch.sort(weight[members], stable=True).indices[:extra]
+        bits[members[lightest]] = narrow
+    return bits

@@ -1,0 +1,118 @@
+"""How the values of one sender travel: which features in how many bits, with which scales.
+
+    Codec       the plan: tensors of all senders, in the features' own order; what an artifact stores
+    WireFormat  the same laid out for the kernels, as buffers of a module that follows the model's device
+
+Both static ranges (arXiv 2411.07942) and rank-1 scales (ours: step(t, f) = s_t c_f, with c_f the calibrated standard
+deviation of feature f and s_t the token's own range of (x - mean) / c) are described in kernels/hybrid.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.kernels import (
+    BF16_BITS,
+    hybrid_pack,
+    hybrid_row_bytes,
+    hybrid_unpack_reduce,
+    hybrid_unpack_reduce_requantize,
+)
+from megatron_lowbit.quantizer import Float32QParams
+
+
+@dataclass(frozen=True)
+class Codec:
+    """scale, zero_point: float32 [senders, E]; bits: uint8 [E], 16 for bf16; the same bits for every sender.
+
+    rank1: scale is the features' standard deviation and zero_point minus their mean over it.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    bits: Tensor
+    rank1: bool = False
+
+    @property
+    def senders(self) -> int:
+        return self.scale.shape[0]
+
+    @property
+    def bf16_idx(self) -> Tensor:
+        """int64 [k], ascending: the features that travel in bf16."""
+        return (self.bits == BF16_BITS).nonzero().squeeze(1)
+
+    def order(self) -> Tensor:
+        """int64 [E]: the features as they lie on the wire, widest tier first, ascending inside a tier."""
+        return torch.sort(self.bits.int(), descending=True, stable=True).indices
+
+    def tiers(self) -> list[int]:
+        """[bits, count, bits, count, ...], widest first."""
+        widths, counts = self.bits.unique(return_counts=True)
+        pairs = sorted(zip(widths.tolist(), counts.tolist(), strict=True), reverse=True)
+        return [number for pair in pairs for number in pair]
+
+    def bits_per_value(self) -> float:
+        return 8 * hybrid_row_bytes(self.tiers(), self.rank1) / len(self.bits)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What an artifact stores."""
+        rank1 = torch.tensor([self.rank1], dtype=torch.uint8)
+        return {"scale": self.scale, "zero_point": self.zero_point, "bits": self.bits, "rank1": rank1}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Codec:
+        """The inverse of `tensors`."""
+        return cls(tensors["scale"], tensors["zero_point"], tensors["bits"], bool(tensors["rank1"]))
+
+
+class WireFormat(Float32QParams):
+    """Encodes and decodes as a Codec says. Counts, on the device, the values that lay beyond their static range."""
+
+    scale: Tensor  # float32 [senders, E] in wire order
+    zero_point: Tensor
+    order: Tensor  # int64 [E]
+    saturated: Tensor  # int64 [1], since the last reset
+
+    def __init__(self, codec: Codec):
+        super().__init__()
+        order = codec.order()
+        self.rank1, self.tiers, self.senders = codec.rank1, codec.tiers(), codec.senders
+        self.row_bytes = hybrid_row_bytes(self.tiers, self.rank1)
+        self.register_buffer("scale", codec.scale[:, order].contiguous(), persistent=False)
+        self.register_buffer("zero_point", codec.zero_point[:, order].contiguous(), persistent=False)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("saturated", torch.zeros(1, dtype=torch.int64), persistent=False)
+
+    def pack(self, x: Tensor, sender: int) -> Tensor:
+        """x float [tokens, E] -> uint8 [tokens, row_bytes]."""
+        self._follow(x)
+        qparams = self.scale[sender], self.zero_point[sender]
+        message, saturated = hybrid_pack(x, *qparams, self.order, self.tiers, self.rank1)
+        self.saturated += saturated
+        return message
+
+    def unpack_reduce(self, messages: Tensor, dtype: torch.dtype) -> Tensor:
+        """uint8 [senders, tokens, row_bytes] -> the decoded sum [tokens, E]."""
+        self._follow(messages)
+        return hybrid_unpack_reduce(messages, self.scale, self.zero_point, self.order, self.tiers, self.rank1, dtype)
+
+    def requantize(self, messages: Tensor, second: WireFormat) -> Tensor:
+        """Messages of all senders -> their sum as the one sender of `second` encodes it: uint8 [tokens, row_bytes]."""
+        self._follow(messages)
+        second._follow(messages)
+        message, saturated = hybrid_unpack_reduce_requantize(
+            messages,
+            *(self.scale, self.zero_point, self.order, self.tiers, self.rank1),
+            *(second.scale[0], second.zero_point[0], second.order, second.tiers, second.rank1),
+        )
+        second.saturated += saturated
+        return message
+
+    def _follow(self, x: Tensor) -> None:
+        if self.scale.device != x.device:  # plans are loaded on the CPU
+            self.to(x.device)

@@ -1,0 +1,72 @@
+"""Partial sums as integers whose sum over the ranks cannot overflow (ours): any stock all-reduce adds them exactly.
+
+    q_r  = clamp(round((x - center_r) / step), -Q, Q)        Q = floor((2^(carrier_bits - 1) - 1) / N)
+    sum ~= step * sum_r q_r + sum_r center_r                 step = half_range / Q, shared by all ranks, per feature
+
+Integer addition has no order, so the sum is the same bits for every order of the ranks, algorithm of the all-reduce,
+and whatever else is in the batch. A last column counts the ranks whose token holds NaN or Inf: the sum is NaN then.
+
+Backends add no 16-bit integers, so two of them travel as one of 32 bits, high * 2^16 + low: |sums| stay below 2^15, so
+the pair of sums can be told apart again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.artifacts import SitePlan
+from megatron_lowbit.quantizer import Float32QParams
+
+
+class ExactSum(Float32QParams):
+    """Encodes and decodes as a SitePlan says. Counts the values that lay beyond the range."""
+
+    step: Tensor  # float32 [E]
+    center: Tensor  # float32 [tp_size, E]
+    saturated: Tensor  # int64 [1]
+    float32 = ("step", "center")
+
+    def __init__(self, plan: SitePlan):
+        super().__init__()
+        self.senders, self.carrier_bits = plan.tp_size, plan.carrier_bits
+        self.largest = (2 ** (plan.carrier_bits - 1) - 1) // self.senders
+        step = plan.half_range / self.largest
+        self.register_buffer("step", torch.where(step > 0, step, 1.0), persistent=False)
+        self.register_buffer("center", plan.center, persistent=False)
+        self.register_buffer("saturated", torch.zeros(1, dtype=torch.int64), persistent=False)
+
+    def encode(self, x: Tensor, sender: int) -> Tensor:
+        """float [tokens, E] -> int8 [tokens, E + 1], or int32 [tokens, ceil((E + 1) / 2)] of 16-bit pairs."""
+        if self.step.device != x.device:  # plans are loaded on the CPU
+            self.to(x.device)
+        exact = x.float()
+        broken = (0 * exact).sum(1, keepdim=True).isnan()
+        codes = torch.round((exact - self.center[sender]) / self.step)
+        self.saturated += (~(codes.abs() <= self.largest)).sum()
+        codes = codes.nan_to_num_(0.0).clamp_(-self.largest, self.largest)
+        whole = torch.cat([codes, broken], dim=1)
+        if self.carrier_bits == 8:
+            return whole.to(torch.int8)
+        if whole.shape[1] % 2:
+            whole = torch.nn.functional.pad(whole, (0, 1))
+        high, low = whole.to(torch.int32).unflatten(1, (-1, 2)).unbind(2)
+        return high * 2**16 + low
+
+    def decode(self, total: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sum of all ranks' codes -> [tokens, E] in `dtype`."""
+        if self.carrier_bits == 16:
+            low = ((total + 2**15) & (2**16 - 1)) - 2**15
+            total = torch.stack([(total - low) >> 16, low], dim=2).flatten(1)
+        features = len(self.step)
+        center = self.center[0].clone()
+        for other in self.center[1:]:
+            center += other
+        y = total[:, :features].float() * self.step + center
+        return y.masked_fill(total[:, features : features + 1] != 0, torch.nan).to(dtype)
+
+    def add(self, codes: Sequence[Tensor]) -> Tensor:
+        """What an all-reduce makes of the codes of all ranks."""
+        return torch.stack(list(codes)).sum(0, dtype=codes[0].dtype)

@@ -1,0 +1,245 @@
+"""The C++ kernels of kernels/hybrid.cpp: bit for bit what the torch reference makes, and their build."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron_lowbit import kernels
+from megatron_lowbit.kernels import cpu, hybrid
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler is installed")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+TIERS = [  # as lists of bits and counts; the first of each width alone, with whole and with cut words
+    [4, 1],
+    [16, 1],
+    [16, 9],
+    [4, 31],
+    [16, 2, 4, 7],
+    [16, 7, 4, 36],
+    [16, 4, 4, 252],
+    [8, 5, 3, 2],
+    [16, 3, 8, 40, 7, 33, 6, 35, 5, 37, 4, 34, 3, 31, 2, 38],
+    [4, 20, 16, 5, 2, 9],  # bf16 not in front
+    *([bits, 67] for bits in (2, 3, 5, 6, 7, 8)),
+]
+
+
+class Plan:
+    """Qparams of some ranks, and their partial sums with all that is awkward."""
+
+    def __init__(self, tiers: list[int], tokens: int, rank1: bool, dtype: torch.dtype, ranks: int, shuffled=False):
+        features = sum(tiers[1::2])
+        g = torch.Generator().manual_seed(100 * features + 10 * tokens + ranks)
+        self.tiers, self.rank1 = tiers, rank1
+        place = torch.randperm(features, generator=g)
+        tier_of = torch.arange(len(tiers) // 2).repeat_interleave(torch.tensor(tiers[1::2]))[place]
+        self.order = place if shuffled else torch.sort(tier_of, stable=True).indices
+        levels = 2.0 ** torch.tensor(tiers[::2]).clamp(max=8).repeat_interleave(torch.tensor(tiers[1::2])) - 1
+        self.scale = 4 / levels * (0.5 + torch.rand(ranks, features, generator=g))  # some values lie beyond 2 scales
+        self.zero_point = (levels / 2).round() + torch.randint(0, 2, (ranks, features), generator=g) / 2
+        x = torch.randn(ranks, tokens, features, generator=g)
+        x[:, 1::7] = 0.25 * self.scale[:, None, torch.argsort(self.order)]  # halfway between codes, now and then
+        x[:, 2::7] = -0.0
+        x[:, :, features // 2] = 0.5  # a constant feature
+        if tokens > 8:
+            x[0, 4, features // 3] = torch.nan
+            x[-1, 5, 0] = torch.inf
+            x[-1, 6, -1] = -torch.inf
+            x[:, 7] = 3e38 if dtype in (torch.float32, torch.float64) else 6e4  # saturates everywhere
+            x[:, 8] *= 1e-39  # subnormal
+        self.x = x.to(dtype)
+
+    def qparams(self, rank):
+        return self.scale[rank], self.zero_point[rank], self.order, self.tiers, self.rank1
+
+    def messages(self) -> torch.Tensor:
+        packed = [hybrid.pack_reference(x, *self.qparams(rank))[0] for rank, x in enumerate(self.x)]
+        return torch.stack(packed)
+
+
+def one_nan(message: torch.Tensor, tiers: list[int], rank1: bool) -> torch.Tensor:
+    """The message with one NaN for all: torch's casts make different ones, by where a value lies in its tensor."""
+    message, header = message.clone(), hybrid.header_bytes(tiers, rank1)
+    parts = [(header + byte, size) for bits, _, _, byte, size in hybrid.tier_slices(tiers) if bits == 16]
+    for start, size in [(0, 4)] * rank1 + parts:
+        words = message[:, start : start + size].clone(memory_format=torch.contiguous_format).view(torch.int16)
+        words[words.view(torch.bfloat16).isnan()] = 0x7FC0
+        message[:, start : start + size] = words.view(torch.uint8)
+    return message
+
+
+def assert_same_messages(ours, reference, tiers, rank1):
+    assert ours[1].dtype == torch.int64 and torch.equal(ours[1], reference[1])
+    assert ours[0].dtype == torch.uint8 and ours[0].shape == reference[0].shape
+    assert torch.equal(one_nan(ours[0], tiers, rank1), one_nan(reference[0], tiers, rank1))
+
+
+def assert_same_bits(ours, reference):
+    assert ours.dtype == reference.dtype and torch.equal(ours.isnan(), reference.isnan())
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[ours.element_size()]
+    ours, reference = (t.masked_fill(t.isnan(), 0).view(integers) for t in (ours, reference))
+    assert torch.equal(ours, reference)
+
+
+@pytest.fixture(autouse=True)
+def mode(monkeypatch):
+    monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", "cpu")  # an error where they cannot be built
+
+
+@needs_compiler
+@pytest.mark.parametrize("rank1", [False, True])
+@pytest.mark.parametrize("tiers", TIERS, ids=str)
+def test_same_bits_as_the_reference(tiers, rank1):
+    for number, tokens in enumerate((0, 1, 3, 17)):
+        dtype, ranks = DTYPES[number], (1, 2, 4, 3)[number]
+        for turn in range(4):
+            plan = Plan(tiers, tokens, rank1, DTYPES[(number + turn) % 4], ranks, shuffled=turn == 3)
+            for rank, x in enumerate(plan.x):
+                ours = kernels.hybrid_pack(x, *plan.qparams(rank))
+                assert_same_messages(ours, hybrid.pack_reference(x, *plan.qparams(rank)), tiers, rank1)
+            messages, all_ranks = plan.messages(), plan.qparams(slice(None))
+            ours = kernels.hybrid_unpack_reduce(messages, *all_ranks, dtype)
+            assert_same_bits(ours, hybrid.unpack_reduce_reference(messages, *all_ranks, dtype))
+            second = Plan(TIERS[0] if len(plan.order) == 1 else [16, 1, 4, len(plan.order) - 1], 1, turn > 1, dtype, 1)
+            ours = kernels.hybrid_unpack_reduce_requantize(messages, *all_ranks, *second.qparams(0))
+            reference = hybrid.requantize_reference(messages, *all_ranks, *second.qparams(0))
+            assert_same_messages(ours, reference, second.tiers, second.rank1)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rank1", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wide_rows_and_threads(dtype, rank1):
+    """Long ascending runs, which AVX-512 permutes in registers, and enough work for two threads."""
+    plan = Plan([16, 16, 4, 800, 3, 208], 70, rank1, dtype, 3)
+    messages, all_ranks = plan.messages(), plan.qparams(slice(None))
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            ours = kernels.hybrid_pack(plan.x[0], *plan.qparams(0))
+            assert_same_messages(ours, hybrid.pack_reference(plan.x[0], *plan.qparams(0)), plan.tiers, rank1)
+            ours = kernels.hybrid_unpack_reduce(messages, *all_ranks, dtype)
+            assert_same_bits(ours, hybrid.unpack_reduce_reference(messages, *all_ranks, dtype))
+            ours = kernels.hybrid_unpack_reduce_requantize(messages, *all_ranks, *plan.qparams(0))
+            reference = hybrid.requantize_reference(messages, *all_ranks, *plan.qparams(0))
+            assert_same_messages(ours, reference, plan.tiers, rank1)
+    finally:
+        torch.set_num_threads(1)
+
+
+@needs_compiler
+def test_strides():
+    plan = Plan([16, 7, 4, 36], 9, False, torch.float32, 2)
+    x, expected = plan.x[0], hybrid.pack_reference(plan.x[0], *plan.qparams(0))
+    wider = torch.full((9, 60), torch.nan)
+    wider[:, :43] = x
+    for strided in (wider[:, :43], x.t().contiguous().t(), torch.stack([x, x], 2)[:, :, 0]):
+        assert_same_messages(kernels.hybrid_pack(strided, *plan.qparams(0)), expected, plan.tiers, False)
+    messages, all_ranks = plan.messages(), plan.qparams(slice(None))
+    expected = hybrid.unpack_reduce_reference(messages, *all_ranks, torch.float32)
+    ranks, tokens, row = messages.shape
+    apart = torch.full((tokens, ranks, row + 3), 255, dtype=torch.uint8)
+    apart[:, :, :row] = messages.transpose(0, 1)
+    for strided in (apart.transpose(0, 1)[:, :, :row], apart.transpose(0, 1), torch.stack([messages] * 2, 3)[..., 0]):
+        assert_same_bits(kernels.hybrid_unpack_reduce(strided, *all_ranks, torch.float32), expected)
+
+
+@needs_compiler
+def test_what_the_kernels_do_not_take_goes_to_the_reference():
+    plan = Plan([16, 2, 4, 7], 5, False, torch.float32, 1)
+    scale, zero_point, order, *rest = plan.qparams(0)
+    doubled = order.clone()
+    doubled[0] = order[1]
+    for odd in ((plan.x[0].int(), order), (plan.x[0], doubled)):
+        x, order = odd
+        ours = kernels.hybrid_pack(x, scale, zero_point, order, *rest)
+        assert_same_messages(ours, hybrid.pack_reference(x, scale, zero_point, order, *rest), plan.tiers, False)
+    with pytest.raises((IndexError, RuntimeError)):
+        kernels.hybrid_pack(plan.x[0], scale, zero_point, order + 100, *rest)
+    with pytest.raises((RuntimeError, ValueError)):  # one message, two ranks
+        two = torch.stack([scale, scale]), torch.stack([zero_point, zero_point])
+        kernels.hybrid_unpack_reduce(plan.messages(), *two, plan.order, *rest, torch.float32)
+
+
+@needs_compiler
+def test_registered_ops():
+    plan = Plan([16, 2, 4, 7], 5, True, torch.float32, 2)
+    messages, all_ranks = plan.messages(), plan.qparams(slice(None))
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(kernels.hybrid_pack, (plan.x[0], *plan.qparams(0)), test_utils=checks)
+    torch.library.opcheck(kernels.hybrid_unpack_reduce, (messages, *all_ranks, torch.bfloat16), test_utils=checks)
+    arguments = (messages, *all_ranks, *plan.qparams(0))
+    torch.library.opcheck(kernels.hybrid_unpack_reduce_requantize, arguments, test_utils=checks)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+        assert kernels.hybrid_pack(fakes.from_tensor(plan.x[0]), *plan.qparams(0))[0].shape == messages.shape[1:]
+
+
+def test_modes(monkeypatch):
+    plan = Plan([16, 2, 4, 7], 5, False, torch.float32, 1)
+    monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", "reference")
+    assert cpu._library() is None
+    ours = kernels.hybrid_pack(plan.x[0], *plan.qparams(0))
+    assert torch.equal(ours[0], hybrid.pack_reference(plan.x[0], *plan.qparams(0))[0])
+    monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", "fastest")
+    with pytest.raises(RuntimeError, match="MEGATRON_LOWBIT_KERNELS=fastest: use auto, reference or cpu"):
+        kernels.hybrid_pack(plan.x[0], *plan.qparams(0))
+
+
+# Packs and unpacks twice, and prints whether the C++ ran and what came out.
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+from megatron_lowbit import kernels
+from megatron_lowbit.kernels import cpu
+assert not cpu._loaded  # nothing is built at import
+x = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+plan = torch.full((50,), 0.3), torch.full((50,), 7.0), torch.arange(50), [16, 3, 4, 47], False
+for _ in range(2):
+    message, saturated = kernels.hybrid_pack(x, *plan)
+total = kernels.hybrid_unpack_reduce(message[None], plan[0][None], plan[1][None], *plan[2:], torch.float32)
+print(cpu._library() is not None, message.tolist(), saturated.item(), total.tolist())
+"""
+
+
+def start(cache: Path, **environment: str) -> subprocess.Popen:
+    env = os.environ | {"XDG_CACHE_HOME": str(cache), "MEGATRON_LOWBIT_KERNELS": "auto"} | environment
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", SCRIPT], cwd=ROOT, env=env, **pipes)
+
+
+def finish(process: subprocess.Popen) -> tuple[str, str, list[str]]:
+    """(whether the C++ ran, the results, the lines on stderr)"""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    ran, _, results = out.partition(" ")
+    return ran, results, err.splitlines()
+
+
+def test_without_a_compiler_that_works(tmp_path):
+    """The reference runs, and says so once; asked for by name, the kernels are an error."""
+    broken = start(tmp_path, CXX="/bin/false")
+    reference = start(tmp_path, MEGATRON_LOWBIT_KERNELS="reference")
+    ran, results, lines = finish(broken)
+    assert ran == "False" and finish(reference) == ("False", results, [])
+    assert len(lines) == 1 and lines[0].startswith("CPU kernels: /bin/false failed") and "reference" in lines[0]
+    _, err = (asked := start(tmp_path, CXX="/bin/false", MEGATRON_LOWBIT_KERNELS="cpu")).communicate(timeout=120)
+    assert asked.returncode == 1 and "RuntimeError: MEGATRON_LOWBIT_KERNELS=cpu: /bin/false failed" in err
+
+
+@needs_compiler
+def test_processes_that_start_at_once_build_one_library(tmp_path):
+    results = [finish(process) for process in [start(tmp_path) for _ in range(4)]]
+    assert {ran for ran, _, _ in results} == {"True"} and len({out for _, out, _ in results}) == 1
+    assert not any(lines for _, _, lines in results)
+    assert len(list((tmp_path / "megatron_lowbit").glob("*.so"))) == 1
+    blocked = tmp_path / "file"  # no folder: a cache that cannot be written
+    blocked.write_text("")
+    assert finish(start(blocked)) == results[0]
