@@ -13,7 +13,7 @@ STAGES = {
     "evaluate": "perplexity, KL divergence, SQNR and bytes on the wire",
     "generate": "continue prompts",
     "parity": "one artifact on every engine and tensor-parallel size: logits and tokens compared",
-    "benchmark": "time patched against unpatched engines, in pairs",
+    "benchmark": "time patched against unpatched engines, in pairs; `benchmark collectives`: all-reduces alone",
 }
 
 
@@ -25,6 +25,10 @@ def main(argv: list[str] | None = None) -> int:
         lines = [f"  {name:{width}}  {what}" for name, what in STAGES.items()]
         print("usage: megatron-lowbit STAGE [options] [key.path=value ...]\n\n" + "\n".join(lines))
         return 0
+    if argv[:2] == ["benchmark", "collectives"]:
+        from megatron_lowbit.launch import collectives
+
+        return collectives.main(argv[2:])
     from megatron_lowbit.launch.runner import fail, run_stage
 
     if argv[0] not in STAGES:
