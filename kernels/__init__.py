@@ -6,6 +6,7 @@ for its device type.
 """
 
 from megatron_lowbit.kernels import cpu as cpu  # registers its kernels
+from megatron_lowbit.kernels import gpu as gpu
 from megatron_lowbit.kernels.hybrid import (
     BF16_BITS,
     header_bytes,

@@ -6,7 +6,7 @@ reference runs, and one line says so.
 
 $MEGATRON_LOWBIT_KERNELS   auto, the default: as above
                            reference: the torch reference
-                           cpu: this or an error
+                           cpu: this or an error;  triton: what gpu.py makes of it
 $CXX                       the compiler; else c++, else g++
 """
 
@@ -46,7 +46,7 @@ SOURCE = Path(__file__).with_name("hybrid.cpp")
 # No fast-math and no fused multiply-add: results are those of the torch reference.
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
 FLAGS += ["-shared", "-fPIC", "-w"]
-MODES = ("auto", "reference", "cpu")
+MODES = ("auto", "reference", "triton", "cpu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as in hybrid.cpp
 
 
@@ -212,7 +212,7 @@ def _library() -> ctypes.CDLL | None:
                 _loaded.append(_load())
             except (OSError, RuntimeError, subprocess.SubprocessError) as error:
                 _loaded.append(error)
-                if mode == "auto":
+                if mode != "cpu":
                     logger.warning("CPU kernels: %s; the slower torch reference runs", _one_line(error))
     loaded = _loaded[0]
     if isinstance(loaded, ctypes.CDLL):

@@ -189,7 +189,7 @@ def test_modes(monkeypatch):
     ours = kernels.hybrid_pack(plan.x[0], *plan.qparams(0))
     assert torch.equal(ours[0], hybrid.pack_reference(plan.x[0], *plan.qparams(0))[0])
     monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", "fastest")
-    with pytest.raises(RuntimeError, match="MEGATRON_LOWBIT_KERNELS=fastest: use auto, reference or cpu"):
+    with pytest.raises(RuntimeError, match="MEGATRON_LOWBIT_KERNELS=fastest: use auto, reference, triton or cpu"):
         kernels.hybrid_pack(plan.x[0], *plan.qparams(0))
 
 

@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module may import those of its own tier and of earlier ones. A new module has to be given its place here.
 TIERS = [
-    {"config", "kernels", "kernels.cpu", "kernels.hybrid", "kernels.packing", "kernels.reference", "embedded"},
+    {
+        *("config", "embedded", "kernels", "kernels.cpu", "kernels.gpu", "kernels.hybrid", "kernels.packing"),
+        *("kernels.reference", "kernels.triton_hybrid"),
+    },
     {"quantizer", "allocation", "channels", "files", "distributed", "hf_weights", "streams"},
     {"codec", "data", "metrics", "reassembly", "sharding"},
     {"artifacts"},

@@ -1,0 +1,112 @@
+"""The ops of hybrid.py on CUDA devices, by Triton (triton_hybrid.py), which is imported at the first call.
+
+Where triton is missing, and for tensors whose offsets do not fit 32 bits, the torch reference runs; the former is said
+once. $MEGATRON_LOWBIT_KERNELS as in cpu.py; triton: this or an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.kernels.hybrid import (
+    hybrid_pack,
+    hybrid_row_bytes,
+    hybrid_unpack_reduce,
+    hybrid_unpack_reduce_requantize,
+    pack_reference,
+    requantize_reference,
+    unpack_reduce_reference,
+)
+
+logger = logging.getLogger("megatron_lowbit")
+
+
+@cache
+def _import() -> Any:
+    """The Triton kernels, or None."""
+    try:
+        return import_module("megatron_lowbit.kernels.triton_hybrid")
+    except ImportError as error:
+        if os.environ.get("MEGATRON_LOWBIT_KERNELS") == "triton":
+            raise RuntimeError(f"MEGATRON_LOWBIT_KERNELS=triton: {error}") from None
+        logger.warning("Triton kernels: %s; the slower torch reference runs", error)
+        return None
+
+
+def _kernels(rows: int, row_bytes: int, *large: Tensor) -> Any:
+    """The Triton kernels where they can run; rows, row_bytes: of the output; large: tensors that offsets go into."""
+    if os.environ.get("MEGATRON_LOWBIT_KERNELS") == "reference":
+        return None
+    reach = [rows * row_bytes] + [sum(n * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in large]
+    return _import() if max(reach) < 2**31 else None
+
+
+def _plain(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Values of a row side by side; the rows may lie anywhere."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@hybrid_pack.register_kernel("cuda")
+def _pack(
+    x: Tensor, scale: Tensor, zero_point: Tensor, order: Tensor, tiers: Sequence[int], rank1: bool
+) -> tuple[Tensor, Tensor]:
+    """hybrid_pack; see there."""
+    kernels = _kernels(x.shape[0], hybrid_row_bytes(tiers, rank1), x)
+    if kernels is None:
+        return pack_reference(x, scale, zero_point, order, tiers, rank1)
+    with torch.cuda.device(x.device):  # Triton launches on the current one
+        return kernels.pack(_rows(x), *_plain(scale, zero_point, order), tiers, rank1)
+
+
+@hybrid_unpack_reduce.register_kernel("cuda")
+def _unpack_reduce(
+    messages: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    order: Tensor,
+    tiers: Sequence[int],
+    rank1: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """hybrid_unpack_reduce; see there."""
+    kernels = _kernels(messages.shape[1], order.shape[0], messages)
+    if kernels is None:
+        return unpack_reduce_reference(messages, scale, zero_point, order, tiers, rank1, dtype)
+    with torch.cuda.device(messages.device):
+        return kernels.unpack_reduce(_rows(messages), *_plain(scale, zero_point, order), tiers, rank1, dtype)
+
+
+@hybrid_unpack_reduce_requantize.register_kernel("cuda")
+def _requantize(
+    messages: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    order: Tensor,
+    tiers: Sequence[int],
+    rank1: bool,
+    second_scale: Tensor,
+    second_zero_point: Tensor,
+    second_order: Tensor,
+    second_tiers: Sequence[int],
+    second_rank1: bool,
+) -> tuple[Tensor, Tensor]:
+    """hybrid_unpack_reduce_requantize; see there."""
+    first, second = (scale, zero_point, order), (second_scale, second_zero_point, second_order)
+    kernels = _kernels(messages.shape[1], hybrid_row_bytes(second_tiers, second_rank1), messages)
+    if kernels is None:
+        return requantize_reference(messages, *first, tiers, rank1, *second, second_tiers, second_rank1)
+    qparams = *_plain(*first), tiers, rank1, *_plain(*second), second_tiers, second_rank1
+    with torch.cuda.device(messages.device):
+        return kernels.requantize(_rows(messages), *qparams)

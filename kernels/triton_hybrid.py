@@ -1,0 +1,434 @@
+"""The ops of hybrid.py in Triton, bit for bit: one launch each, a program takes a few tokens' whole rows.
+
+A row is swept once for what holds for all of it (NaN or Inf, and the rank-1 range), and again, from cache by then, tier
+by tier. Requantizing decodes rows into scratch memory that the same program reads back and that stays in the L2 cache.
+
+What the sums and codes depend on is spelt out, the same on a GPU as in Triton's interpreter:
+
+- No multiply and add are fused (enable_fp_fusion=False); scales are inverted by div_rn, which is IEEE division, as in
+  the interpreter.
+- Values are clamped, then rounded by adding 1.5 * 2^23: floats there lie 1 apart, and additions round half to even.
+  The whole number is then in the low bits. libdevice.rint would do, but the interpreter has no libdevice.
+- bf16 is rounded on the bits of a float32, since the interpreter's cast truncates.
+
+Which NaN a bf16 NaN is differs between backends, in torch too: its bits carry nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_lowbit.kernels.hybrid import header_bytes, hybrid_row_bytes
+
+ROUND: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23
+ROUND_BITS: tl.constexpr = tl.constexpr(0x4B400000)  # its bits
+MANY_TOKENS = 1024  # from here on a program takes several tokens, which share the loads of scales and order
+PROGRAMS_PER_SM = 4  # of requantize, where every program has scratch rows of its own
+NUM_WARPS = 8
+
+
+@triton.jit
+def _bf16_bits(value):
+    """float32 -> its bf16 in the low half of an int32, the high half zero."""
+    bits = value.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
+    return tl.where(value == value, rounded, 0x7FC0)
+
+
+@triton.jit
+def _of_bf16_bits(bits):
+    return (bits << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_bf16(pointer, mask):
+    """float32 of two bytes; by byte, because a row's values start at any address."""
+    low, high = tl.load(pointer, mask, other=0).to(tl.int32), tl.load(pointer + 1, mask, other=0).to(tl.int32)
+    return _of_bf16_bits(low | (high << 8))
+
+
+@triton.jit
+def _store_bytes(pointers, words, mask, SIZE: tl.constexpr, PAD: tl.constexpr):
+    """Little-endian: the lower SIZE bytes of every word, from its pointer on. PAD: SIZE's next power of 2.
+
+    pointers, words: [...]; mask: broadcasts to them.
+    """
+    j = tl.arange(0, PAD)
+    byte = (words.expand_dims(-1) >> (8 * j)) & 255
+    tl.store(pointers.expand_dims(-1) + j, byte.to(tl.uint8), mask.expand_dims(-1) & (j < SIZE))
+
+
+@triton.jit
+def _normalized(value, scale, zero_point, at, mask):
+    """value (1 / scale_f) + zero_f of the wire positions `at`."""
+    inverse = tl.div_rn(1.0, tl.load(scale + at, mask, other=1.0))
+    return value * inverse + tl.load(zero_point + at, mask, other=0.0)
+
+
+@triton.jit
+def _whole(value, LARGEST: tl.constexpr):
+    """float32 -> int32, rounded: what lies below -0.5, and NaN, becomes -1; what would exceed LARGEST, LARGEST + 1."""
+    clamped = tl.minimum(tl.maximum(tl.where(value == value, value, -1.0), -1.0), LARGEST + 1.0)
+    return (clamped + ROUND).to(tl.int32, bitcast=True) - ROUND_BITS
+
+
+@triton.jit
+def _row_facts(
+    x, x_rows, good, features, first_code, scale, zero_point, order,
+    RANK1: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """([TOKENS] whether a row holds NaN or Inf, its least and its greatest normalized value: rank-1 only)."""
+    broken = tl.zeros([TOKENS, BLOCK], tl.int32)
+    undefined = tl.zeros([TOKENS, BLOCK], tl.int32)
+    low = tl.full([TOKENS, BLOCK], float("inf"), tl.float32)
+    high = tl.full([TOKENS, BLOCK], float("-inf"), tl.float32)
+    for start in range(0, features, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        here = at < features
+        feature = at
+        if RANK1:  # else the order does not matter
+            feature = tl.load(order + at, here, other=0).to(tl.int32)
+        value = tl.load(x + (x_rows[:, None] + feature[None, :]), good[:, None] & here[None, :], other=0).to(tl.float32)
+        broken |= (~(tl.abs(value) < float("inf"))).to(tl.int32)
+        if RANK1:
+            code = here & (at >= first_code)
+            normed = _normalized(value, scale, zero_point, at, code)
+            undefined |= (code & (normed != normed)).to(tl.int32)
+            low = tl.where(code, tl.minimum(low, normed), low)
+            high = tl.where(code, tl.maximum(high, normed), high)
+    # minimum and maximum pass over NaN, where amin and amax return it.
+    poison = tl.where(tl.max(undefined, 1) > 0, float("nan"), 0.0)
+    some = first_code < features
+    low_of_row = tl.where(some, tl.min(low, 1), 0.0)
+    high_of_row = tl.where(some, tl.max(high, 1), 0.0)
+    clean = poison == poison
+    return tl.max(broken, 1) > 0, tl.where(clean, low_of_row, poison), tl.where(clean, high_of_row, poison)
+
+
+@triton.jit
+def _encode_tier(
+    x, x_rows, good, first, count, scale, zero_point, order, poison, low, span, pointers,
+    BITS: tl.constexpr, RANK1: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes one tier, in words of packing.py. pointers: [TOKENS] its first bytes. Returns the count saturated."""
+    LARGEST: tl.constexpr = 2**BITS - 1
+    # Codes and bytes of a word: 1 and 1 at 8 bits, 2 and 1 at 4 bits, 4 and 3 at 6 bits; 1 and 2 in bf16.
+    PER: tl.constexpr = 1 if BITS % 8 == 0 else (2 if BITS == 4 else (4 if BITS % 2 == 0 else 8))
+    SIZE: tl.constexpr = PER * BITS // 8
+    PAD: tl.constexpr = SIZE if SIZE <= 2 else (4 if SIZE == 3 else 8)
+    WORDS: tl.constexpr = BLOCK // PER
+    outside = tl.zeros([TOKENS, WORDS, PER], tl.int32)
+    place = tl.arange(0, PER)
+    for start in range(0, tl.cdiv(count, PER), WORDS):
+        word_at = start + tl.arange(0, WORDS)
+        code_at = word_at[:, None] * PER + place[None, :]
+        here = code_at < count
+        wire = first + code_at
+        mask = good[:, None, None] & here[None, :, :]
+        feature = tl.load(order + wire, here, other=0).to(tl.int32)
+        value = tl.load(x + (x_rows[:, None, None] + feature[None, :, :]), mask, other=0).to(tl.float32)
+        if BITS == 16:
+            code = _bf16_bits(value + poison[:, None, None])
+        else:
+            normed = _normalized(value, scale, zero_point, wire, here)
+            if RANK1:
+                steps = tl.where(span > 0, tl.div_rn(1.0, span) * LARGEST, 0.0)
+                normed = (normed - low[:, None, None]) * steps[:, None, None]
+            code = _whole(normed, LARGEST)
+            if not RANK1:
+                outside += (mask & ((code < 0) | (code > LARGEST))).to(tl.int32)
+            code = tl.where(mask, tl.minimum(tl.maximum(code, 0), LARGEST), 0)
+        if SIZE > 4:
+            code = code.to(tl.int64)
+        words = tl.sum(code << (BITS * place), 2)
+        _store_bytes(
+            pointers[:, None] + (word_at * SIZE)[None, :],
+            words,
+            good[:, None] & (word_at * PER < count)[None, :],
+            SIZE,
+            PAD,
+        )
+    return tl.sum(outside)
+
+
+@triton.jit
+def _encode(
+    x, x_rows, good, features, scale, zero_point, order, rows, counts,
+    WIDTHS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """pack_reference for TOKENS rows. x_rows: int32 [TOKENS] offsets in x; rows: [TOKENS] pointers to the messages."""
+    first_code = 0
+    for t in tl.static_range(len(WIDTHS)):
+        if WIDTHS[t] == 16:
+            first_code += counts[t] // 16
+    broken, low, high = _row_facts(
+        x, x_rows, good, features, first_code, scale, zero_point, order, RANK1, TOKENS, BLOCK
+    )
+    poison = tl.where(broken, float("nan"), 0.0)
+    span = low
+    if RANK1:
+        low_bits = _bf16_bits(low)
+        low = _of_bf16_bits(low_bits)
+        span_bits = _bf16_bits((high - low) + poison)
+        span = _of_bf16_bits(span_bits)
+        _store_bytes(rows, low_bits | (span_bits << 16), good, 4, 4)
+    elif HEADER == 1:
+        tl.store(rows, broken.to(tl.uint8), good)
+    saturated = 0
+    first = 0
+    pointers = rows + HEADER
+    for t in tl.static_range(len(WIDTHS)):
+        count = counts[t] // 16
+        saturated += _encode_tier(
+            x, x_rows, good, first, count, scale, zero_point, order, poison, low, span, pointers,
+            WIDTHS[t], RANK1, TOKENS, BLOCK,
+        )  # fmt: skip
+        first += count
+        pointers += _tier_bytes(count, WIDTHS[t])
+    return saturated
+
+
+@triton.jit
+def _tier_bytes(count, BITS: tl.constexpr):
+    """2 count in bf16; else packed_bytes(count, BITS), whole words."""
+    PER: tl.constexpr = 1 if BITS % 8 == 0 else (2 if BITS == 4 else (4 if BITS % 2 == 0 else 8))
+    return tl.cdiv(count, PER) * (PER * BITS // 8)
+
+
+@triton.jit
+def _decode_tier(
+    rows, rank_stride, ranks, good, features, scale, zero_point, order, first, count, byte, total, total_rows,
+    BITS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Decodes and sums one tier. rows: [TOKENS] pointers to rank 0's messages; byte: the tier's first, in a row."""
+    LARGEST: tl.constexpr = 2**BITS - 1
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        here = at < count
+        mask = good[:, None] & here[None, :]
+        # A tier is one string of bits: code i starts at bit BITS i, and a code lies in at most two bytes.
+        bit = at * BITS
+        shift = bit & 7
+        split = mask & (shift + BITS > 8)[None, :]
+        summed = tl.zeros([TOKENS, BLOCK], tl.float32)
+        for rank in range(0, ranks):
+            sent = rows + rank * rank_stride
+            pointer = sent[:, None] + (byte + (bit >> 3))[None, :]
+            if BITS == 16:
+                summed += _load_bf16(pointer, mask)
+            else:
+                code = tl.load(pointer, mask, other=0).to(tl.int32)
+                if 8 % BITS != 0:
+                    code |= tl.load(pointer + 1, split, other=0).to(tl.int32) << 8
+                value = ((code >> shift[None, :]) & LARGEST).to(tl.float32)
+                if RANK1:
+                    step = _load_bf16(sent + 2, good) * (1 / LARGEST)
+                    value = value * step[:, None] + _load_bf16(sent, good)[:, None]
+                wire = rank * features + first + at
+                own_zero = tl.load(zero_point + wire, here, other=0.0)
+                own_scale = tl.load(scale + wire, here, other=0.0)
+                summed += (value - own_zero[None, :]) * own_scale[None, :]
+            if HEADER == 1:
+                broken = tl.load(sent, good, other=0) != 0
+                summed += tl.where(broken, float("nan"), 0.0)[:, None]
+        feature = tl.load(order + first + at, here, other=0).to(tl.int32)
+        out = total + (total_rows[:, None] + feature[None, :])
+        if total.dtype.element_ty == tl.bfloat16:
+            tl.store(out, _bf16_bits(summed).to(tl.int16).to(tl.bfloat16, bitcast=True), mask)
+        else:
+            tl.store(out, summed.to(total.dtype.element_ty), mask)
+
+
+@triton.jit
+def _decode(
+    rows, rank_stride, ranks, good, features, scale, zero_point, order, total, total_rows, counts,
+    WIDTHS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """unpack_reduce_reference for TOKENS rows. total_rows: int32 [TOKENS] offsets in total."""
+    first = 0
+    byte = HEADER
+    for t in tl.static_range(len(WIDTHS)):
+        count = counts[t] // 16
+        _decode_tier(
+            rows, rank_stride, ranks, good, features, scale, zero_point, order, first, count, byte, total, total_rows,
+            WIDTHS[t], RANK1, HEADER, TOKENS, BLOCK,
+        )  # fmt: skip
+        first += count
+        byte += _tier_bytes(count, WIDTHS[t])
+
+
+# Token and rank counts and the lengths of rows take many values; a kernel serves them all.
+_ANY = ["tokens", "ranks", "row_bytes", "token_stride", "rank_stride", "tiles"]
+
+
+@triton.jit(do_not_specialize=_ANY)
+def pack_kernel(
+    x, x_stride, tokens, features, scale, zero_point, order, message, row_bytes, saturated, counts,
+    WIDTHS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    outside = _encode(
+        x, token * x_stride, token < tokens, features, scale, zero_point, order, message + token * row_bytes, counts,
+        WIDTHS, RANK1, HEADER, TOKENS, BLOCK,
+    )  # fmt: skip
+    if not RANK1:
+        tl.atomic_add(saturated, outside.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=_ANY)
+def unpack_reduce_kernel(
+    messages, rank_stride, token_stride, ranks, tokens, features, scale, zero_point, order, total, counts,
+    WIDTHS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    _decode(
+        messages + token * token_stride, rank_stride, ranks, token < tokens, features, scale, zero_point, order,
+        total, token * features, counts,
+        WIDTHS, RANK1, HEADER, TOKENS, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_ANY)
+def requantize_kernel(
+    messages, rank_stride, token_stride, ranks, tokens, tiles, features, scale, zero_point, order, counts,
+    second_scale, second_zero_point, second_order, second_counts, message, row_bytes, saturated, scratch,
+    WIDTHS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
+    SECOND_WIDTHS: tl.constexpr, SECOND_RANK1: tl.constexpr, SECOND_HEADER: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """scratch: float32 [programs, TOKENS, features]."""
+    outside = tl.full([], 0, tl.int32)
+    own = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)) * features
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        token = tile * TOKENS + tl.arange(0, TOKENS)
+        good = token < tokens
+        _decode(
+            messages + token * token_stride, rank_stride, ranks, good, features, scale, zero_point, order,
+            scratch, own, counts,
+            WIDTHS, RANK1, HEADER, TOKENS, BLOCK,
+        )  # fmt: skip
+        tl.debug_barrier()  # other threads of this program read what a thread wrote
+        outside += _encode(
+            scratch, own, good, features, second_scale, second_zero_point, second_order,
+            message + token * row_bytes, second_counts,
+            SECOND_WIDTHS, SECOND_RANK1, SECOND_HEADER, TOKENS, BLOCK,
+        )  # fmt: skip
+        tl.debug_barrier()  # and are done reading before the next tile overwrites it
+    if not SECOND_RANK1:
+        tl.atomic_add(saturated, outside.to(tl.int64))
+
+
+def pack(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    order: Tensor,
+    tiers: Sequence[int],
+    rank1: bool,
+    tile: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """hybrid_pack; see there. x: rows of values side by side; scale, zero_point, order: contiguous.
+
+    tile: tokens and features that a program holds at a time, powers of 2 and no fewer than 8 features.
+    """
+    tokens, features = x.shape
+    row_bytes = hybrid_row_bytes(tiers, rank1)
+    message = x.new_empty((tokens, row_bytes), dtype=torch.uint8)
+    saturated = torch.zeros(1, dtype=torch.int64, device=x.device)
+    if tokens:
+        at_once, block = tile or _tile(tokens)
+        pack_kernel[(triton.cdiv(tokens, at_once),)](
+            *(x, x.stride(0), tokens, features, scale, zero_point, order, message, row_bytes, saturated),
+            *_format(tiers, rank1),
+            **_options(at_once, block),
+        )
+    return message, saturated
+
+
+def unpack_reduce(
+    messages: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    order: Tensor,
+    tiers: Sequence[int],
+    rank1: bool,
+    dtype: torch.dtype,
+    tile: tuple[int, int] | None = None,
+) -> Tensor:
+    """hybrid_unpack_reduce; see there. Layouts and `tile` as in `pack`."""
+    (ranks, tokens, _), features = messages.shape, order.shape[0]
+    total = scale.new_empty((tokens, features), dtype=dtype)
+    if tokens:
+        at_once, block = tile or _tile(tokens)
+        unpack_reduce_kernel[(triton.cdiv(tokens, at_once),)](
+            *(messages, messages.stride(0), messages.stride(1), ranks, tokens, features),
+            *(scale, zero_point, order, total),
+            *_format(tiers, rank1),
+            **_options(at_once, block),
+        )
+    return total
+
+
+def requantize(
+    messages: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    order: Tensor,
+    tiers: Sequence[int],
+    rank1: bool,
+    second_scale: Tensor,
+    second_zero_point: Tensor,
+    second_order: Tensor,
+    second_tiers: Sequence[int],
+    second_rank1: bool,
+    tile: tuple[int, int] | None = None,
+    programs: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """hybrid_unpack_reduce_requantize; see there. Layouts and `tile` as in `pack`; programs: at most so many."""
+    (ranks, tokens, _), features = messages.shape, order.shape[0]
+    row_bytes = hybrid_row_bytes(second_tiers, second_rank1)
+    message = messages.new_empty((tokens, row_bytes))
+    saturated = torch.zeros(1, dtype=torch.int64, device=messages.device)
+    if tokens:
+        at_once, block = tile or _tile(tokens)
+        tiles = triton.cdiv(tokens, at_once)
+        programs = min(tiles, programs or PROGRAMS_PER_SM * _multiprocessors(messages.device))
+        scratch = scale.new_empty((programs, at_once, features))
+        counts, *first = _format(tiers, rank1)
+        second_counts, *second = _format(second_tiers, second_rank1)
+        requantize_kernel[(programs,)](
+            *(messages, messages.stride(0), messages.stride(1), ranks, tokens, tiles, features),
+            *(scale, zero_point, order, counts, second_scale, second_zero_point, second_order, second_counts),
+            *(message, row_bytes, saturated, scratch, *first, *second),
+            **_options(at_once, block),
+        )
+    return message, saturated
+
+
+def _tile(tokens: int) -> tuple[int, int]:
+    """Few tokens: one to a program, for as many programs as can be."""
+    return (1, 1024) if tokens < MANY_TOKENS else (4, 512)
+
+
+def _format(tiers: Sequence[int], rank1: bool) -> tuple[tuple[int, ...], tuple[int, ...], bool, int]:
+    """A kernel's arguments counts, WIDTHS, RANK1 and HEADER.
+
+    Triton compiles anew for an argument that is 1 or a multiple of 16. Counts differ from layer to layer; 16 times a
+    count is always such a multiple.
+    """
+    return tuple(16 * count for count in tiers[1::2]), tuple(tiers[::2]), rank1, header_bytes(tiers, rank1)
+
+
+def _options(at_once: int, block: int) -> dict[str, int | bool]:
+    return {"TOKENS": at_once, "BLOCK": block, "num_warps": NUM_WARPS, "enable_fp_fusion": False}
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

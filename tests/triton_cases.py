@@ -1,0 +1,101 @@
+"""Triton's kernels of the hybrid ops against the torch reference, bit for bit: `python triton_cases.py cpu|cuda`.
+
+On the CPU it needs TRITON_INTERPRET=1. Prints the number of cases; the first that differs ends it with an error.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.kernels import hybrid, triton_hybrid
+
+TILE = (2, 8)  # several tiles of tokens and blocks of features even in small tensors
+PLANS = [  # tiers
+    [4, 1],
+    [16, 1],
+    [16, 13],
+    [16, 3, 4, 19],
+    [8, 17],
+    [16, 2, 8, 3, 7, 9, 6, 5, 5, 1, 4, 7, 3, 11, 2, 6],
+    *([bits, 21] for bits in (2, 3, 5, 6, 7)),
+]
+
+
+def plan(tiers: list[int], senders: int, seed: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(scale, zero_point, order)"""
+    g, features = torch.Generator().manual_seed(seed), sum(tiers[1::2])
+    scale = torch.rand(senders, features, generator=g) * 0.4 + 0.05
+    zero_point = torch.randn(senders, features, generator=g) * 2 + 4
+    return scale.to(device), zero_point.to(device), torch.randperm(features, generator=g).to(device)
+
+
+def inputs(tokens: int, features: int, kind: str, dtype: torch.dtype, seed: int) -> Tensor:
+    x = torch.randn(tokens, features, generator=torch.Generator().manual_seed(seed))
+    if kind == "constant":
+        x[:] = 0.75
+    elif kind == "saturated":
+        x *= 1e4
+    elif kind == "broken" and tokens:
+        for token, bad in enumerate((float("nan"), float("inf"), float("-inf"))):
+            x[token % tokens, (5 * token) % features] = bad
+    return x.to(dtype)
+
+
+def without_nan_bits(message: Tensor, tiers: list[int], rank1: bool) -> Tensor:
+    """All bf16 NaN made one: which NaN it is differs between backends."""
+    message, header = message.clone(), hybrid.header_bytes(tiers, rank1)
+    spans = [(0, 4)] if rank1 else []
+    spans += [(header + byte, size) for bits, _, _, byte, size in hybrid.tier_slices(tiers) if bits == 16 and size]
+    for start, size in spans:
+        value = message[:, start : start + size].clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
+        value[value.isnan()] = float("nan")
+        message[:, start : start + size] = value.view(torch.uint8)
+    return message
+
+
+def check_message(ours: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tiers, rank1, case) -> None:
+    assert torch.equal(ours[1], expected[1]), ("saturated", case, ours[1], expected[1])
+    same = torch.equal(*(without_nan_bits(message, tiers, rank1) for message in (ours[0], expected[0])))
+    assert same, ("message", case)
+
+
+def check(tiers: list[int], rank1: bool, tokens: int, ranks: int, kind: str, dtype: torch.dtype, device: str) -> None:
+    case = (tiers, rank1, tokens, ranks, kind, dtype)
+    scale, zero_point, order = plan(tiers, ranks, 1, device)
+    sent = []
+    for rank in range(ranks):
+        x = inputs(tokens, len(order), kind if rank == 0 else "plain", dtype, rank).to(device)
+        arguments = (x, scale[rank], zero_point[rank], order, tiers, rank1)
+        expected = hybrid.pack_reference(*arguments)
+        check_message(triton_hybrid.pack(*arguments, tile=TILE), expected, tiers, rank1, case)
+        sent.append(expected[0])
+    first = (torch.stack(sent), scale, zero_point, order, tiers, rank1)
+    ours = triton_hybrid.unpack_reduce(*first, dtype, tile=TILE)
+    total = hybrid.unpack_reduce_reference(*first, dtype)
+    assert torch.equal(ours.isnan(), total.isnan()) and torch.equal(ours.nan_to_num(), total.nan_to_num()), case
+    features = len(order)
+    second_tiers = [6, features] if rank1 else [16, features // 3, 8, features - features // 3]
+    second = plan(second_tiers, 1, 2, device)
+    second_format = (second[0][0], second[1][0], second[2], second_tiers, not rank1)
+    # One program takes all tiles, so that its scratch rows are used again.
+    again = triton_hybrid.requantize(*first, *second_format, tile=TILE, programs=1)
+    check_message(again, hybrid.requantize_reference(*first, *second_format), second_tiers, not rank1, case)
+
+
+def main(device: str) -> None:
+    cases = [(tiers, rank1, 3, 2, "plain", torch.float32) for tiers in PLANS for rank1 in (False, True)]
+    for tiers in ([16, 3, 4, 19], [4, 13]):
+        for rank1 in (False, True):
+            cases += [(tiers, rank1, 3, 1, kind, torch.float32) for kind in ("constant", "saturated", "broken")]
+            cases += [(tiers, rank1, 1, 1, "plain", dtype) for dtype in (torch.bfloat16, torch.float16)]
+            cases += [(tiers, rank1, 0, 2, "plain", torch.float32), (tiers, rank1, 5, 4, "broken", torch.bfloat16)]
+    for case in cases:
+        check(*case, device)
+    print(len(cases))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
