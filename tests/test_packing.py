@@ -90,15 +90,17 @@ def test_fake_of_pack_and_unpack(bits, rows):
     check_op(OPS.unpack_bits, kernels.pack_bits(codes, bits), bits, 7)
 
 
-@pytest.mark.parametrize(("tokens", "num_bf16"), [(3, 2), (0, 2), (1, 0), (2, 9)])
+@pytest.mark.parametrize(("tokens", "tiers"), [(3, [16, 2, 4, 7]), (0, [16, 2, 4, 7]), (1, [4, 9]), (2, [16, 9])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fake_of_hybrid_pack_and_unpack_reduce(tokens, num_bf16, dtype):
-    bf16_idx, low_idx = torch.arange(num_bf16), torch.arange(num_bf16, 9)
-    scale, zero_point = torch.ones(2, 9 - num_bf16), torch.full((2, 9 - num_bf16), 8.0)
-    x = torch.arange(tokens * 9, dtype=dtype).view(tokens, 9)
-    check_op(OPS.hybrid_pack, x, scale[0], zero_point[0], bf16_idx, low_idx, 4)
-    messages = torch.stack([kernels.hybrid_pack(x, scale[r], zero_point[r], bf16_idx, low_idx, 4) for r in range(2)])
-    check_op(OPS.hybrid_unpack_reduce, messages, scale, zero_point, bf16_idx, low_idx, 4)
+@pytest.mark.parametrize("rank1", (False, True))
+def test_fakes_of_the_wire_format(tokens, tiers, dtype, rank1):
+    scale, zero_point = torch.ones(2, 9), torch.full((2, 9), 8.0)
+    x, format = torch.arange(tokens * 9, dtype=dtype).view(tokens, 9), (torch.arange(9), tiers, rank1)
+    check_op(OPS.hybrid_pack, x, scale[0], zero_point[0], *format)
+    messages = torch.stack([kernels.hybrid_pack(x, scale[r], zero_point[r], *format)[0] for r in range(2)])
+    check_op(OPS.hybrid_unpack_reduce, messages, scale, zero_point, *format, dtype)
+    second = scale[0], zero_point[0], torch.arange(9).flip(0), [8, 9], not rank1
+    check_op(OPS.hybrid_unpack_reduce_requantize, messages, scale, zero_point, *format, *second)
 
 
 @pytest.mark.parametrize("tokens", (0, 1, 3))
