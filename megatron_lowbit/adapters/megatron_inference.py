@@ -106,7 +106,7 @@ class _NoTokenizer:
         self.bos, self.pad, self.vocab_size = -1, 0, vocab_size
 
     def tokenize(self, text: str) -> list[int]:
-        raise NotImplementedError("prompts are given as ids")
+        raise TypeError("prompts are given as ids")
 
     def detokenize(self, ids: Any, **_: Any) -> str:
         return ""
