@@ -98,3 +98,14 @@ def test_a_plan_of_adaptive_bits(scale):
     assert sent[0] - 24 <= sent[1] <= sent[0]
     assert len({tuple(site.first.tiers()) for site in plan.sites.values()}) == 2, "both sites got the same tiers"
     assert plan.description == ("rank-1 tiered int4" if scale == "rank1" else "tiered int4")
+
+
+def test_an_error_counts_by_the_energy_of_its_sites_sum():
+    """Two sites of the same partial sums, of which one adds up to a hundred times the energy: it gets fewer bits."""
+    ones = torch.ones(2, 64)
+    partials = FeatureRange(-3 * ones, 3 * ones, 0 * ones, ones)
+    sums = {f"site{n}": FeatureRange(-3 * ones[:1], 3 * ones[:1], 0 * ones[:1], 10.0**n * ones[:1]) for n in range(2)}
+    stats = CalibrationStats({1: sums, 2: {name: partials for name in sums}}, {})
+    sites = build_plan(stats, 2, CommConfig(scale="rank1", allocation="adaptive")).sites
+    quiet, loud = (sites[name].first.bits.double().mean() for name in ("site0", "site1"))
+    assert quiet > loud + 2
