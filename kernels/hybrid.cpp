@@ -45,6 +45,8 @@ constexpr int kGroup = 2 * kLanes;
 constexpr int kTokens = 4;  // that go through a loop together
 constexpr int64_t kMinParallel = 1 << 16;  // values; below this, starting threads costs more than they save
 constexpr uint16_t kBf16NaN = 0xffff;      // the one that torch's vectorized cast makes
+constexpr uint8_t kBroken = 255;           // header of a rank-1 token that holds NaN or Inf
+constexpr float kFar = 16.0f;              // standard deviations beyond which a rank-1 value counts as saturated
 constexpr float kMagic = 0x1.8p23f;  // a small value plus this has it rounded, half to even, in its low mantissa bits
 
 enum DType { kFloat32, kBfloat16, kFloat16, kFloat64 };  // as in cpu.py
@@ -437,6 +439,34 @@ inline Pair load_group(const uint8_t* from) {
 
 // ---- Formats
 
+// By bits: how much of a rank-1 token's scale its codes span.
+constexpr double kLoading[] = {0, 0, 0.65, 0.8, 0.88, 0.95, 1.05, 1.1, 1.1};
+
+// Mantissa bits of 2^(i / 8), and of the thresholds between them.
+constexpr uint32_t kMantissas[] = {0, 759234, 1587184, 2490071, 3474675, 4548394, 5719293, 6996167};
+constexpr uint32_t kThresholds[] = {371396, 1164244, 2028851, 2971711, 3999908, 5121165, 6343903, 7677310};
+
+// The largest |v| of a rank-1 token -> the byte of the nearest scale 2^(j / 8), which is j + 128.
+inline uint8_t scale_header(float largest) {
+  if (!std::isfinite(largest)) return kBroken;
+  if (largest == 0) return 0;
+  uint32_t bits;
+  std::memcpy(&bits, &largest, 4);
+  int j = 8 * (static_cast<int>(bits >> 23) - 127);
+  for (uint32_t threshold : kThresholds) j += (bits & 0x7fffff) >= threshold;
+  return static_cast<uint8_t>((j < -127 ? -127 : j > 126 ? 126 : j) + 128);
+}
+
+inline float header_scale(uint8_t header) {
+  if (header == 0) return 0.0f;
+  if (header == kBroken) return std::numeric_limits<float>::quiet_NaN();
+  int j = header - 128;
+  uint32_t bits = static_cast<uint32_t>((j >> 3) + 127) << 23 | kMantissas[j & 7];
+  float scale;
+  std::memcpy(&scale, &bits, 4);
+  return scale;
+}
+
 struct Tier {
   int bits;
   int64_t count;
@@ -445,6 +475,7 @@ struct Tier {
   int64_t byte;     // in the row
   int64_t size;     // bytes
   float largest() const { return static_cast<float>((1 << bits) - 1); }
+  double code_span() const { return 2 * kLoading[bits] / ((1 << bits) - 1); }
 };
 
 int64_t packed_bytes(int64_t count, int bits) {
@@ -466,7 +497,7 @@ struct Layout {
       : features(format.features), order(format.order), rank1(format.rank1 != 0) {
     bool bf16 = false;
     for (int64_t i = 0; i < format.num_tiers; ++i) bf16 |= format.tiers[2 * i] == 16;
-    header = rank1 ? 4 : bf16 ? 0 : 1;
+    header = rank1 || !bf16;
     row_bytes = header;
     int64_t feature = 0;
     for (int64_t i = 0; i < format.num_tiers; ++i) {
@@ -542,20 +573,6 @@ INLINE inline void each_group(const Tier& tier, Body body) {
   for (int64_t group = 0; group < groups; ++group) body(group, group + 1 < groups ? group_bytes(kForm) : rest);
 }
 
-inline uint16_t bf16_bits(float value) {
-  uint32_t bits;
-  if (std::isnan(value)) return kBf16NaN;
-  std::memcpy(&bits, &value, 4);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-inline float bf16_value(uint16_t half) {
-  uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
 // ---- Encoding rows of `Type`
 
 template <class Type>
@@ -588,10 +605,10 @@ class Encoder {
   int64_t encode(const Word* const* rows, uint8_t* const* out, Scratch& scratch) const {
     int64_t saturated = 0;
     Largest<Word> largest[T];
-    float low[T], span[T];
+    uint8_t header[T] = {};
     // The coded features go first: they stream through memory in order, and the few in bf16 then lie in cache.
     if (layout.rank1)
-      normalize<T>(rows, scratch, largest, low, span);
+      saturated += normalize<T>(rows, scratch, largest, header);
     else
       for (const Tier& tier : layout.tiers) {
         if (tier.bits == 16) continue;
@@ -602,23 +619,18 @@ class Encoder {
       if (tier.bits == 16) bf16_tier<T>(tier, rows, out, largest);
     if (layout.rank1)
       for (int t = 0; t < T; ++t) {
-        if (largest[t].reached(Type::infinity)) span[t] = std::numeric_limits<float>::quiet_NaN();
+        if (largest[t].reached(Type::infinity)) header[t] = kBroken;
         for (const Tier& tier : layout.tiers) {
           if (tier.bits == 16) continue;
           const float* normed = scratch.normed.get() + t * scratch.stride + tier.slot;
           uint8_t* codes = scratch.codes.get();
-          tier.bits == 4 ? ranged_tier<4>(tier, normed, low[t], span[t], out[t], codes)
-                         : ranged_tier<8>(tier, normed, low[t], span[t], out[t], codes);
+          tier.bits == 4 ? ranged_tier<4>(tier, normed, header_scale(header[t]), out[t], codes)
+                         : ranged_tier<8>(tier, normed, header_scale(header[t]), out[t], codes);
         }
       }
     for (int t = 0; t < T; ++t) {
       bool broken = largest[t].reached(Type::infinity);
-      if (layout.rank1) {
-        uint16_t header[2] = {bf16_bits(low[t]), bf16_bits(span[t])};
-        std::memcpy(out[t], header, 4);
-      } else if (layout.header) {
-        out[t][0] = broken;
-      }
+      if (layout.header) out[t][0] = layout.rank1 ? header[t] : broken;
       if (broken)
         for (const Tier& tier : layout.tiers)
           if (tier.bits == 16) std::memset(out[t] + tier.byte, kBf16NaN & 0xff, tier.size);
@@ -689,56 +701,52 @@ class Encoder {
     return saturated;
   }
 
-  // Normalizes the features that are not bf16 into scratch.normed and finds each token's range.
+  // Normalizes the features that are not bf16 into scratch.normed and finds each token's scale; returns how many values
+  // lie far out.
   template <int T>
-  void normalize(const Word* const* rows, Scratch& scratch, Largest<Word>* largest, float* low, float* span) const {
-    const float infinity = std::numeric_limits<float>::infinity();
-    Floats least[T], most[T];
+  int64_t normalize(const Word* const* rows, Scratch& scratch, Largest<Word>* largest, uint8_t* header) const {
+    Lanes most[T];  // magnitudes, bitwise: NaN is above all others
     Largest<Word> here[T];
-    int unordered[T] = {};
-    bool any = false;
-    each_token<T>([&](auto t) INLINE { least[t] = splat(infinity), most[t] = splat(-infinity), here[t] = largest[t]; });
+    each_token<T>([&](auto t) INLINE { most[t] = Lanes{}, here[t] = largest[t]; });
     for (const Tier& tier : layout.tiers) {
       if (tier.bits == 16) continue;
-      any = true;
       each_group<8>(tier, [&](int64_t group, int64_t) INLINE {
         int64_t slot = tier.slot + group * kGroup;
         Pair inverse = load_pair(inverse_.get() + slot), zero = load_pair(zero_.get() + slot);
         each_token<T>([&](auto t) INLINE {
-          Pair v = values(rows[t], slot / kGroup, here[t]) * inverse + zero;
-          if ((group + 1) * kGroup > tier.count) {  // a padded place repeats the group's first value
-            for (int64_t i = tier.count - group * kGroup; i < kGroup; ++i)
-              (i % 2 ? v.odd : v.even)[i / 2] = v.even[0];
-          }
+          Pair v = values(rows[t], slot / kGroup, here[t]) * inverse + zero;  // 0 in padded places
           store_pair(scratch.normed.get() + t * scratch.stride + slot, v);
-          unordered[t] |= count_unequal(v.even, v.even) | count_unequal(v.odd, v.odd);
-          least[t] = min(v.odd, min(v.even, least[t]));
-          most[t] = max(v.odd, max(v.even, most[t]));
+          Lanes even = (Lanes)v.even & 0x7fffffffu, odd = (Lanes)v.odd & 0x7fffffffu;
+          Lanes more = even > odd ? even : odd;
+          most[t] = more > most[t] ? more : most[t];
         });
       });
     }
+    int64_t far = 0;
     each_token<T>([&](auto t) INLINE {
       largest[t] = here[t];
-      float smallest = any ? least[t][0] : 0.0f, greatest = any ? most[t][0] : 0.0f;
-      for (int i = 1; any && i < kLanes; ++i) {
-        smallest = least[t][i] < smallest ? least[t][i] : smallest;
-        greatest = most[t][i] > greatest ? most[t][i] : greatest;
-      }
-      if (unordered[t]) smallest = greatest = std::numeric_limits<float>::quiet_NaN();
-      low[t] = bf16_value(bf16_bits(smallest));
-      span[t] = bf16_value(bf16_bits(greatest - low[t]));
+      uint32_t bits = 0;
+      for (int i = 0; i < kLanes; ++i) bits = most[t][i] > bits ? most[t][i] : bits;
+      float greatest;
+      std::memcpy(&greatest, &bits, 4);
+      header[t] = scale_header(greatest);
+      if (greatest <= kFar) return;
+      for (const Tier& tier : layout.tiers)
+        for (int64_t i = 0; tier.bits != 16 && i < padded(tier.count); ++i)
+          far += !(std::fabs(scratch.normed.get()[t * scratch.stride + tier.slot + i]) <= kFar);
     });
+    return far;
   }
 
-  // A broken token's span is NaN: its steps are 0.
+  // The codes of a broken token, whose scale is NaN, mean nothing.
   template <int kForm>
-  static void ranged_tier(
-      const Tier& tier, const float* normed, float low, float span, uint8_t* message, uint8_t* codes) {
+  static void ranged_tier(const Tier& tier, const float* normed, float scale, uint8_t* message, uint8_t* codes) {
     const Bounds bounds(tier);
-    const Pair least = both(low), steps = both(span > 0 ? 1.0f / span * tier.largest() : 0.0f);
+    const float per_step = static_cast<float>(1 / tier.code_span());
+    const Pair steps = both((scale > 0 ? 1.0f / scale : 0.0f) * per_step), middle = both(tier.largest() / 2);
     uint8_t* to = tier.bits == kForm ? message + tier.byte : codes;
     each_group<kForm>(tier, [&](int64_t group, int64_t bytes) INLINE {
-      Lanes pairs = join<kForm>(bounds.clamp((load_pair(normed + group * kGroup) - least) * steps));
+      Lanes pairs = join<kForm>(bounds.clamp(load_pair(normed + group * kGroup) * steps + middle));
       int64_t count = tier.count - group * kGroup;
       if (count < kGroup) {  // padded places send code 0
         for (int i = 0; i < kLanes; ++i)
@@ -772,12 +780,11 @@ class Decoder {
           codes(decoder.ranks_ * kTokens * stride),
           tails(decoder.ranks_ * kTokens * 2 * kGroup),
           from(decoder.ranks_ * kTokens),
-          low(decoder.ranks_ * kTokens),
           step(decoder.ranks_ * kTokens) {}
     int64_t stride;
     Buffer<uint8_t> codes, tails;
     std::vector<const uint8_t*> from;
-    std::vector<float> low, step;
+    std::vector<float> step;
   };
 
   const Layout layout;
@@ -798,7 +805,7 @@ class Decoder {
       else
         tier_sum<Type, T, 8, false>(tier, messages, rank_stride, row_stride, total, scratch);
     }
-    if (layout.header != 1) return;
+    if (layout.rank1 || !layout.header) return;
     for (int t = 0; t < T; ++t) {
       bool broken = false;
       for (int64_t r = 0; r < ranks_; ++r) broken |= messages[r * rank_stride + t * row_stride] != 0;
@@ -812,6 +819,7 @@ class Decoder {
   void tier_sum(const Tier& tier, const uint8_t* messages, int64_t rank_stride, int64_t row_stride,
                 typename Type::Word* const* total, Scratch& scratch) const {
     const uint8_t** from = scratch.from.data();
+    const Pair middle = both(tier.largest() / 2);
     for (int64_t r = 0; r < ranks_; ++r)
       for (int t = 0; t < T; ++t) {
         const uint8_t* row = messages + r * rank_stride + t * row_stride;
@@ -822,12 +830,7 @@ class Decoder {
           unpack_codes(from[i], tier.bits, codes, tier.size);
           from[i] = codes;
         }
-        if (kRanged) {
-          uint16_t header[2];
-          std::memcpy(header, row, 4);
-          scratch.low[i] = bf16_value(header[0]);
-          scratch.step[i] = bf16_value(header[1]) * static_cast<float>(1.0 / ((1 << tier.bits) - 1));
-        }
+        if (kRanged) scratch.step[i] = header_scale(row[0]) * static_cast<float>(tier.code_span());
       }
     each_group<kForm>(tier, [&](int64_t group, int64_t bytes) INLINE {
       int64_t slot = tier.slot + group * kGroup;
@@ -846,7 +849,7 @@ class Decoder {
         each_token<T>([&](auto t) INLINE {
           int64_t i = r * T + t;
           Pair v = load_group<kForm>(from[i] + group * group_bytes(kForm));
-          if (kRanged) v = v * both(scratch.step[i]) + both(scratch.low[i]);
+          if (kRanged) v = (v - middle) * both(scratch.step[i]);
           if (kForm != 16) v = (v - zero) * scale;
           sum[t] = sum[t] + v;
         });

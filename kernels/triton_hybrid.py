@@ -24,10 +24,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lowbit.kernels.hybrid import header_bytes, hybrid_row_bytes
+from megatron_lowbit.kernels.hybrid import (
+    BF16_BITS,
+    BROKEN,
+    FAR,
+    MANTISSAS,
+    THRESHOLDS,
+    code_span,
+    header_bytes,
+    hybrid_row_bytes,
+)
 
 ROUND: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23
 ROUND_BITS: tl.constexpr = tl.constexpr(0x4B400000)  # its bits
+BROKEN_HEADER: tl.constexpr = tl.constexpr(BROKEN)
+FAR_OUT: tl.constexpr = tl.constexpr(FAR)
+MANTISSA_BITS: tl.constexpr = tl.constexpr(tuple(MANTISSAS))
+THRESHOLD_BITS: tl.constexpr = tl.constexpr(tuple(THRESHOLDS))
 MANY_TOKENS = 1024  # from here on a program takes several tokens, which share the loads of scales and order
 PROGRAMS_PER_SM = 4  # of requantize, where every program has scratch rows of its own
 NUM_WARPS = 8
@@ -72,6 +85,28 @@ def _normalized(value, scale, zero_point, at, mask):
 
 
 @triton.jit
+def _scale_header(largest):
+    """scale_header of hybrid.py: float32 -> int32."""
+    bits = largest.to(tl.int32, bitcast=True)
+    j = 8 * ((bits >> 23) - 127)
+    for i in tl.static_range(8):
+        j += ((bits & 0x7FFFFF) >= THRESHOLD_BITS[i]).to(tl.int32)
+    header = tl.where(largest > 0, tl.minimum(tl.maximum(j, -127), 126) + 128, 0)
+    return tl.where(largest < float("inf"), header, BROKEN_HEADER)
+
+
+@triton.jit
+def _header_scale(header):
+    """header_scale of hybrid.py: int32 -> float32."""
+    j = header - 128
+    bits = ((j >> 3) + 127) << 23
+    for i in tl.static_range(8):
+        bits |= tl.where((j & 7) == i, MANTISSA_BITS[i], 0)
+    scale = tl.where(header == 0, 0.0, bits.to(tl.float32, bitcast=True))
+    return tl.where(header == BROKEN_HEADER, float("nan"), scale)
+
+
+@triton.jit
 def _whole(value, LARGEST: tl.constexpr):
     """float32 -> int32, rounded: what lies below -0.5, and NaN, becomes -1; what would exceed LARGEST, LARGEST + 1."""
     clamped = tl.minimum(tl.maximum(tl.where(value == value, value, -1.0), -1.0), LARGEST + 1.0)
@@ -83,11 +118,11 @@ def _row_facts(
     x, x_rows, good, features, first_code, scale, zero_point, order,
     RANK1: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """([TOKENS] whether a row holds NaN or Inf, its least and its greatest normalized value: rank-1 only)."""
+    """([TOKENS] whether a row holds NaN or Inf; rank-1 only: its largest |v|, and how many lie far out)."""
     broken = tl.zeros([TOKENS, BLOCK], tl.int32)
     undefined = tl.zeros([TOKENS, BLOCK], tl.int32)
-    low = tl.full([TOKENS, BLOCK], float("inf"), tl.float32)
-    high = tl.full([TOKENS, BLOCK], float("-inf"), tl.float32)
+    far = tl.zeros([TOKENS, BLOCK], tl.int32)
+    largest = tl.zeros([TOKENS, BLOCK], tl.float32)
     for start in range(0, features, BLOCK):
         at = start + tl.arange(0, BLOCK)
         here = at < features
@@ -98,23 +133,19 @@ def _row_facts(
         broken |= (~(tl.abs(value) < float("inf"))).to(tl.int32)
         if RANK1:
             code = here & (at >= first_code)
-            normed = _normalized(value, scale, zero_point, at, code)
-            undefined |= (code & (normed != normed)).to(tl.int32)
-            low = tl.where(code, tl.minimum(low, normed), low)
-            high = tl.where(code, tl.maximum(high, normed), high)
-    # minimum and maximum pass over NaN, where amin and amax return it.
+            size = tl.abs(_normalized(value, scale, zero_point, at, code))
+            undefined |= (code & (size != size)).to(tl.int32)
+            far += (good[:, None] & code[None, :] & ~(size <= FAR_OUT)).to(tl.int32)
+            largest = tl.where(code, tl.maximum(largest, size), largest)
+    # maximum passes over NaN, where amax returns it.
     poison = tl.where(tl.max(undefined, 1) > 0, float("nan"), 0.0)
-    some = first_code < features
-    low_of_row = tl.where(some, tl.min(low, 1), 0.0)
-    high_of_row = tl.where(some, tl.max(high, 1), 0.0)
-    clean = poison == poison
-    return tl.max(broken, 1) > 0, tl.where(clean, low_of_row, poison), tl.where(clean, high_of_row, poison)
+    return tl.max(broken, 1) > 0, tl.max(largest, 1) + poison, tl.sum(far)
 
 
 @triton.jit
 def _encode_tier(
-    x, x_rows, good, first, count, scale, zero_point, order, poison, low, span, pointers,
-    BITS: tl.constexpr, RANK1: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    x, x_rows, good, first, count, scale, zero_point, order, poison, token_scale, pointers,
+    BITS: tl.constexpr, SPAN: tl.constexpr, RANK1: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes one tier, in words of packing.py. pointers: [TOKENS] its first bytes. Returns the count saturated."""
     LARGEST: tl.constexpr = 2**BITS - 1
@@ -138,8 +169,8 @@ def _encode_tier(
         else:
             normed = _normalized(value, scale, zero_point, wire, here)
             if RANK1:
-                steps = tl.where(span > 0, tl.div_rn(1.0, span) * LARGEST, 0.0)
-                normed = (normed - low[:, None, None]) * steps[:, None, None]
+                steps = tl.where(token_scale > 0, tl.div_rn(1.0, token_scale), 0.0) * (1 / SPAN)
+                normed = normed * steps[:, None, None] + LARGEST / 2
             code = _whole(normed, LARGEST)
             if not RANK1:
                 outside += (mask & ((code < 0) | (code > LARGEST))).to(tl.int32)
@@ -160,34 +191,31 @@ def _encode_tier(
 @triton.jit
 def _encode(
     x, x_rows, good, features, scale, zero_point, order, rows, counts,
-    WIDTHS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """pack_reference for TOKENS rows. x_rows: int32 [TOKENS] offsets in x; rows: [TOKENS] pointers to the messages."""
     first_code = 0
     for t in tl.static_range(len(WIDTHS)):
         if WIDTHS[t] == 16:
             first_code += counts[t] // 16
-    broken, low, high = _row_facts(
+    broken, largest, saturated = _row_facts(
         x, x_rows, good, features, first_code, scale, zero_point, order, RANK1, TOKENS, BLOCK
     )
     poison = tl.where(broken, float("nan"), 0.0)
-    span = low
+    token_scale = poison
     if RANK1:
-        low_bits = _bf16_bits(low)
-        low = _of_bf16_bits(low_bits)
-        span_bits = _bf16_bits((high - low) + poison)
-        span = _of_bf16_bits(span_bits)
-        _store_bytes(rows, low_bits | (span_bits << 16), good, 4, 4)
+        header = tl.where(broken, BROKEN_HEADER, _scale_header(largest))
+        token_scale = _header_scale(header)
+        tl.store(rows, header.to(tl.uint8), good)
     elif HEADER == 1:
         tl.store(rows, broken.to(tl.uint8), good)
-    saturated = 0
     first = 0
     pointers = rows + HEADER
     for t in tl.static_range(len(WIDTHS)):
         count = counts[t] // 16
         saturated += _encode_tier(
-            x, x_rows, good, first, count, scale, zero_point, order, poison, low, span, pointers,
-            WIDTHS[t], RANK1, TOKENS, BLOCK,
+            x, x_rows, good, first, count, scale, zero_point, order, poison, token_scale, pointers,
+            WIDTHS[t], SPANS[t], RANK1, TOKENS, BLOCK,
         )  # fmt: skip
         first += count
         pointers += _tier_bytes(count, WIDTHS[t])
@@ -204,7 +232,7 @@ def _tier_bytes(count, BITS: tl.constexpr):
 @triton.jit
 def _decode_tier(
     rows, rank_stride, ranks, good, features, scale, zero_point, order, first, count, byte, total, total_rows,
-    BITS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    BITS: tl.constexpr, SPAN: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Decodes and sums one tier. rows: [TOKENS] pointers to rank 0's messages; byte: the tier's first, in a row."""
     LARGEST: tl.constexpr = 2**BITS - 1
@@ -228,13 +256,13 @@ def _decode_tier(
                     code |= tl.load(pointer + 1, split, other=0).to(tl.int32) << 8
                 value = ((code >> shift[None, :]) & LARGEST).to(tl.float32)
                 if RANK1:
-                    step = _load_bf16(sent + 2, good) * (1 / LARGEST)
-                    value = value * step[:, None] + _load_bf16(sent, good)[:, None]
+                    step = _header_scale(tl.load(sent, good, other=0).to(tl.int32)) * SPAN
+                    value = (value - LARGEST / 2) * step[:, None]
                 wire = rank * features + first + at
                 own_zero = tl.load(zero_point + wire, here, other=0.0)
                 own_scale = tl.load(scale + wire, here, other=0.0)
                 summed += (value - own_zero[None, :]) * own_scale[None, :]
-            if HEADER == 1:
+            if HEADER == 1 and not RANK1:
                 broken = tl.load(sent, good, other=0) != 0
                 summed += tl.where(broken, float("nan"), 0.0)[:, None]
         feature = tl.load(order + first + at, here, other=0).to(tl.int32)
@@ -248,7 +276,7 @@ def _decode_tier(
 @triton.jit
 def _decode(
     rows, rank_stride, ranks, good, features, scale, zero_point, order, total, total_rows, counts,
-    WIDTHS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """unpack_reduce_reference for TOKENS rows. total_rows: int32 [TOKENS] offsets in total."""
     first = 0
@@ -257,7 +285,7 @@ def _decode(
         count = counts[t] // 16
         _decode_tier(
             rows, rank_stride, ranks, good, features, scale, zero_point, order, first, count, byte, total, total_rows,
-            WIDTHS[t], RANK1, HEADER, TOKENS, BLOCK,
+            WIDTHS[t], SPANS[t], RANK1, HEADER, TOKENS, BLOCK,
         )  # fmt: skip
         first += count
         byte += _tier_bytes(count, WIDTHS[t])
@@ -270,27 +298,26 @@ _ANY = ["tokens", "ranks", "row_bytes", "token_stride", "rank_stride", "tiles"]
 @triton.jit(do_not_specialize=_ANY)
 def pack_kernel(
     x, x_stride, tokens, features, scale, zero_point, order, message, row_bytes, saturated, counts,
-    WIDTHS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     outside = _encode(
         x, token * x_stride, token < tokens, features, scale, zero_point, order, message + token * row_bytes, counts,
-        WIDTHS, RANK1, HEADER, TOKENS, BLOCK,
+        WIDTHS, SPANS, RANK1, HEADER, TOKENS, BLOCK,
     )  # fmt: skip
-    if not RANK1:
-        tl.atomic_add(saturated, outside.to(tl.int64))
+    tl.atomic_add(saturated, outside.to(tl.int64))
 
 
 @triton.jit(do_not_specialize=_ANY)
 def unpack_reduce_kernel(
     messages, rank_stride, token_stride, ranks, tokens, features, scale, zero_point, order, total, counts,
-    WIDTHS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     _decode(
         messages + token * token_stride, rank_stride, ranks, token < tokens, features, scale, zero_point, order,
         total, token * features, counts,
-        WIDTHS, RANK1, HEADER, TOKENS, BLOCK,
+        WIDTHS, SPANS, RANK1, HEADER, TOKENS, BLOCK,
     )  # fmt: skip
 
 
@@ -298,8 +325,8 @@ def unpack_reduce_kernel(
 def requantize_kernel(
     messages, rank_stride, token_stride, ranks, tokens, tiles, features, scale, zero_point, order, counts,
     second_scale, second_zero_point, second_order, second_counts, message, row_bytes, saturated, scratch,
-    WIDTHS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
-    SECOND_WIDTHS: tl.constexpr, SECOND_RANK1: tl.constexpr, SECOND_HEADER: tl.constexpr,
+    WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
+    SECOND_WIDTHS: tl.constexpr, SECOND_SPANS: tl.constexpr, SECOND_RANK1: tl.constexpr, SECOND_HEADER: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """scratch: float32 [programs, TOKENS, features]."""
@@ -311,17 +338,16 @@ def requantize_kernel(
         _decode(
             messages + token * token_stride, rank_stride, ranks, good, features, scale, zero_point, order,
             scratch, own, counts,
-            WIDTHS, RANK1, HEADER, TOKENS, BLOCK,
+            WIDTHS, SPANS, RANK1, HEADER, TOKENS, BLOCK,
         )  # fmt: skip
         tl.debug_barrier()  # other threads of this program read what a thread wrote
         outside += _encode(
             scratch, own, good, features, second_scale, second_zero_point, second_order,
             message + token * row_bytes, second_counts,
-            SECOND_WIDTHS, SECOND_RANK1, SECOND_HEADER, TOKENS, BLOCK,
+            SECOND_WIDTHS, SECOND_SPANS, SECOND_RANK1, SECOND_HEADER, TOKENS, BLOCK,
         )  # fmt: skip
         tl.debug_barrier()  # and are done reading before the next tile overwrites it
-    if not SECOND_RANK1:
-        tl.atomic_add(saturated, outside.to(tl.int64))
+    tl.atomic_add(saturated, outside.to(tl.int64))
 
 
 def pack(
@@ -416,13 +442,15 @@ def _tile(tokens: int) -> tuple[int, int]:
     return (1, 1024) if tokens < MANY_TOKENS else (4, 512)
 
 
-def _format(tiers: Sequence[int], rank1: bool) -> tuple[tuple[int, ...], tuple[int, ...], bool, int]:
-    """A kernel's arguments counts, WIDTHS, RANK1 and HEADER.
+def _format(tiers: Sequence[int], rank1: bool) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...], bool, int]:
+    """A kernel's arguments counts, WIDTHS, SPANS, RANK1 and HEADER.
 
     Triton compiles anew for an argument that is 1 or a multiple of 16. Counts differ from layer to layer; 16 times a
     count is always such a multiple.
     """
-    return tuple(16 * count for count in tiers[1::2]), tuple(tiers[::2]), rank1, header_bytes(tiers, rank1)
+    counts, widths = tuple(16 * count for count in tiers[1::2]), tuple(tiers[::2])
+    spans = tuple(0.0 if bits == BF16_BITS else code_span(bits) for bits in widths)
+    return counts, widths, spans, rank1, header_bytes(tiers, rank1)
 
 
 def _options(at_once: int, block: int) -> dict[str, int | bool]:

@@ -4,7 +4,7 @@
     WireFormat  the same laid out for the kernels, as buffers of a module that follows the model's device
 
 Both static ranges (arXiv 2411.07942) and rank-1 scales (ours: step(t, f) = s_t c_f, with c_f the calibrated standard
-deviation of feature f and s_t the token's own range of (x - mean) / c) are described in kernels/hybrid.py.
+deviation of feature f and s_t the token's own largest |x - mean| / c) are described in kernels/hybrid.py.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class Codec:
 
 
 class WireFormat(Float32QParams):
-    """Encodes and decodes as a Codec says. Counts, on the device, the values that lay beyond their static range."""
+    """Encodes and decodes as a Codec says. Counts, on the device, the values far from what was calibrated: beyond their
+    static range, or 16 standard deviations away (rank-1)."""
 
     scale: Tensor  # float32 [senders, E] in wire order
     zero_point: Tensor

@@ -69,7 +69,7 @@ def one_nan(message: torch.Tensor, tiers: list[int], rank1: bool) -> torch.Tenso
     """The message with one NaN for all: torch's casts make different ones, by where a value lies in its tensor."""
     message, header = message.clone(), hybrid.header_bytes(tiers, rank1)
     parts = [(header + byte, size) for bits, _, _, byte, size in hybrid.tier_slices(tiers) if bits == 16]
-    for start, size in [(0, 4)] * rank1 + parts:
+    for start, size in parts:
         words = message[:, start : start + size].clone(memory_format=torch.contiguous_format).view(torch.int16)
         words[words.view(torch.bfloat16).isnan()] = 0x7FC0
         message[:, start : start + size] = words.view(torch.uint8)

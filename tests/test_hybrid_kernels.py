@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_lowbit import kernels
+from megatron_lowbit.kernels import hybrid
 from megatron_lowbit.quantizer import qparams_from_range
 
 SHAPES = [  # tokens, features, bf16 features
@@ -243,7 +244,8 @@ def tiered(seed: int, widths: list[int], ranks: int = 3, tokens: int = 40) -> tu
 @pytest.mark.parametrize("widths", TIERS)
 @pytest.mark.parametrize("rank1", (False, True))
 def test_every_value_is_within_half_a_step(widths, rank1):
-    """static: a step of the feature's range over 2^b - 1; rank-1: of the token's own range times the feature's size."""
+    """static: a step of the feature's range over 2^b - 1; rank-1: of the token's scale times the feature's size, and a
+    value beyond the codes is clipped to their end."""
     x, order = tiered(len(widths), widths)
     bits = torch.empty(len(order), dtype=torch.int64)
     bits[order] = torch.cat([torch.full((n,), b) for b, n in zip(widths[::2], widths[1::2], strict=True)])
@@ -251,10 +253,12 @@ def test_every_value_is_within_half_a_step(widths, rank1):
         scale = x.std(1)
         zero = -x.mean(1) / scale
         normed = x.double() / scale[:, None] + zero[:, None]
-        coded = normed[..., bits < 16] if (bits < 16).any() else normed.new_zeros(*normed.shape[:2], 1)
-        step = (coded.amax(2) - coded.amin(2))[..., None] * scale[:, None].double()
-        # Both ends of the token's range travel as bf16, so the codes' grid may end that much before it.
-        slack = 2**-8 * (coded.abs().amax(2)[..., None] * 3) * scale[:, None].double()
+        coded = normed[..., bits < 16].abs() if (bits < 16).any() else normed.new_ones(*normed.shape[:2], 1)
+        token = 2 ** ((8 * coded.amax(2, keepdim=True).log2()).round() / 8)
+        loading = torch.tensor([hybrid.LOADING.get(b, 1.0) for b in bits.tolist()], dtype=torch.float64)
+        step = 2 * token * loading * scale[:, None]
+        slack = 1e-5 * token * scale[:, None]
+        clipped = (normed.abs() - token * loading).clamp_min(0) * scale[:, None]
     else:
         low, high = x.amin(1), x.amax(1)
         scale, zero = (torch.empty_like(low) for _ in range(2))
@@ -263,8 +267,9 @@ def test_every_value_is_within_half_a_step(widths, rank1):
             scale[:, own], zero[:, own] = qparams_from_range(low[:, own], high[:, own], min(width, 8))
         step = (high - low)[:, None].double().expand(x.shape)
         slack = 1e-5 * x.abs().amax(1)[:, None].double().expand(x.shape)
+        clipped = torch.zeros_like(slack)
     levels = 2.0 ** bits.clamp(max=8) - 1
-    bound = torch.where(bits == 16, 2**-8 * x.abs(), step / (2 * levels) + slack)
+    bound = torch.where(bits == 16, 2**-8 * x.abs(), torch.maximum(step / (2 * levels), clipped) + slack)
     wire = scale[:, order], zero[:, order]
     messages = torch.stack([kernels.hybrid_pack(*rank, order, widths, rank1)[0] for rank in zip(x, *wire, strict=True)])
     assert messages.shape[2] == kernels.hybrid_row_bytes(widths, rank1)
@@ -275,6 +280,25 @@ def test_every_value_is_within_half_a_step(widths, rank1):
         assert ((y.double() - x[rank]).abs() <= bound[rank]).all()
     total = kernels.hybrid_unpack_reduce(messages, *wire, order, widths, rank1, torch.float32)
     assert ((total.double() - x.double().sum(0)).abs() <= bound.sum(0) + 1e-5 * x.abs().sum(0)).all()
+
+
+@pytest.mark.parametrize("device", ("reference", "compiled"))
+def test_a_tokens_scale_is_the_nearest_on_a_log_axis(device, monkeypatch):
+    """Header j + 128 for the scale 2^(j / 8) nearest to the largest |v|, over the whole range; 0 for a token of zeros,
+    and at both ends the last scale."""
+    j = torch.arange(-127, 127, dtype=torch.float64)
+    largest = torch.cat([2 ** ((j + part) / 8) for part in (-0.49, 0.0, 0.49)]).float()
+    x = torch.cat([largest, torch.tensor([0.0, 2.0**-40, 2.0**40])])[:, None] * torch.tensor([[0.5, -1.0, 0.25]])
+    if device == "reference":
+        monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", "reference")
+    message, far = kernels.hybrid_pack(x, torch.ones(3), torch.zeros(3), torch.arange(3), [8, 3], True)
+    expected = torch.cat([j + 128] * 3).tolist() + [0, 1, 254]
+    assert message[:, 0].tolist() == expected
+    assert far.item() == (x.abs() > hybrid.FAR).sum()
+    y = kernels.hybrid_unpack_reduce(
+        message[None], torch.ones(1, 3), torch.zeros(1, 3), torch.arange(3), [8, 3], True, torch.float32
+    )
+    assert (y[-3] == 0).all() and y.isfinite().all()
 
 
 def test_requantizing_is_unpacking_and_packing():

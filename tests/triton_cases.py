@@ -47,8 +47,7 @@ def inputs(tokens: int, features: int, kind: str, dtype: torch.dtype, seed: int)
 def without_nan_bits(message: Tensor, tiers: list[int], rank1: bool) -> Tensor:
     """All bf16 NaN made one: which NaN it is differs between backends."""
     message, header = message.clone(), hybrid.header_bytes(tiers, rank1)
-    spans = [(0, 4)] if rank1 else []
-    spans += [(header + byte, size) for bits, _, _, byte, size in hybrid.tier_slices(tiers) if bits == 16 and size]
+    spans = [(header + byte, size) for bits, _, _, byte, size in hybrid.tier_slices(tiers) if bits == 16 and size]
     for start, size in spans:
         value = message[:, start : start + size].clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
         value[value.isnan()] = float("nan")
