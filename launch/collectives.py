@@ -63,7 +63,7 @@ STARTUP_SECONDS = 180  # 64 processes import torch, and kernels are compiled, on
 NETLAB = Path(__file__).with_name("netlab.sh")
 SHARED_KEYS = ("seed", "output_dir", "wandb")  # of those that all commands have
 UNUSED = [key for key in StageConfig.model_fields if key not in SHARED_KEYS]
-UNUSED += ["comm.mode", "comm.selection", "comm.allocation", "comm.gather", "comm.tp_sizes"]
+UNUSED += ["comm.mode", "comm.selection", "comm.gather", "comm.tp_sizes"]
 
 
 # The command

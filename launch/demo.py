@@ -23,9 +23,10 @@ from megatron_lowbit.ranges import build_plan
 
 CONFIG = DemoConfig
 BF16 = CommConfig(mode="bf16")
-INT4 = CommConfig(mode="one_shot", bf16_fraction=0.0)
-RANDOM = CommConfig(mode="one_shot", selection="random")
-HYBRID = CommConfig(mode="one_shot")
+INT4 = CommConfig(preset="paper", mode="one_shot", bf16_fraction=0.0)
+RANDOM = CommConfig(preset="paper", mode="one_shot", selection="random")
+HYBRID = CommConfig(preset="paper", mode="one_shot")
+TIERED = CommConfig(mode="one_shot")
 ROWS: list[tuple[str, SchemeName, CommConfig]] = [
     ("W4A16", "W4A16", BF16),
     ("W8A8", "W8A8", BF16),
@@ -33,7 +34,8 @@ ROWS: list[tuple[str, SchemeName, CommConfig]] = [
     ("int4 communication", "none", INT4),
     ("random bf16", "none", RANDOM),
     ("hybrid", "none", HYBRID),
-    ("W4A8 + hybrid", "W4A8", HYBRID),
+    ("tiered", "none", TIERED),
+    ("W4A8 + tiered", "W4A8", TIERED),
 ]
 
 
@@ -56,7 +58,7 @@ def run(config: DemoConfig, logger: MetricLogger) -> dict[str, Any]:
             plans[size] = build_plan(stats, size, comm, config.seed)
         artifact = Artifact(engine.checkpoints.get(scheme), plans)
         rows.append(low_bit_row(engine, name, artifact, comm.mode, windows, config.evaluation, reference, logger))
-    text[name] = continue_text(engine, config.prompt, config.max_new_tokens)  # the last row: W4A8 + hybrid
+    text[name] = continue_text(engine, config.prompt, config.max_new_tokens)  # the last row: W4A8 + tiered
     folder = ensure_writable(Path(config.output_dir) / "artifact")
     on_rank_zero(lambda: stats.save(folder))
     on_rank_zero(lambda: artifact.plan(size).save(folder))

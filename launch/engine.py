@@ -296,7 +296,17 @@ def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artif
             f"comm.mode={comm.mode} has nobody to talk to at tp=1; set tp (engine=deepspeed) or virtual_tp"
         )
     defaults = CommConfig()
-    keys = ("bits", "bf16_fraction", "selection", "symmetric", "scale", "allocation", "second_bits", "carrier_bits")
+    keys = (
+        "preset",
+        "bits",
+        "bf16_fraction",
+        "selection",
+        "symmetric",
+        "scale",
+        "allocation",
+        "second_bits",
+        "carrier_bits",
+    )
     given = [key for key in keys if getattr(comm, key) != getattr(defaults, key)]
     if given and (engine.tp_size in plans or not low_bit):
         key = given[0]

@@ -71,7 +71,12 @@ class WeightsConfig(_Config):
     # quantize Q, K and V per token and head, to the bits of the activations; none: with method=qllm and --ablation
 
 
+PAPER = {"scale": "static", "allocation": "uniform"}  # arXiv 2411.07942, where it differs from our defaults
+
+
 class CommConfig(_Config):
+    preset: Literal["best", "paper"] = "best"
+    # paper: static ranges and two tiers, where scale and allocation are not given (arXiv 2411.07942)
     mode: CommMode | None = None
     # native: all-reduce in the model's dtype; bf16: all-reduce of bf16 values; one_shot: all-gather of low-bit
     # messages, local sum; two_shot: all-to-all of them, the sums rounded again and all-gathered; exact_sum: all-reduce
@@ -84,11 +89,11 @@ class CommConfig(_Config):
     # which features: those of widest range, or any (the paper's control)
     symmetric: bool = False
     # ranges without a zero point
-    scale: Literal["static", "rank1"] = "static"
-    # static: a feature's calibrated range; rank1: its standard deviation times the token's own range, which is sent
-    allocation: Literal["uniform", "adaptive"] = "uniform"
+    scale: Literal["static", "rank1"] = "rank1"
+    # static: a feature's calibrated range; rank1: its standard deviation times the token's own size, which is sent
+    allocation: Literal["uniform", "adaptive"] = "adaptive"
     # adaptive: 2 to 8 bits by feature, of the same size over all sites as bits and bf16_fraction would be
-    second_bits: int = Field(8, ge=2, le=8)
+    second_bits: int = Field(5, ge=2, le=8)
     # two_shot: bits of the sums on their way back
     carrier_bits: Literal[8, 16] = 8
     # exact_sum: bits of an integer, of which log2(tp) keep the sum from overflowing
@@ -96,6 +101,17 @@ class CommConfig(_Config):
     # sequence parallelism: also calibrate and quantize the all-gather of the normed activation (engine=megatron)
     tp_sizes: tuple[int, ...] = (2, 4, 8)
     # tensor-parallel sizes whose ranges one calibration pass records, where they divide the model
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_preset(cls, values: Any) -> Any:
+        return {**PAPER, **values} if isinstance(values, dict) and values.get("preset") == "paper" else values
+
+    @model_validator(mode="after")
+    def _random_features_of_two_tiers(self) -> CommConfig:
+        if self.selection == "random" and self.allocation == "adaptive":
+            raise ValueError("selection=random chooses bf16 features; set comm.allocation=uniform or comm.preset=paper")
+        return self
 
     @field_validator("tp_sizes")
     @classmethod
@@ -349,7 +365,11 @@ def load_config(stage: type[StageT], file: str | None, overrides: list[str]) -> 
             raise LowBitError(f"cannot read config file {file!r}: {one_line(error)}") from None
         if not isinstance(given, dict):
             raise LowBitError(f"config file {file!r} must hold keys and values, not {type(given).__name__}")
+        _choose_preset(tree, given.get("comm"))
         _merge(tree, given)
+    for override in overrides:
+        if override.replace(" ", "") == "comm.preset=paper":
+            _choose_preset(tree, {"preset": "paper"})
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -370,6 +390,12 @@ def load_config(stage: type[StageT], file: str | None, overrides: list[str]) -> 
         return stage.model_validate(tree)
     except ValidationError as error:
         raise LowBitError(_explain(stage, error)) from None
+
+
+def _choose_preset(tree: dict[str, Any], comm: Any) -> None:
+    """The preset's values go in before those that are given, which then win."""
+    if isinstance(comm, dict) and comm.get("preset") == "paper" and "comm" in tree:
+        tree["comm"] |= PAPER
 
 
 def _bytes(text: str) -> int:

@@ -37,7 +37,11 @@ def build_plan(stats: CalibrationStats, tp_size: int, config: CommConfig, seed: 
             f"the calibration has ranges for tp_size {sizes}, not {tp_size}; set comm.tp_sizes=[{tp_size}]"
         )
     ranges, sums = dict(sorted(stats.ranges[tp_size].items())), stats.ranges.get(1, {})
-    bits = adaptive_bits(ranges, sums, config) if config.allocation == "adaptive" else {}
+    bits: Mapping[str, Tensor] = {}
+    second: Mapping[str, Tensor] = {}
+    if config.allocation == "adaptive":
+        bits = adaptive_bits(ranges, sums, config, config.bits)
+        second = adaptive_bits({name: sums[name] for name in ranges if name in sums}, sums, config, config.second_bits)
     generator = torch.Generator().manual_seed(seed)
     sites = {}
     for name, r in ranges.items():
@@ -45,7 +49,7 @@ def build_plan(stats: CalibrationStats, tp_size: int, config: CommConfig, seed: 
         if config.selection == "random":
             features = r.min_vals.shape[1]
             chosen = torch.randperm(features, generator=generator)[: num_bf16(features, config)]
-        sites[name] = site_plan(r, sums.get(name), config, chosen, bits.get(name))
+        sites[name] = site_plan(r, sums.get(name), config, chosen, bits.get(name), second.get(name))
     gathers = {}
     if config.gather:
         inputs = {name: r for name, r in sorted(sums.items()) if name not in sites}
@@ -61,12 +65,15 @@ def site_plan(
     config: CommConfig,
     chosen: Tensor | None = None,
     bits: Tensor | None = None,
+    second_bits: Tensor | None = None,
 ) -> SitePlan:
     """ranges: of each rank's partial sums; sums: of their sum. chosen: the bf16 features, None for the widest.
-    bits: of each feature, None for uniform ones."""
+    bits, second_bits: of each feature in the two hops, None for uniform ones."""
     if bits is None:
         bits = uniform_bits(ranges, config, config.bits, chosen)
-    second = None if sums is None else codec_of(sums, config, uniform_bits(sums, config, config.second_bits))
+    if second_bits is None and sums is not None:
+        second_bits = uniform_bits(sums, config, config.second_bits)
+    second = None if sums is None or second_bits is None else codec_of(sums, config, second_bits)
     half = (ranges.max_vals / 2 - ranges.min_vals / 2).amax(0)
     center = ranges.max_vals / 2 + ranges.min_vals / 2
     return SitePlan(codec_of(ranges, config, bits), second, center, half, config.carrier_bits)
@@ -74,7 +81,9 @@ def site_plan(
 
 def synthetic_plan(partials: Tensor, config: CommConfig) -> SitePlan:
     """The plan that calibrating on these partial sums alone would give: float [ranks, tokens, E]."""
-    return site_plan(_observed(partials), _observed(partials.sum(0, keepdim=True)), config)
+    ranges, sums = {"": _observed(partials)}, {"": _observed(partials.sum(0, keepdim=True))}
+    size = len(partials)
+    return build_plan(CalibrationStats({1: sums, size: ranges}, {}), size, config).sites[""]
 
 
 def _observed(x: Tensor) -> FeatureRange:
@@ -117,10 +126,10 @@ def uniform_bits(ranges: FeatureRange, config: CommConfig, num_bits: int, chosen
 
 
 def adaptive_bits(
-    ranges: Mapping[str, FeatureRange], sums: Mapping[str, FeatureRange], config: CommConfig
+    ranges: Mapping[str, FeatureRange], sums: Mapping[str, FeatureRange], config: CommConfig, num_bits: int
 ) -> dict[str, Tensor]:
-    """{site: uint8 [E]} of all sites under one budget: what `bits` and `bf16_fraction` would send."""
-    weights, budget, header = {}, 0.0, 8 * header_bytes([config.bits, 1], config.scale == "rank1")
+    """{site: uint8 [E]} of all sites under one budget: what `num_bits` and `bf16_fraction` would send."""
+    weights, budget, header = {}, 0.0, 8 * header_bytes([num_bits, 1], config.scale == "rank1")
     for name, r in ranges.items():
         features = r.min_vals.shape[1]
         spread = r.std if config.scale == "rank1" and r.std is not None else r.max_vals - r.min_vals
@@ -130,7 +139,7 @@ def adaptive_bits(
         if total is not None and total.std is not None and total.mean is not None:
             energy = (total.std.double().square() + total.mean.double().square()).sum().item() or 1.0
         weights[name] = spread.double().square().sum(0) / energy
-        budget += config.bits * features + (BF16_BITS - config.bits) * num_bf16(features, config) - header
+        budget += num_bits * features + (BF16_BITS - num_bits) * num_bf16(features, config) - header
     return allocate_bits(weights, budget)
 
 

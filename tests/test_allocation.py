@@ -90,8 +90,8 @@ def test_a_plan_of_adaptive_bits(scale):
         return {f"site{n}": FeatureRange(-3 * s, 3 * s, m, s) for n, (s, m) in enumerate(zip(std, mean, strict=True))}
 
     stats = CalibrationStats({1: ranges(1), 2: ranges(2)}, {})
-    plain = build_plan(stats, 2, CommConfig())
-    plan = build_plan(stats, 2, CommConfig(scale=scale, allocation="adaptive"))
+    plain = build_plan(stats, 2, CommConfig(preset="paper"))
+    plan = build_plan(stats, 2, CommConfig(preset="paper", scale=scale, allocation="adaptive"))
     sent = [
         sum(hybrid_row_bytes(site.first.tiers(), site.first.rank1) for site in p.sites.values()) for p in (plain, plan)
     ]
@@ -106,6 +106,6 @@ def test_an_error_counts_by_the_energy_of_its_sites_sum():
     partials = FeatureRange(-3 * ones, 3 * ones, 0 * ones, ones)
     sums = {f"site{n}": FeatureRange(-3 * ones[:1], 3 * ones[:1], 0 * ones[:1], 10.0**n * ones[:1]) for n in range(2)}
     stats = CalibrationStats({1: sums, 2: {name: partials for name in sums}}, {})
-    sites = build_plan(stats, 2, CommConfig(scale="rank1", allocation="adaptive")).sites
+    sites = build_plan(stats, 2, CommConfig(preset="paper", scale="rank1", allocation="adaptive")).sites
     quiet, loud = (sites[name].first.bits.double().mean() for name in ("site0", "site1"))
     assert quiet > loud + 2

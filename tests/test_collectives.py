@@ -30,7 +30,7 @@ def make_plan(partials: Tensor, num_bf16: int, num_bits: int = 4) -> SitePlan:
     # One token alone would give every feature a range of zero width; 0.5 on either side makes it a range again.
     margin = 0.5 if partials.shape[1] == 1 else 0.0
     ranges = {"site": FeatureRange(partials.amin(1) - margin, partials.amax(1) + margin)}
-    config = CommConfig(bits=num_bits, bf16_fraction=num_bf16 / features)
+    config = CommConfig(preset="paper", bits=num_bits, bf16_fraction=num_bf16 / features)
     plan = build_plan(CalibrationStats({ranks: ranges}, {}), ranks, config).sites["site"]
     assert len(plan.first.bf16_idx) == num_bf16
     return plan

@@ -151,7 +151,9 @@ def test_calibration_on_real_ranks_equals_virtual_calibration(two_ranks, archite
                 torch.testing.assert_close(measured.min_vals, reference.min_vals, rtol=0, atol=atol)
                 torch.testing.assert_close(measured.max_vals, reference.max_vals, rtol=0, atol=atol)
         for size in (2, 4):
-            plan, reference = (build_plan(s, size, CommConfig(bf16_fraction=1 / 8)) for s in (stats, expected))
+            plan, reference = (
+                build_plan(s, size, CommConfig(preset="paper", bf16_fraction=1 / 8)) for s in (stats, expected)
+            )
             for name in SITES:
                 assert len(plan.sites[name].first.bf16_idx) == 8
                 assert torch.equal(plan.sites[name].first.bf16_idx, reference.sites[name].first.bf16_idx)

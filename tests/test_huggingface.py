@@ -196,7 +196,7 @@ def test_hybrid_error_shrinks_with_more_bits(architecture):
     ids = tiny_models.token_ids(1, 48)
     stats = make_stats(model, (2,), [(ids, ids > 0)])  # on this very window, so that hardly a value leaves its range
     for bits in (4, 6, 8):
-        artifact = Artifact(None, {2: build_plan(stats, 2, CommConfig(bits=bits))})
+        artifact = Artifact(None, {2: build_plan(stats, 2, CommConfig(preset="paper", bits=bits))})
         y = logits(lowbit.apply_to_huggingface(model, artifact, 2), ids)
         errors[bits] = relative_error(y, logits(lowbit.remove(model), ids))
     # Two more bits are four times the levels, so a sixteenth of the energy. The errors of the first block move values

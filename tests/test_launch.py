@@ -25,7 +25,8 @@ from commands import (
 from tiny_models import embedded_folder
 
 pytestmark = needs_deepspeed
-NAMES = ["full precision", "W4A16", "W8A8", "W4A4", "int4 communication", "random bf16", "hybrid", "W4A8 + hybrid"]
+NAMES = ["full precision", "W4A16", "W8A8", "W4A4", "int4 communication", "random bf16", "hybrid"]
+NAMES += ["tiered", "W4A8 + tiered"]
 TWO_RANKS = ["model=embedded", "engine=deepspeed", "tp=2"]
 
 
@@ -50,8 +51,10 @@ def test_demo_rows(demo):
     assert {row["tp"] for row in by_name.values()} == {2} and {row["tokens"] for row in by_name.values()} == {4 * 63}
     bits = {name: row["bits_per_value"] for name, row in by_name.items()}
     weights_only = dict.fromkeys(["W4A16", "W8A8", "W4A4"], 16.0)  # with plain bf16 communication
-    low_bit = dict.fromkeys(["random bf16", "hybrid", "W4A8 + hybrid"], 4.1875)
+    low_bit = dict.fromkeys(["random bf16", "hybrid"], 4.1875)
     # 32: DeepSpeed's own all-reduce of float32 partial sums, on a CPU
+    tiered = bits.pop("tiered")
+    assert 4 < tiered == bits.pop("W4A8 + tiered") <= 4.1875, "adaptive bits of the same budget"
     assert bits == {"full precision": 32.0, **weights_only, "int4 communication": 4 + 8 / 128, **low_bit}
     for row in by_name.values():  # 12 sites of 128 features
         assert row["bytes_per_token"] == 12 * 128 * row["bits_per_value"] / 8
@@ -67,7 +70,7 @@ def test_demo_quality_is_in_order(demo):
     sqnr = {name: row["sqnr_db"] for name, row in by_name.items()}
     # Steps of 4 bits are 17 times those of 8 bits: 24 dB. bf16 communication adds little: 48 dB by itself.
     assert sqnr["W8A8"] > sqnr["W4A16"] + 10 and sqnr["W4A16"] > sqnr["W4A4"]
-    assert sqnr["hybrid"] > sqnr["W4A8 + hybrid"]
+    assert sqnr["tiered"] > max(sqnr["hybrid"], sqnr["W4A8 + tiered"])
     assert sqnr["full precision"] is None
 
 
@@ -78,7 +81,7 @@ def test_demo_leaves_an_artifact_of_the_whole_model(demo, tmp_path):
     assert {**config, "dtype": None} == {**original, "dtype": None}, "AutoTP's divided shapes were saved"
     use = ["model=embedded", f"artifact={folder / 'artifact'}", "virtual_tp=2", *EVALUATION]
     assert run_here("evaluate", *use, f"output_dir={tmp_path}") == 0
-    real, virtual = rows(folder, "demo")["W4A8 + hybrid"], rows(tmp_path, "evaluate")["W4A8 + hybrid int4/bf16"]
+    real, virtual = rows(folder, "demo")["W4A8 + tiered"], rows(tmp_path, "evaluate")["W4A8 + rank-1 tiered int4"]
     # Bit-identical but where a matrix product of half the width rounds differently and a code flips.
     assert virtual["perplexity"] == pytest.approx(real["perplexity"], rel=1e-3)
     assert virtual["kl"] == pytest.approx(real["kl"], rel=0.02, abs=1e-6)

@@ -237,7 +237,7 @@ def gather_artifact(sizes: tuple[int, ...]) -> Artifact:
     sites, readers = huggingface.row_parallel_sites(model), huggingface.first_readers(linears)
     print_of_model = huggingface.fingerprint(model)
     stats = calibrate(model, sites, tiny_models.batches(), sizes, print_of_model, gamma=0.25, inputs=readers)
-    config = CommConfig(gather=True, bf16_fraction=1 / 16)
+    config = CommConfig(preset="paper", gather=True, bf16_fraction=1 / 16)
     weights = quantize_model(
         model, {name: m for name, (_, m) in linears.items()}, WeightsConfig(scheme="W4A8"), print_of_model
     )

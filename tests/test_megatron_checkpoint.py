@@ -105,7 +105,7 @@ def test_plans_of_the_gather(two_ranks, models, tmp_path):
     hf = build("llama", **CHANGES)
     artifact = make_artifact(hf, "W4A8", (2,))
     stats = gathered_stats(hf)
-    plan = build_plan(stats, 2, CommConfig(gather=True))
+    plan = build_plan(stats, 2, CommConfig(preset="paper", gather=True))
     assert plan.gathers
     folder = save_artifact(Artifact(artifact.checkpoint, {2: plan}), tmp_path / "artifact")
     job = models["llama"], folder, tmp_path / "checkpoint"

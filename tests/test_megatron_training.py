@@ -28,7 +28,9 @@ def wide_artifact() -> Artifact:
         name: FeatureRange(2 * r.min_vals - r.max_vals, 2 * r.max_vals - r.min_vals)
         for name, r in stats.ranges[2].items()
     }
-    return Artifact(None, {2: build_plan(CalibrationStats({2: wide}, stats.fingerprint), 2, CommConfig(bits=8))})
+    return Artifact(
+        None, {2: build_plan(CalibrationStats({2: wide}, stats.fingerprint), 2, CommConfig(preset="paper", bits=8))}
+    )
 
 
 @pytest.mark.parametrize("sequence_parallel", LAYOUTS, ids=("all-reduce", "sequence parallel"))

@@ -224,7 +224,7 @@ def test_widest_features_take_the_lower_index_of_equals():
 )
 def test_number_of_bf16_features(features, fraction, k):
     for selection in ("top", "random"):
-        config = CommConfig(bf16_fraction=fraction, selection=selection)
+        config = CommConfig(preset="paper", bf16_fraction=fraction, selection=selection)
         chosen = build_plan(random_stats(features), 2, config).sites["site0"].first.bf16_idx
         assert chosen.dtype == torch.int64 and chosen.shape == (k,)
         assert chosen.tolist() == sorted(set(chosen.tolist()))  # ascending, none twice
@@ -235,19 +235,21 @@ def test_top_selection_depends_on_symmetric():
     """Feature 0 is wide, feature 1 far from zero: symmetric ranges must reach that far."""
     stats = stats_of([[-3.0, 9.0, 0.0], [-3.0, 9.0, 0.0]], [[3.0, 10.0, 1.0], [3.0, 10.0, 1.0]])
     for symmetric, index in ((False, 0), (True, 1)):
-        plan = build_plan(stats, 2, CommConfig(bf16_fraction=0.4, symmetric=symmetric))
+        plan = build_plan(stats, 2, CommConfig(preset="paper", bf16_fraction=0.4, symmetric=symmetric))
         assert plan.sites["site"].first.bf16_idx.tolist() == [index]
 
 
 def test_top_selection_adds_up_the_ranks():
     """Feature 2 is widest on no rank, but in the sum."""
     stats = stats_of([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], [[10.0, 0.0, 8.0], [0.0, 10.0, 8.0]])
-    assert build_plan(stats, 2, CommConfig(bf16_fraction=0.4)).sites["site"].first.bf16_idx.tolist() == [2]
+    assert build_plan(stats, 2, CommConfig(preset="paper", bf16_fraction=0.4)).sites[
+        "site"
+    ].first.bf16_idx.tolist() == [2]
 
 
 def test_random_selection_is_seeded():
     stats = random_stats(200, sites=2)
-    config = CommConfig(bf16_fraction=0.1, selection="random")
+    config = CommConfig(preset="paper", bf16_fraction=0.1, selection="random")
 
     def chosen(seed: int) -> list[list[int]]:
         return [site.first.bf16_idx.tolist() for site in build_plan(stats, 2, config, seed).sites.values()]
@@ -258,7 +260,7 @@ def test_random_selection_is_seeded():
     assert chosen(3) == first
     assert chosen(4) != first
     assert first[0] != first[1]  # sites draw apart
-    top = build_plan(stats, 2, CommConfig(bf16_fraction=0.1)).sites["site0"].first.bf16_idx.tolist()
+    top = build_plan(stats, 2, CommConfig(preset="paper", bf16_fraction=0.1)).sites["site0"].first.bf16_idx.tolist()
     assert first[0] != top
 
 
@@ -266,7 +268,7 @@ def test_random_selection_is_seeded():
 @pytest.mark.parametrize("symmetric", (False, True))
 def test_scales_of_the_plan(bits, symmetric):
     stats = random_stats(9)
-    plan = build_plan(stats, 2, CommConfig(bits=bits, symmetric=symmetric))
+    plan = build_plan(stats, 2, CommConfig(preset="paper", bits=bits, symmetric=symmetric))
     assert plan.tp_size == 2 and plan.fingerprint == FINGERPRINT
     site, ranges = plan.sites["site0"], stats.ranges[2]["site0"]
     codec = site.first
@@ -281,7 +283,7 @@ def test_scales_of_the_plan(bits, symmetric):
 
 def test_a_feature_that_never_changes_is_sent_exactly():
     value = torch.tensor([[0.0, 0.3, -100.4, 1e30]]).repeat(2, 1)
-    plan = build_plan(stats_of(value, value), 2, CommConfig(bf16_fraction=0))
+    plan = build_plan(stats_of(value, value), 2, CommConfig(preset="paper", bf16_fraction=0))
     reducer = VirtualReducer(plan.sites["site"])
     assert torch.equal(reducer.all_reduce([value[:1], value[1:]]), 2 * value[:1])
 
@@ -291,11 +293,11 @@ def test_a_feature_that_never_changes_is_sent_exactly():
     [(0, "top", "int4"), (0, "random", "int4"), (0.1, "top", "hybrid int4/bf16"), (0.1, "random", "random int4/bf16")],
 )
 def test_description(fraction, selection, expected):
-    config = CommConfig(bf16_fraction=fraction, selection=selection)
+    config = CommConfig(preset="paper", bf16_fraction=fraction, selection=selection)
     assert build_plan(random_stats(9), 2, config).description == expected
 
 
 @pytest.mark.parametrize("size", (1, 4))
 def test_a_size_that_was_not_calibrated(size):
     with pytest.raises(LowBitError, match=rf"ranges for tp_size \[2\], not {size}"):
-        build_plan(random_stats(9), size, CommConfig())
+        build_plan(random_stats(9), size, CommConfig(preset="paper"))

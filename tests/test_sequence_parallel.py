@@ -34,7 +34,7 @@ def make_plan(values: Tensor, num_bf16: int, num_bits: int = 4) -> SitePlan:
     rows = values.flatten(1, -2)
     low, high = 0.9 * rows.amin(1), 0.9 * rows.amax(1)
     stats = CalibrationStats({max(len(low), 2): {"site": FeatureRange(low, high)}}, {})
-    config = CommConfig(bits=num_bits, bf16_fraction=num_bf16 / low.shape[1])
+    config = CommConfig(preset="paper", bits=num_bits, bf16_fraction=num_bf16 / low.shape[1])
     plan = build_plan(stats, max(len(low), 2), config).sites["site"]
     assert len(plan.first.bf16_idx) == num_bf16 and plan.first.scale.shape == low.shape
     return plan

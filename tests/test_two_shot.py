@@ -18,9 +18,10 @@ from megatron_lowbit.ranges import build_plan, synthetic_plan
 BF16 = 2.0**-8
 FLOAT32 = 2.0**-20  # generous: a few float32 operations
 SCHEMES = {
-    "static": CommConfig(bf16_fraction=1 / 32),
-    "rank1": CommConfig(scale="rank1", bf16_fraction=1 / 32),
-    "int6 back": CommConfig(bits=6, second_bits=6, bf16_fraction=0.0),
+    "best": CommConfig(),
+    "static": CommConfig(preset="paper", bf16_fraction=1 / 32),
+    "rank1": CommConfig(preset="paper", scale="rank1", bf16_fraction=1 / 32),
+    "int6 back": CommConfig(preset="paper", bits=6, second_bits=6, bf16_fraction=0.0),
 }
 
 
@@ -75,7 +76,7 @@ def test_both_hops_round_by_half_a_step(size, request):
     reach = (ranges[size].max_vals - ranges[size].min_vals).sum(0, keepdim=True) / 30
     ranges[1] = FeatureRange(ranges[1].min_vals - reach, ranges[1].max_vals + reach)
     stats = CalibrationStats({n: {"site": r} for n, r in ranges.items()}, {})
-    plan = build_plan(stats, size, CommConfig(bf16_fraction=0.0)).sites["site"]
+    plan = build_plan(stats, size, CommConfig(preset="paper", bf16_fraction=0.0)).sites["site"]
     assert plan.second is not None
     y = same_on_all(pool.run(rank_cases.all_reduce, plan, partials, "plain", "two_shot"))
     steps = plan.first.scale.double().sum(0) + plan.second.scale[0].double()
@@ -84,13 +85,13 @@ def test_both_hops_round_by_half_a_step(size, request):
 
 
 def test_bytes_of_two_shot(four_ranks):
-    """An all-to-all of the messages and an all-gather of the sums; E - k = 64 codes of 4 bits there, of 8 bits back."""
+    """An all-to-all of the messages and an all-gather of the sums; E - k = 64 codes of 4 bits there, of 5 bits back."""
     partials, plan = partial_sums(4, 33), calibrated(4, SCHEMES["static"])
     for rank in four_ranks.run(rank_cases.all_reduce, plan, partials, "plain", "two_shot"):
         names = [name.replace("into_tensor", "single") for name, _, _ in rank["calls"]]
         assert names == ["all_to_all_single", "all_gather_single"]
-        assert [sent for _, sent, _ in rank["calls"]] == [33 * (2 * 2 + 32), 9 * (2 * 2 + 64)]
-        assert rank["traffic"][:2] == (33 * 36 + 9 * 68, 33 * 66)
+        assert [sent for _, sent, _ in rank["calls"]] == [33 * (2 * 2 + 32), 9 * (2 * 2 + 40)]
+        assert rank["traffic"][:2] == (33 * 36 + 9 * 44, 33 * 66)
 
 
 def test_values_keep_their_dtype(two_ranks):
@@ -104,7 +105,14 @@ def test_values_keep_their_dtype(two_ranks):
 
 @pytest.mark.parametrize("mode", ["two_shot", "exact_sum"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-@pytest.mark.parametrize("config", [CommConfig(), CommConfig(scale="rank1"), CommConfig(bf16_fraction=0.0)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        CommConfig(preset="paper"),
+        CommConfig(preset="paper", scale="rank1"),
+        CommConfig(preset="paper", bf16_fraction=0.0),
+    ],
+)
 def test_nan_and_inf_reach_every_rank(two_ranks, mode, poison, config):
     partials, plan = partial_sums(2, 5), calibrated(2, config)
     partials[1, 3, 7] = poison
@@ -127,7 +135,7 @@ def same_on_all_with_nan(ranks: list[dict]) -> Tensor:
 def test_exact_sum(request, size, carrier_bits, features):
     pool = request.getfixturevalue({2: "two_ranks", 3: "three_ranks", 4: "four_ranks"}[size])
     partials = partial_sums(size, 33, features)
-    plan = synthetic_plan(partials, CommConfig(carrier_bits=carrier_bits))
+    plan = synthetic_plan(partials, CommConfig(preset="paper", carrier_bits=carrier_bits))
     ranks = pool.run(rank_cases.all_reduce, plan, partials, "plain", "exact_sum")
     y = same_on_all(ranks)
     assert torch.equal(VirtualReducer(plan, "exact_sum").all_reduce(list(partials)), y)
@@ -144,7 +152,9 @@ def test_exact_sum(request, size, carrier_bits, features):
 def test_integers_at_both_ends_do_not_overflow(four_ranks, carrier_bits):
     """All ranks at the largest code, or far beyond it, of either sign."""
     signs = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0]).expand(4, 6, 5) * torch.tensor([1e3, 1, 1, 1, 1, -1])[:, None]
-    plan = synthetic_plan(torch.cat([signs[:, 1:2], -signs[:, 1:2]], dim=1), CommConfig(carrier_bits=carrier_bits))
+    plan = synthetic_plan(
+        torch.cat([signs[:, 1:2], -signs[:, 1:2]], dim=1), CommConfig(preset="paper", carrier_bits=carrier_bits)
+    )
     y = same_on_all(four_ranks.run(rank_cases.all_reduce, plan, signs, "plain", "exact_sum"))
     torch.testing.assert_close(y, 4 * signs[0].clamp(-1, 1), rtol=4 * FLOAT32, atol=0)
 
@@ -153,7 +163,7 @@ def test_one_hash_for_every_order_of_the_ranks(four_ranks):
     """All 24 orders, and parts of the batch: the center is added in rank order, so it is given to all ranks alike."""
     partials = partial_sums(4, 12)
     both_ways = torch.cat([partials.flatten(0, 1), -partials.flatten(0, 1)])  # of one range, around zero
-    plan = synthetic_plan(both_ways.expand(4, -1, -1), CommConfig())
+    plan = synthetic_plan(both_ways.expand(4, -1, -1), CommConfig(preset="paper"))
     hashes = set()
     for order in permutations(range(4)):
         y = VirtualReducer(plan, "exact_sum").all_reduce(list(partials[list(order)]))
@@ -171,7 +181,7 @@ def test_one_hash_for_every_order_of_the_ranks(four_ranks):
 
 def test_values_beyond_their_range_are_counted():
     partials = partial_sums(2, 40)
-    plan = synthetic_plan(partials, CommConfig(bf16_fraction=0.0))
+    plan = synthetic_plan(partials, CommConfig(preset="paper", bf16_fraction=0.0))
     for mode in ("one_shot", "two_shot", "exact_sum"):
         reducer = VirtualReducer(plan, mode)
         reducer.all_reduce(list(partials))
@@ -179,7 +189,7 @@ def test_values_beyond_their_range_are_counted():
         reducer.all_reduce([5 * part for part in partials])
         # Of five times a range filled evenly, four fifths lie outside; of a bell, most.
         assert reducer.saturated - before > 0.3 * partials.numel() > 10 * before, mode
-    calm = VirtualReducer(synthetic_plan(partials, CommConfig(scale="rank1", bf16_fraction=0.0)))
+    calm = VirtualReducer(synthetic_plan(partials, CommConfig(preset="paper", scale="rank1", bf16_fraction=0.0)))
     calm.all_reduce([2 * part for part in partials])
     assert calm.saturated == 0, "a token's own range holds all of it"
     calm.all_reduce([100 * part for part in partials])
@@ -189,20 +199,20 @@ def test_values_beyond_their_range_are_counted():
 def test_a_plan_without_ranges_of_the_sum_is_refused():
     partials = partial_sums(2, 5)
     ranges = {"site": FeatureRange(partials.amin(1), partials.amax(1))}
-    plan = build_plan(CalibrationStats({2: ranges}, {}), 2, CommConfig()).sites["site"]
+    plan = build_plan(CalibrationStats({2: ranges}, {}), 2, CommConfig(preset="paper")).sites["site"]
     with pytest.raises(LowBitError, match="no ranges of the sum, which two_shot needs"):
         VirtualReducer(plan, "two_shot")
     VirtualReducer(plan, "exact_sum")
     with pytest.raises(LowBitError, match=r"comm\.mode=two_shot needs a communication plan"):
         VirtualReducer(None, "two_shot")
     with pytest.raises(LowBitError, match="no standard deviations"):
-        build_plan(CalibrationStats({2: ranges}, {}), 2, CommConfig(scale="rank1"))
+        build_plan(CalibrationStats({2: ranges}, {}), 2, CommConfig(preset="paper", scale="rank1"))
 
 
 @pytest.mark.parametrize("mode", ["two_shot", "exact_sum"])
 def test_backward_is_the_identity(two_ranks, mode):
     partials = partial_sums(2, 5)
     for upstream, gradient in two_ranks.run(
-        rank_cases.all_reduce_gradient, calibrated(2, CommConfig()), partials, mode
+        rank_cases.all_reduce_gradient, calibrated(2, CommConfig(preset="paper")), partials, mode
     ):
         assert torch.equal(gradient, upstream)

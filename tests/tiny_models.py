@@ -92,7 +92,9 @@ def make_artifact(model: nn.Module, scheme: str = "none", tp_sizes: tuple[int, .
         linears = {name: linear for name, (_, linear) in huggingface.find_linears(model).items()}
         checkpoint = quantize_model(model, linears, WeightsConfig(scheme=scheme), huggingface.fingerprint(model))
     stats = make_stats(model, tp_sizes) if tp_sizes else None
-    plans = {size: build_plan(stats, size, CommConfig(**comm)) for size in tp_sizes if stats is not None}
+    plans = {
+        size: build_plan(stats, size, CommConfig(preset="paper", **comm)) for size in tp_sizes if stats is not None
+    }
     return Artifact(checkpoint, plans)
 
 
