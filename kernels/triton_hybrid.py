@@ -191,7 +191,8 @@ def _encode_tier(
 @triton.jit
 def _encode(
     x, x_rows, good, features, scale, zero_point, order, rows, counts,
-    WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """pack_reference for TOKENS rows. x_rows: int32 [TOKENS] offsets in x; rows: [TOKENS] pointers to the messages."""
     first_code = 0
@@ -232,7 +233,8 @@ def _tier_bytes(count, BITS: tl.constexpr):
 @triton.jit
 def _decode_tier(
     rows, rank_stride, ranks, good, features, scale, zero_point, order, first, count, byte, total, total_rows,
-    BITS: tl.constexpr, SPAN: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    BITS: tl.constexpr, SPAN: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Decodes and sums one tier. rows: [TOKENS] pointers to rank 0's messages; byte: the tier's first, in a row."""
     LARGEST: tl.constexpr = 2**BITS - 1
@@ -276,7 +278,8 @@ def _decode_tier(
 @triton.jit
 def _decode(
     rows, rank_stride, ranks, good, features, scale, zero_point, order, total, total_rows, counts,
-    WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """unpack_reduce_reference for TOKENS rows. total_rows: int32 [TOKENS] offsets in total."""
     first = 0
@@ -298,7 +301,8 @@ _ANY = ["tokens", "ranks", "row_bytes", "token_stride", "rank_stride", "tiles"]
 @triton.jit(do_not_specialize=_ANY)
 def pack_kernel(
     x, x_stride, tokens, features, scale, zero_point, order, message, row_bytes, saturated, counts,
-    WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     outside = _encode(
@@ -311,7 +315,8 @@ def pack_kernel(
 @triton.jit(do_not_specialize=_ANY)
 def unpack_reduce_kernel(
     messages, rank_stride, token_stride, ranks, tokens, features, scale, zero_point, order, total, counts,
-    WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     _decode(

@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_lowbit.config import (
+    CommConfig,
     BenchmarkConfig,
     CalibrateConfig,
     DemoConfig,
@@ -253,3 +254,23 @@ def test_scheme_of_another_form(name):
 def test_scheme_with_other_bits(name, bits):
     with pytest.raises(LowBitError, match=rf"num_bits={bits} is not in 2\.\.8"):
         Scheme.parse(name)
+
+
+def test_a_preset_gives_way_to_what_is_given(tmp_path):
+    """preset=paper is static ranges and uniform bits, from a file, an override or code; given keys win in any order."""
+    best = load_config(EvaluateConfig, None, []).comm
+    assert (best.preset, best.scale, best.allocation) == ("best", "rank1", "adaptive")
+    file = tmp_path / "paper.yaml"
+    file.write_text("comm:\n  preset: paper\n")
+    for paper in (
+        load_config(EvaluateConfig, str(file), []).comm,
+        load_config(EvaluateConfig, None, ["comm.preset=paper"]).comm,
+        CommConfig(preset="paper"),
+    ):
+        assert (paper.scale, paper.allocation, paper.bits, paper.bf16_fraction) == ("static", "uniform", 4, 1 / 64)
+    for overrides in (["comm.scale=rank1", "comm.preset=paper"], ["comm.preset=paper", "comm.scale=rank1"]):
+        mixed = load_config(EvaluateConfig, None, overrides).comm
+        assert (mixed.scale, mixed.allocation) == ("rank1", "uniform")
+    assert load_config(EvaluateConfig, str(file), ["comm.allocation=adaptive"]).comm.allocation == "adaptive"
+    with pytest.raises(LowBitError, match="selection=random chooses bf16 features"):
+        load_config(EvaluateConfig, None, ["comm.selection=random"])

@@ -292,7 +292,7 @@ def test_a_tokens_scale_is_the_nearest_on_a_log_axis(device, monkeypatch):
     if device == "reference":
         monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", "reference")
     message, far = kernels.hybrid_pack(x, torch.ones(3), torch.zeros(3), torch.arange(3), [8, 3], True)
-    expected = torch.cat([j + 128] * 3).tolist() + [0, 1, 254]
+    expected = [*torch.cat([j + 128] * 3).tolist(), 0, 1, 254]
     assert message[:, 0].tolist() == expected
     assert far.item() == (x.abs() > hybrid.FAR).sum()
     y = kernels.hybrid_unpack_reduce(

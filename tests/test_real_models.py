@@ -68,7 +68,7 @@ def test_hybrid_communication_is_close_to_full_precision(virtual):
     # Four bits cost this small model a few percent; a wrong site or a wrong scale costs it everything.
     assert 1.0 < hybrid["perplexity"] / full["perplexity"] < 1.10
     assert 0 < hybrid["kl"] < 0.15
-    assert hybrid["bits_per_value"] == 4 + 12 / 64 + 4 / 64  # one of 64 in bf16, and 63 codes fill 32 bytes
+    assert 4 < hybrid["bits_per_value"] <= 4 + 12 / 64  # the budget: one of 64 features in bf16
     assert min(hybrid["sites"].values()) > 10
 
 
@@ -86,7 +86,7 @@ def test_real_ranks_equal_virtual_ranks(virtual, tmp_path):
         assert row["perplexity"] == pytest.approx(virtual[name]["perplexity"], rel=tolerance), name
         assert row["tokens"] == virtual[name]["tokens"]
     assert real[name]["kl"] == pytest.approx(virtual[name]["kl"], rel=0.05)
-    assert real[name]["bytes_per_token"] == virtual[name]["bytes_per_token"] == 10 * (2 + 32)
+    assert real[name]["bytes_per_token"] == virtual[name]["bytes_per_token"]
 
 
 @needs_megatron
