@@ -3,9 +3,9 @@
 import pytest
 
 from megatron_lowbit.config import (
-    CommConfig,
     BenchmarkConfig,
     CalibrateConfig,
+    CommConfig,
     DemoConfig,
     EvaluateConfig,
     GenerateConfig,
