@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from megatron_lowbit.agreement import Agreement
 from megatron_lowbit.artifacts import SitePlan
 from megatron_lowbit.codec import Codec, WireFormat
 from megatron_lowbit.config import CommMode, LowBitError
@@ -108,7 +109,8 @@ class HybridReducer(_Reducer):
     """All-reduce over the ranks of `tp_group` at one site.
 
     plan: the site's SitePlan, which bf16 and native do without. Raises LowBitError where the plan is for another number
-    of ranks, or lacks what the mode needs.
+    of ranks, or lacks what the mode needs. Its methods do where the ranks differ in tokens, plan or mode, or a rank has
+    ended (agreement.py).
     """
 
     def __init__(self, plan: SitePlan | None, tp_group: dist.ProcessGroup, mode: CommMode | None = None):
@@ -119,6 +121,8 @@ class HybridReducer(_Reducer):
             raise LowBitError(
                 f"the communication plan is for tp_size {plan.tp_size}, this group has {self.tp_size} ranks"
             )
+        tensors = plan.tensors().items() if plan is not None and self.low_bit else ()
+        self.agreement = Agreement(tp_group, [self.mode, *(part for item in tensors for part in item)])
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """This rank's partial sums [..., E] -> the group's sum, in x's dtype; the gradient passes as it is."""
@@ -134,25 +138,32 @@ class HybridReducer(_Reducer):
 
     def _forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
+        self.agreement.check(rows)
         if self.exact is not None:
             codes = self.exact.encode(rows, self.tp_rank)
             self.traffic.count(codes, x.numel())
-            dist.all_reduce(codes, group=self.tp_group)
+            with self.agreement.explained():
+                dist.all_reduce(codes, group=self.tp_group)
             return self.exact.decode(codes, x.dtype).view(x.shape)
         if self.first is None:
             # The copy keeps the caller's tensor out of the in-place all-reduce.
             message = x.to(self._wire_dtype(x), copy=True).contiguous()
             self.traffic.count(message, x.numel())
-            dist.all_reduce(message, group=self.tp_group)
+            with self.agreement.explained():
+                dist.all_reduce(message, group=self.tp_group)
             return message.to(x.dtype)
         message = self.first.pack(rows, self.tp_rank)
         self.traffic.count(message, x.numel())
         if self.second is None:
-            return self.first.unpack_reduce(all_gather_stack(message, self.tp_group), x.dtype).view(x.shape)
+            return self.first.unpack_reduce(self._gathered(message), x.dtype).view(x.shape)
         stripe = self._two_shot(self.first, self.second, message)
         self.traffic.count(stripe)
-        sums = all_gather_stack(stripe, self.tp_group).flatten(0, 1)[: len(rows)]
+        sums = self._gathered(stripe).flatten(0, 1)[: len(rows)]
         return self.second.unpack_reduce(sums.unsqueeze(0), x.dtype).view(x.shape)
+
+    def _gathered(self, message: Tensor) -> Tensor:
+        with self.agreement.explained():
+            return all_gather_stack(message, self.tp_group)
 
     def _two_shot(self, first: WireFormat, second: WireFormat, message: Tensor) -> Tensor:
         """Every rank's message -> this rank's stripe of the sum, packed: uint8 [ceil(tokens / N), second row bytes].
@@ -163,7 +174,8 @@ class HybridReducer(_Reducer):
         sizes = [max(0, min(each, len(message) - rank * each)) for rank in range(self.tp_size)]
         mine = sizes[self.tp_rank]
         received = message.new_empty(self.tp_size * mine, message.shape[1])
-        dist.all_to_all_single(received, message, [mine] * self.tp_size, sizes, group=self.tp_group)
+        with self.agreement.explained():
+            dist.all_to_all_single(received, message, [mine] * self.tp_size, sizes, group=self.tp_group)
         stripe = message.new_zeros(each, second.row_bytes)
         stripe[:mine] = first.requantize(received.view(self.tp_size, mine, first.row_bytes), second)
         return stripe
@@ -172,17 +184,20 @@ class HybridReducer(_Reducer):
         """Rank r gets every rank's rows r: one all-to-all of messages, decoded and added in rank order."""
         shape = (x.shape[0] // self.tp_size, *x.shape[1:])
         rows = x.reshape(-1, x.shape[-1])
+        self.agreement.check(rows)
         if self.first is None:
             exact = self.exact
             message = x.to(self._wire_dtype(x)).contiguous() if exact is None else exact.encode(rows, self.tp_rank)
             self.traffic.count(message, x.numel())
             total = message.new_empty(len(message) // self.tp_size, *message.shape[1:])
-            reduce_scatter(total, message, self.tp_group)
+            with self.agreement.explained():
+                reduce_scatter(total, message, self.tp_group)
             return total.to(x.dtype) if exact is None else exact.decode(total, x.dtype).view(shape)
         message = self.first.pack(rows, self.tp_rank)
         self.traffic.count(message, x.numel())
         received = torch.empty_like(message)
-        dist.all_to_all_single(received, message, group=self.tp_group)
+        with self.agreement.explained():
+            dist.all_to_all_single(received, message, group=self.tp_group)
         return self.first.unpack_reduce(received.unflatten(0, (self.tp_size, -1)), x.dtype).view(shape)
 
 
@@ -197,15 +212,19 @@ class HybridGather(nn.Module):
         if codec.senders != 1:
             raise LowBitError(f"a plan of one sender's ranges is needed here, not of {codec.senders}")
         self.format, self.tp_group, self.traffic = WireFormat(codec), tp_group, Traffic()
+        self.agreement = Agreement(tp_group, [part for item in codec.tensors().items() for part in item])
 
     def all_gather(self, x: Tensor) -> Tensor:
         """x [length / N, ..., E] -> [length, ..., E] in rank order; the gradient is reduce-scattered, not quantized."""
         return _GatherFromSequenceParallelRegion.apply(x, self)
 
     def _forward(self, x: Tensor) -> Tensor:
-        message = self.format.pack(x.reshape(-1, x.shape[-1]), 0)
+        rows = x.reshape(-1, x.shape[-1])
+        self.agreement.check(rows)
+        message = self.format.pack(rows, 0)
         self.traffic.count(message, x.numel())
-        messages = all_gather_stack(message, self.tp_group).flatten(0, 1)
+        with self.agreement.explained():
+            messages = all_gather_stack(message, self.tp_group).flatten(0, 1)
         return self.format.unpack_reduce(messages.unsqueeze(0), x.dtype).view(-1, *x.shape[1:])
 
 

@@ -63,6 +63,7 @@ def all_reduce(
     elif views == "batched":
         x = x.unflatten(0, (-1, 3))
     before = x.clone()
+    reducer.agreement.check(x.reshape(-1, x.shape[-1]))  # which the first call would send
     with RecordedCollectives() as recorded:
         y = reducer.all_reduce(x)
     return {
@@ -241,3 +242,14 @@ def shared_memory_op(rank: int, size: int) -> tuple[bool, Any]:
     from deepspeed import comm
 
     return deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"], comm.comm.cdb.shm_comm_op
+
+
+def agreements(rank: int, size: int, plan: SitePlan) -> dict[str, int]:
+    """Broadcasts of a reducer's first call, of one with as many tokens, and of one with others; bytes of each."""
+    reducer, counts = HybridReducer(plan, dist.group.WORLD), {}
+    for name, tokens in (("first", 4), ("same", 4), ("other", 5)):
+        with RecordedCollectives() as recorded:
+            reducer.all_reduce(torch.zeros(tokens, 66))
+        sent = [bytes_ for call, bytes_, _ in recorded.calls if call == "broadcast"]
+        counts[name] = len(sent)
+    return {**counts, "width": sent[0]}

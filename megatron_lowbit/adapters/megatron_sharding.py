@@ -170,6 +170,8 @@ def take_plans(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
             before = layer.low_bit.reducer
             mode = before.mode if before is not None and before.low_bit else None
             layer.low_bit.reducer = HybridReducer(layer.plans[size], layer.tp_group, mode)
+            if before is not None:
+                layer.low_bit.reducer.agreement.site = before.agreement.site
 
 
 def empty_codec(senders: int, features: int) -> Codec:

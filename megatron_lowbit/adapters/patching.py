@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megatron_lowbit.adapters import attention
 from megatron_lowbit.artifacts import Artifact, CommPlan, LowBitCheckpoint, SitePlan
-from megatron_lowbit.collectives import Traffic
+from megatron_lowbit.collectives import HybridGather, HybridReducer, Traffic
 from megatron_lowbit.config import CommMode, LowBitError
 from megatron_lowbit.linear import (
     DenseShard,
@@ -41,6 +41,9 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
         device = next(chain(original.parameters(), original.buffers())).device
         model.set_submodule(name, replacement.to(device).train(original.training))
         replaced[name] = original
+        for part in replacement.modules():
+            if isinstance(part, HybridReducer | HybridGather):
+                part.agreement.site = name
         if device.type != "cpu" and not _shares_parameters(original, replacement):
             original.to("cpu")
     logger.info("replaced %d linears of %s", len(replaced), type(model).__name__)
