@@ -33,9 +33,11 @@ from megatron_lowbit.agreement import Agreement
 from megatron_lowbit.artifacts import SitePlan
 from megatron_lowbit.codec import Codec, WireFormat
 from megatron_lowbit.config import CommMode, LowBitError
-from megatron_lowbit.distributed import all_gather_stack, reduce_scatter
+from megatron_lowbit.distributed import all_gather_stack, reduce_scatter, start_all_gather
 from megatron_lowbit.exact_sum import ExactSum
 
+MOST_PIECES = 4
+PIECE_VALUES = 2**18  # per rank: 1 MiB of bf16 values at N = 2. Smaller pieces lose more to latency than they hide
 LOW_BIT: tuple[CommMode, ...] = ("one_shot", "two_shot", "exact_sum")
 
 
@@ -152,33 +154,61 @@ class HybridReducer(_Reducer):
             with self.agreement.explained():
                 dist.all_reduce(message, group=self.tp_group)
             return message.to(x.dtype)
-        message = self.first.pack(rows, self.tp_rank)
-        self.traffic.count(message, x.numel())
-        if self.second is None:
-            return self.first.unpack_reduce(self._gathered(message), x.dtype).view(x.shape)
-        stripe = self._two_shot(self.first, self.second, message)
-        self.traffic.count(stripe)
-        sums = self._gathered(stripe).flatten(0, 1)[: len(rows)]
-        return self.second.unpack_reduce(sums.unsqueeze(0), x.dtype).view(x.shape)
+        one_way = self._one_shot if self.second is None else self._two_shot
+        parts = one_way(self._pieces(rows), x.dtype)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
 
-    def _gathered(self, message: Tensor) -> Tensor:
-        with self.agreement.explained():
-            return all_gather_stack(message, self.tp_group)
+    def _pieces(self, rows: Tensor) -> list[Tensor]:
+        """rows [tokens, E] in up to four pieces, so that a CPU packs and adds one up while another is on its way.
 
-    def _two_shot(self, first: WireFormat, second: WireFormat, message: Tensor) -> Tensor:
-        """Every rank's message -> this rank's stripe of the sum, packed: uint8 [ceil(tokens / N), second row bytes].
-
-        Stripes are ceil(tokens / N) neighbouring tokens; the last ones may be shorter, or empty, and are padded.
+        A piece is a multiple of N tokens, or the last. On a GPU these kernels take a small share of the time.
         """
-        each = -(-len(message) // self.tp_size)
-        sizes = [max(0, min(each, len(message) - rank * each)) for rank in range(self.tp_size)]
-        mine = sizes[self.tp_rank]
-        received = message.new_empty(self.tp_size * mine, message.shape[1])
+        count = 1 if rows.is_cuda else min(MOST_PIECES, max(1, rows.numel() // (PIECE_VALUES * self.tp_size)))
+        each = -(-len(rows) // (count * self.tp_size)) * self.tp_size
+        return list(rows.split(max(each, 1)))
+
+    def _one_shot(self, pieces: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        assert self.first is not None
+        sent = []
+        for piece in pieces:
+            message = self.first.pack(piece, self.tp_rank)
+            self.traffic.count(message, piece.numel())
+            with self.agreement.explained():
+                sent.append((message, *start_all_gather(message, self.tp_group)))
+        return [self.first.unpack_reduce(self._arrived(work, messages), dtype) for _, work, messages in sent]
+
+    def _two_shot(self, pieces: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Stripes of a piece are ceil(tokens / N) neighbouring tokens; the last may be shorter, or empty, and are padded."""
+        assert self.first is not None and self.second is not None
+        scattered, gathered = [], []
+        for piece in pieces:
+            message = self.first.pack(piece, self.tp_rank)
+            self.traffic.count(message, piece.numel())
+            each = -(-len(piece) // self.tp_size)
+            sizes = [max(0, min(each, len(piece) - rank * each)) for rank in range(self.tp_size)]
+            mine = sizes[self.tp_rank]
+            received = message.new_empty(self.tp_size, mine, message.shape[1])
+            with self.agreement.explained():
+                work = dist.all_to_all_single(
+                    received.flatten(0, 1), message, [mine] * self.tp_size, sizes, group=self.tp_group, async_op=True
+                )
+            scattered.append((message, work, received, each))
+        for _, work, received, each in scattered:
+            stripe = received.new_zeros(each, self.second.row_bytes)
+            stripe[: received.shape[1]] = self.first.requantize(self._arrived(work, received), self.second)
+            self.traffic.count(stripe)
+            with self.agreement.explained():
+                gathered.append((stripe, *start_all_gather(stripe, self.tp_group)))
+        parts = []
+        for piece, (_, work, stripes) in zip(pieces, gathered, strict=True):
+            sums = self._arrived(work, stripes).flatten(0, 1)[: len(piece)]
+            parts.append(self.second.unpack_reduce(sums.unsqueeze(0), dtype))
+        return parts
+
+    def _arrived(self, work: dist.Work, received: Tensor) -> Tensor:
         with self.agreement.explained():
-            dist.all_to_all_single(received, message, [mine] * self.tp_size, sizes, group=self.tp_group)
-        stripe = message.new_zeros(each, second.row_bytes)
-        stripe[:mine] = first.requantize(received.view(self.tp_size, mine, first.row_bytes), second)
-        return stripe
+            work.wait()
+        return received
 
     def _forward_scatter(self, x: Tensor) -> Tensor:
         """Rank r gets every rank's rows r: one all-to-all of messages, decoded and added in rank order."""

@@ -86,15 +86,22 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     return value  # type: ignore[return-value]
 
 
+def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> tuple[dist.Work, Tensor]:
+    """x [...], the same shape on every rank -> [ranks, ...] in rank order once the work is waited for."""
+    size = dist.get_world_size(group)
+    gathered = x.new_empty(size * x.numel())  # flat, because gloo wants the input's number of dimensions
+    all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the new name from torch 2.13 on
+    work = all_gather(gathered, x.reshape(-1), group=group, async_op=True)
+    return work, gathered.view(size, *x.shape)
+
+
 def all_gather_stack(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """x [...], the same shape on every rank -> [ranks, ...] in rank order."""
     if group is None:
         return x.unsqueeze(0)
-    size = dist.get_world_size(group)
-    gathered = x.new_empty(size * x.numel())  # flat, because gloo wants the input's number of dimensions
-    all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the new name from torch 2.13 on
-    all_gather(gathered, x.reshape(-1), group=group)
-    return gathered.view(size, *x.shape)
+    work, gathered = start_all_gather(x, group)
+    work.wait()
+    return gathered
 
 
 def reduce_scatter(output: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
