@@ -49,8 +49,8 @@ class Agreement:
         if len(set(plans)) > 1:
             odd = ", ".join(str(rank) for rank, plan in enumerate(plans) if plan != plans[0])
             raise LowBitError(
-                f"{self._where()}tensor-parallel ranks disagree: rank {odd} has another mode, plan, width or dtype than "
-                "rank 0; give every rank the same artifact and comm.mode"
+                f"{self._where()}tensor-parallel ranks disagree: rank {odd} has another mode, plan, width or dtype "
+                "than rank 0; give every rank the same artifact and comm.mode"
             )
         if len(set(tokens)) > 1:
             raise LowBitError(
@@ -67,8 +67,8 @@ class Agreement:
         except RuntimeError as error:
             rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
             raise LowBitError(
-                f"{self._where()}the collective failed on tensor-parallel rank {rank} of {size}: another rank has ended "
-                f"or hangs, or the ranks disagree on tokens or plan; see what the others say ({one_line(error)})"
+                f"{self._where()}the collective failed on tensor-parallel rank {rank} of {size}: another rank has "
+                f"ended or hangs, or the ranks disagree on tokens or plan; see what the others say ({one_line(error)})"
             ) from error
 
     def _where(self) -> str:
