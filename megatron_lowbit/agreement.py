@@ -4,11 +4,12 @@ Backends do not check it. With other numbers of tokens (or bytes per token) on o
 that receives more than it expects (an exception in its own thread: nothing can catch it), and on a rank that receives
 less it may return as if nothing were wrong, with stale memory in the result.
 
-So every rank tells the others a digest of its mode and plan, and its number of tokens, before its first collective at
-a site, and again where the number is not that of the call before: whoever decodes token after token sends nothing. The
-ranks agreed on the call before, so either all tell, and compare; or some tell and others go on. These wait for each
-other in different operations (gloo keeps a broadcast apart from all that the reducers use) until the group's time-out,
-and fail there, on all ranks. On a GPU, where comparing waits for the device, only the first call is told.
+So every rank tells the others a digest of its mode and plan before its first collective at a site, and its number of
+tokens where that is not the number of the call before, at whatever site: once per forward whose batch has another size,
+and never while sizes stay. The ranks agreed on the call before, so either all tell, and compare; or some tell and
+others go on. These wait for each other in different operations (gloo keeps a broadcast apart from all that the reducers
+use) until the group's time-out, and fail there, on all ranks. On a GPU, where comparing waits for the device, only the
+first call at a site is told.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from megatron_lowbit.config import LowBitError, one_line
+
+_BATCHES: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # tokens that the ranks agreed on last
 
 
 class Agreement:
@@ -31,15 +35,21 @@ class Agreement:
         self.group, self.plan = group, plan
         self.site = ""  # its name in the model, for messages
         self._digest: int | None = None
-        self._told: tuple[object, ...] | None = None
+        self._told: tuple[int, torch.dtype] | None = None  # width and dtype that the ranks agreed on
 
-    def check(self, rows: Tensor) -> None:
-        """rows [tokens, features], before they are sent. Raises LowBitError on all ranks where they differ."""
-        told = (len(rows), rows.shape[1], rows.dtype)
-        if told == self._told or (rows.is_cuda and (self._told or torch.cuda.is_current_stream_capturing())):
+    def check(self, rows: Tensor, share: int = 1) -> None:
+        """rows [tokens, features], before they are sent; share: by how many ranks a batch's tokens are divided.
+
+        Raises LowBitError on all ranks where they differ.
+        """
+        batch, kind = share * len(rows), (rows.shape[1], rows.dtype)
+        known = self._told == kind
+        if known and (rows.is_cuda or _BATCHES.get(self.group) == batch):
+            return
+        if rows.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         self._digest = digest(self.plan) if self._digest is None else self._digest
-        mine = torch.tensor([digest([self._digest, *told[1:]]), len(rows)], device=rows.device)
+        mine = torch.tensor([digest([self._digest, *kind]), len(rows)], device=rows.device)
         size = dist.get_world_size(self.group)
         every = [mine.clone() for _ in range(size)]
         with self.explained():
@@ -57,7 +67,8 @@ class Agreement:
                 f"{self._where()}tensor-parallel ranks 0 .. {size - 1} hold {', '.join(map(str, tokens))} tokens; "
                 "give every rank the same batch"
             )
-        self._told = told
+        self._told = kind
+        _BATCHES[self.group] = batch
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:

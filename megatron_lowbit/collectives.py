@@ -178,7 +178,7 @@ class HybridReducer(_Reducer):
         return [self.first.unpack_reduce(self._arrived(work, messages), dtype) for _, work, messages in sent]
 
     def _two_shot(self, pieces: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        """Stripes of a piece are ceil(tokens / N) neighbouring tokens; the last may be shorter, or empty, and are padded."""
+        """Stripes of a piece are ceil(tokens / N) neighbouring tokens, the last ones shorter or empty, and padded."""
         assert self.first is not None and self.second is not None
         scattered, gathered = [], []
         for piece in pieces:
@@ -250,7 +250,7 @@ class HybridGather(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        self.agreement.check(rows)
+        self.agreement.check(rows, share=dist.get_world_size(self.tp_group))
         message = self.format.pack(rows, 0)
         self.traffic.count(message, x.numel())
         with self.agreement.explained():

@@ -84,6 +84,18 @@ def test_both_hops_round_by_half_a_step(size, request):
     assert ((y.double() - partials.double().sum(0)).abs() <= steps / 2 + FLOAT32 * (magnitude + steps)).all()
 
 
+@pytest.mark.parametrize("mode", ["one_shot", "two_shot"])
+def test_a_large_message_travels_in_pieces(two_ranks, mode):
+    """16001 x 66 values: pieces of 8002 and 7999 tokens, and the result and the bytes of a message in one piece."""
+    partials = partial_sums(2, 16001)
+    plan = synthetic_plan(partials[:, :300], CommConfig())
+    ranks = two_ranks.run(rank_cases.all_reduce, plan, partials, "plain", mode)
+    assert len(ranks[0]["calls"]) == {"one_shot": 2, "two_shot": 4}[mode]
+    virtual = VirtualReducer(plan, mode)
+    assert torch.equal(virtual.all_reduce(list(partials)), same_on_all(ranks))
+    assert (virtual.traffic.bytes, virtual.traffic.values) == ranks[0]["traffic"][:2]
+
+
 def test_bytes_of_two_shot(four_ranks):
     """An all-to-all of the messages and an all-gather of the sums; E - k = 64 codes of 4 bits there, of 5 bits back."""
     partials, plan = partial_sums(4, 33), calibrated(4, SCHEMES["static"])
