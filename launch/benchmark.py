@@ -33,7 +33,7 @@ def run(config: BenchmarkConfig, logger: MetricLogger) -> dict[str, Any]:
     size = engine.tp_size
     if size == 1:
         raise LowBitError("the benchmark compares collectives: set tp=2 (or engine=huggingface tp=1 virtual_tp=2)")
-    stats = calibrate_engine(engine, config.calibration, [size], logger)
+    stats = calibrate_engine(engine, config.calibration, [size], logger, CommConfig())
     plan = build_plan(stats, size, CommConfig(), config.seed)
     artifacts = {
         "patched, nothing quantized": Artifact(),

@@ -24,7 +24,7 @@ def run(config: CalibrateConfig, logger: MetricLogger) -> dict[str, Any]:
     if not engine.full_precision:
         raise LowBitError("calibration needs the full-precision model; set model to its folder or hub id")
     sizes = usable_sizes(engine, config)
-    stats = calibrate_engine(engine, config.calibration, sizes, logger, config.comm.gather)
+    stats = calibrate_engine(engine, config.calibration, sizes, logger, config.comm)
     return {"rows": write_plans(stats, config, config.output_dir, logger)}
 
 

@@ -47,7 +47,7 @@ def run(config: DemoConfig, logger: MetricLogger) -> dict[str, Any]:
     schemes = {scheme for _, scheme, _ in ROWS}
     engine = start_engine(config, [WeightsConfig(scheme=scheme) for scheme in sorted(schemes)])
     size = engine.tp_size
-    stats = calibrate_engine(engine, config.calibration, [size], logger)
+    stats = calibrate_engine(engine, config.calibration, [size], logger, TIERED)
     windows = load_windows(engine, config.evaluation, "evaluation")
     row, reference = full_precision_row(engine, windows, config.evaluation, logger)
     rows = [row]

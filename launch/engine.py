@@ -242,10 +242,10 @@ def load_windows(engine: Engine, section: Any, key: str) -> Windows:
 
 
 def calibrate_engine(
-    engine: Engine, section: Any, tp_sizes: list[int], logger: MetricLogger, gather: bool = False
+    engine: Engine, section: Any, tp_sizes: list[int], logger: MetricLogger, comm: CommConfig
 ) -> CalibrationStats:
-    """One calibration pass of the unpatched engine over calibration.data; gather: also of what column-parallel linears
-    read."""
+    """One calibration pass of the unpatched engine over calibration.data; with comm.gather also of what column-parallel
+    linears read."""
     windows = load_windows(engine, section, "calibration")
 
     def logged():
@@ -256,10 +256,11 @@ def calibrate_engine(
             logger.log(calibration_batch=number + 1, calibration_tokens=int(mask.sum()))
 
     run_blocks = partial(engine, logits_to_keep=1)  # logits of every token would be computed for nobody
-    inputs = engine.inputs() if gather else None
+    inputs = engine.inputs() if comm.gather else None
     groups = (engine.dp_group, engine.pp_group)
     fingerprint, gamma = engine.fingerprint(), section.ema_gamma
-    return calibrate(run_blocks, engine.sites(), logged(), tp_sizes, fingerprint, gamma, engine.group, inputs, *groups)
+    arguments = (fingerprint, gamma, engine.group, inputs, *groups)
+    return calibrate(run_blocks, engine.sites(), logged(), tp_sizes, *arguments, comm.clipping == "histogram")
 
 
 def share_of_batch(
@@ -304,6 +305,7 @@ def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artif
         "symmetric",
         "scale",
         "allocation",
+        "clipping",
         "second_bits",
         "carrier_bits",
     )
@@ -317,7 +319,7 @@ def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artif
             raise LowBitError(
                 f"artifact {config.artifact!r} has no plan for tp={engine.tp_size}; set model to calibrate one"
             )
-        stats = calibrate_engine(engine, config.calibration, [engine.tp_size], logger, comm.gather)
+        stats = calibrate_engine(engine, config.calibration, [engine.tp_size], logger, comm)
         plans = {engine.tp_size: build_plan(stats, engine.tp_size, comm, config.seed)}
     artifact = Artifact(engine.checkpoint, plans)
     patching.choose_plan(artifact, engine.tp_size, comm.mode)  # a missing plan is told now, not after an evaluation

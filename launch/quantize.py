@@ -48,7 +48,7 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
     sizes = usable_sizes(engine, config) if config.calibration.data is not None else []
     check_shard_groups(engine, checkpoint, sizes)
     if sizes:
-        stats = calibrate_engine(engine, config.calibration, sizes, logger, config.comm.gather)
+        stats = calibrate_engine(engine, config.calibration, sizes, logger, config.comm)
         rows = write_plans(stats, config, config.output_dir, logger)
     else:
         for plan in engine.plans.values():

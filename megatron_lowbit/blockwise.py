@@ -297,7 +297,7 @@ class Walk:
     @torch.no_grad()
     def _record_ranges(self, blocks: list[nn.Module], indices: list[int], to: HiddenStream | None = None) -> None:
         """Run the quantized stream through the group, observing the partial sums of every row-parallel linear."""
-        gamma = self.config.calibration.ema_gamma
+        gamma, histograms = self.config.calibration.ema_gamma, self.config.comm.clipping == "histogram"
         observers: dict[str, dict[int, RangeObserver]] = {}
         current = torch.empty(0, dtype=torch.bool)
 
@@ -307,7 +307,7 @@ class Walk:
                     each = len(parts) // size
                     ranges = observers.setdefault(linear.name, {})
                     if size not in ranges:
-                        ranges[size] = RangeObserver(size, parts[0].shape[-1], gamma, parts[0].device)
+                        ranges[size] = RangeObserver(size, parts[0].shape[-1], gamma, parts[0].device, histograms)
                     for rank in range(size):
                         total = ordered_sum(parts[rank * each : (rank + 1) * each], None)
                         self._observe(ranges[size], rank, total, current)
@@ -327,13 +327,14 @@ class Walk:
         for linear in rows:
             linear.observer = None
             for size, ranges in observers[linear.name].items():
-                self.ranges[size][linear.name] = ranges.feature_range()
+                self.ranges[size][linear.name] = ranges.feature_range(dp_group=self.dp_group)
 
     def _observe(self, observer: RangeObserver, rank: int, y: Tensor, mask: Tensor) -> None:
         """Windows of all data-parallel ranks in the order one process would see them."""
         shares = all_gather_stack(window_statistics(y, mask), self.dp_group)  # [ranks, windows, 5, features]
         for window in shares.transpose(0, 1).flatten(0, 1):
             observer.step(rank, window)
+        observer.count(rank, y, mask)
 
     def _attach_reducers(self, linears: list[ShardedLinear]) -> None:
         size = max(self.config.virtual_tp, self.config.tp)

@@ -29,6 +29,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from megatron_lowbit.artifacts import CalibrationStats, FeatureRange, Fingerprint
+from megatron_lowbit.clipping import WIDTHS, RunningHistogram
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.distributed import all_gather_stack, world_size
 
@@ -47,15 +48,16 @@ def window_statistics(y: Tensor, mask: Tensor) -> Tensor:
 class RangeObserver:
     """Running statistics per feature of `ranks` local partial sums: EMA of the ranges, mean and standard deviation.
 
-    min_vals, max_vals: float32 [ranks, features].
+    min_vals, max_vals: float32 [ranks, features]. histograms: also count values, for clipped ranges (clipping.py).
     """
 
-    def __init__(self, ranks: int, features: int, gamma: float, device: torch.device):
+    def __init__(self, ranks: int, features: int, gamma: float, device: torch.device, histograms: bool = False):
         self.gamma = gamma
         self.steps = [0] * ranks
         self.min_vals = torch.zeros(ranks, features, device=device)
         self.max_vals = torch.zeros(ranks, features, device=device)
         self.moments = torch.zeros(ranks, 3, features, dtype=torch.float64, device=device)  # sum, of squares, tokens
+        self.histograms = [RunningHistogram(features, device) for _ in range(ranks)] if histograms else []
 
     def update(self, rank: int, y: Tensor, mask: Tensor, dp_group: dist.ProcessGroup | None = None) -> None:
         """y: [windows, length, features] of local rank `rank`; mask: bool [windows, length], True on real tokens.
@@ -64,6 +66,12 @@ class RangeObserver:
         """
         for window in all_gather_stack(window_statistics(y, mask), dp_group).flatten(0, 1):
             self.step(rank, window)
+        self.count(rank, y, mask)
+
+    def count(self, rank: int, y: Tensor, mask: Tensor) -> None:
+        """The histogram's part of `update`; every data-parallel rank counts its own windows."""
+        if self.histograms:
+            self.histograms[rank].update(y[mask])
 
     def step(self, rank: int, window: Tensor) -> None:
         """One window's statistics float64 [5, features]; one of padding only counts for nothing."""
@@ -75,13 +83,23 @@ class RangeObserver:
         self.moments[rank] += window[2:]
         self.steps[rank] += 1
 
-    def feature_range(self, tp_group: dist.ProcessGroup | None = None) -> FeatureRange:
-        """What was seen, of all ranks of tp_group, on the CPU."""
+    def feature_range(
+        self, tp_group: dist.ProcessGroup | None = None, dp_group: dist.ProcessGroup | None = None
+    ) -> FeatureRange:
+        """What was seen, of all ranks of tp_group, on the CPU. A collective call."""
         total, square, count = self.moments.unbind(1)
         mean = total / count
         std = (square / count - mean.square()).clamp_min(0).sqrt()
-        local = self.min_vals, self.max_vals, mean.float(), std.float()
+        local = [self.min_vals, self.max_vals, mean.float(), std.float()]
+        if self.histograms:
+            local.append(torch.stack([self._clipped(histogram, dp_group) for histogram in self.histograms]))
         return FeatureRange(*(all_gather_stack(t.contiguous(), tp_group).flatten(0, 1).cpu() for t in local))
+
+    @staticmethod
+    def _clipped(histogram: RunningHistogram, dp_group: dist.ProcessGroup | None) -> Tensor:
+        """float32 [widths, 2, features]: low and high for each of clipping.WIDTHS."""
+        histogram.merge_ranks(dp_group)
+        return torch.stack([torch.stack(histogram.clipped_range(bits)) for bits in WIDTHS])
 
 
 def calibrate(
@@ -95,13 +113,15 @@ def calibrate(
     inputs: Mapping[str, Any] | None = None,
     dp_group: dist.ProcessGroup | None = None,
     pp_group: dist.ProcessGroup | None = None,
+    histograms: bool = False,
 ) -> CalibrationStats:
     """Run `model` over `batches` of (ids, mask) [windows, length] and return the ranges at `sites`.
 
     sites: {fqn: row-parallel linear} with attributes weight [features, local in_features] and bias (or None), whose
     output is the full sum. tp_sizes: multiples of the group's size. inputs: {fqn: column-parallel linear} whose input's
     ranges are wanted too (recorded under tp_size 1). Batches hold the same number of windows on all ranks of dp_group;
-    all ranks of all groups return the same statistics. Raises LowBitError naming the layer where NaN or Inf appears.
+    all ranks of all groups return the same statistics. histograms: also find clipped ranges (clipping.py).
+    Raises LowBitError naming the layer where NaN or Inf appears.
     """
     world = world_size(tp_group)
     sizes = sorted(set(tp_sizes))
@@ -118,7 +138,7 @@ def calibrate(
                 raise LowBitError(f"comm.tp_sizes: {size} ranks cannot share the {inputs} inputs of {name} equally")
         features, device = module.weight.shape[0], module.weight.device
         for size in observers:
-            observers[size][name] = RangeObserver(max(size // world, 1), features, gamma, device)
+            observers[size][name] = RangeObserver(max(size // world, 1), features, gamma, device, histograms)
     mask = torch.empty(0, dtype=torch.bool)
 
     def observe(name: str):
@@ -140,7 +160,7 @@ def calibrate(
         def hook(module: Any, given: tuple[Tensor, ...], output: Tensor) -> None:
             x, real = given[0], mask.to(given[0].device)
             if name not in observers[1]:
-                observers[1][name] = RangeObserver(1, x.shape[-1], gamma, x.device)
+                observers[1][name] = RangeObserver(1, x.shape[-1], gamma, x.device, histograms)
             observers[1][name].update(0, x, real, dp_group)
 
         return hook
@@ -161,7 +181,7 @@ def calibrate(
     for size, by_site in observers.items():
         ranges[size] = {}
         for name, observer in by_site.items():
-            ranges[size][name] = observer.feature_range(tp_group if size > 1 else None)
+            ranges[size][name] = observer.feature_range(tp_group if size > 1 else None, dp_group)
     if pp_group is not None:
         stages: list[Any] = [None] * world_size(pp_group)
         dist.all_gather_object(stages, ranges, group=pp_group)

@@ -93,6 +93,8 @@ class CommConfig(_Config):
     # static: a feature's calibrated range; rank1: its standard deviation times the token's own size, which is sent
     allocation: Literal["uniform", "adaptive"] = "adaptive"
     # adaptive: 2 to 8 bits by feature, of the same size over all sites as bits and bf16_fraction would be
+    clipping: Literal["none", "histogram"] = "none"
+    # scale=static: histogram: ranges of least squared error, from a histogram of every feature (clipping.py)
     second_bits: int = Field(5, ge=2, le=8)
     # two_shot: bits of the sums on their way back
     carrier_bits: Literal[8, 16] = 8
@@ -108,9 +110,11 @@ class CommConfig(_Config):
         return {**PAPER, **values} if isinstance(values, dict) and values.get("preset") == "paper" else values
 
     @model_validator(mode="after")
-    def _random_features_of_two_tiers(self) -> CommConfig:
+    def _what_goes_together(self) -> CommConfig:
         if self.selection == "random" and self.allocation == "adaptive":
             raise ValueError("selection=random chooses bf16 features; set comm.allocation=uniform or comm.preset=paper")
+        if self.clipping == "histogram" and self.scale == "rank1":
+            raise ValueError("clipping=histogram is of static ranges; set comm.scale=static or comm.preset=paper")
         return self
 
     @field_validator("tp_sizes")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_lowbit.allocation import allocate_bits
 from megatron_lowbit.artifacts import CalibrationStats, CommPlan, FeatureRange, SitePlan
+from megatron_lowbit.clipping import WIDTHS
 from megatron_lowbit.codec import Codec
 from megatron_lowbit.config import CommConfig, LowBitError
 from megatron_lowbit.kernels import BF16_BITS, header_bytes
@@ -104,12 +105,15 @@ def codec_of(ranges: FeatureRange, config: CommConfig, bits: Tensor) -> Codec:
     scale, zero_point = torch.zeros_like(ranges.min_vals), torch.zeros_like(ranges.min_vals)
     for width in bits.unique().tolist():
         own = bits == width
-        pair = qparams_from_range(
-            ranges.min_vals[:, own],
-            ranges.max_vals[:, own],
-            config.bits if width == BF16_BITS else width,
-            config.symmetric,
-        )
+        num_bits = config.bits if width == BF16_BITS else width
+        low, high = ranges.min_vals, ranges.max_vals
+        if config.clipping == "histogram":
+            if ranges.clipped is None:
+                raise LowBitError(
+                    "the calibration has no histograms, which comm.clipping=histogram needs; calibrate again with it"
+                )
+            low, high = ranges.clipped[:, num_bits - WIDTHS[0]].unbind(1)
+        pair = qparams_from_range(low[:, own], high[:, own], num_bits, config.symmetric)
         scale[:, own], zero_point[:, own] = pair
     return Codec(scale, zero_point, bits)
 
@@ -162,7 +166,7 @@ def widest_features(aggregated: Tensor, k: int) -> Tensor:
 
 def describe(config: CommConfig) -> str:
     """What the collective is called in results: int4, random int4/bf16, hybrid int4/bf16, rank-1 tiered and so on."""
-    scale = "rank-1 " if config.scale == "rank1" else ""
+    scale = "rank-1 " if config.scale == "rank1" else "clipped " if config.clipping == "histogram" else ""
     if config.allocation == "adaptive":
         return f"{scale}tiered int{config.bits}"
     if config.bf16_fraction == 0:

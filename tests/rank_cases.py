@@ -17,6 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_lowbit.artifacts import SitePlan
+from megatron_lowbit.calibrate import RangeObserver
 from megatron_lowbit.collectives import HybridReducer
 from megatron_lowbit.config import CommMode, LowBitError
 
@@ -253,3 +254,12 @@ def agreements(rank: int, size: int, plan: SitePlan) -> dict[str, int]:
         sent = [bytes_ for call, bytes_, _ in recorded.calls if call == "broadcast"]
         counts[name] = len(sent)
     return {**counts, "width": sent[0]}
+
+
+def clipped_ranges(rank: int, size: int, windows: Tensor) -> Tensor | None:
+    """Of windows [windows, length, features] that data-parallel ranks share."""
+    observer = RangeObserver(1, windows.shape[2], 0.1, windows.device, histograms=True)
+    for window in windows.view(-1, size, *windows.shape[1:]):
+        mine = window[rank : rank + 1]
+        observer.update(0, mine, torch.ones(mine.shape[:2], dtype=torch.bool), dist.group.WORLD)
+    return observer.feature_range(dp_group=dist.group.WORLD).clipped

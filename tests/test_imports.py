@@ -23,7 +23,7 @@ TIERS = [
         *("config", "embedded", "kernels", "kernels.cpu", "kernels.gpu", "kernels.hybrid", "kernels.packing"),
         *("kernels.reference", "kernels.triton_hybrid"),
     },
-    {"quantizer", "agreement", "allocation", "channels", "files", "distributed", "hf_weights", "streams"},
+    {"quantizer", "agreement", "allocation", "clipping", "channels", "files", "distributed", "hf_weights", "streams"},
     {"codec", "data", "metrics", "reassembly", "sharding"},
     {"artifacts"},
     {"calibrate", "exact_sum", "ranges", "rounding"},
