@@ -37,6 +37,7 @@ def scatter(
         x = x.movedim(-1, 0).contiguous().movedim(0, -1)
         assert not x.is_contiguous()
     before = x.clone()
+    reducer.agreement.check(x.reshape(-1, x.shape[-1]))  # which the first call would send
     with RecordedCollectives() as recorded:
         y = reducer.reduce_scatter(x)
     return {
@@ -61,6 +62,7 @@ def gather(rank: int, size: int, plan: Codec, x: Tensor) -> dict[str, Any]:
     """All ranks' shares of x [length, ..., E] together again, and the gradient of this rank's share."""
     layer = HybridGather(plan, dist.group.WORLD)
     mine = x.chunk(size)[rank].clone().requires_grad_()
+    layer.agreement.check(mine.reshape(-1, mine.shape[-1]))  # which the first call would send
     with RecordedCollectives() as recorded:
         y = layer.all_gather(mine)
     upstream = upstream_of(rank, y.shape).to(y.dtype)
