@@ -22,6 +22,7 @@ from typing import Any
 
 from megatron_lowbit.artifacts import Artifact, LowBitCheckpoint
 from megatron_lowbit.config import (
+    CommConfig,
     CorrectionConfig,
     EvaluateConfig,
     LowBitError,
@@ -128,7 +129,7 @@ def _row(
     reference: Any,
     logger: MetricLogger,
 ) -> dict[str, Any]:
-    row = low_bit_row(engine, name, Artifact(checkpoint), None, windows, config.evaluation, reference, logger)
+    row = low_bit_row(engine, name, Artifact(checkpoint), CommConfig(), windows, config.evaluation, reference, logger)
     return {**row, "injected": config.inject_outliers, "linear_bytes": checkpoint.linear_bytes()}
 
 

@@ -57,7 +57,7 @@ def run(config: DemoConfig, logger: MetricLogger) -> dict[str, Any]:
         if comm.mode == "one_shot":
             plans[size] = build_plan(stats, size, comm, config.seed)
         artifact = Artifact(engine.checkpoints.get(scheme), plans)
-        rows.append(low_bit_row(engine, name, artifact, comm.mode, windows, config.evaluation, reference, logger))
+        rows.append(low_bit_row(engine, name, artifact, comm, windows, config.evaluation, reference, logger))
     text[name] = continue_text(engine, config.prompt, config.max_new_tokens)  # the last row: W4A8 + tiered
     folder = ensure_writable(Path(config.output_dir) / "artifact")
     on_rank_zero(lambda: stats.save(folder))

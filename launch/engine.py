@@ -90,10 +90,18 @@ class Engine:
         """What all pipeline stages have measured of their own sites."""
         return sites
 
+    def total(self, counts: Mapping[str, int]) -> int:
+        """The sum over sites, pipeline stages and tensor-parallel ranks."""
+        total = torch.tensor(sum(counts.values()), device=device())
+        for group in (self.group, self.pp_group):
+            if group is not None:
+                dist.all_reduce(total, group=group)
+        return int(total)
+
     def fingerprint(self) -> Fingerprint:
         return huggingface.fingerprint(self.module)
 
-    def apply(self, artifact: Artifact, comm_mode: CommMode | None = None) -> None:
+    def apply(self, artifact: Artifact, comm_mode: CommMode | CommConfig | None = None) -> None:
         huggingface.apply_to_huggingface(self.model, artifact, self.tp_size, comm_mode)
 
     def remove(self) -> None:
@@ -180,7 +188,7 @@ class DeepSpeedEngine(Engine):
 
         return huggingface.fingerprint(self.module) if self.group is None else deepspeed.fingerprint(self.model)
 
-    def apply(self, artifact: Artifact, comm_mode: CommMode | None = None) -> None:
+    def apply(self, artifact: Artifact, comm_mode: CommMode | CommConfig | None = None) -> None:
         from megatron_lowbit.adapters import deepspeed
 
         deepspeed.apply_to_deepspeed(self.model, artifact, comm_mode)

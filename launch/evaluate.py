@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_lowbit.adapters.patching import site_traffic
+from megatron_lowbit.adapters.patching import site_saturated, site_traffic
 from megatron_lowbit.artifacts import Artifact
-from megatron_lowbit.config import CommMode, EvaluateConfig, EvaluationConfig, LowBitError
+from megatron_lowbit.config import CommConfig, CommMode, EvaluateConfig, EvaluationConfig, LowBitError
 from megatron_lowbit.data import Windows
 from megatron_lowbit.distributed import env_rank
 from megatron_lowbit.evaluate import SiteTraffic, measure_quality, measure_sqnr
@@ -39,9 +39,7 @@ def run(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:
     plain = artifact.checkpoint is None and engine.tp_size == 1
     if not (plain and rows):
         name = row_name(engine, artifact, config.comm.mode)
-        rows.append(
-            low_bit_row(engine, name, artifact, config.comm.mode, windows, config.evaluation, reference, logger)
-        )
+        rows.append(low_bit_row(engine, name, artifact, config.comm, windows, config.evaluation, reference, logger))
     if env_rank() == 0:
         print_rows(rows)
     return {"rows": rows}
@@ -104,17 +102,18 @@ def low_bit_row(
     engine: Engine,
     name: str,
     artifact: Artifact,
-    mode: CommMode | None,
+    comm: CommConfig,
     windows: Windows,
     section: EvaluationConfig,
     reference: Tensor | None,
     logger: MetricLogger,
 ) -> dict[str, Any]:
     """Apply the artifact, measure, and leave it applied. kl is None where there is no full-precision reference."""
-    engine.apply(artifact, mode)
+    engine.apply(artifact, comm)
     quality = measure_quality(engine, _batches(windows, section, name), _kl_tokens(section), reference)
     traffic = site_traffic(engine.model).values()
     wire = _wire(sum(t.bytes for t in traffic), sum(t.values for t in traffic), windows, section)
+    saturated = engine.total(site_saturated(engine.model))
     few = max(1, SQNR_TOKENS // windows.ids.shape[1])
     sites: dict[str, float] = {}
     if engine.full_precision:  # or there is nothing to compare with
@@ -125,10 +124,11 @@ def low_bit_row(
         "name": name,
         "tp": engine.tp_size,
         "weights": artifact.checkpoint.scheme_name if artifact.checkpoint else "none",
-        "communication": communication(engine, artifact, mode),
+        "communication": communication(engine, artifact, comm.mode),
         "perplexity": quality.perplexity,
         "kl": quality.kl,
         **wire,
+        "saturated": saturated,
         "sqnr_db": mean_sqnr,
         "tokens": quality.tokens,
         "sites": sites,

@@ -25,7 +25,7 @@ def run(config: GenerateConfig, logger: MetricLogger) -> dict[str, Any]:
     artifact = prepare_artifact(engine, config, logger)
     ids = [encode(engine, prompt) for prompt in prompts]
     if artifact.checkpoint is not None or artifact.plans or (engine.tp_size > 1 and config.comm.mode is not None):
-        engine.apply(artifact, config.comm.mode)
+        engine.apply(artifact, config.comm)
     text = Streams(engine.tokenizer, prompts) if env_rank() == 0 else None
     start = time.perf_counter()
     options = GenerateOptions(
@@ -42,7 +42,7 @@ def run(config: GenerateConfig, logger: MetricLogger) -> dict[str, Any]:
         text.end()
     tokens = sum(map(len, made))
     logger.log(new_tokens=tokens, seconds=seconds)
-    name = row_name(engine, artifact, config.comm.mode)
+    name = row_name(engine, artifact, config.comm)
     decode = partial(engine.tokenizer.decode, skip_special_tokens=True)
     rows = [
         {"name": name, "prompt": prompt, "text": decode(new), "tokens": new, "new_tokens": len(new), "seconds": seconds}

@@ -16,7 +16,7 @@ from torch import distributed as dist
 from megatron_lowbit.adapters import huggingface, patching
 from megatron_lowbit.adapters.blocks import skeleton
 from megatron_lowbit.artifacts import Artifact, Fingerprint, fingerprint_fields
-from megatron_lowbit.config import CommMode, StageConfig, WeightsConfig
+from megatron_lowbit.config import CommConfig, CommMode, StageConfig, WeightsConfig
 from megatron_lowbit.distributed import all_gather_stack, device, group_rank, launched, on_rank_zero, world_size
 from megatron_lowbit.launch.engine import (
     Engine,
@@ -240,7 +240,7 @@ class MegatronEngine(Engine):
             mine = {name: value for stage in stages for name, value in stage.items()}
         return {**fingerprint_fields(self.text_config), "weights": mine}
 
-    def apply(self, artifact: Artifact, comm_mode: CommMode | None = None) -> None:
+    def apply(self, artifact: Artifact, comm_mode: CommMode | CommConfig | None = None) -> None:
         from megatron_lowbit.adapters.megatron import apply_to_megatron
 
         apply_to_megatron(self.model, artifact, comm_mode)

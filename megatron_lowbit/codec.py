@@ -77,9 +77,10 @@ class WireFormat(Float32QParams):
     scale: Tensor  # float32 [senders, E] in wire order
     zero_point: Tensor
     order: Tensor  # int64 [E]
-    saturated: Tensor  # int64 [1], since the last reset
+    saturated: Tensor  # int64 [ranks], by who encoded
 
-    def __init__(self, codec: Codec):
+    def __init__(self, codec: Codec, ranks: int | None = None):
+        """ranks: that encode with it; None: the senders."""
         super().__init__()
         order = codec.order()
         self.rank1, self.tiers, self.senders = codec.rank1, codec.tiers(), codec.senders
@@ -87,14 +88,19 @@ class WireFormat(Float32QParams):
         self.register_buffer("scale", codec.scale[:, order].contiguous(), persistent=False)
         self.register_buffer("zero_point", codec.zero_point[:, order].contiguous(), persistent=False)
         self.register_buffer("order", order, persistent=False)
-        self.register_buffer("saturated", torch.zeros(1, dtype=torch.int64), persistent=False)
+        self.register_buffer("saturated", torch.zeros(ranks or self.senders, dtype=torch.int64), persistent=False)
+
+    @property
+    def can_saturate(self) -> bool:
+        """Whether any value is coded."""
+        return any(bits != BF16_BITS for bits in self.tiers[::2])
 
     def pack(self, x: Tensor, sender: int) -> Tensor:
         """x float [tokens, E] -> uint8 [tokens, row_bytes]."""
         self._follow(x)
         qparams = self.scale[sender], self.zero_point[sender]
         message, saturated = hybrid_pack(x, *qparams, self.order, self.tiers, self.rank1)
-        self.saturated += saturated
+        self.saturated[sender : sender + 1] += saturated
         return message
 
     def unpack_reduce(self, messages: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,8 +108,8 @@ class WireFormat(Float32QParams):
         self._follow(messages)
         return hybrid_unpack_reduce(messages, self.scale, self.zero_point, self.order, self.tiers, self.rank1, dtype)
 
-    def requantize(self, messages: Tensor, second: WireFormat) -> Tensor:
-        """Messages of all senders -> their sum as the one sender of `second` encodes it: uint8 [tokens, row_bytes]."""
+    def requantize(self, messages: Tensor, second: WireFormat, rank: int = 0) -> Tensor:
+        """Messages of all senders -> their sum as `rank` encodes it with `second`: uint8 [tokens, row_bytes]."""
         self._follow(messages)
         second._follow(messages)
         message, saturated = hybrid_unpack_reduce_requantize(
@@ -111,7 +117,7 @@ class WireFormat(Float32QParams):
             *(self.scale, self.zero_point, self.order, self.tiers, self.rank1),
             *(second.scale[0], second.zero_point[0], second.order, second.tiers, second.rank1),
         )
-        second.saturated += saturated
+        second.saturated[rank : rank + 1] += saturated
         return message
 
     def _follow(self, x: Tensor) -> None:

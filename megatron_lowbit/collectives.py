@@ -34,6 +34,7 @@ from megatron_lowbit.artifacts import SitePlan
 from megatron_lowbit.codec import Codec, WireFormat
 from megatron_lowbit.config import CommMode, LowBitError
 from megatron_lowbit.distributed import all_gather_stack, reduce_scatter, start_all_gather
+from megatron_lowbit.drift import DriftGuard
 from megatron_lowbit.exact_sum import ExactSum
 
 MOST_PIECES = 4
@@ -60,18 +61,19 @@ class Traffic:
 class _Reducer(nn.Module):
     """Shared by the real and the virtual reducer: the plan's formats, and which of them the mode uses.
 
-    mode None: one_shot with a plan, bf16 without.
+    mode None: one_shot with a plan, bf16 without. drift_threshold: as comm.drift_threshold (drift.py).
     """
 
     first: WireFormat | None
     second: WireFormat | None
     exact: ExactSum | None
 
-    def __init__(self, plan: SitePlan | None, mode: CommMode | None = None):
+    def __init__(self, plan: SitePlan | None, mode: CommMode | None = None, drift_threshold: float | None = None):
         super().__init__()
         self.mode: CommMode = mode or ("bf16" if plan is None else "one_shot")
         self.plan = plan
-        self.traffic = Traffic()
+        self.tp_rank = 0
+        self.traffic, self.guard = Traffic(), DriftGuard(drift_threshold)
         self.first = self.second = self.exact = None
         if not self.low_bit:
             return
@@ -86,7 +88,7 @@ class _Reducer(nn.Module):
                 raise LowBitError(
                     "the communication plan has no ranges of the sum, which two_shot needs; calibrate again"
                 )
-            self.second = WireFormat(plan.second)
+            self.second = WireFormat(plan.second, plan.tp_size)
 
     @property
     def low_bit(self) -> bool:
@@ -99,8 +101,25 @@ class _Reducer(nn.Module):
 
     @property
     def saturated(self) -> int:
-        """Values of this rank that lay beyond their calibrated range so far. Waits for the device."""
-        return sum(int(part.saturated) for part in (self.first, self.second, self.exact) if part is not None)
+        """Values of this process that lay beyond their calibrated range so far. Waits for the device."""
+        return sum(int(part.saturated.sum()) for part in (self.first, self.second, self.exact) if part is not None)
+
+    def at(self, site: str) -> None:
+        """Give it the site's name, which messages then say."""
+        self.guard.site = site
+
+    def _mode_of(self, rows: Tensor, ranks: int) -> CommMode:
+        """How partial sums [tokens, E] travel: as the mode says, unless the site has drifted. A collective call."""
+        if not self.low_bit:
+            return self.mode
+        encoded = {part: rows.numel() for part in (self.first, self.exact) if part is not None}
+        if self.second is not None:
+            encoded[self.second] = -(-len(rows) // ranks) * rows.shape[1]
+        return "bf16" if self.guard.trips(encoded, self._largest, self.tp_rank) else self.mode
+
+    def _largest(self, share: Tensor) -> Tensor:
+        """The largest of all ranks' shares."""
+        return share
 
     def _wire_dtype(self, x: Tensor) -> torch.dtype:
         """Without a plan; 16-bit values travel as they are."""
@@ -115,8 +134,14 @@ class HybridReducer(_Reducer):
     ended (agreement.py).
     """
 
-    def __init__(self, plan: SitePlan | None, tp_group: dist.ProcessGroup, mode: CommMode | None = None):
-        super().__init__(plan, mode)
+    def __init__(
+        self,
+        plan: SitePlan | None,
+        tp_group: dist.ProcessGroup,
+        mode: CommMode | None = None,
+        drift_threshold: float | None = None,
+    ):
+        super().__init__(plan, mode, drift_threshold)
         self.tp_group = tp_group
         self.tp_rank, self.tp_size = dist.get_rank(tp_group), dist.get_world_size(tp_group)
         if plan is not None and plan.tp_size != self.tp_size:
@@ -124,7 +149,11 @@ class HybridReducer(_Reducer):
                 f"the communication plan is for tp_size {plan.tp_size}, this group has {self.tp_size} ranks"
             )
         tensors = plan.tensors().items() if plan is not None and self.low_bit else ()
-        self.agreement = Agreement(tp_group, [self.mode, *(part for item in tensors for part in item)])
+        self.agreement = Agreement(tp_group, [self.mode, drift_threshold, *(part for item in tensors for part in item)])
+
+    def at(self, site: str) -> None:
+        super().at(site)
+        self.agreement.site = site
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """This rank's partial sums [..., E] -> the group's sum, in x's dtype; the gradient passes as it is."""
@@ -141,22 +170,29 @@ class HybridReducer(_Reducer):
     def _forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         self.agreement.check(rows)
-        if self.exact is not None:
+        mode = self._mode_of(rows, self.tp_size)
+        if mode == "exact_sum":
+            assert self.exact is not None
             codes = self.exact.encode(rows, self.tp_rank)
             self.traffic.count(codes, x.numel())
             with self.agreement.explained():
                 dist.all_reduce(codes, group=self.tp_group)
             return self.exact.decode(codes, x.dtype).view(x.shape)
-        if self.first is None:
+        if mode not in LOW_BIT:
             # The copy keeps the caller's tensor out of the in-place all-reduce.
             message = x.to(self._wire_dtype(x), copy=True).contiguous()
             self.traffic.count(message, x.numel())
             with self.agreement.explained():
                 dist.all_reduce(message, group=self.tp_group)
             return message.to(x.dtype)
-        one_way = self._one_shot if self.second is None else self._two_shot
+        one_way = self._one_shot if mode == "one_shot" else self._two_shot
         parts = one_way(self._pieces(rows), x.dtype)
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
+
+    def _largest(self, share: Tensor) -> Tensor:
+        with self.agreement.explained():
+            dist.all_reduce(share, dist.ReduceOp.MAX, self.tp_group)
+        return share
 
     def _pieces(self, rows: Tensor) -> list[Tensor]:
         """rows [tokens, E] in up to four pieces, so that a CPU packs and adds one up while another is on its way.
@@ -195,7 +231,9 @@ class HybridReducer(_Reducer):
             scattered.append((message, work, received, each))
         for _, work, received, each in scattered:
             stripe = received.new_zeros(each, self.second.row_bytes)
-            stripe[: received.shape[1]] = self.first.requantize(self._arrived(work, received), self.second)
+            stripe[: received.shape[1]] = self.first.requantize(
+                self._arrived(work, received), self.second, self.tp_rank
+            )
             self.traffic.count(stripe)
             with self.agreement.explained():
                 gathered.append((stripe, *start_all_gather(stripe, self.tp_group)))
@@ -215,14 +253,16 @@ class HybridReducer(_Reducer):
         shape = (x.shape[0] // self.tp_size, *x.shape[1:])
         rows = x.reshape(-1, x.shape[-1])
         self.agreement.check(rows)
-        if self.first is None:
-            exact = self.exact
+        mode = self._mode_of(rows, self.tp_size)
+        if mode not in LOW_BIT or mode == "exact_sum":
+            exact = self.exact if mode == "exact_sum" else None
             message = x.to(self._wire_dtype(x)).contiguous() if exact is None else exact.encode(rows, self.tp_rank)
             self.traffic.count(message, x.numel())
             total = message.new_empty(len(message) // self.tp_size, *message.shape[1:])
             with self.agreement.explained():
                 reduce_scatter(total, message, self.tp_group)
             return total.to(x.dtype) if exact is None else exact.decode(total, x.dtype).view(shape)
+        assert self.first is not None
         message = self.first.pack(rows, self.tp_rank)
         self.traffic.count(message, x.numel())
         received = torch.empty_like(message)
@@ -243,6 +283,10 @@ class HybridGather(nn.Module):
             raise LowBitError(f"a plan of one sender's ranges is needed here, not of {codec.senders}")
         self.format, self.tp_group, self.traffic = WireFormat(codec), tp_group, Traffic()
         self.agreement = Agreement(tp_group, [part for item in codec.tensors().items() for part in item])
+
+    def at(self, site: str) -> None:
+        """Give it the site's name, which messages then say."""
+        self.agreement.site = site
 
     def all_gather(self, x: Tensor) -> Tensor:
         """x [length / N, ..., E] -> [length, ..., E] in rank order; the gradient is reduce-scattered, not quantized."""
@@ -266,30 +310,32 @@ class VirtualReducer(_Reducer):
         return _VirtualReduce.apply(self, *partials)
 
     def _forward(self, partials: Sequence[Tensor]) -> Tensor:
-        x = partials[0]
-        if not self.low_bit:
+        x, ranks = partials[0], len(partials)
+        if self.low_bit and self.plan is not None and ranks != self.plan.tp_size:
+            raise LowBitError(f"the communication plan is for tp_size {self.plan.tp_size}, there are {ranks} shards")
+        rows = [p.reshape(-1, x.shape[-1]) for p in partials]
+        mode = self._mode_of(rows[0], ranks)
+        if mode not in LOW_BIT:
             dtype = self._wire_dtype(x)
             exact = torch.promote_types(dtype, torch.float32)
             total = torch.stack([p.to(dtype) for p in partials]).to(exact).sum(0).to(dtype)
             self.traffic.count(total, x.numel())
             return total.to(x.dtype)
-        if self.plan is not None and len(partials) != self.plan.tp_size:
-            raise LowBitError(
-                f"the communication plan is for tp_size {self.plan.tp_size}, there are {len(partials)} shards"
-            )
-        rows = [p.reshape(-1, x.shape[-1]) for p in partials]
-        if self.exact is not None:
+        if mode == "exact_sum":
+            assert self.exact is not None
             codes = [self.exact.encode(own, rank) for rank, own in enumerate(rows)]
             self.traffic.count(codes[0], x.numel())
             return self.exact.decode(self.exact.add(codes), x.dtype).view(x.shape)
-        assert self.first is not None, "one_shot and two_shot have a first hop"
+        assert self.first is not None
         messages = torch.stack([self.first.pack(own, rank) for rank, own in enumerate(rows)])
         self.traffic.count(messages[0], x.numel())
-        if self.second is None:
+        if mode == "one_shot":
             return self.first.unpack_reduce(messages, x.dtype).view(x.shape)
-        sums = self.first.requantize(messages, self.second)
-        self.traffic.count(sums[: -(-len(sums) // len(partials))])
-        return self.second.unpack_reduce(sums.unsqueeze(0), x.dtype).view(x.shape)
+        assert self.second is not None
+        stripes = messages.split(-(-len(rows[0]) // ranks) or 1, dim=1)
+        sums = [self.first.requantize(stripe.contiguous(), self.second, rank) for rank, stripe in enumerate(stripes)]
+        self.traffic.count(sums[0])
+        return self.second.unpack_reduce(torch.cat(sums).unsqueeze(0), x.dtype).view(x.shape)
 
 
 class _VirtualReduce(torch.autograd.Function):

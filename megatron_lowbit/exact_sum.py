@@ -26,7 +26,8 @@ class ExactSum(Float32QParams):
 
     step: Tensor  # float32 [E]
     center: Tensor  # float32 [tp_size, E]
-    saturated: Tensor  # int64 [1]
+    saturated: Tensor  # int64 [tp_size], by who encoded
+    can_saturate = True
     float32 = ("step", "center")
 
     def __init__(self, plan: SitePlan):
@@ -36,7 +37,7 @@ class ExactSum(Float32QParams):
         step = plan.half_range / self.largest
         self.register_buffer("step", torch.where(step > 0, step, 1.0), persistent=False)
         self.register_buffer("center", plan.center, persistent=False)
-        self.register_buffer("saturated", torch.zeros(1, dtype=torch.int64), persistent=False)
+        self.register_buffer("saturated", torch.zeros(self.senders, dtype=torch.int64), persistent=False)
 
     def encode(self, x: Tensor, sender: int) -> Tensor:
         """float [tokens, E] -> int8 [tokens, E + 1], or int32 [tokens, ceil((E + 1) / 2)] of 16-bit pairs."""
@@ -45,7 +46,7 @@ class ExactSum(Float32QParams):
         exact = x.float()
         broken = (0 * exact).sum(1, keepdim=True).isnan()
         codes = torch.round((exact - self.center[sender]) / self.step)
-        self.saturated += (~(codes.abs() <= self.largest)).sum()
+        self.saturated[sender] += (~(codes.abs() <= self.largest)).sum()
         codes = codes.nan_to_num_(0.0).clamp_(-self.largest, self.largest)
         whole = torch.cat([codes, broken], dim=1)
         if self.carrier_bits == 8:

@@ -228,6 +228,7 @@ def gathers(rank: int, size: int, artifact: Artifact) -> dict[str, Any]:
                     return (y,)
 
                 module.register_forward_pre_hook(rounded)
+        logits(model)  # a reducer's first call also compares plans
         with RecordedCollectives() as recorded:
             patched = logits(model)
         return {"patched": patched, "reference": logits(reference), "calls": recorded.calls}

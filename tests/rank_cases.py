@@ -5,6 +5,7 @@ deepspeed and transformers are imported inside the cases that need them, so that
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import warnings
@@ -126,6 +127,7 @@ def deepspeed_logits(
     for name, (folder, comm_mode) in artifacts.items():
         artifact = lowbit.Artifact() if folder is None else folder
         assert lowbit.apply_to_deepspeed(engine, artifact, comm_mode) is engine
+        tiny_models.logits(engine.module)  # a reducer's first call also compares plans
         with RecordedCollectives() as recorded:
             results[name] = tiny_models.logits(engine.module)
         results["calls"][name] = recorded.calls
@@ -263,3 +265,32 @@ def clipped_ranges(rank: int, size: int, windows: Tensor) -> Tensor | None:
         mine = window[rank : rank + 1]
         observer.update(0, mine, torch.ones(mine.shape[:2], dtype=torch.bool), dist.group.WORLD)
     return observer.feature_range(dp_group=dist.group.WORLD).clipped
+
+
+def drifting(
+    rank: int,
+    size: int,
+    plan: SitePlan,
+    calls: list[Tensor],
+    mode: CommMode,
+    threshold: float | None,
+    scatter: bool = False,
+) -> dict[str, Any]:
+    """The sums of this rank's calls[i][rank]; what was logged; float64 all-reduces, which only the guard makes."""
+    reducer, logged = HybridReducer(plan, dist.group.WORLD, mode, threshold), Logged()
+    reducer.at("model.layers.0")
+    logging.getLogger("megatron_lowbit").addHandler(logged)
+    with RecordedCollectives() as recorded:
+        sums = [(reducer.reduce_scatter if scatter else reducer.all_reduce)(partials[rank]) for partials in calls]
+    logging.getLogger("megatron_lowbit").removeHandler(logged)
+    checks = sum(call == "all_reduce" and dtype == "float64" for call, _, dtype in recorded.calls)
+    return {"sums": sums, "logged": logged.lines, "checks": checks, "saturated": reducer.saturated}
+
+
+class Logged(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())

@@ -88,7 +88,9 @@ def test_one_rank_changes_its_tokens(tmp_path, size):
     all_fail(outcomes(tmp_path, "later", MODES, size), "or the ranks disagree on tokens or plan", "ms")
 
 
-@pytest.mark.parametrize("config", [CommConfig(), CommConfig(scale="rank1"), CommConfig(bf16_fraction=0.0)])
+@pytest.mark.parametrize(
+    "config", [CommConfig(preset="paper"), CommConfig(scale="rank1"), CommConfig(bf16_fraction=0.0)]
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_nan_reaches_every_rank(two_ranks, mode, config):
     partials = torch.randn(2, 5, 66, generator=torch.Generator().manual_seed(0))
@@ -101,7 +103,7 @@ def test_nan_reaches_every_rank(two_ranks, mode, config):
 
 
 def test_agreeing_costs_nothing_while_the_tokens_stay(two_ranks):
-    for rank in two_ranks.run(rank_cases.agreements, synthetic_plan(torch.randn(2, 9, 66), CommConfig())):
+    for rank in two_ranks.run(rank_cases.agreements, synthetic_plan(torch.randn(2, 9, 66), CommConfig(preset="paper"))):
         assert rank == {"first": 2, "same": 0, "other": 2, "width": 16}
 
 

@@ -27,6 +27,7 @@ TIERS = [
     {"codec", "data", "metrics", "reassembly", "sharding"},
     {"artifacts"},
     {"calibrate", "exact_sum", "ranges", "rounding"},
+    {"drift"},
     {"linear", "collectives", "sharded"},
     {"correction"},
     {

@@ -19,8 +19,7 @@ from torch import nn
 
 from megatron_lowbit.adapters import huggingface, patching
 from megatron_lowbit.artifacts import Artifact, Fingerprint, check_fingerprint, model_fingerprint
-from megatron_lowbit.collectives import HybridReducer
-from megatron_lowbit.config import CommMode, LowBitError, one_line
+from megatron_lowbit.config import CommConfig, CommMode, LowBitError, one_line
 from megatron_lowbit.distributed import group_rank, world_size
 from megatron_lowbit.linear import QuantRowParallelLinear
 from megatron_lowbit.metrics import require
@@ -96,7 +95,9 @@ def fingerprint(engine: Any) -> Fingerprint:
     return model_fingerprint(huggingface.model_config(engine.module), weights, tp_group(engine))
 
 
-def apply_to_deepspeed(engine: Any, artifact: str | Path | Artifact, comm_mode: CommMode | None = None) -> Any:
+def apply_to_deepspeed(
+    engine: Any, artifact: str | Path | Artifact, comm_mode: CommMode | CommConfig | None = None
+) -> Any:
     """Replace the engine's tensor-parallel linears in place, on every rank, and return the engine.
 
     artifact, comm_mode and errors as in apply_to_huggingface; tensor-parallel layers of types that this adapter does
@@ -111,9 +112,9 @@ def apply_to_deepspeed(engine: Any, artifact: str | Path | Artifact, comm_mode: 
     patching.remove(engine)
     artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
     rank, size = group_rank(group), world_size(group)
-    plan = patching.choose_plan(artifact, size, comm_mode)
+    reducers = patching.Reducers.of(artifact, size, comm_mode)
     here = fingerprint(engine)
-    for what, part in (("the checkpoint", artifact.checkpoint), ("the communication plan", plan)):
+    for what, part in (("the checkpoint", artifact.checkpoint), ("the communication plan", reducers.plan)):
         if part is not None:
             check_fingerprint(what, part.fingerprint, here)
     checkpoint = artifact.checkpoint
@@ -130,8 +131,7 @@ def apply_to_deepspeed(engine: Any, artifact: str | Path | Artifact, comm_mode: 
     for name, module in rows.items():
         patching.check_equal_shares(name, module._partition_sizes)
         shard = patching.row_shard(checkpoint, name, rank, size, module.weight)
-        reducer = HybridReducer(patching.site_plan(plan, name), group, patching.reducer_mode(plan, comm_mode))
-        replacements[name] = QuantRowParallelLinear([shard], reducer, module.bias)
+        replacements[name] = QuantRowParallelLinear([shard], reducers.real(name, group), module.bias)
     if checkpoint is not None and quantized:
         replacements |= patching.norms(engine.module, checkpoint)
     patching.swap(engine.module, replacements)

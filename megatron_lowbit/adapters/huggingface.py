@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from megatron_lowbit.adapters import patching
 from megatron_lowbit.artifacts import Artifact, Fingerprint, check_fingerprint, model_fingerprint
-from megatron_lowbit.collectives import VirtualReducer
-from megatron_lowbit.config import CommMode, LowBitError
+from megatron_lowbit.config import CommConfig, CommMode, LowBitError
 from megatron_lowbit.linear import QuantRowParallelLinear
 
 Kind = Literal["column", "row"]
@@ -177,21 +176,24 @@ def check_divides(
 
 
 def apply_to_huggingface(
-    model: nn.Module, artifact: str | Path | Artifact, virtual_tp: int = 1, comm_mode: CommMode | None = None
+    model: nn.Module,
+    artifact: str | Path | Artifact,
+    virtual_tp: int = 1,
+    comm_mode: CommMode | CommConfig | None = None,
 ) -> nn.Module:
     """Replace the model's linears in place and return it.
 
     artifact: folder (or loaded Artifact) of a LowBitCheckpoint and/or CommPlans. virtual_tp: ranks whose partial sums
-    and messages are simulated in this process, bit for bit. comm_mode: as comm.mode; None: one_shot
-    where the artifact has plans, else native. Raises LowBitError for an artifact of another model or without a plan
-    for this size; the model is then left without low-bit modules.
+    and messages are simulated in this process, bit for bit. comm_mode: as comm.mode; None: one_shot where the artifact
+    has plans, else native; or a whole CommConfig, which also says when to fall back to bf16. Raises LowBitError for an
+    artifact of another model or without a plan for this size; the model is then left without low-bit modules.
     """
     patching.remove(model)
     artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
     check_divides(model_config(model), virtual_tp, "virtual_tp")
-    plan = patching.choose_plan(artifact, virtual_tp, comm_mode)
+    reducers = patching.Reducers.of(artifact, virtual_tp, comm_mode)
     here = fingerprint(model)
-    for what, part in (("the checkpoint", artifact.checkpoint), ("the communication plan", plan)):
+    for what, part in (("the checkpoint", artifact.checkpoint), ("the communication plan", reducers.plan)):
         if part is not None:
             check_fingerprint(what, part.fingerprint, here)
     checkpoint = artifact.checkpoint
@@ -208,8 +210,7 @@ def apply_to_huggingface(
             patching.row_shard(checkpoint, name, rank, virtual_tp, dense.contiguous() if virtual_tp > 1 else dense)
             for rank, dense in enumerate(slices)
         ]
-        mode = patching.reducer_mode(plan, comm_mode)
-        reducer = VirtualReducer(patching.site_plan(plan, name), mode) if virtual_tp > 1 else None
+        reducer = reducers.virtual(name) if virtual_tp > 1 else None
         replacements[name] = QuantRowParallelLinear(shards, reducer, linear.bias)
     if quantized:
         assert checkpoint is not None

@@ -45,7 +45,7 @@ from megatron_lowbit.adapters.megatron_spec import (
 )
 from megatron_lowbit.adapters.megatron_twins import Twins
 from megatron_lowbit.artifacts import Artifact, Fingerprint, check_fingerprint
-from megatron_lowbit.config import CommMode, LowBitError
+from megatron_lowbit.config import CommConfig, CommMode, LowBitError
 from megatron_lowbit.distributed import group_rank, world_size
 
 _SAME_CONFIG = "build the model with the config that was quantized"
@@ -92,7 +92,9 @@ def _shape_fields(model: Any) -> dict[str, Any]:
     }
 
 
-def apply_to_megatron(model: Any, artifact: str | Path | Artifact, comm_mode: CommMode | None = None) -> Any:
+def apply_to_megatron(
+    model: Any, artifact: str | Path | Artifact, comm_mode: CommMode | CommConfig | None = None
+) -> Any:
     """Replace the tensor-parallel linears of a GPTModel in place, on every rank, and return what was given.
 
     model: a GPTModel, a wrapper around one, or a list of pipeline chunks. artifact, comm_mode: as in
@@ -106,15 +108,15 @@ def apply_to_megatron(model: Any, artifact: str | Path | Artifact, comm_mode: Co
         patching.remove(chunk)
     artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
     size = world_size(chunks[0].pg_collection.tp)
-    plan = patching.choose_plan(artifact, size, comm_mode)
+    reducers = patching.Reducers.of(artifact, size, comm_mode)
     for chunk in chunks:
         check_shapes(chunk, artifact)
-        for what, part in (("the checkpoint", artifact.checkpoint), ("the communication plan", plan)):
+        for what, part in (("the checkpoint", artifact.checkpoint), ("the communication plan", reducers.plan)):
             if part is not None:
                 here = fingerprint(chunk, part.fingerprint["weights"])
                 both = here.keys() & part.fingerprint.keys()  # a GPTModel knows no model_type, and pads its vocabulary
                 check_fingerprint(what, *({key: f[key] for key in both} for f in (part.fingerprint, here)))
-    replacements = [Twins(chunk, artifact, plan, patching.reducer_mode(plan, comm_mode)).modules() for chunk in chunks]
+    replacements = [Twins(chunk, artifact, reducers).modules() for chunk in chunks]
     for chunk, modules in zip(chunks, replacements, strict=True):
         patching.swap(chunk, modules)
         if artifact.checkpoint is not None:

@@ -27,7 +27,7 @@ from megatron_lowbit.adapters.blocks import skeleton
 from megatron_lowbit.adapters.megatron_layers import full_weight
 from megatron_lowbit.adapters.megatron_layout import COLUMN, NORMS, Layout, find_prefix, norm_name, parts
 from megatron_lowbit.artifacts import Artifact
-from megatron_lowbit.config import CommMode, LowBitError
+from megatron_lowbit.config import CommConfig, CommMode, LowBitError
 from megatron_lowbit.distributed import all_gather_stack, group_rank, world_size
 from megatron_lowbit.hf_weights import HFWeights
 
@@ -187,7 +187,7 @@ def load_weights(model: Any, source: str | Path | Mapping[str, Tensor], hf_confi
 
 
 def load_checkpoint(
-    model: Any, artifact: str | Path | Artifact, hf_config: Any, comm_mode: CommMode | None = None
+    model: Any, artifact: str | Path | Artifact, hf_config: Any, comm_mode: CommMode | CommConfig | None = None
 ) -> Any:
     """A LowBitCheckpoint (and its plans) into a GPTModel that has no weights yet."""
     artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)

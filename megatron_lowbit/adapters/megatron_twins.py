@@ -26,25 +26,24 @@ from megatron_lowbit.adapters.megatron_layout import (
     parts,
 )
 from megatron_lowbit.adapters.megatron_norm import LowBitNorm
-from megatron_lowbit.artifacts import Artifact, CommPlan, LowBitCheckpoint
+from megatron_lowbit.artifacts import Artifact, LowBitCheckpoint
 from megatron_lowbit.channels import ReassemblyPlan
 from megatron_lowbit.codec import Codec
-from megatron_lowbit.collectives import HybridReducer
-from megatron_lowbit.config import CommMode, LowBitError
+from megatron_lowbit.config import LowBitError
 from megatron_lowbit.distributed import group_rank
 from megatron_lowbit.linear import DenseShard, QuantColumnParallelLinear, QuantRowParallelLinear
 from megatron_lowbit.quantizer import LowRank, QuantizedWeight
 
 
 class Twins:
-    """model: a GPTModel (one pipeline stage); plan: the artifact's for this tp_size; mode: how partial sums travel.
+    """model: a GPTModel (one pipeline stage); reducers: how partial sums travel, the artifact's plan for this tp_size.
 
     Layers of one role get tensors of the same names and shapes, whatever each of them needs, because Megatron stacks
     them in its checkpoints: an identity reassembly, a branch of zeros.
     """
 
-    def __init__(self, model: Any, artifact: Artifact, plan: CommPlan | None, mode: CommMode = "native"):
-        self.model, self.artifact, self.plan, self.mode = model, artifact, plan, mode
+    def __init__(self, model: Any, artifact: Artifact, reducers: patching.Reducers):
+        self.model, self.artifact, self.plan, self.reducers = model, artifact, reducers.plan, reducers
         checkpoint = artifact.checkpoint
         self.checkpoint = checkpoint if checkpoint is not None and checkpoint.scheme.weight_bits < 16 else None
         self.known = known_linears(artifact)
@@ -97,7 +96,7 @@ class Twins:
             shard = host.low_bit.shards[0]
         else:
             shard = patching.row_shard(self.checkpoint, name, self.rank, self.layout.tp_size, host.weight)
-        reducer = None if group is None else HybridReducer(patching.site_plan(self.plan, name), group, self.mode)
+        reducer = None if group is None else self.reducers.real(name, group)
         low_bit = QuantRowParallelLinear([shard], reducer, None, group is not None and host.config.sequence_parallel)
         # A single rank sends nothing, but its checkpoint may be loaded by several.
         stored = self.artifact.plans if self.plan is not None or self.layout.tp_size == 1 else {}

@@ -6,16 +6,18 @@ import copy
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from megatron_lowbit.adapters import attention
 from megatron_lowbit.artifacts import Artifact, CommPlan, LowBitCheckpoint, SitePlan
-from megatron_lowbit.collectives import HybridGather, HybridReducer, Traffic
-from megatron_lowbit.config import CommMode, LowBitError
+from megatron_lowbit.collectives import HybridGather, HybridReducer, Traffic, VirtualReducer
+from megatron_lowbit.config import CommConfig, CommMode, LowBitError
 from megatron_lowbit.linear import (
     DenseShard,
     QuantColumnParallelLinear,
@@ -42,8 +44,8 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
         model.set_submodule(name, replacement.to(device).train(original.training))
         replaced[name] = original
         for part in replacement.modules():
-            if isinstance(part, HybridReducer | HybridGather):
-                part.agreement.site = name
+            if isinstance(part, HybridReducer | HybridGather | VirtualReducer):
+                part.at(name)
         if device.type != "cpu" and not _shares_parameters(original, replacement):
             original.to("cpu")
     logger.info("replaced %d linears of %s", len(replaced), type(model).__name__)
@@ -103,6 +105,12 @@ def site_traffic(model: Any) -> dict[str, Traffic]:
     return {name: m.reducer.traffic for name, m in modules.items() if m.reducer is not None}
 
 
+def site_saturated(model: Any) -> dict[str, int]:
+    """{fqn of a low-bit row-parallel linear: values of this process that lay beyond their calibrated range so far}."""
+    modules = row_parallel_modules(model)
+    return {name: m.reducer.saturated for name, m in modules.items() if m.reducer is not None}
+
+
 def choose_plan(artifact: Artifact, tp_size: int, comm_mode: CommMode | None) -> CommPlan | None:
     """The plan to communicate with; None: an all-reduce. comm_mode None: low-bit where the artifact has a plan."""
     if tp_size == 1 or comm_mode in ("native", "bf16") or (comm_mode is None and not artifact.plans):
@@ -110,9 +118,27 @@ def choose_plan(artifact: Artifact, tp_size: int, comm_mode: CommMode | None) ->
     return artifact.plan(tp_size)
 
 
-def reducer_mode(plan: CommPlan | None, comm_mode: CommMode | None) -> CommMode:
-    """How partial sums travel, where choose_plan has chosen `plan` for comm_mode."""
-    return comm_mode or ("native" if plan is None else "one_shot")
+@dataclass(frozen=True)
+class Reducers:
+    """Makes the reducers of a model."""
+
+    plan: CommPlan | None
+    mode: CommMode
+    drift_threshold: float | None
+
+    @classmethod
+    def of(cls, artifact: Artifact, tp_size: int, comm: CommMode | CommConfig | None) -> Reducers:
+        """comm: comm.mode, or a whole CommConfig, of which what was decided at calibration is not read."""
+        comm = comm if isinstance(comm, CommConfig) else CommConfig(mode=comm)
+        plan = choose_plan(artifact, tp_size, comm.mode)
+        return cls(plan, comm.mode or ("native" if plan is None else "one_shot"), comm.drift_threshold)
+
+    def real(self, name: str, group: dist.ProcessGroup) -> HybridReducer:
+        """Of the row-parallel linear `name`, over the ranks of `group`."""
+        return HybridReducer(site_plan(self.plan, name), group, self.mode, self.drift_threshold)
+
+    def virtual(self, name: str) -> VirtualReducer:
+        return VirtualReducer(site_plan(self.plan, name), self.mode, self.drift_threshold)
 
 
 def site_plan(plan: CommPlan | None, name: str) -> SitePlan | None:
