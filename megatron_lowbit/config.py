@@ -92,8 +92,8 @@ class CommConfig(_Config):
     # two_shot: bits of the sums on their way back
     carrier_bits: Literal[8, 16] = 8
     # exact_sum: bits of an integer, of which log2(tp) keep the sum from overflowing
-    drift_threshold: float | None = Field(0.05, ge=0, le=1)
-    # a site falls back to bf16 where this share of its values lies beyond the calibrated range; none: never
+    drift_threshold: float | None = Field(0.1, ge=0, le=1)
+    # a site falls back to bf16 where a larger share of its values lies beyond the calibrated range; none: never
     gather: bool = False
     # sequence parallelism: also calibrate and quantize the all-gather of the normed activation (engine=megatron)
     tp_sizes: tuple[int, ...] = (2, 4, 8)
