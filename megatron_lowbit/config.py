@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 SchemeName = Literal["none", "W4A16", "W4A8", "W4A4", "W6A6", "W8A8"]
 EngineName = Literal["huggingface", "deepspeed", "megatron"]
-CommMode = Literal["native", "bf16", "one_shot", "two_shot", "exact_sum"]
+CommMode = Literal["native", "bf16", "one_shot", "two_shot", "exact_sum", "auto"]
 
 
 class LowBitError(Exception):
@@ -75,7 +75,10 @@ class CommConfig(_Config):
     mode: CommMode | None = None
     # native: all-reduce in the model's dtype; bf16: all-reduce of bf16 values; one_shot: all-gather of low-bit
     # messages, local sum; two_shot: all-to-all of them, the sums rounded again and all-gathered; exact_sum: all-reduce
-    # of integers; none: one_shot if the artifact has a plan, else native
+    # of integers; auto: the fastest for each message, by cost_table; none: one_shot if the artifact has a plan, else
+    # native
+    cost_table: str | None = None
+    # mode=auto: file that `benchmark collectives --tune` wrote for as many ranks; none: measured when the model starts
     bits: int = Field(4, ge=2, le=8)
     # bits of a feature that does not travel in bf16
     bf16_fraction: float = Field(1 / 64, ge=0, le=1)
@@ -105,6 +108,12 @@ class CommConfig(_Config):
         if any(size < 2 for size in value):
             raise ValueError("a tensor-parallel size is at least 2")
         return value
+
+    @model_validator(mode="after")
+    def _costs_of_auto(self) -> CommConfig:
+        if self.cost_table is not None and self.mode != "auto":
+            raise ValueError("cost_table needs mode=auto")
+        return self
 
 
 class ReassemblyConfig(_Config):
@@ -291,11 +300,14 @@ class BenchmarkCollectivesConfig(StageConfig):
     # bytes of a bf16 tensor [tokens, 1024] (below 2 KiB: of one token); 64KiB and 1MiB are understood
     rate: str | None = None
     # every rank's link, such as 100mbit, 1gbit or 10gbit (needs root, ip and tc); none: loopback
-    algorithms: tuple[Literal["bf16", "fp32", "group32", "one_shot", "two_shot", "exact_sum"], ...] = (
+    tune: bool = False
+    # write <output_dir>/costs-tp<N>.json, which comm.cost_table takes, and add auto to the algorithms (also --tune)
+    algorithms: tuple[Literal["bf16", "fp32", "group32", "one_shot", "two_shot", "exact_sum", "auto"], ...] = (
         *("bf16", "fp32", "group32"),
         *("one_shot", "two_shot", "exact_sum"),
     )
-    # bf16, fp32: stock all-reduces, the former always among them; group32: two-shot with dynamic groups of 32 (peers)
+    # bf16, fp32: stock all-reduces, the former always among them; group32: two-shot with dynamic groups of 32 (peers);
+    # auto: the fastest of ours, as measured before
     repeats: int = Field(20, ge=3)
     # rounds of all algorithms, at most
     cell_seconds: float = Field(10, gt=0, allow_inf_nan=False)
@@ -336,6 +348,12 @@ class BenchmarkCollectivesConfig(StageConfig):
     @classmethod
     def _with_the_baseline(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(("bf16", *value)))
+
+    @model_validator(mode="after")
+    def _tuned(self) -> BenchmarkCollectivesConfig:
+        if self.tune and "auto" not in self.algorithms:
+            return self.model_copy(update={"algorithms": (*self.algorithms, "auto")})
+        return self
 
 
 StageT = TypeVar("StageT", bound=StageConfig)

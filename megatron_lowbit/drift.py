@@ -5,8 +5,10 @@
 Before every DRIFT_INTERVAL-th low-bit call of a site its ranks agree on the largest share, in one all-reduce of eight
 bytes. Where it is above the threshold all of them send bf16 from that call on, so they keep on ending with the same
 bits, and tensor-parallel rank 0 logs it once. Formats whose ranges travel with each token cannot drift, and check
-nothing. (Measured with the embedded model, static Int4, on text like that of the calibration: 1.1 % over all sites, up
-to 4.9 % at one of them.) Neither is anything checked while a CUDA graph is captured; a replayed graph counts, but never falls back.
+nothing. Neither is anything checked while a CUDA graph is captured; a replayed graph counts, but never falls back.
+
+Measured with the embedded model, static Int4, on text like that of the calibration: a share of 1.1 % over all sites,
+and of up to 4.9 % at one of them.
 """
 
 from __future__ import annotations
