@@ -141,7 +141,8 @@ class Reducers:
 
         group: the real ranks, which mode auto measures on where it has no cost_table: a collective call then.
         """
-        comm = comm if isinstance(comm, CommConfig) else CommConfig(mode=comm)
+        # Falling back makes results depend on the calls before, so only a whole CommConfig asks for it.
+        comm = comm if isinstance(comm, CommConfig) else CommConfig(mode=comm, drift_threshold=None)
         plan = choose_plan(artifact, tp_size, comm.mode)
         costs = None
         if comm.mode == "auto" and plan is not None:
