@@ -11,6 +11,7 @@ does on the slowest rank.
                      two hops (two_shot, group32) N - 1 stripes of its own in each
     ideal_seconds    8 link_bytes / rate, headers of packets not counted. No algorithm of these bytes is faster, but for
                      the 64 KiB of the link's bucket, which pass at once: small cells show latency, not rate
+    mode             of our collectives; of auto, the one that it takes at this size
     sqnr_db          of the result against the float32 sum of the ranks' bf16 values; 300: no difference. It shows that
                      the sums are right, not how models fare: these partial sums have tokens that are all alike, which
                      suits static ranges, and neighbours of unlike widths, which does not suit groups
@@ -45,8 +46,16 @@ from torch import distributed as dist
 
 from megatron_lowbit.artifacts import SitePlan
 from megatron_lowbit.collectives import LOW_BIT, HybridReducer
-from megatron_lowbit.config import BenchmarkCollectivesConfig, CommConfig, LowBitError, StageConfig, load_config
+from megatron_lowbit.config import (
+    BenchmarkCollectivesConfig,
+    CommConfig,
+    CommMode,
+    LowBitError,
+    StageConfig,
+    load_config,
+)
 from megatron_lowbit.config import defaults as defaults_of
+from megatron_lowbit.cost import CostTable
 from megatron_lowbit.distributed import launched
 from megatron_lowbit.evaluate import sqnr_db
 from megatron_lowbit.files import write_json
@@ -54,6 +63,7 @@ from megatron_lowbit.launch import runner
 from megatron_lowbit.launch.peers import GroupInt4, StockAllReduce
 from megatron_lowbit.metrics import MetricLogger, progress, require
 from megatron_lowbit.ranges import synthetic_plan
+from megatron_lowbit.tuning import measure_costs
 
 CONFIG = BenchmarkCollectivesConfig
 FEATURES = 1024
@@ -63,7 +73,14 @@ STARTUP_SECONDS = 180  # 64 processes import torch, and kernels are compiled, on
 NETLAB = Path(__file__).with_name("netlab.sh")
 SHARED_KEYS = ("seed", "output_dir", "wandb")  # of those that all commands have
 UNUSED = [key for key in StageConfig.model_fields if key not in SHARED_KEYS]
-UNUSED += ["comm.mode", "comm.selection", "comm.gather", "comm.tp_sizes"]
+UNUSED += [
+    "comm.mode",
+    "comm.cost_table",
+    "comm.drift_threshold",
+    "comm.selection",
+    "comm.gather",
+    "comm.tp_sizes",
+]
 
 
 # The command
@@ -107,6 +124,7 @@ def parse(argv: list[str]) -> BenchmarkCollectivesConfig:
         "wandb": "off, offline or online",
     }.items():
         parser.add_argument(f"--{key}", help=f"{what}; same as {key.replace('-', '_')}=...")
+    parser.add_argument("--tune", action="store_const", const="true", help="same as tune=true")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = vars(parser.parse_intermixed_args(argv))
     file, overrides = args.pop("config"), args.pop("overrides")
@@ -137,6 +155,8 @@ def run(config: BenchmarkCollectivesConfig, logger: MetricLogger) -> dict[str, A
         rows += cell
         logger.log(ranks=ranks, bytes=size, **{f"{row['algorithm']}_seconds": row["seconds"] for row in cell})
     print_table(config, rows)
+    if config.tune:
+        print_choices(config)
     try:
         plot(rows, Path(config.output_dir) / "collectives.png")
     except LowBitError as error:
@@ -155,7 +175,9 @@ def measure(config: BenchmarkCollectivesConfig, ranks: int) -> Iterator[list[dic
         started(config, ranks, Path(folder), host) as workers,
     ):
         for number, size in enumerate(config.sizes):
-            deadline = time.monotonic() + cell_limit(config, ranks, size) + (0 if number else STARTUP_SECONDS)
+            deadline = (
+                time.monotonic() + cell_limit(config, ranks, size) + (0 if number else start_limit(config, ranks))
+            )
             result = Path(folder) / f"{number}.json"
             while not result.exists():
                 _raise_if_failed(workers, Path(folder))
@@ -276,13 +298,19 @@ def cell_limit(config: BenchmarkCollectivesConfig, ranks: int, size: int) -> flo
     return 60 + 3 * config.cell_seconds + 5 * (LEAST_ROUNDS + 2) * len(config.algorithms) * slowest
 
 
+def start_limit(config: BenchmarkCollectivesConfig, ranks: int) -> float:
+    """Seconds before the first cell: imports, and the table that auto goes by."""
+    tuning = sum(cell_limit(config, ranks, size) for size in config.sizes) if "auto" in config.algorithms else 0
+    return STARTUP_SECONDS + tuning
+
+
 # One rank
 
 
 def work(ranks: int, folder: Path, config: BenchmarkCollectivesConfig, rank: int) -> None:
     """A worker's life: measure all sizes; rank 0 writes <folder>/<number of the size>.json."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-    limit = STARTUP_SECONDS + max(cell_limit(config, ranks, size) for size in config.sizes)
+    limit = start_limit(config, ranks) + max(cell_limit(config, ranks, size) for size in config.sizes)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",  # needs no port, and nothing of the link
@@ -292,24 +320,30 @@ def work(ranks: int, folder: Path, config: BenchmarkCollectivesConfig, rank: int
     )
     group = dist.group.WORLD
     assert group is not None
+    costs = None
+    if "auto" in config.algorithms:
+        costs = measure_costs(group, calibrated(config, ranks, FEATURES), config.sizes)
+        if config.tune and rank == 0:
+            costs.save(cost_file(config, ranks))
     for number, size in enumerate(config.sizes):
-        rows = measure_cell(config, size, group)
+        rows = measure_cell(config, size, group, costs)
         if rank == 0:
             write_json(folder / f"{number}.json", {"rows": rows})
     dist.destroy_process_group()
 
 
 @torch.inference_mode()
-def measure_cell(config: BenchmarkCollectivesConfig, size: int, group: dist.ProcessGroup) -> list[dict[str, Any]]:
+def measure_cell(
+    config: BenchmarkCollectivesConfig, size: int, group: dist.ProcessGroup, costs: CostTable | None = None
+) -> list[dict[str, Any]]:
     """One row per algorithm; the same on all ranks but for sqnr_db, which rank 0 measures."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     features = min(FEATURES, size // 2)
     tokens = size // 2 // features
-    sample = [partial_sums(config.seed + 1, r, CALIBRATION_TOKENS, features).float() for r in range(ranks)]
-    plan = synthetic_plan(torch.stack(sample), config.comm)
+    plan = calibrated(config, ranks, features)
     x = partial_sums(config.seed, rank, tokens, features)
     inputs: dict[str, Tensor] = {name: x.float() if name == "fp32" else x for name in config.algorithms}
-    algorithms: dict[str, Any] = {name: algorithm(name, plan, group) for name in config.algorithms}
+    algorithms: dict[str, Any] = {name: algorithm(name, plan, group, costs) for name in config.algorithms}
     reference = None
     if rank == 0:
         reference = x.float()
@@ -321,7 +355,8 @@ def measure_cell(config: BenchmarkCollectivesConfig, size: int, group: dist.Proc
         if name in LOW_BIT:
             _check_equal(name, result, group)
         bits, handed = reducer.traffic.bits_per_value, reducer.traffic.bytes
-        link = link_bytes(reducer, ranks, tokens, handed)
+        mode = reducer.chosen(x.numel()) if isinstance(reducer, HybridReducer) else None
+        link = link_bytes(reducer, mode, ranks, tokens, handed)
         rows.append(
             {
                 "name": f"{name}, {ranks} ranks, {size_text(size)}",
@@ -329,6 +364,7 @@ def measure_cell(config: BenchmarkCollectivesConfig, size: int, group: dist.Proc
                 "bytes": size,
                 "rate": config.rate,
                 "algorithm": name,
+                "mode": mode,
                 "bits_per_value": bits,
                 "link_bytes": link,
                 "ideal_seconds": None if config.rate is None else 8 * link / bits_per_second(config.rate),
@@ -372,20 +408,32 @@ def time_rounds(
     return dict(zip(names, times.t().tolist(), strict=True))
 
 
-def algorithm(name: str, plan: SitePlan, group: dist.ProcessGroup) -> Any:
+def calibrated(config: BenchmarkCollectivesConfig, ranks: int, features: int) -> SitePlan:
+    """The plan of partial sums like those that are sent."""
+    sample = [partial_sums(config.seed + 1, r, CALIBRATION_TOKENS, features).float() for r in range(ranks)]
+    return synthetic_plan(torch.stack(sample), config.comm)
+
+
+def cost_file(config: BenchmarkCollectivesConfig, ranks: int) -> Path:
+    return Path(config.output_dir) / f"costs-tp{ranks}.json"
+
+
+def algorithm(name: str, plan: SitePlan, group: dist.ProcessGroup, costs: CostTable | None) -> Any:
     """An object with all_reduce(x) and traffic."""
     if name in ("bf16", "fp32"):
         return StockAllReduce(group)
-    return GroupInt4(group) if name == "group32" else HybridReducer(plan, group, mode=name)  # type: ignore[arg-type]
+    if name == "group32":
+        return GroupInt4(group)
+    return HybridReducer(plan, group, name, None, costs if name == "auto" else None)  # type: ignore[arg-type]
 
 
-def link_bytes(reducer: Any, ranks: int, tokens: int, handed: int) -> float:
+def link_bytes(reducer: Any, mode: CommMode | None, ranks: int, tokens: int, handed: int) -> float:
     """Bytes that one rank has to send or receive; handed: those it handed to torch.distributed (module docstring)."""
     if isinstance(reducer, GroupInt4):  # ranks stripes in the first hop, one in the second
         return (ranks - 1) * 2 * handed / (ranks + 1)
-    if isinstance(reducer, HybridReducer) and reducer.first is not None:
-        if reducer.second is None:
-            return (ranks - 1) * handed
+    if mode == "one_shot":
+        return (ranks - 1) * handed
+    if mode == "two_shot":
         return (ranks - 1) * -(-tokens // ranks) * (reducer.first.row_bytes + reducer.second.row_bytes)
     return 2 * (ranks - 1) / ranks * handed
 
@@ -428,6 +476,14 @@ def print_table(config: BenchmarkCollectivesConfig, rows: list[dict[str, Any]]) 
             figures = (f"{1e3 * cell[name]:.2f} ({cell['bf16'] / cell[name]:.2f}x)" for name in config.algorithms)
             table.add_row(str(ranks), size_text(size), *figures)
     Console(width=None if Console().is_terminal else 132).print(table)
+
+
+def print_choices(config: BenchmarkCollectivesConfig) -> None:
+    """What comm.mode=auto will take, by the tables that were written."""
+    for ranks in config.ranks:
+        costs = CostTable.load(cost_file(config, ranks))
+        choices = ", ".join(f"{size_text(size)} {costs.choose(size)}" for size in config.sizes)
+        print(f"auto at tp={ranks}: {choices}    (comm.cost_table={cost_file(config, ranks)})")
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -42,7 +42,7 @@ def run(config: GenerateConfig, logger: MetricLogger) -> dict[str, Any]:
         text.end()
     tokens = sum(map(len, made))
     logger.log(new_tokens=tokens, seconds=seconds)
-    name = row_name(engine, artifact, config.comm)
+    name = row_name(engine, artifact, config.comm.mode)
     decode = partial(engine.tokenizer.decode, skip_special_tokens=True)
     rows = [
         {"name": name, "prompt": prompt, "text": decode(new), "tokens": new, "new_tokens": len(new), "seconds": seconds}

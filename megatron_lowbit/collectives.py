@@ -6,6 +6,7 @@
                  ranges of its own, and all ranks gather the packed sums
     exact_sum    a stock all-reduce of integers that cannot overflow (exact_sum.py)
     bf16         a stock all-reduce of bf16 values;  native: of the values as they are
+    auto         for each message one of these, whichever a cost table says is the fastest (cost.py)
 
 So every rank ends with the same bits in all of them. With b bits per code a rank receives (N - 1) b bits per value in
 one_shot, and (N - 1) / N (b + b_second) in two_shot; a bf16 ring moves 2 (N - 1) / N 16. One-shot rounds a value once.
@@ -33,13 +34,14 @@ from megatron_lowbit.agreement import Agreement
 from megatron_lowbit.artifacts import SitePlan
 from megatron_lowbit.codec import Codec, WireFormat
 from megatron_lowbit.config import CommMode, LowBitError
+from megatron_lowbit.cost import CostTable
 from megatron_lowbit.distributed import all_gather_stack, reduce_scatter, start_all_gather
 from megatron_lowbit.drift import DriftGuard
 from megatron_lowbit.exact_sum import ExactSum
 
 MOST_PIECES = 4
 PIECE_VALUES = 2**18  # per rank: 1 MiB of bf16 values at N = 2. Smaller pieces lose more to latency than they hide
-LOW_BIT: tuple[CommMode, ...] = ("one_shot", "two_shot", "exact_sum")
+LOW_BIT: tuple[CommMode, ...] = ("one_shot", "two_shot", "exact_sum", "auto")
 
 
 @dataclass
@@ -61,29 +63,45 @@ class Traffic:
 class _Reducer(nn.Module):
     """Shared by the real and the virtual reducer: the plan's formats, and which of them the mode uses.
 
-    mode None: one_shot with a plan, bf16 without. drift_threshold: as comm.drift_threshold (drift.py).
+    mode None: one_shot with a plan, bf16 without. drift_threshold: as comm.drift_threshold (drift.py). costs: of as
+    many ranks, for auto.
     """
 
     first: WireFormat | None
     second: WireFormat | None
     exact: ExactSum | None
 
-    def __init__(self, plan: SitePlan | None, mode: CommMode | None = None, drift_threshold: float | None = None):
+    def __init__(
+        self,
+        plan: SitePlan | None,
+        mode: CommMode | None = None,
+        drift_threshold: float | None = None,
+        costs: CostTable | None = None,
+    ):
         super().__init__()
         self.mode: CommMode = mode or ("bf16" if plan is None else "one_shot")
         self.plan = plan
-        self.tp_rank = 0
+        self.tp_rank, self.costs = 0, costs
         self.traffic, self.guard = Traffic(), DriftGuard(drift_threshold)
         self.first = self.second = self.exact = None
         if not self.low_bit:
             return
         if plan is None:
             raise LowBitError(f"comm.mode={mode} needs a communication plan; calibrate one")
-        if self.mode == "exact_sum":
+        if self.mode == "auto":
+            if costs is None:
+                raise LowBitError("comm.mode=auto needs comm.cost_table here; benchmark collectives --tune writes one")
+            if costs.tp_size != plan.tp_size:
+                raise LowBitError(
+                    f"the cost table is for tp_size {costs.tp_size}, there are {plan.tp_size} ranks; "
+                    "write one with benchmark collectives --tune"
+                )
+        if self.mode in ("exact_sum", "auto"):
             self.exact = ExactSum(plan)
+        if self.mode == "exact_sum":
             return
         self.first = WireFormat(plan.first)
-        if self.mode == "two_shot":
+        if self.mode == "two_shot" or (self.mode == "auto" and plan.second is not None):
             if plan.second is None:
                 raise LowBitError(
                     "the communication plan has no ranges of the sum, which two_shot needs; calibrate again"
@@ -109,13 +127,23 @@ class _Reducer(nn.Module):
         self.guard.site = site
 
     def _mode_of(self, rows: Tensor, ranks: int) -> CommMode:
-        """How partial sums [tokens, E] travel: as the mode says, unless the site has drifted. A collective call."""
-        if not self.low_bit:
-            return self.mode
-        encoded = {part: rows.numel() for part in (self.first, self.exact) if part is not None}
-        if self.second is not None:
+        """How partial sums [tokens, E] travel, unless the site has drifted: then in bf16. A collective call."""
+        mode = self.chosen(rows.numel())
+        if mode not in LOW_BIT:
+            return mode
+        part = self.exact if mode == "exact_sum" else self.first
+        assert part is not None
+        encoded: dict[WireFormat | ExactSum, int] = {part: rows.numel()}
+        if mode == "two_shot" and self.second is not None:
             encoded[self.second] = -(-len(rows) // ranks) * rows.shape[1]
-        return "bf16" if self.guard.trips(encoded, self._largest, self.tp_rank) else self.mode
+        return "bf16" if self.guard.trips(encoded, self._largest, self.tp_rank) else mode
+
+    def chosen(self, values: int) -> CommMode:
+        """How so many partial sums travel: the mode or, where that is auto, one of the others."""
+        if self.mode != "auto" or self.costs is None:
+            return self.mode
+        has = {"one_shot": self.first, "two_shot": self.second, "exact_sum": self.exact}
+        return self.costs.choose(2 * values, [mode for mode, part in has.items() if part is not None])
 
     def _largest(self, share: Tensor) -> Tensor:
         """The largest of all ranks' shares."""
@@ -140,8 +168,9 @@ class HybridReducer(_Reducer):
         tp_group: dist.ProcessGroup,
         mode: CommMode | None = None,
         drift_threshold: float | None = None,
+        costs: CostTable | None = None,
     ):
-        super().__init__(plan, mode, drift_threshold)
+        super().__init__(plan, mode, drift_threshold, costs)
         self.tp_group = tp_group
         self.tp_rank, self.tp_size = dist.get_rank(tp_group), dist.get_world_size(tp_group)
         if plan is not None and plan.tp_size != self.tp_size:
@@ -149,7 +178,9 @@ class HybridReducer(_Reducer):
                 f"the communication plan is for tp_size {plan.tp_size}, this group has {self.tp_size} ranks"
             )
         tensors = plan.tensors().items() if plan is not None and self.low_bit else ()
-        self.agreement = Agreement(tp_group, [self.mode, drift_threshold, *(part for item in tensors for part in item)])
+        self.agreement = Agreement(
+            tp_group, [self.mode, drift_threshold, costs, *(part for item in tensors for part in item)]
+        )
 
     def at(self, site: str) -> None:
         super().at(site)

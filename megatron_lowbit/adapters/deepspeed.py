@@ -112,7 +112,7 @@ def apply_to_deepspeed(
     patching.remove(engine)
     artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
     rank, size = group_rank(group), world_size(group)
-    reducers = patching.Reducers.of(artifact, size, comm_mode)
+    reducers = patching.Reducers.of(artifact, size, comm_mode, group)
     here = fingerprint(engine)
     for what, part in (("the checkpoint", artifact.checkpoint), ("the communication plan", reducers.plan)):
         if part is not None:

@@ -185,8 +185,9 @@ def apply_to_huggingface(
 
     artifact: folder (or loaded Artifact) of a LowBitCheckpoint and/or CommPlans. virtual_tp: ranks whose partial sums
     and messages are simulated in this process, bit for bit. comm_mode: as comm.mode; None: one_shot where the artifact
-    has plans, else native; or a whole CommConfig, which also says when to fall back to bf16. Raises LowBitError for an
-    artifact of another model or without a plan for this size; the model is then left without low-bit modules.
+    has plans, else native; or a whole CommConfig, whose drift_threshold and cost_table then count (else no site falls
+    back). Raises LowBitError for an artifact of another model or without a plan for this size; the model is then left
+    without low-bit modules.
     """
     patching.remove(model)
     artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)

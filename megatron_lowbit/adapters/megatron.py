@@ -108,7 +108,7 @@ def apply_to_megatron(
         patching.remove(chunk)
     artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
     size = world_size(chunks[0].pg_collection.tp)
-    reducers = patching.Reducers.of(artifact, size, comm_mode)
+    reducers = patching.Reducers.of(artifact, size, comm_mode, chunks[0].pg_collection.tp)
     for chunk in chunks:
         check_shapes(chunk, artifact)
         for what, part in (("the checkpoint", artifact.checkpoint), ("the communication plan", reducers.plan)):

@@ -41,7 +41,7 @@ from megatron_lowbit.artifacts import SitePlan
 from megatron_lowbit.channels import ReassemblyPlan
 from megatron_lowbit.codec import Codec
 from megatron_lowbit.collectives import HybridReducer
-from megatron_lowbit.config import CommConfig, LowBitError, one_line
+from megatron_lowbit.config import LowBitError, one_line
 from megatron_lowbit.distributed import on_rank_zero
 from megatron_lowbit.linear import DenseShard, QuantRowParallelLinear
 
@@ -260,12 +260,7 @@ def _empty_modules(
         else:
             reducer = None
             if group is not None:
-                reducer = HybridReducer(
-                    plans.get(layout.tp_size),
-                    group,
-                    None if layout.tp_size in plans else "native",
-                    CommConfig().drift_threshold,
-                )
+                reducer = HybridReducer(plans.get(layout.tp_size), group, None if layout.tp_size in plans else "native")
             sequence_parallel = group is not None and host.config.sequence_parallel
             twin = LowBitRowParallelLinear.around(
                 host, QuantRowParallelLinear([shard], reducer, None, sequence_parallel), plans

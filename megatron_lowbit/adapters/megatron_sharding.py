@@ -169,8 +169,8 @@ def take_plans(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
         elif size == world_size(layer.tp_group) and layer.low_bit is not None:
             before = layer.low_bit.reducer
             mode = before.mode if before is not None and before.low_bit else None
-            threshold = None if before is None else before.guard.threshold
-            layer.low_bit.reducer = HybridReducer(layer.plans[size], layer.tp_group, mode, threshold)
+            options = () if before is None else (before.guard.threshold, before.costs)
+            layer.low_bit.reducer = HybridReducer(layer.plans[size], layer.tp_group, mode, *options)
             layer.low_bit.reducer.at("" if before is None else before.guard.site)
 
 

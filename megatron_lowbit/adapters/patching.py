@@ -18,6 +18,7 @@ from megatron_lowbit.adapters import attention
 from megatron_lowbit.artifacts import Artifact, CommPlan, LowBitCheckpoint, SitePlan
 from megatron_lowbit.collectives import HybridGather, HybridReducer, Traffic, VirtualReducer
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
+from megatron_lowbit.cost import CostTable
 from megatron_lowbit.linear import (
     DenseShard,
     QuantColumnParallelLinear,
@@ -25,6 +26,7 @@ from megatron_lowbit.linear import (
     ReassembledNorm,
     activation_groups,
 )
+from megatron_lowbit.tuning import measure_costs
 
 logger = logging.getLogger("megatron_lowbit")
 
@@ -125,20 +127,37 @@ class Reducers:
     plan: CommPlan | None
     mode: CommMode
     drift_threshold: float | None
+    costs: CostTable | None
 
     @classmethod
-    def of(cls, artifact: Artifact, tp_size: int, comm: CommMode | CommConfig | None) -> Reducers:
-        """comm: comm.mode, or a whole CommConfig, of which what was decided at calibration is not read."""
-        comm = comm if isinstance(comm, CommConfig) else CommConfig(mode=comm)
+    def of(
+        cls,
+        artifact: Artifact,
+        tp_size: int,
+        comm: CommMode | CommConfig | None,
+        group: dist.ProcessGroup | None = None,
+    ) -> Reducers:
+        """comm: comm.mode, or a whole CommConfig, of which what was decided at calibration is not read.
+
+        group: the real ranks, which mode auto measures on where it has no cost_table: a collective call then.
+        """
+        # Falling back makes results depend on the calls before, so only a whole CommConfig asks for it.
+        comm = comm if isinstance(comm, CommConfig) else CommConfig(mode=comm, drift_threshold=None)
         plan = choose_plan(artifact, tp_size, comm.mode)
-        return cls(plan, comm.mode or ("native" if plan is None else "one_shot"), comm.drift_threshold)
+        costs = None
+        if comm.mode == "auto" and plan is not None:
+            if comm.cost_table is not None:
+                costs = CostTable.load(comm.cost_table)
+            elif group is not None:
+                costs = measure_costs(group, next(iter(plan.sites.values())))
+        return cls(plan, comm.mode or ("native" if plan is None else "one_shot"), comm.drift_threshold, costs)
 
     def real(self, name: str, group: dist.ProcessGroup) -> HybridReducer:
         """Of the row-parallel linear `name`, over the ranks of `group`."""
-        return HybridReducer(site_plan(self.plan, name), group, self.mode, self.drift_threshold)
+        return HybridReducer(site_plan(self.plan, name), group, self.mode, self.drift_threshold, self.costs)
 
     def virtual(self, name: str) -> VirtualReducer:
-        return VirtualReducer(site_plan(self.plan, name), self.mode, self.drift_threshold)
+        return VirtualReducer(site_plan(self.plan, name), self.mode, self.drift_threshold, self.costs)
 
 
 def site_plan(plan: CommPlan | None, name: str) -> SitePlan | None:

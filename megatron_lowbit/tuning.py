@@ -1,0 +1,75 @@
+"""Measures a CostTable (cost.py) on the ranks that will use it.
+
+The modes take turns in each round, behind a barrier. A repetition takes as long as on the slowest rank and a cell of
+the table is the median, so all ranks hold the same table, and choose alike. The first rounds do not count: on the
+loopback of two cores, five rounds from the start put 16 KiB in bf16 at 3 ms, where it settles at 0.6.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from megatron_lowbit.artifacts import SitePlan
+from megatron_lowbit.collectives import HybridReducer
+from megatron_lowbit.config import CommMode
+from megatron_lowbit.cost import TUNED, CostTable
+from megatron_lowbit.distributed import device
+
+SIZES = (2**14, 2**18, 2**22)  # bytes of a bf16 tensor
+WARM_UP = 3  # rounds
+ROUNDS = (5, 41)  # at least, at most
+SECONDS = 1.0  # for the rounds of one size
+
+
+@torch.inference_mode()
+def measure_costs(group: dist.ProcessGroup, plan: SitePlan, sizes: Sequence[int] = SIZES) -> CostTable:
+    """The table of all-reduces over `group`, of partial sums that this plan describes. A collective call.
+
+    sizes: bytes of the bf16 tensor, rounded down to whole tokens, at least one.
+    """
+    features = len(plan.first.bits)
+    where = device() if "nccl" in dist.get_backend(group) else torch.device("cpu")
+    modes = [mode for mode in TUNED if mode != "two_shot" or plan.second is not None]
+    reducers = {mode: HybridReducer(plan, group, mode) for mode in modes}
+    rows: dict[str, list[tuple[int, float]]] = {mode: [] for mode in modes}
+    for tokens in sorted({max(1, size // (2 * features)) for size in sizes}):
+        x = torch.randn(tokens, features, generator=torch.Generator().manual_seed(tokens)).bfloat16().to(where)
+        warm = slowest([one_round(reducers, n, x) for n in range(WARM_UP)], group, where)
+        count = min(ROUNDS[1], max(ROUNDS[0], int(SECONDS / sum(warm[-1]))))  # decided once, for all ranks alike
+        times = slowest([one_round(reducers, n, x) for n in range(count)], group, where)
+        for mode, column in zip(modes, zip(*times, strict=True), strict=True):
+            rows[mode].append((2 * x.numel(), statistics.median(column)))
+    return CostTable(dist.get_world_size(group), features, {mode: tuple(points) for mode, points in rows.items()})
+
+
+def one_round(reducers: Mapping[CommMode, HybridReducer], number: int, x: Tensor) -> list[float]:
+    """This rank's seconds of every mode; each round begins with another one."""
+    seconds, modes = dict.fromkeys(reducers, 0.0), list(reducers)
+    first = number % len(modes)
+    for mode in modes[first:] + modes[:first]:
+        reducer = reducers[mode]
+        dist.barrier(reducer.tp_group)
+        _wait(x)
+        start = time.perf_counter()
+        reducer.all_reduce(x)
+        _wait(x)
+        seconds[mode] = time.perf_counter() - start
+    return list(seconds.values())
+
+
+def slowest(rounds: list[list[float]], group: dist.ProcessGroup, where: torch.device) -> list[list[float]]:
+    """Of all ranks; the same on all of them."""
+    times = torch.tensor(rounds, dtype=torch.float64, device=where)
+    dist.all_reduce(times, dist.ReduceOp.MAX, group)
+    return times.tolist()
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)

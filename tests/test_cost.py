@@ -1,0 +1,132 @@
+"""comm.mode=auto: what a cost table predicts and chooses, and that all ranks choose alike."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import rank_cases
+import torch
+from commands import COMMAND as LAUNCH
+from commands import EVALUATION, SMALL_TEXT, needs_deepspeed, run_here, run_there
+
+from megatron_lowbit.collectives import VirtualReducer
+from megatron_lowbit.config import CommConfig, LowBitError
+from megatron_lowbit.cost import CostTable
+from megatron_lowbit.ranges import synthetic_plan
+
+# exact_sum is the fastest up to 1 KiB, then bf16, and one_shot from about 4 KiB on.
+TABLE = CostTable(
+    2,
+    64,
+    {
+        "bf16": ((2**10, 1e-4), (2**14, 1e-3)),
+        "one_shot": ((2**10, 2e-4), (2**14, 5e-4)),
+        "exact_sum": ((2**10, 9e-5), (2**14, 2e-3)),
+    },
+)
+PLAN = synthetic_plan(torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(0)), CommConfig())
+
+
+def test_seconds_between_and_beyond_the_measured_sizes():
+    assert TABLE.seconds("bf16", 2**10) == 1e-4 and TABLE.seconds("bf16", 2**14) == 1e-3
+    assert TABLE.seconds("bf16", 2**12) == pytest.approx(math.sqrt(1e-4 * 1e-3))
+    assert TABLE.seconds("bf16", 2) == 1e-4, "latency"
+    assert TABLE.seconds("bf16", 2**16) == pytest.approx(4e-3), "rate"
+
+
+def test_choices():
+    assert TABLE.choose(2**10) == "exact_sum" and TABLE.choose(2**14) == TABLE.choose(2**30) == "one_shot"
+    assert TABLE.choose(2**10, ["one_shot", "two_shot"]) == "bf16"
+    assert TABLE.choose(2**14, []) == "bf16"
+
+
+@pytest.mark.parametrize(("seconds", "mode"), [(0.951, "bf16"), (0.949, "two_shot"), (1.0, "bf16"), (2.0, "bf16")])
+def test_bf16_unless_another_mode_is_five_percent_faster(seconds, mode):
+    assert CostTable(2, 64, {"bf16": ((64, 1.0),), "two_shot": ((64, seconds),)}).choose(64) == mode
+
+
+def test_of_equals_the_first_is_taken_whatever_the_order():
+    points = ((64, 0.5),)
+    rows = {"exact_sum": points, "two_shot": points, "bf16": ((64, 1.0),)}
+    assert CostTable(2, 64, rows).choose(64) == "two_shot"
+    assert CostTable(2, 64, dict(reversed(rows.items()))).choose(64) == "two_shot"
+
+
+def test_saved_and_loaded(tmp_path):
+    TABLE.save(tmp_path / "costs.json")
+    assert CostTable.load(tmp_path / "costs.json") == TABLE
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot read .*costs"),
+        ("[1]", "cannot read .*costs"),
+        ('{"tp_size": 2, "features": 64}', "no cost table .KeyError: 'rows'.; write one with benchmark collectives"),
+        ('{"tp_size": 2, "features": 64, "rows": {"bf16": [64]}}', "no cost table"),
+        ('{"tp_size": 2, "features": 64, "rows": {"one_shot": [[64, 1]]}}', "has no bf16"),
+        ('{"tp_size": 2, "features": 64, "rows": {"bf16": [[64, 1]], "ring": [[64, 1]]}}', "has the mode 'ring'"),
+        ('{"tp_size": 2, "features": 64, "rows": {"bf16": [[64, 1], [32, 1]]}}', "needs ascending sizes"),
+        ('{"tp_size": 2, "features": 64, "rows": {"bf16": [[64, 0]]}}', "with times above 0"),
+        ('{"tp_size": 2, "features": 64, "rows": {"bf16": []}}', "with times above 0"),
+    ],
+)
+def test_files_that_hold_no_table(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "costs.json").write_text(text)
+    with pytest.raises(LowBitError, match=message) as caught:
+        CostTable.load(tmp_path / "costs.json")
+    assert "costs" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_table_is_for_one_number_of_ranks():
+    with pytest.raises(LowBitError, match="the cost table is for tp_size 4, there are 2 ranks"):
+        VirtualReducer(PLAN, "auto", costs=CostTable(4, 64, TABLE.rows))
+    with pytest.raises(LowBitError, match=r"comm\.mode=auto needs comm\.cost_table here"):
+        VirtualReducer(PLAN, "auto")
+
+
+@pytest.mark.parametrize(("tokens", "mode"), [(8, "exact_sum"), (16, "bf16"), (256, "one_shot")])
+def test_auto_is_the_mode_it_chooses(two_ranks, tokens, mode):
+    partials = torch.randn(2, tokens, 64, generator=torch.Generator().manual_seed(tokens))
+    expected = VirtualReducer(PLAN, mode).all_reduce(list(partials))
+    assert VirtualReducer(PLAN, "auto", costs=TABLE).chosen(64 * tokens) == mode
+    assert torch.equal(VirtualReducer(PLAN, "auto", costs=TABLE).all_reduce(list(partials)), expected)
+    for rank in two_ranks.run(rank_cases.all_reduce, PLAN, partials, "plain", "auto", TABLE):
+        assert torch.equal(rank["y"], expected)
+
+
+def test_ranks_measure_the_same_table(two_ranks):
+    tables = two_ranks.run(rank_cases.measured_costs, PLAN, [2**10, 100, 2**14])
+    assert tables[0] == tables[1], "another table is another choice"
+    assert (tables[0].tp_size, tables[0].features) == (2, 64)
+    assert list(tables[0].rows) == ["bf16", "one_shot", "two_shot", "exact_sum"]
+    for points in tables[0].rows.values():
+        assert [size for size, _ in points] == [128, 2**10, 2**14], "whole tokens, at least one, ascending"
+
+
+AUTO = ["model=embedded", "comm.mode=auto", *SMALL_TEXT, "dtype=float32"]
+
+
+@needs_deepspeed
+def test_evaluate_measures_on_its_ranks(tmp_path):
+    code, _, stderr = run_there(*LAUNCH, "evaluate", *AUTO, "engine=deepspeed", "tp=2", f"output_dir={tmp_path}")
+    assert code == 0, stderr
+    full, auto = json.loads((tmp_path / "evaluate.json").read_text())["rows"]
+    assert auto["name"] == "full precision + auto hybrid int4/bf16"
+    assert 4 < auto["bits_per_value"] <= 16 and auto["perplexity"] < 1.1 * full["perplexity"]
+
+
+def test_evaluate_with_a_table_on_virtual_ranks(tmp_path, capsys):
+    TABLE.save(tmp_path / "costs.json")
+    use = ["evaluate", *AUTO, "virtual_tp=2", f"output_dir={tmp_path}"]
+    assert run_here(*use, f"comm.cost_table={tmp_path / 'costs.json'}") == 0
+    row = json.loads((tmp_path / "evaluate.json").read_text())["rows"][-1]
+    assert row["bits_per_value"] == pytest.approx(4 + 12 / 64, abs=0.1), "one_shot, at these sizes"
+    capsys.readouterr()
+    assert run_here(*use) == 2
+    assert "comm.mode=auto needs comm.cost_table here" in capsys.readouterr().err
+    assert run_here("evaluate", *EVALUATION, "model=embedded", "comm.cost_table=costs.json") == 2
+    assert "cost_table needs mode=auto" in capsys.readouterr().err
