@@ -149,7 +149,7 @@ def assert_same_figures(real: dict[str, dict], virtual: dict[str, dict]) -> None
     mine, theirs = real[LOW_BIT], virtual[LOW_BIT]
     assert mine["kl"] == pytest.approx(theirs["kl"], rel=0.02, abs=1e-6)
     assert mine["bits_per_value"] == theirs["bits_per_value"] <= 4.1875
-    assert mine["bytes_per_token"] == theirs["bytes_per_token"] == 12 * 67
+    assert mine["bytes_per_token"] == theirs["bytes_per_token"] <= 12 * 67
     assert list(mine["sites"]) == list(theirs["sites"]) and len(mine["sites"]) == 12
     for name, decibels in mine["sites"].items():
         assert decibels == pytest.approx(theirs["sites"][name], abs=0.1), name
