@@ -95,6 +95,11 @@ def plan_sizes(source: BlockSource, config: QuantizeConfig) -> list[int]:
     if config.correction.through_communication:
         if config.comm.selection == "random":
             raise LowBitError("correction.through_communication trains for one plan: set comm.selection=top")
+        if config.comm.allocation == "adaptive":
+            raise LowBitError(
+                "correction.through_communication trains a block before the bits of later ones are known: "
+                "set comm.allocation=uniform"
+            )
         size = max(config.virtual_tp, config.tp)
         if size == 1:
             raise LowBitError("correction.through_communication needs ranks that communicate: set virtual_tp, or tp")

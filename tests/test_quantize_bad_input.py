@@ -126,11 +126,11 @@ CASES = {
     "expansion of more than all": ([*QUANTIZE, "reassembly.expansions=[1.5]"], ["reassembly.expansions"]),
     "no expansions": ([*QUANTIZE, "reassembly.expansions=[]"], ["reassembly.expansions"]),
     "communication without ranks": (
-        [*QUANTIZE, "correction.through_communication=true"],
+        [*QUANTIZE, "correction.through_communication=true", "comm.allocation=uniform"],
         ["correction.through_communication", "virtual_tp"],
     ),
     "virtual ranks that do not divide": (
-        [*QUANTIZE, "correction.through_communication=true", "virtual_tp=3"],
+        [*QUANTIZE, "correction.through_communication=true", "comm.allocation=uniform", "virtual_tp=3"],
         ["virtual_tp", "3"],
     ),
     "tp_sizes and MLP": ([*QUANTIZE, "comm.tp_sizes=[8]"], ["comm.tp_sizes", "8", "intermediate_size=172"]),

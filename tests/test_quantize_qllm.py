@@ -178,7 +178,7 @@ MODES = {
     "attention in full precision": ["weights.attention=false"],
     "groups of weights": ["weights.group_size=16", "weights.symmetric=true"],
     "weights alone": ["weights.scheme=W4A16"],
-    "through communication": ["correction.through_communication=true", "virtual_tp=2"],
+    "through communication": ["correction.through_communication=true", "comm.allocation=uniform", "virtual_tp=2"],
 }
 
 
