@@ -40,8 +40,10 @@ class RunningHistogram:
             return
         exact = values.float()
         self.low, self.high = torch.minimum(self.low, exact.amin(0)), torch.maximum(self.high, exact.amax(0))
-        _, needed = torch.frexp(torch.maximum(exact.amax(0), -exact.amin(0)))  # |x| < 2^needed
-        self._widen(torch.maximum(self.exponent, needed))
+        largest = torch.maximum(exact.amax(0), -exact.amin(0))
+        _, needed = torch.frexp(largest)  # |x| < 2^needed
+        # frexp says 0 of 0, which would widen a feature of small values to [-1, 1) for good.
+        self._widen(torch.maximum(self.exponent, torch.where(largest > 0, needed, self.exponent)))
         # Multiplying by a power of 2 is exact, so a value falls into the bin that merging would put it in.
         bins = torch.floor(torch.ldexp(exact.double(), 6 - self.exponent)).long() + BINS // 2
         self.counts.scatter_add_(1, bins.t(), torch.ones_like(bins.t(), dtype=torch.float64))

@@ -46,6 +46,16 @@ def test_widening_is_exact():
             assert made.counts[feature].tolist() == expected.tolist()
 
 
+def test_zeros_widen_nothing():
+    x, zeros = values()[:, :1], torch.zeros(10, 1)  # about 1e-6
+    together = histogram([torch.cat([zeros, x])])
+    for parts in ([zeros, x], [x, zeros]):
+        made = histogram(parts)
+        assert made.exponent.tolist() == together.exponent.tolist() and made.exponent[0] < -15
+        assert torch.equal(made.counts, together.counts)
+    assert histogram([zeros]).clipped_range(4) == (0, 0)
+
+
 def expected_error(made: RunningHistogram, feature: int, low: float, high: float, bits: int) -> float:
     """The docstring's E, in plain float64."""
     width = 2.0 ** int(made.exponent[feature]) / (BINS // 2)
