@@ -250,10 +250,15 @@ def load_windows(engine: Engine, section: Any, key: str) -> Windows:
 
 
 def calibrate_engine(
-    engine: Engine, section: Any, tp_sizes: list[int], logger: MetricLogger, comm: CommConfig
+    engine: Engine,
+    section: Any,
+    tp_sizes: list[int],
+    logger: MetricLogger,
+    comm: CommConfig,
+    sites: Mapping[str, Any] | None = None,
 ) -> CalibrationStats:
     """One calibration pass of the unpatched engine over calibration.data; with comm.gather also of what column-parallel
-    linears read."""
+    linears read. sites: other than the engine's own."""
     windows = load_windows(engine, section, "calibration")
 
     def logged():
@@ -268,7 +273,7 @@ def calibrate_engine(
     groups = (engine.dp_group, engine.pp_group)
     fingerprint, gamma = engine.fingerprint(), section.ema_gamma
     arguments = (fingerprint, gamma, engine.group, inputs, *groups)
-    return calibrate(run_blocks, engine.sites(), logged(), tp_sizes, *arguments, comm.clipping == "histogram")
+    return calibrate(run_blocks, sites or engine.sites(), logged(), tp_sizes, *arguments, comm.clipping == "histogram")
 
 
 def share_of_batch(

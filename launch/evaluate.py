@@ -28,6 +28,10 @@ def run(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:
         from megatron_lowbit.launch.ablation import run_ablation
 
         return run_ablation(config, logger)
+    if config.comm_ablation:
+        from megatron_lowbit.launch.comm_ablation import run_comm_ablation
+
+        return run_comm_ablation(config, logger)
     check_unused(config)
     engine = start_engine(config, [config.weights])
     windows = load_windows(engine, config.evaluation, "evaluation")
@@ -110,21 +114,36 @@ def low_bit_row(
 ) -> dict[str, Any]:
     """Apply the artifact, measure, and leave it applied. kl is None where there is no full-precision reference."""
     engine.apply(artifact, comm)
+    about = {
+        "weights": artifact.checkpoint.scheme_name if artifact.checkpoint else "none",
+        "communication": communication(engine, artifact, comm.mode),
+    }
+    return applied_row(engine, name, about, windows, section, reference, logger)
+
+
+def applied_row(
+    engine: Engine,
+    name: str,
+    about: dict[str, str],
+    windows: Windows,
+    section: EvaluationConfig,
+    reference: Tensor | None,
+    logger: MetricLogger,
+) -> dict[str, Any]:
+    """Measure the engine with the low-bit modules that are in place; about: what the row says of them."""
     quality = measure_quality(engine, _batches(windows, section, name), _kl_tokens(section), reference)
     traffic = site_traffic(engine.model).values()
     wire = _wire(sum(t.bytes for t in traffic), sum(t.values for t in traffic), windows, section)
     saturated = engine.total(site_saturated(engine.model))
-    few = max(1, SQNR_TOKENS // windows.ids.shape[1])
     sites: dict[str, float] = {}
     if engine.full_precision:  # or there is nothing to compare with
-        small = Windows(windows.ids[:few], windows.mask[:few])
-        sites = engine.all_stages(measure_sqnr(engine, engine.site_pairs(), small.batches(section.batch_size)))
+        batches = sqnr_windows(windows).batches(section.batch_size)
+        sites = engine.all_stages(measure_sqnr(engine, engine.site_pairs(), batches))
     mean_sqnr = sum(sites.values()) / len(sites) if sites else None
     row = {
         "name": name,
         "tp": engine.tp_size,
-        "weights": artifact.checkpoint.scheme_name if artifact.checkpoint else "none",
-        "communication": communication(engine, artifact, comm.mode),
+        **about,
         "perplexity": quality.perplexity,
         "kl": quality.kl,
         **wire,
@@ -140,6 +159,12 @@ def low_bit_row(
     return row
 
 
+def sqnr_windows(windows: Windows) -> Windows:
+    """The first of them, of about SQNR_TOKENS tokens."""
+    few = max(1, SQNR_TOKENS // windows.ids.shape[1])
+    return Windows(windows.ids[:few], windows.mask[:few])
+
+
 def print_rows(rows: list[dict[str, Any]], title: str | None = None) -> None:
     table = Table(title=title)
     for column in ("name", "tp", "perplexity", "KL (nats)", "SQNR (dB)", "bits/value", "bytes/token"):
@@ -149,15 +174,16 @@ def print_rows(rows: list[dict[str, Any]], title: str | None = None) -> None:
             row["name"],
             str(row["tp"]),
             f"{row['perplexity']:.3f}",
-            _number(row["kl"], ".5f"),
-            _number(row["sqnr_db"], ".1f"),
-            _number(row["bits_per_value"], ".4f"),
-            _number(row["bytes_per_token"], ",.0f"),
+            number(row["kl"], ".5f"),
+            number(row["sqnr_db"], ".1f"),
+            number(row["bits_per_value"], ".4f"),
+            number(row["bytes_per_token"], ",.0f"),
         )
     Console(width=None if Console().is_terminal else 110).print(table)
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """A table's cell: - for None."""
     return "-" if value is None else format(value, form)
 
 

@@ -8,17 +8,21 @@ other systems use. Nothing else in the package runs them.
                 Rank r gets every rank's codes for its stripe of the groups (all-to-all), decodes and adds them up in
                 float32, rounds the sum with scales of its own, and all ranks gather the sums.
 
+VirtualGroupInt4 is its twin for one process that holds the partial sums of all ranks: the same bits, in one hop or two.
+
 It is written in plain torch, where our own formats have compiled kernels, so its measured seconds are an upper bound of
 what it costs: to compare schemes rather than kernels, read `ideal_seconds`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_lowbit.collectives import Traffic
+from megatron_lowbit.collectives import Traffic, VirtualReducer
 from megatron_lowbit.distributed import all_gather_stack
 
 GROUP = 32  # values that share a scale
@@ -48,17 +52,41 @@ class GroupInt4:
     def all_reduce(self, x: Tensor) -> Tensor:
         """This rank's partial sums, any shape -> the group's sum, in x's dtype."""
         size = dist.get_world_size(self.group)
-        flat = x.reshape(-1)
-        # Whole groups, and as many of them for every rank: zeros do no harm to a scale.
-        padded = torch.nn.functional.pad(flat, (0, -len(flat) % (GROUP * size))).view(-1, GROUP)
-        message = quantize_groups(padded)
+        message = quantize_groups(_in_groups(x, size))
         self.traffic.count(message, x.numel())
         received = torch.empty_like(message)
         dist.all_to_all_single(received, message, group=self.group)
         stripe = quantize_groups(sum_in_order(received.view(size, -1, GROUP_BYTES)))
         self.traffic.count(stripe)
         sums = all_gather_stack(stripe, self.group).flatten(0, 1)
-        return sum_in_order(sums.unsqueeze(0), x.dtype).flatten()[: len(flat)].view(x.shape)
+        return sum_in_order(sums.unsqueeze(0), x.dtype).flatten()[: x.numel()].view(x.shape)
+
+
+class VirtualGroupInt4(VirtualReducer):
+    """GroupInt4 of all ranks in one process; counts the bytes of one rank.
+
+    hops: 2, or 1, where every rank gathers all messages whole and adds them up, as one_shot does.
+    """
+
+    def __init__(self, hops: int):
+        super().__init__(None, "bf16")  # no plan: the scales are found anew for every message
+        self.hops = hops
+
+    def _forward(self, partials: Sequence[Tensor]) -> Tensor:
+        x, size = partials[0], len(partials)
+        messages = torch.stack([quantize_groups(_in_groups(p, size if self.hops == 2 else 1)) for p in partials])
+        self.traffic.count(messages[0], x.numel())
+        if self.hops == 2:
+            sums = quantize_groups(sum_in_order(messages))
+            self.traffic.count(sums[: len(sums) // size])
+            messages = sums.unsqueeze(0)
+        return sum_in_order(messages, x.dtype).flatten()[: x.numel()].view(x.shape)
+
+
+def _in_groups(x: Tensor, ranks: int) -> Tensor:
+    """x, any shape -> [groups, 32]: whole groups, and as many for every rank; zeros do no harm to a scale."""
+    flat = x.reshape(-1)
+    return torch.nn.functional.pad(flat, (0, -len(flat) % (GROUP * ranks))).view(-1, GROUP)
 
 
 def quantize_groups(x: Tensor) -> Tensor:

@@ -278,8 +278,16 @@ class EvaluateConfig(StageConfig):
     weights: WeightsConfig = WeightsConfig()
     ablation: bool = False
     # quantize in every way the QLLM paper compares, and evaluate each (also --ablation)
+    comm_ablation: bool = False
+    # send the partial sums of virtual_tp ranks in every way we know, and evaluate each (also --comm-ablation)
     reassembly: ReassemblyConfig = ReassemblyConfig()
     correction: CorrectionConfig = CorrectionConfig()
+
+    @model_validator(mode="after")
+    def _one_table(self) -> EvaluateConfig:
+        if self.ablation and self.comm_ablation:
+            raise ValueError("ablation and comm_ablation are two tables; ask for one at a time")
+        return self
 
 
 class DemoConfig(StageConfig):

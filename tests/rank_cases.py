@@ -308,3 +308,13 @@ def measured_costs(rank: int, size: int, plan: SitePlan, sizes: list[int]) -> Co
     group = dist.group.WORLD
     assert group is not None
     return measure_costs(group, plan, sizes)
+
+
+def dynamic_groups(rank: int, size: int, partials: list[Tensor]) -> dict[str, Any]:
+    """This rank's sum of the peers' scheme and the bytes it handed over."""
+    from megatron_lowbit.launch.peers import GroupInt4
+
+    group = dist.group.WORLD
+    assert group is not None
+    reducer = GroupInt4(group)
+    return {"sum": reducer.all_reduce(partials[rank]), "bytes": reducer.traffic.bytes}
