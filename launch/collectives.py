@@ -21,35 +21,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import hashlib
 import json
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch import distributed as dist
 
-from megatron_lowbit.artifacts import SitePlan
-from megatron_lowbit.collectives import LOW_BIT, HybridReducer
 from megatron_lowbit.config import (
     BenchmarkCollectivesConfig,
     CommConfig,
-    CommMode,
     LowBitError,
     StageConfig,
     load_config,
@@ -57,19 +47,17 @@ from megatron_lowbit.config import (
 from megatron_lowbit.config import defaults as defaults_of
 from megatron_lowbit.cost import CostTable
 from megatron_lowbit.distributed import launched
-from megatron_lowbit.evaluate import sqnr_db
-from megatron_lowbit.files import write_json
 from megatron_lowbit.launch import runner
-from megatron_lowbit.launch.peers import GroupInt4, StockAllReduce
+from megatron_lowbit.launch.collectives_rank import (
+    FEATURES,
+    cell_limit,
+    cost_file,
+    size_text,
+    start_limit,
+)
 from megatron_lowbit.metrics import MetricLogger, progress, require
-from megatron_lowbit.ranges import synthetic_plan
-from megatron_lowbit.tuning import measure_costs
 
 CONFIG = BenchmarkCollectivesConfig
-FEATURES = 1024
-CALIBRATION_TOKENS = 512
-LEAST_ROUNDS = 3
-STARTUP_SECONDS = 180  # 64 processes import torch, and kernels are compiled, on two cores
 NETLAB = Path(__file__).with_name("netlab.sh")
 SHARED_KEYS = ("seed", "output_dir", "wandb")  # of those that all commands have
 UNUSED = [key for key in StageConfig.model_fields if key not in SHARED_KEYS]
@@ -241,7 +229,7 @@ def started(
     command = [
         sys.executable,
         "-m",
-        "megatron_lowbit.launch.collectives",
+        "megatron_lowbit.launch.collectives_rank",
         "worker",
         str(ranks),
         str(folder),
@@ -289,175 +277,6 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-
-def cell_limit(config: BenchmarkCollectivesConfig, ranks: int, size: int) -> float:
-    """Seconds after which a cell has hung, generously: float32 in a ring is the slowest, and cores are shared."""
-    speed = 1e8 if config.rate is None else min(1e8, bits_per_second(config.rate) / 8)
-    slowest = 2 * 2 * size / speed + 0.01 * ranks
-    return 60 + 3 * config.cell_seconds + 5 * (LEAST_ROUNDS + 2) * len(config.algorithms) * slowest
-
-
-def start_limit(config: BenchmarkCollectivesConfig, ranks: int) -> float:
-    """Seconds before the first cell: imports, and the table that auto goes by."""
-    tuning = sum(cell_limit(config, ranks, size) for size in config.sizes) if "auto" in config.algorithms else 0
-    return STARTUP_SECONDS + tuning
-
-
-# One rank
-
-
-def work(ranks: int, folder: Path, config: BenchmarkCollectivesConfig, rank: int) -> None:
-    """A worker's life: measure all sizes; rank 0 writes <folder>/<number of the size>.json."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-    limit = start_limit(config, ranks) + max(cell_limit(config, ranks, size) for size in config.sizes)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",  # needs no port, and nothing of the link
-        rank=rank,
-        world_size=ranks,
-        timeout=datetime.timedelta(seconds=limit),
-    )
-    group = dist.group.WORLD
-    assert group is not None
-    costs = None
-    if "auto" in config.algorithms:
-        costs = measure_costs(group, calibrated(config, ranks, FEATURES), config.sizes)
-        if config.tune and rank == 0:
-            costs.save(cost_file(config, ranks))
-    for number, size in enumerate(config.sizes):
-        rows = measure_cell(config, size, group, costs)
-        if rank == 0:
-            write_json(folder / f"{number}.json", {"rows": rows})
-    dist.destroy_process_group()
-
-
-@torch.inference_mode()
-def measure_cell(
-    config: BenchmarkCollectivesConfig, size: int, group: dist.ProcessGroup, costs: CostTable | None = None
-) -> list[dict[str, Any]]:
-    """One row per algorithm; the same on all ranks but for sqnr_db, which rank 0 measures."""
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    features = min(FEATURES, size // 2)
-    tokens = size // 2 // features
-    plan = calibrated(config, ranks, features)
-    x = partial_sums(config.seed, rank, tokens, features)
-    inputs: dict[str, Tensor] = {name: x.float() if name == "fp32" else x for name in config.algorithms}
-    algorithms: dict[str, Any] = {name: algorithm(name, plan, group, costs) for name in config.algorithms}
-    reference = None
-    if rank == 0:
-        reference = x.float()
-        for other in range(1, ranks):
-            reference += partial_sums(config.seed, other, tokens, features).float()
-    rows = []
-    for name, reducer in algorithms.items():
-        result = reducer.all_reduce(inputs[name].clone())
-        if name in LOW_BIT:
-            _check_equal(name, result, group)
-        bits, handed = reducer.traffic.bits_per_value, reducer.traffic.bytes
-        mode = reducer.chosen(x.numel()) if isinstance(reducer, HybridReducer) else None
-        link = link_bytes(reducer, mode, ranks, tokens, handed)
-        rows.append(
-            {
-                "name": f"{name}, {ranks} ranks, {size_text(size)}",
-                "ranks": ranks,
-                "bytes": size,
-                "rate": config.rate,
-                "algorithm": name,
-                "mode": mode,
-                "bits_per_value": bits,
-                "link_bytes": link,
-                "ideal_seconds": None if config.rate is None else 8 * link / bits_per_second(config.rate),
-                "sqnr_db": None if reference is None else _sqnr(reference, result),
-            }
-        )
-    seconds = time_rounds(config, inputs, algorithms, group)
-    for row in rows:
-        repetitions = seconds[row["algorithm"]]
-        row |= {"seconds": statistics.median(repetitions), "repetitions": repetitions}
-    return rows
-
-
-def time_rounds(
-    config: BenchmarkCollectivesConfig, inputs: dict[str, Tensor], algorithms: dict[str, Any], group: dist.ProcessGroup
-) -> dict[str, list[float]]:
-    """{algorithm: seconds of each repetition, of the slowest rank}."""
-    names = list(algorithms)
-
-    def one_round(number: int) -> list[float]:
-        seconds = dict.fromkeys(names, 0.0)
-        first = number % len(names)  # nobody always follows the same algorithm's backlog
-        for name in names[first:] + names[:first]:
-            own = inputs[name].clone()  # stock all-reduces work in place
-            dist.barrier(group)
-            start = time.perf_counter()
-            algorithms[name].all_reduce(own)
-            seconds[name] = time.perf_counter() - start
-        return list(seconds.values())
-
-    def slowest(rounds: list[list[float]]) -> Tensor:
-        """float64 [rounds, algorithms], the same on all ranks."""
-        times = torch.tensor(rounds, dtype=torch.float64)
-        dist.all_reduce(times, dist.ReduceOp.MAX, group)
-        return times
-
-    # The check of the results has warmed up once. How often to repeat is decided once, for all ranks alike.
-    expected = slowest([one_round(0)]).sum().item()
-    count = min(config.repeats, max(LEAST_ROUNDS, int(config.cell_seconds / expected)))
-    times = slowest([one_round(number) for number in range(count)])
-    return dict(zip(names, times.t().tolist(), strict=True))
-
-
-def calibrated(config: BenchmarkCollectivesConfig, ranks: int, features: int) -> SitePlan:
-    """The plan of partial sums like those that are sent."""
-    sample = [partial_sums(config.seed + 1, r, CALIBRATION_TOKENS, features).float() for r in range(ranks)]
-    return synthetic_plan(torch.stack(sample), config.comm)
-
-
-def cost_file(config: BenchmarkCollectivesConfig, ranks: int) -> Path:
-    return Path(config.output_dir) / f"costs-tp{ranks}.json"
-
-
-def algorithm(name: str, plan: SitePlan, group: dist.ProcessGroup, costs: CostTable | None) -> Any:
-    """An object with all_reduce(x) and traffic."""
-    if name in ("bf16", "fp32"):
-        return StockAllReduce(group)
-    if name == "group32":
-        return GroupInt4(group)
-    return HybridReducer(plan, group, name, None, costs if name == "auto" else None)  # type: ignore[arg-type]
-
-
-def link_bytes(reducer: Any, mode: CommMode | None, ranks: int, tokens: int, handed: int) -> float:
-    """Bytes that one rank has to send or receive; handed: those it handed to torch.distributed (module docstring)."""
-    if isinstance(reducer, GroupInt4):  # ranks stripes in the first hop, one in the second
-        return (ranks - 1) * 2 * handed / (ranks + 1)
-    if mode == "one_shot":
-        return (ranks - 1) * handed
-    if mode == "two_shot":
-        return (ranks - 1) * -(-tokens // ranks) * (reducer.first.row_bytes + reducer.second.row_bytes)
-    return 2 * (ranks - 1) / ranks * handed
-
-
-def partial_sums(seed: int, rank: int, tokens: int, features: int) -> Tensor:
-    """One rank's bf16 [tokens, features]: normal, features of log-normal widths, the same for all tokens and seeds."""
-    common = torch.randn(features, generator=torch.Generator().manual_seed(features))
-    own = torch.Generator().manual_seed(1000 * features + rank)
-    widths = torch.exp(common + 0.25 * torch.randn(features, generator=own))
-    values = torch.randn(tokens, features, generator=torch.Generator().manual_seed((seed * 1009 + rank) % 2**63))
-    return (values * widths).bfloat16()
-
-
-def _check_equal(name: str, result: Tensor, group: dist.ProcessGroup) -> None:
-    digest = hashlib.sha256(result.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-    digests = [""] * dist.get_world_size(group)
-    dist.all_gather_object(digests, digest, group)
-    if len(set(digests)) > 1:
-        raise RuntimeError(f"{name}: the ranks ended with different bits")
-
-
-def _sqnr(reference: Tensor, result: Tensor) -> float:
-    noise = (result.float() - reference).double().square().sum().item()
-    return sqnr_db(reference.double().square().sum().item(), noise)
 
 
 # What is shown
@@ -508,34 +327,5 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def size_text(size: int) -> str:
-    """65536 -> 64KiB."""
-    for unit, scale in (("MiB", 2**20), ("KiB", 2**10)):
-        if size % scale == 0:
-            return f"{size // scale}{unit}"
-    return f"{size}B"
-
-
-def bits_per_second(rate: str) -> float:
-    """Of a rate such as 100mbit or 1gbit."""
-    return int(rate[:-4]) * {"mbit": 1e6, "gbit": 1e9}[rate[-4:]]
-
-
-def _end_with_the_parent() -> None:
-    """The parent holds the other end of our standard input, and never writes to it."""
-
-    def wait() -> None:
-        sys.stdin.buffer.read()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["worker"]:
-        sys.exit(main(sys.argv[1:]))
-    _end_with_the_parent()
-    try:
-        work(int(sys.argv[2]), Path(sys.argv[3]), CONFIG.model_validate_json(sys.argv[4]), int(sys.argv[5]))
-    except LowBitError as problem:
-        sys.exit(runner.fail(str(problem)))
+    sys.exit(main(sys.argv[1:]))

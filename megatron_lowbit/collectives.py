@@ -262,9 +262,7 @@ class HybridReducer(_Reducer):
             scattered.append((message, work, received, each))
         for _, work, received, each in scattered:
             stripe = received.new_zeros(each, self.second.row_bytes)
-            stripe[: received.shape[1]] = self.first.requantize(
-                self._arrived(work, received), self.second, self.tp_rank
-            )
+            stripe[: received.shape[1]] = self.first.requantize(self._arrived(work, received), self.second)
             self.traffic.count(stripe)
             with self.agreement.explained():
                 gathered.append((stripe, *start_all_gather(stripe, self.tp_group)))

@@ -120,6 +120,8 @@ class CommConfig(_Config):
             raise ValueError("selection=random chooses bf16 features; set comm.allocation=uniform or comm.preset=paper")
         if self.clipping == "histogram" and self.scale == "rank1":
             raise ValueError("clipping=histogram is of static ranges; set comm.scale=static or comm.preset=paper")
+        if self.cost_table is not None and self.mode != "auto":
+            raise ValueError("cost_table needs mode=auto")
         return self
 
     @field_validator("tp_sizes")
@@ -128,12 +130,6 @@ class CommConfig(_Config):
         if any(size < 2 for size in value):
             raise ValueError("a tensor-parallel size is at least 2")
         return value
-
-    @model_validator(mode="after")
-    def _costs_of_auto(self) -> CommConfig:
-        if self.cost_table is not None and self.mode != "auto":
-            raise ValueError("cost_table needs mode=auto")
-        return self
 
 
 class ReassemblyConfig(_Config):
@@ -390,6 +386,7 @@ StageT = TypeVar("StageT", bound=StageConfig)
 def load_config(stage: type[StageT], file: str | None, overrides: list[str]) -> StageT:
     """The stage's config from a YAML file, then `key.path=value` overrides (values read as YAML)."""
     tree = stage().model_dump()  # a section that is given in part keeps the stage's other defaults
+    given: Any = {}
     if file is not None:
         try:
             given = yaml.safe_load(Path(file).read_text()) or {}
@@ -397,11 +394,8 @@ def load_config(stage: type[StageT], file: str | None, overrides: list[str]) -> 
             raise LowBitError(f"cannot read config file {file!r}: {one_line(error)}") from None
         if not isinstance(given, dict):
             raise LowBitError(f"config file {file!r} must hold keys and values, not {type(given).__name__}")
-        _choose_preset(tree, given.get("comm"))
-        _merge(tree, given)
-    for override in overrides:
-        if override.replace(" ", "") == "comm.preset=paper":
-            _choose_preset(tree, {"preset": "paper"})
+    _choose_preset(tree, given, overrides)
+    _merge(tree, given)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -424,9 +418,12 @@ def load_config(stage: type[StageT], file: str | None, overrides: list[str]) -> 
         raise LowBitError(_explain(stage, error)) from None
 
 
-def _choose_preset(tree: dict[str, Any], comm: Any) -> None:
-    """The preset's values go in before those that are given, which then win."""
-    if isinstance(comm, dict) and comm.get("preset") == "paper" and "comm" in tree:
+def _choose_preset(tree: dict[str, Any], given: dict[str, Any], overrides: list[str]) -> None:
+    """The values of the preset, the last one named, go in before all that is given, which then wins."""
+    comm = given.get("comm")
+    named = [str(comm["preset"])] if isinstance(comm, dict) and "preset" in comm else []
+    named += [text.strip(" '\"") for key, _, text in (o.partition("=") for o in overrides) if key == "comm.preset"]
+    if named and named[-1] == "paper" and "comm" in tree:
         tree["comm"] |= PAPER
 
 

@@ -265,12 +265,15 @@ def test_a_preset_gives_way_to_what_is_given(tmp_path):
     for paper in (
         load_config(EvaluateConfig, str(file), []).comm,
         load_config(EvaluateConfig, None, ["comm.preset=paper"]).comm,
+        load_config(EvaluateConfig, None, ["comm.preset='paper'"]).comm,
+        load_config(EvaluateConfig, None, ["comm.preset=best", "comm.preset=paper"]).comm,
         CommConfig(preset="paper"),
     ):
         assert (paper.scale, paper.allocation, paper.bits, paper.bf16_fraction) == ("static", "uniform", 4, 1 / 64)
     for overrides in (["comm.scale=rank1", "comm.preset=paper"], ["comm.preset=paper", "comm.scale=rank1"]):
         mixed = load_config(EvaluateConfig, None, overrides).comm
         assert (mixed.scale, mixed.allocation) == ("rank1", "uniform")
+    assert load_config(EvaluateConfig, str(file), ["comm.preset=best"]).comm == best, "the last one counts"
     assert load_config(EvaluateConfig, str(file), ["comm.allocation=adaptive"]).comm.allocation == "adaptive"
     with pytest.raises(LowBitError, match="selection=random chooses bf16 features"):
         load_config(EvaluateConfig, None, ["comm.selection=random"])

@@ -129,6 +129,10 @@ CASES = {
         [*QUANTIZE, "correction.through_communication=true", "comm.allocation=uniform"],
         ["correction.through_communication", "virtual_tp"],
     ),
+    "communication in bits that are not known yet": (
+        [*QUANTIZE, "correction.through_communication=true", "virtual_tp=2"],
+        ["correction.through_communication", "comm.allocation=uniform"],
+    ),
     "virtual ranks that do not divide": (
         [*QUANTIZE, "correction.through_communication=true", "comm.allocation=uniform", "virtual_tp=3"],
         ["virtual_tp", "3"],
