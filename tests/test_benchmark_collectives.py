@@ -15,7 +15,7 @@ import torch
 from commands import COMMAND, run_here, run_there, started
 
 from megatron_lowbit.cost import CostTable
-from megatron_lowbit.launch import collectives, peers
+from megatron_lowbit.launch import collectives, collectives_rank, peers
 
 ALGORITHMS = ["bf16", "fp32", "group32", "one_shot", "two_shot", "exact_sum"]
 QUICK = ["repeats=3", "cell_seconds=1"]
@@ -198,7 +198,7 @@ def test_a_rate_needs_root_and_its_tools(monkeypatch, tmp_path, capsys):
 
 
 def test_a_cell_that_hangs_is_given_up(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(collectives, "STARTUP_SECONDS", 0)
+    monkeypatch.setattr(collectives, "start_limit", lambda *_: 0.0)
     monkeypatch.setattr(collectives, "cell_limit", lambda *_: 0.0)
     assert run_here("benchmark", "collectives", "--ranks", "2", "--sizes", "64KiB", f"output_dir={tmp_path}") == 2
     assert "ranks=2 sizes=65536 did not finish in time; set a smaller size" in capsys.readouterr().err
@@ -281,5 +281,5 @@ def test_taking_a_network_down_twice(needs_namespaces):
 
 
 def test_sizes_and_rates_as_text():
-    assert [collectives.size_text(size) for size in (64, 2**16, 3 * 2**20)] == ["64B", "64KiB", "3MiB"]
-    assert collectives.bits_per_second("100mbit") == 1e8 and collectives.bits_per_second("10gbit") == 1e10
+    assert [collectives_rank.size_text(size) for size in (64, 2**16, 3 * 2**20)] == ["64B", "64KiB", "3MiB"]
+    assert collectives_rank.bits_per_second("100mbit") == 1e8 and collectives_rank.bits_per_second("10gbit") == 1e10
