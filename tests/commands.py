@@ -48,6 +48,8 @@ def started(*argv: object, **environment: str) -> Iterator[subprocess.Popen[str]
         text=True,
         env={**os.environ, **environment},
         start_new_session=True,
+        # A shell's background job ignores SIGINT, and hands that on to what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         yield process
