@@ -6,7 +6,6 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +33,7 @@ from megatron_lowbit.distributed import (
 )
 from megatron_lowbit.metrics import MetricLogger, progress
 from megatron_lowbit.ranges import build_plan
+from megatron_lowbit.rendezvous import join
 from megatron_lowbit.rounding import quantize_model
 
 
@@ -344,11 +344,9 @@ def _init_deepspeed() -> int:
     from megatron_lowbit.adapters import deepspeed
 
     package = deepspeed.import_deepspeed()
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device())
     assert launched(), "run_stage starts ranks for engine=deepspeed"
-    package.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(minutes=30))
+    join()
+    package.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return dist.get_world_size()
 
 

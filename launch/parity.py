@@ -30,6 +30,7 @@ from megatron_lowbit.files import write_tensors
 from megatron_lowbit.launch.engine import GenerateOptions, start_engine
 from megatron_lowbit.launch.generate import encode, read_prompts
 from megatron_lowbit.launch.runner import run_stage
+from megatron_lowbit.launcher_env import without_launch
 from megatron_lowbit.metrics import MetricLogger
 
 CONFIG = ParityConfig
@@ -120,7 +121,7 @@ def outcomes_of(config: ParityConfig, engine: str, size: int) -> dict[str, Outco
     }
     command = [sys.executable, "-m", "megatron_lowbit.launch", "parity"]
     command += [f"{key}={value}" for key, value in arguments.items()]
-    environ = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environ = without_launch(os.environ)
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
