@@ -162,6 +162,7 @@ class Watch:
         for item in items:
             self.check()
             yield item
+        self.close()
 
     def close(self) -> None:
         """Wait for the answers that are still on their way."""
