@@ -282,8 +282,8 @@ def calibrate_engine(
     done = 0 if state is None else state.done
 
     def logged():
-        batches = islice(windows.batches(section.batch_size), done, None)
-        batches = batches if state is not None else Watch(lag=lag).each(batches)
+        rest = islice(windows.batches(section.batch_size), done, None)
+        batches = rest if state is not None else Watch(lag=lag).each(rest)
         for number, (ids, mask) in enumerate(progress(batches, count - done, "calibrating", env_rank()), done):
             yield share_of_batch(ids, mask, engine.dp_group)
             logger.log(calibration_batch=number + 1, calibration_tokens=int(mask.sum()))

@@ -129,7 +129,7 @@ class RangeObserver:
 class Continuation(Protocol):
     """Of a pass that may end before its time. tensors: what the observers had seen, by {size}|{site}|{field}."""
 
-    tensors: Mapping[str, Tensor]
+    tensors: dict[str, Tensor]
 
     def after_batch(self, seen: Callable[[], dict[str, Tensor]]) -> None:
         """Called after every batch; may save what `seen` returns."""
