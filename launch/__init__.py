@@ -1,10 +1,16 @@
 """Commands: `megatron-lowbit <stage> [--config FILE] [key.path=value ...]`, each stage also as
-`python -m megatron_lowbit.launch.<stage>` for torchrun and the `deepspeed` launcher. Exit codes: 0 done; 2 bad input.
+`python -m megatron_lowbit.launch.<stage>` for launchers. Exit codes: 0 done; 2 bad input; 99 stopped by SIGUSR1 or
+SIGTERM, to be run again.
 """
 
 from __future__ import annotations
 
 import sys
+
+from megatron_lowbit import preemption
+
+if sys.argv[:1] == ["-m"]:  # Python is on its way to a stage of ours: no signal may find us without a handler
+    preemption.install()
 
 STAGES = {
     "demo": "the whole pipeline on the embedded model, two ranks, no network",
@@ -19,6 +25,14 @@ STAGES = {
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the `megatron-lowbit` command."""
+    before = preemption.install()
+    try:
+        return _main(argv)
+    finally:
+        preemption.restore(before)
+
+
+def _main(argv: list[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, STAGES))

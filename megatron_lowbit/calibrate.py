@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -93,6 +93,20 @@ class RangeObserver:
         self.moments[rank] += window[2:]
         self.steps[rank] += 1
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was seen so far, for `load`."""
+        found = {"steps": torch.tensor(self.steps), "min_vals": self.min_vals, "max_vals": self.max_vals}
+        for rank, histogram in enumerate(self.histograms):
+            found |= {f"{rank}/{name}": getattr(histogram, name) for name in ("counts", "exponent", "low", "high")}
+        return found | {"moments": self.moments}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on where the observer stopped that gave these tensors."""
+        for name, value in tensors.items():
+            rank, _, field = name.rpartition("/")
+            owner = self.histograms[int(rank)] if rank else self
+            setattr(owner, field, value.tolist() if field == "steps" else value.to(self.min_vals.device))
+
     def feature_range(
         self, tp_group: dist.ProcessGroup | None = None, dp_group: dist.ProcessGroup | None = None
     ) -> FeatureRange:
@@ -112,6 +126,15 @@ class RangeObserver:
         return torch.stack([torch.stack(histogram.clipped_range(bits)) for bits in WIDTHS])
 
 
+class Continuation(Protocol):
+    """Of a pass that may end before its time. tensors: what the observers had seen, by {size}|{site}|{field}."""
+
+    tensors: dict[str, Tensor]
+
+    def after_batch(self, seen: Callable[[], dict[str, Tensor]]) -> None:
+        """Called after every batch; may save what `seen` returns."""
+
+
 def calibrate(
     model: Callable[..., Any],
     sites: Mapping[str, Any],
@@ -124,6 +147,7 @@ def calibrate(
     dp_group: dist.ProcessGroup | None = None,
     pp_group: dist.ProcessGroup | None = None,
     histograms: bool = False,
+    state: Continuation | None = None,
 ) -> CalibrationStats:
     """Run `model` over `batches` of (ids, mask) [windows, length] and return the ranges at `sites`.
 
@@ -131,6 +155,7 @@ def calibrate(
     output is the full sum. tp_sizes: multiples of the group's size. inputs: {fqn: column-parallel linear} whose input's
     ranges are wanted too (recorded under tp_size 1). Batches hold the same number of windows on all ranks of dp_group;
     all ranks of all groups return the same statistics. histograms: also find clipped ranges (clipping.py).
+    state: of a pass that stopped earlier, of which `batches` are the rest.
     Raises LowBitError naming the layer where NaN or Inf appears.
     """
     world = world_size(tp_group)
@@ -139,6 +164,17 @@ def calibrate(
         if size % world:
             raise LowBitError(f"comm.tp_sizes: {size} is no multiple of the {world} ranks that calibrate")
     observers: dict[int, dict[str, RangeObserver]] = {size: {} for size in (1, *sizes)}
+
+    def made(size: int, name: str, ranks: int, features: int, device: torch.device) -> RangeObserver:
+        observer, start = RangeObserver(ranks, features, gamma, device, histograms), f"{size}|{name}|"
+        saved = state.tensors if state is not None else {}
+        observer.load({key.removeprefix(start): t for key, t in saved.items() if key.startswith(start)})
+        return observer
+
+    def seen() -> dict[str, Tensor]:
+        every = ((size, name, observer) for size, by_site in observers.items() for name, observer in by_site.items())
+        return {f"{size}|{name}|{key}": t for size, name, observer in every for key, t in observer.tensors().items()}
+
     if not sites:
         raise LowBitError("calibration: the model has no row-parallel linears")
     for name, module in sites.items():
@@ -148,7 +184,7 @@ def calibrate(
                 raise LowBitError(f"comm.tp_sizes: {size} ranks cannot share the {inputs} inputs of {name} equally")
         features, device = module.weight.shape[0], module.weight.device
         for size in observers:
-            observers[size][name] = RangeObserver(max(size // world, 1), features, gamma, device, histograms)
+            observers[size][name] = made(size, name, max(size // world, 1), features, device)
     mask = torch.empty(0, dtype=torch.bool)
 
     def observe(name: str):
@@ -170,7 +206,7 @@ def calibrate(
         def hook(module: Any, given: tuple[Tensor, ...], output: Tensor) -> None:
             x, real = given[0], mask.to(given[0].device)
             if name not in observers[1]:
-                observers[1][name] = RangeObserver(1, x.shape[-1], gamma, x.device, histograms)
+                observers[1][name] = made(1, name, 1, x.shape[-1], x.device)
             observers[1][name].update(0, x, real, dp_group)
 
         return hook
@@ -181,6 +217,8 @@ def calibrate(
         with torch.inference_mode():
             for ids, mask in batches:  # noqa: B007 (the hooks read mask)
                 model(input_ids=ids)
+                if state is not None:
+                    state.after_batch(seen)
     finally:
         for handle in handles:
             handle.remove()
