@@ -19,7 +19,7 @@ STAGES = {
     "evaluate": "perplexity, KL divergence, SQNR and bytes on the wire",
     "generate": "continue prompts",
     "parity": "one artifact on every engine and tensor-parallel size: logits and tokens compared",
-    "slurm": "stages as jobs of a Slurm cluster: `slurm render FILE` writes the scripts, `slurm submit FILE` sends them",
+    "slurm": "stages as jobs of a Slurm cluster: `slurm render FILE` writes the scripts, `slurm submit` sends them",
     "benchmark": "time patched against unpatched engines, in pairs; `benchmark collectives`: all-reduces alone",
 }
 

@@ -136,7 +136,7 @@ def _script(name: str, job: StageJob, config: SlurmConfig, template: str) -> str
         "setup": "\n".join(config.setup),
         "stage": shlex.join(arguments),
         "array": _array(job),
-        "prepare": _hostfile(folder, job.tasks_per_node) if job.launcher == "deepspeed" else "",
+        "prepare": _prepare(job, folder),
         "wait": config.wait,
         "container": _container(config),
         "launch": LAUNCH[job.launcher].format(python=config.python, nodes=job.nodes, tasks=job.tasks_per_node),
@@ -173,10 +173,22 @@ def _array(job: StageJob) -> str:
     return "\n".join(['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"])
 
 
-def _hostfile(folder: Path, slots: int) -> str:
-    file = f'HOSTFILE={_quoted(folder)}/logs/hosts-"$SLURM_JOB_ID"'
-    hosts = f'scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\\$/ slots={slots}/" > "$HOSTFILE"'
-    return f"{file}\nexport HOSTFILE\n{hosts}"
+def _prepare(job: StageJob, folder: Path) -> str:
+    """Where ranks meet, for launchers that do not ask Slurm; under srun the stage finds out by itself."""
+    if job.launcher == "srun":
+        return ""
+    nodes = 'scontrol show hostnames "$SLURM_JOB_NODELIST"'
+    lines = [
+        f"MASTER_ADDR=${{MASTER_ADDR:-$({nodes} | head -n 1)}}",
+        "MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}",
+        "export MASTER_ADDR MASTER_PORT",
+    ]
+    if job.launcher == "deepspeed":
+        lines += [
+            f'export HOSTFILE={_quoted(folder)}/logs/hosts-"$SLURM_JOB_ID"',
+            f'{nodes} | sed "s/\\$/ slots={job.tasks_per_node}/" > "$HOSTFILE"',
+        ]
+    return "\n".join(lines)
 
 
 def _container(config: SlurmConfig) -> str:

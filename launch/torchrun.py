@@ -4,12 +4,14 @@ that saved its state, and the 2 of bad input. Arguments are torchrun's.
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it is the ranks' business; they too ignore it until they are ready
     try:
         main(sys.argv[1:])
     except ChildFailedError as error:
