@@ -86,9 +86,7 @@ def fill(template: str, variables: Mapping[str, Any], name: str) -> str:
         def value(match: re.Match[str], number: int = number) -> str:
             found = variables.get(match[1])
             if found is None:
-                raise LowBitError(
-                    f"template {name}, line {number}: {{{{{match[1]}}}}} is not set; set {_key(match[1])}"
-                )
+                raise LowBitError(f"{{{{{match[1]}}}}} in line {number} of {name} is not set; set {_key(match[1])}")
             return str(found)
 
         filled = VARIABLE.sub(value, line)

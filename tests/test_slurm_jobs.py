@@ -1,8 +1,8 @@
 """Stages as jobs of a real Slurm (slurm_lab.py) on two nodes each, and what befalls jobs: a signal, a lost node, a
-killed rank, a full disk, a bad config. All are submitted by `slurm submit`; faults come in the middle, as seen in the state
-that the run has saved. What is compared are sha256 of all files of the artifact.
+killed rank, a full disk, a bad config. All are submitted by `slurm submit`; faults come in the middle, as seen in the
+state that the run has saved. What is compared are sha256 of all files of the artifact.
 
-Each case records what happened and how long it took: `slurm-cases.md`, printed at the end with `pytest -s`.
+Each case records what happened and how long it took, in a table that `pytest -s` shows at the end.
 """
 
 from __future__ import annotations
