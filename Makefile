@@ -25,13 +25,15 @@ test-slurm: slurm-packages $(VENV)/.test
 
 # Never fails: where Slurm cannot be installed its tests are skipped, and say why.
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
+slurm-packages: export DEBIAN_FRONTEND := noninteractive
+slurm-packages: export PATH := $(PATH):/usr/sbin
 slurm-packages:
-	@if command -v slurmctld slurmd sbatch munged >/dev/null; then echo "Slurm is installed"; \
-	elif ! command -v apt-get >/dev/null; then echo "no Slurm: there is no apt-get here"; \
-	elif [ "$$(id -u)" != 0 ]; then echo "no Slurm: only root can install $(SLURM_PACKAGES)"; \
-	elif timeout 300 sh -c 'apt-get update -qq; apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES)' \
-		</dev/null >$(CURDIR)/.slurm-packages.log 2>&1; then echo "installed $(SLURM_PACKAGES)"; \
-	else echo "no Slurm: apt-get failed: $$(tail -n 1 $(CURDIR)/.slurm-packages.log)"; fi
+	@if command -v slurmctld && command -v slurmd && command -v sbatch && command -v munged; then exit; fi >/dev/null; \
+	if ! command -v apt-get >/dev/null; then echo "no Slurm: there is no apt-get here"; exit; fi; \
+	if [ "$$(id -u)" != 0 ]; then echo "no Slurm: only root can install $(SLURM_PACKAGES)"; exit; fi; \
+	install="apt-get update -qq; apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES)"; \
+	if said=$$(timeout 300 sh -c "$$install" 2>&1 </dev/null); then echo "installed $(SLURM_PACKAGES)"; \
+	else echo "no Slurm: apt-get: $$(echo "$$said" | tail -n 1)"; fi
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
