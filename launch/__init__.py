@@ -19,6 +19,7 @@ STAGES = {
     "evaluate": "perplexity, KL divergence, SQNR and bytes on the wire",
     "generate": "continue prompts",
     "parity": "one artifact on every engine and tensor-parallel size: logits and tokens compared",
+    "slurm": "stages as jobs of a Slurm cluster: `slurm render FILE` writes the scripts, `slurm submit` sends them",
     "benchmark": "time patched against unpatched engines, in pairs; `benchmark collectives`: all-reduces alone",
 }
 
@@ -43,6 +44,10 @@ def _main(argv: list[str] | None) -> int:
         from megatron_lowbit.launch import collectives
 
         return collectives.main(argv[2:])
+    if argv[0] == "slurm":
+        from megatron_lowbit.launch import slurm
+
+        return slurm.main(argv[1:])
     from megatron_lowbit.launch.runner import fail, run_stage
 
     if argv[0] not in STAGES:
