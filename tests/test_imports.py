@@ -24,6 +24,7 @@ TIERS = [
         *("kernels.reference", "kernels.triton_hybrid"),
     },
     {"quantizer", "agreement", "allocation", "clipping", "channels", "files", "distributed", "hf_weights", "streams"},
+    {"wandb_run"},
     {"codec", "data", "metrics", "reassembly", "sharding"},
     {"artifacts"},
     {"calibrate", "exact_sum", "ranges", "rounding"},
