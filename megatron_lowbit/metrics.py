@@ -67,7 +67,7 @@ class MetricLogger:
             self._file = open(path, "a")  # noqa: SIM115 (open for the logger's life)
         except OSError as error:
             raise LowBitError(f"cannot write {str(path)!r}: {error.strerror}") from None
-        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
             self._file.write("\n")  # after a line that a kill has cut short
         self._write({"event": "start", "settings": settings, "environment": about})
         if wandb != "off":
@@ -81,6 +81,7 @@ class MetricLogger:
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]], plot: tuple[str, ...] = ()) -> None:
         """A table, of layers for example: one record. plot: (x, y) of a bar chart in W&B, (x, y, line) of lines."""
+        name = "/".join([*map(str, self.labels.values()), name])
         values: dict[str, Any] = {"table": name, "columns": columns, "rows": rows}
         self._tell({**values, "plot": plot} if plot else values)
 
@@ -150,10 +151,9 @@ def _continued(path: Path, stage: str, settings: str) -> tuple[str, list[dict[st
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, without lines that a kill or a full disk has cut short."""
     records = []
-    with contextlib.suppress(OSError):
-        for line in path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict)]
 
 

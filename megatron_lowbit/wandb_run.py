@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import struct
 import sys
 import threading
@@ -106,7 +107,7 @@ class WandbRun:
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
-    def _init(self, mode: str) -> Any:
+    def _init(self, mode: Any) -> Any:
         import wandb
 
         settings = {
@@ -121,6 +122,7 @@ class WandbRun:
             project=os.environ.get("WANDB_PROJECT", "megatron-lowbit"),
             id=self.run_id,
             resume="allow",
+            name=f"{self.stage} {self.folder.name}",
             job_type=self.stage,
             mode=mode,
             dir=str(self.folder),
@@ -170,8 +172,9 @@ class WandbRun:
                 _say(f"logged offline; {self._sync_line()}")
 
     def _sync_line(self) -> str:
-        online = "--include-online " if self.mode == "online" else ""
-        return f"to upload it: wandb sync {online}{self.folder}/wandb/*run-*-{self.run_id}"
+        folder = shlex.quote(str(self.folder / "wandb"))
+        which = f"--include-online {folder}/*run" if self.mode == "online" else f"{folder}/offline-run"
+        return f"to upload it: wandb sync {which}-*-{self.run_id}"
 
 
 def _plot(plot: Any, table: Any, record: dict[str, Any]) -> Any:
@@ -188,12 +191,12 @@ def _say(what: str) -> None:
 
 def last_step(file: Path) -> int:
     """The largest `step` in the history of a .wandb file, which may end in the middle of a record; -1 for none."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto import wandb_internal_pb2 as protobuf
 
     last = -1
     with contextlib.suppress(OSError):
         for payload in _payloads(file.read_bytes()):
-            record = Record.FromString(payload)
+            record = protobuf.Record.FromString(payload)  # type: ignore[attr-defined]
             for item in record.history.item if record.WhichOneof("record_type") == "history" else ():
                 if "step" in (item.key, *item.nested_key):
                     last = max(last, int(item.value_json))
