@@ -59,9 +59,11 @@ def run_ablation(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]
         rows.append(_row(engine, name, checkpoint, windows, config, reference, logger))
         engine.remove()
     for name, (reassembly, correction) in variants(config).items():
+        logger.labels = {"variant": name}
         folder = Path(config.output_dir) / "ablation" / name
         checkpoint = _quantized(config, weights, reassembly, correction, folder, text, logger)
         rows.append(_row(engine, name, checkpoint, windows, config, reference, logger))
+    logger.labels = {}
     print_rows(rows, f"{config.model}, {config.weights.scheme}" + _injected(config))
     return {"rows": rows}
 

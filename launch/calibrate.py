@@ -51,6 +51,11 @@ def usable_sizes(engine: Engine, config: CalibrateConfig) -> list[int]:
     return sizes
 
 
+def written(folder: str | Path, *patterns: str) -> list[Path]:
+    """The files of an artifact, for the logger."""
+    return sorted(file for pattern in patterns for file in Path(folder).glob(pattern))
+
+
 def write_plans(
     stats: CalibrationStats, config: CalibrateConfig, folder: str | Path, logger: MetricLogger
 ) -> list[dict[str, Any]]:
@@ -67,8 +72,10 @@ def write_plans(
             r = stats.ranges[size][name]
             width = aggregated_range(r.min_vals, r.max_vals, config.comm.symmetric)
             table.append([name, width.max().item(), width.median().item(), len(site.first.bf16_idx)])
-        logger.table(f"ranges_tp{size}", ["site", "widest", "median", "bf16_features"], table)
+        columns = ["site", "widest", "median", "bf16_features"]
+        logger.table(f"ranges_tp{size}", columns, table, plot=("site", "widest"))
         rows.append({"name": f"tp{size}", "tp_size": size, "sites": len(plan.sites), "communication": plan.description})
+    logger.artifact("plans", written(folder, "calibration.*", "comm_plan_tp*.*"))
     return rows
 
 

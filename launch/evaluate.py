@@ -155,7 +155,7 @@ def applied_row(
     known = {"kl": quality.kl, "sqnr_db": mean_sqnr}
     logger.log(row=name, perplexity=quality.perplexity, **{k: value for k, value in known.items() if value is not None})
     if sites:
-        logger.table(f"sqnr/{name}", ["site", "sqnr_db"], [[site, value] for site, value in sites.items()])
+        logger.table(f"sqnr/{name}", ["site", "sqnr_db"], [*map(list, sites.items())], ("site", "sqnr_db"))
     return row
 
 

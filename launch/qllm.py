@@ -69,11 +69,23 @@ def quantize_qllm(
         tokenizer.save_pretrained(output)
 
     stats, rows = walk.run(save_beside), []
+    tell_layers(walk.results, logger)
     if plans and len(stats.ranges) > 1:
         on_rank_zero(lambda: remove_plans(config.output_dir))
         rows = write_plans(stats, config, config.output_dir, logger)
     on_rank_zero(walk.state.forget)
     return rows, walk.results
+
+
+def tell_layers(groups: list[GroupResult], logger: MetricLogger) -> None:
+    """Tables of what reassembly did to every layer's input, and of the correction's loss in every group."""
+    columns = ["threshold", "splits", "added", "expansion", "error"]
+    layers = [[name, *(of[key] for key in columns)] for group in groups for name, of in group.layers.items()]
+    if layers:
+        logger.table("reassembly", ["layer", *columns], layers, plot=("layer", "expansion"))
+    losses = [[g, epoch, loss] for g, group in enumerate(groups) for epoch, loss in enumerate(group.losses)]
+    if losses:
+        logger.table("correction", ["group", "epoch", "loss"], losses, plot=("epoch", "loss", "group"))
 
 
 def plan_sizes(source: BlockSource, config: QuantizeConfig) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_lowbit.artifacts import LowBitCheckpoint
 from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.distributed import env_rank, on_rank_zero
-from megatron_lowbit.launch.calibrate import usable_sizes, write_plans
+from megatron_lowbit.launch.calibrate import usable_sizes, write_plans, written
 from megatron_lowbit.launch.dry_run import dry_run
 from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
 from megatron_lowbit.launch.qllm import quantize_qllm
@@ -54,7 +54,7 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
         for plan in engine.plans.values():
             on_rank_zero(partial(plan.save, config.output_dir))
     on_rank_zero(lambda: save_checkpoint(engine, checkpoint, config.output_dir))
-    return {"rows": [size_row(checkpoint, logger), *rows]}
+    return {"rows": [size_row(checkpoint, config.output_dir, logger), *rows]}
 
 
 def method(config: QuantizeConfig) -> str:
@@ -74,11 +74,11 @@ def run_qllm(config: QuantizeConfig, logger: MetricLogger) -> list[dict[str, Any
     if env_rank() != 0:
         return []
     checkpoint = LowBitCheckpoint.load(config.output_dir)
-    row = {**size_row(checkpoint, logger), "peak_bytes": max(group.peak_bytes for group in groups)}
+    row = {**size_row(checkpoint, config.output_dir, logger), "peak_bytes": max(group.peak_bytes for group in groups)}
     return [{**row, "groups": [asdict(group) for group in groups]}, *rows]
 
 
-def size_row(checkpoint: LowBitCheckpoint, logger: MetricLogger) -> dict[str, Any]:
+def size_row(checkpoint: LowBitCheckpoint, folder: str, logger: MetricLogger) -> dict[str, Any]:
     """Sizes: ideal_bytes is bits * parameters / 8 of the quantized linears, linear_bytes what they really take."""
     if env_rank() == 0:
         linears, ratio = checkpoint.linear_bytes(), checkpoint.linear_bytes() / checkpoint.ideal_bytes()
@@ -87,6 +87,7 @@ def size_row(checkpoint: LowBitCheckpoint, logger: MetricLogger) -> dict[str, An
             f"(linears {linears:,}, {ratio:.3f} of bits x parameters / 8)"
         )
     logger.log(bytes=checkpoint.nbytes())
+    logger.artifact("checkpoint", written(folder, "lowbit*"))
     return {
         "name": checkpoint.scheme_name,
         "linears": len(checkpoint.linears),

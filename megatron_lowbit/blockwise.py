@@ -13,6 +13,7 @@ what was done of the group at hand is dropped, and done again, to the same bits,
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -64,6 +65,7 @@ class GroupResult:
     loss_before: float | None = None  # of the correction, over all windows
     loss_after: float | None = None
     reassembled: dict[str, int] = field(default_factory=dict)  # {module: channels added, on rank 0}
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # {module: search.describe, on rank 0}
 
 
 class Walk:
@@ -163,11 +165,12 @@ class Walk:
         weights = fingerprint_of(sums, self.source.text_config, self.tp_group)["weights"]
         result.seconds, result.peak_bytes = time.perf_counter() - began, peak_memory()
         self.results.append(result)
+        told = {"group_seconds": result.seconds, "peak_bytes": result.peak_bytes}
+        self.logger.log(group=number, **told)  # before the state, or a kill between them would leave it untold
         self._save_state(number + 1, part, weights)
         for stream in (self.hp_stream, self.stream, *scratch):
             stream.delete()
         self.hp_stream, self.stream = target, following
-        self.logger.log(group=number, group_seconds=result.seconds, peak_bytes=result.peak_bytes)
 
     def _batches(self) -> Iterator[tuple[int, int, Tensor]]:
         size = self.config.calibration.batch_size
@@ -206,12 +209,14 @@ class Walk:
             linears = [
                 module for name in group.linears if isinstance(module := block.get_submodule(name), ShardedLinear)
             ]
-            plans = search.choose(group) if self._reassembles(index, group.row, group.kind) else None
+            plans, name = None, self.source.fqn(index, group.norm or group.linears[0])
+            if self._reassembles(index, group.row, group.kind):
+                plans, result.layers[name] = search.choose_and_describe(group)
             if plans is not None and group.kind == "column" and plans[0].is_identity:
                 plans = None  # on all ranks; a row-parallel linear's shards, and so its ranks, may differ
             if plans is not None:
                 added = sum(len(plan.src_idx) - plan.in_features for plan in plans)
-                result.reassembled[self.source.fqn(index, group.norm or group.linears[0])] = added
+                result.reassembled[name] = added
             for linear in linears:
                 if plans is not None:
                     linear.set_plans(plans)
@@ -223,7 +228,6 @@ class Walk:
                 if plans is not None or (self._trains_norms() and rms_gain(norm) is not None):
                     plan = plans[0] if plans is not None else ReassemblyPlan.identity(self.shape[-1])
                     norm = ReassembledNorm(norm, plan.to("cpu")).to(self.source.device)
-                name = self.source.fqn(index, group.norm)
                 block.set_submodule(group.norm, PreparedNorm(name, norm, self.scheme.act_bits))
             attention.set_bits([block.get_submodule(group.owner)], self.attention_bits)
 
@@ -269,8 +273,10 @@ class Walk:
                 wanted = target.read(window, window + 1, self.source.device)
                 yield hidden, wanted, self.mask[window : window + 1].to(hidden.device), tokens * hidden_size
 
+        epochs = itertools.count()
+
         def log(loss: float) -> None:
-            self.logger.log(group=len(self.results), correction_loss=loss)
+            self.logger.log(group=len(self.results), epoch=next(epochs), correction_loss=loss)
 
         steps = -(-len(self.ids) // each)
         seed = self.config.seed * 1_000_003 + indices[0]

@@ -1,19 +1,24 @@
 """What a run tells while it works: metrics.jsonl always, Weights & Biases when asked, progress bars on a terminal.
 
-Only rank 0 writes. wandb is imported when it is first needed.
+Only rank 0 writes. wandb is imported when it is first needed (wandb_run.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
+import re
 import resource
+import socket
 import subprocess
 import sys
 import time
+import uuid
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib import import_module, metadata
 from pathlib import Path
@@ -23,76 +28,133 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_lowbit.config import LowBitError, one_line
+from megatron_lowbit.config import LowBitError
+from megatron_lowbit.distributed import env_world_size
+from megatron_lowbit.wandb_run import WandbRun
 
 T = TypeVar("T")
 
 
+# What a record is about; its other values are what was measured.
+_LABELS = ("variant", "group", "epoch", "calibration_batch", "row", "ranks", "bytes", "table")
+_FREE = ("output_dir", "wandb")  # settings that may differ between the processes of one logical run
+
+
 class MetricLogger:
-    """Appends records to <output_dir>/metrics.jsonl and mirrors them to W&B (wandb: off, offline or online)."""
+    """Appends records to <output_dir>/metrics.jsonl and mirrors them to W&B (wandb: off, offline or online).
+
+    A stage that was killed, and is started again with the same settings and code, continues one logical run: its id
+    stays, its steps go on, and what it does again is not told again. Every process leaves an event "start" (with its
+    environment) and, unless it was killed, an event "end".
+
+    labels: what all records from now on are about.
+    """
 
     def __init__(self, output_dir: str | Path, stage: str, config: dict[str, Any], wandb: str = "off", rank: int = 0):
         self.stage = stage
         self.active = rank == 0
-        self.step = 0
-        self._run: Any = None
+        self.labels: dict[str, Any] = {}
+        self._run: WandbRun | None = None
         if not self.active:
             return
         path = Path(output_dir) / "metrics.jsonl"
+        about = {**environment(), "job": job()}
+        settings = _digest({**{k: v for k, v in config.items() if k not in _FREE}, "commit": about["commit"]})
+        self.run_id, told = _continued(path, stage, settings)
+        self.step = 1 + max((record["step"] for record in told), default=-1)
+        self._told = Counter(_about(record) for record in told)
         try:
             self._file = open(path, "a")  # noqa: SIM115 (open for the logger's life)
         except OSError as error:
             raise LowBitError(f"cannot write {str(path)!r}: {error.strerror}") from None
+        if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
+            self._file.write("\n")  # after a line that a kill has cut short
+        self._write({"event": "start", "settings": settings, "environment": about})
         if wandb != "off":
-            self._wandb = require("wandb", "wandb")
-            try:
-                self._run = self._wandb.init(
-                    project="megatron-lowbit",
-                    job_type=stage,
-                    config=config,
-                    mode=wandb,
-                    dir=str(output_dir),
-                    settings=self._wandb.Settings(silent=True),
-                )
-            except self._wandb.Error as error:
-                message = f"wandb={wandb} did not start: {one_line(error)}; run `wandb login` or set wandb=offline"
-                raise LowBitError(message) from None
+            require("wandb", "wandb")
+            everything = {**config, "environment": about}
+            self._run = WandbRun(wandb, Path(output_dir), self.run_id, stage, everything, told)
 
     def log(self, **values: float | int | str) -> None:
         """One record: the step counts up by itself."""
+        self._tell(values)
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]], plot: tuple[str, ...] = ()) -> None:
+        """A table, of layers for example: one record. plot: (x, y) of a bar chart in W&B, (x, y, line) of lines."""
+        name = "/".join([*map(str, self.labels.values()), name])
+        values: dict[str, Any] = {"table": name, "columns": columns, "rows": rows}
+        self._tell({**values, "plot": plot} if plot else values)
+
+    def artifact(self, kind: str, files: Iterable[str | Path]) -> None:
+        """Tell W&B of files that were written: references, not copies."""
+        if self._run is not None and (paths := [Path(file) for file in files]):
+            folder = paths[0].absolute().parent.name
+            name = re.sub(r"[^\w.-]", "-", f"{folder}-{kind}")
+            self._run.artifact(name, kind, paths, {"run": self.run_id, "stage": self.stage})
+
+    def summary(self, **values: Any) -> None:
+        if self._run is not None:
+            self._run.summary(**values)
+
+    def close(self, exit_code: int = 0) -> None:
+        if self.active:
+            with contextlib.suppress(LowBitError, OSError):  # a full disk was told when it was met
+                self._write({"event": "end", "exit_code": exit_code})
+            with contextlib.suppress(OSError):
+                self._file.close()
+            if self._run is not None:
+                self._run.close(exit_code)
+
+    def _tell(self, values: dict[str, Any]) -> None:
         if not self.active:
             return
-        record = {"stage": self.stage, "step": self.step, "time": time.time(), **values}
-        self._write(record)
+        values = {**self.labels, **values}
+        if self._told[_about(values)]:  # by an earlier process of this run
+            self._told[_about(values)] -= 1
+            return
+        record = self._write({"step": self.step, **values})
         if self._run is not None:
-            self._run.log({**values, "step": self.step})
+            self._run.log(record)
         self.step += 1
 
-    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
-        """A per-layer table: one JSONL record, one W&B table."""
-        if not self.active:
-            return
-        self._write({"stage": self.stage, "table": name, "columns": columns, "rows": rows})
-        if self._run is not None:
-            self._run.log({name: self._wandb.Table(columns=columns, data=rows)})
-
-    def _write(self, record: dict[str, Any]) -> None:
+    def _write(self, values: dict[str, Any]) -> dict[str, Any]:
+        record = {"stage": self.stage, "run": self.run_id, "time": time.time(), **values}
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         except OSError as error:
             raise LowBitError(f"cannot write {self._file.name!r}: {error.strerror}") from None
+        return record
 
-    def summary(self, **values: Any) -> None:
-        if self.active and self._run is not None:
-            self._run.summary.update(values)
 
-    def close(self, exit_code: int = 0) -> None:
-        if self.active:
-            with contextlib.suppress(OSError):  # a full disk was told when it was met
-                self._file.close()
-            if self._run is not None:
-                self._run.finish(exit_code=exit_code)
+def _about(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What a record is about and which figures it holds: the same when a killed run does something again."""
+    figures = record.keys() - {"stage", "run", "step", "time", "plot"}
+    return (*sorted(figures), *((label, record.get(label)) for label in _LABELS))
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _continued(path: Path, stage: str, settings: str) -> tuple[str, list[dict[str, Any]]]:
+    """(id, records with a step so far) of the stage's last run if that has not finished and had these settings."""
+    mine = [record for record in read_metrics(path) if record.get("stage") == stage]
+    starts = [record for record in mine if record.get("event") == "start"]
+    if starts and starts[-1]["settings"] == settings:
+        run = [record for record in mine if record.get("run") == starts[-1]["run"]]
+        if not any(record.get("event") == "end" and record["exit_code"] == 0 for record in run):
+            return starts[-1]["run"], [record for record in run if "step" in record]
+    return f"{stage}-{uuid.uuid4().hex[:10]}", []
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, without lines that a kill or a full disk has cut short."""
+    records = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
 
 
 def require(module: str, extra: str) -> Any:
@@ -153,6 +215,18 @@ def environment() -> dict[str, Any]:
         },
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
+
+
+def job() -> dict[str, Any]:
+    """Where this process runs, and who started it."""
+    slurm = {key.lower(): os.environ[key] for key in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT") if key in os.environ}
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = "torchrun"
+    elif "OMPI_COMM_WORLD_SIZE" in os.environ:
+        launcher = "mpirun"
+    else:
+        launcher = "srun" if "SLURM_PROCID" in os.environ else "none"
+    return {"host": socket.gethostname(), "world_size": env_world_size(), "launcher": launcher, **slurm}
 
 
 def _processor() -> str:

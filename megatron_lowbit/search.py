@@ -51,11 +51,17 @@ class Search:
         self.block, self.run, self.config = block, run, config
         self.scheme = Scheme.parse(config.weights.scheme)
         self.attention_bits, self.tp_group, self.dp_group = attention_bits, tp_group, dp_group
+        self.errors: tuple[float, float] | None = None  # of the last choice, and of no reassembly; None: not scored
         self.device = next(m for m in block.modules() if isinstance(m, ShardedLinear)).hp_weights[0].device
 
     @torch.no_grad()
     def choose(self, group: InputGroup) -> list[ReassemblyPlan]:
         """One plan for all inputs (column), or one for each of this rank's shards (row)."""
+        return self.choose_and_describe(group)[0]
+
+    @torch.no_grad()
+    def choose_and_describe(self, group: InputGroup) -> tuple[list[ReassemblyPlan], dict[str, Any]]:
+        """The plans, and what to tell of them: see `describe`."""
         linears = [self._linear(name) for name in group.linears]
         shards = len(linears[0].hp_weights) if group.kind == "row" else 1
         stats: list[ChannelStats] = []
@@ -74,9 +80,12 @@ class Search:
                 raise LowBitError(f"{linears[0].name} is given NaN or Inf; check the model's weights and dtype")
         grams = self._weight_grams(linears, shards, stats[0].gram)
         candidates = [candidate_plans(s, g, self.config.reassembly) for s, g in zip(stats, grams, strict=True)]
+        self.errors = None
         if group.kind == "column":
-            return [self._best_for_columns(group, linears, candidates[0])]
-        return self._best_for_rows(group, linears[0], candidates)
+            plans = [self._best_for_columns(group, linears, candidates[0])]
+        else:
+            plans = self._best_for_rows(group, linears[0], candidates)
+        return plans, describe(plans, [s.max_abs for s in stats], self.errors)
 
     def _weight_grams(self, linears: Sequence[ShardedLinear], shards: int, like: Tensor) -> list[Tensor]:
         """float64 Gram matrices of the weights' input channels, over all outputs that read them."""
@@ -103,7 +112,10 @@ class Search:
                 with _quantized(self.block.get_submodule(group.owner), linears, weights[number], self.attention_bits):
                     output = again(prepare(x, plan, self.scheme.act_bits))
                 errors[number] += (output[mask] - target).float().square().sum(dtype=torch.float64).cpu()
-        return plans[self._smallest(errors)]
+        best = self._smallest(errors)
+        if plans[0].is_identity:
+            self.errors = (errors[best].item(), errors[0].item())
+        return plans[best]
 
     def _best_for_rows(
         self, group: InputGroup, linear: ShardedLinear, plans: list[list[ReassemblyPlan]]
@@ -145,7 +157,9 @@ class Search:
                 prepared = [prepare(x_s, plan, self.scheme.act_bits) for x_s, plan in zip(slices, plans, strict=True)]
                 output = self._sum(prepared, weights[number])
                 errors[number] += (output - target).float().square().sum(dtype=torch.float64).cpu()
-        return self._smallest(errors, tp=False) == 0 and bool(errors[0] < errors[1])
+        better = self._smallest(errors, tp=False) == 0 and bool(errors[0] < errors[1])
+        self.errors = (errors[0 if better else 1].item(), errors[1].item())
+        return better
 
     def _sum(self, slices: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         parts = [F.linear(x_s, w.to(x_s.dtype)) for x_s, w in zip(slices, weights, strict=True)]
@@ -227,6 +241,24 @@ class Search:
                 return until(row, lambda: owner(*swapped, **named))
 
             yield x, mask, again
+
+
+def describe(
+    plans: Sequence[ReassemblyPlan], max_abs: Sequence[Tensor], errors: tuple[float, float] | None
+) -> dict[str, Any]:
+    """Of one input's plans, over all its shards: threshold (the largest theta that splits so; None: nothing is split),
+    splits (the largest T), added (channels), expansion (added / width), error (relative to that of no reassembly; None:
+    not scored)."""
+    counts = [torch.bincount(plan.src_idx, minlength=plan.in_features) for plan in plans]
+    added = sum(int((count - 1).sum()) for count in counts)
+    thresholds = [(m / count).max().item() for m, count in zip(max_abs, counts, strict=True) if (count > 1).any()]
+    return {
+        "threshold": max(thresholds, default=None),
+        "splits": max(int(count.max()) for count in counts),
+        "added": added,
+        "expansion": added / sum(plan.in_features for plan in plans),
+        "error": None if errors is None else errors[0] / errors[1] if errors[1] else 1.0,
+    }
 
 
 class _quantized:

@@ -23,24 +23,38 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 @dataclass
 class OfflineRun:
     project: str = ""
+    run_id: str = ""
     job_type: str = ""
     exit_code: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    step_metrics: dict[str, str] = field(default_factory=dict)  # {metric or glob: what it is drawn over}
+    artifacts: list[OfflineArtifact] = field(default_factory=list)
+
+
+@dataclass
+class OfflineArtifact:
+    name: str
+    type: str
+    entries: dict[str, tuple[str, str]]  # {file: (reference, digest)}
 
 
 def read_run(folder: Path) -> OfflineRun:
     """The one run below `folder`."""
+    (file,) = (file for file in folder.rglob("run-*.wandb") if not file.parent.is_symlink())
+    return read_file(file)
+
+
+def read_file(file: Path) -> OfflineRun:
     from wandb.proto.wandb_internal_pb2 import Record
 
-    (file,) = folder.rglob("run-*.wandb")
     run = OfflineRun()
     for payload in _records(file.read_bytes()):
         record = Record.FromString(payload)
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            run.project, run.job_type = record.run.project, record.run.job_type
+            run.project, run.job_type, run.run_id = record.run.project, record.run.job_type, record.run.run_id
             run.config |= _items(record.run.config.update)
         elif kind == "config":
             run.config |= _items(record.config.update)
@@ -48,6 +62,12 @@ def read_run(folder: Path) -> OfflineRun:
             run.summary |= _items(record.summary.update)
         elif kind == "history":
             run.history.append(_items(record.history.item))
+        elif kind == "metric":
+            run.step_metrics[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+        elif kind == "artifact":
+            contents = record.artifact.manifest.contents
+            entries = {entry.path: (entry.ref, entry.digest) for entry in contents}
+            run.artifacts.append(OfflineArtifact(record.artifact.name, record.artifact.type, entries))
         elif kind == "exit":
             run.exit_code = record.exit.exit_code
     return run
@@ -70,7 +90,8 @@ def _records(data: bytes) -> Iterator[bytes]:
             position += room
             continue
         payload = data[position + FRAGMENT.size : position + FRAGMENT.size + length]
-        assert len(payload) == length, "the file ends inside a fragment"
+        if len(payload) < length:  # what a kill leaves
+            return
         assert zlib.crc32(bytes([kind]) + payload) == checksum, f"wrong checksum at byte {position}"
         position += FRAGMENT.size + length
         if kind in (FULL, FIRST):

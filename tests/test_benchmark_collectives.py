@@ -136,7 +136,7 @@ def test_what_it_writes_and_prints(loopback):
     assert record["config"]["sizes"] == [2**16] and record["environment"]["versions"]["torch"]
     assert all(name in stdout for name in ALGORITHMS) and "(1.00x)" in stdout
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["ranks"], line["bytes"]) for line in logged] == [(2, 2**16)]
+    assert [(line["ranks"], line["bytes"]) for line in logged if "step" in line] == [(2, 2**16)]
     # One or the other, whatever is installed here.
     assert (folder / "collectives.png").exists() != ("pip install 'megatron-lowbit[report]'" in stderr)
 

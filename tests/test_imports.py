@@ -24,6 +24,7 @@ TIERS = [
         *("kernels.reference", "kernels.triton_hybrid", "launcher_env", "preemption"),
     },
     {"quantizer", "agreement", "allocation", "clipping", "channels", "files", "distributed", "hf_weights", "streams"},
+    {"wandb_run"},
     {"codec", "data", "folder_lock", "metrics", "reassembly", "rendezvous", "sharding"},
     {"artifacts"},
     {"calibrate", "exact_sum", "ranges", "rounding"},

@@ -113,7 +113,9 @@ def test_a_rank_that_dies_ends_the_command(tmp_path, victim):
     with started(*COMMAND, "calibrate", *arguments, "calibration.batch_size=1") as process:
         ranks = ranks_of(process, 2)
         deadline = time.monotonic() + 60
-        while victim == 1 and time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):
+        while (
+            victim == 1 and time.monotonic() < deadline and not (metrics.exists() and '"step"' in metrics.read_text())
+        ):
             time.sleep(0.05)
         assert process.poll() is None
         os.kill(ranks[victim], signal.SIGKILL)
