@@ -1,4 +1,7 @@
-"""megatron-lowbit benchmark: seconds of a forward pass, patched against unpatched engine, measured in pairs.
+"""megatron-lowbit benchmark: seconds to the first token, patched against unpatched engine, measured in pairs.
+
+That is one forward over the prompt which, as in generation, makes the last token's logits only. With `rate` the ranks
+are behind links of that rate (netlab.py).
 
 Each pair runs the unpatched and the patched engine one after the other on the same tokens, so a machine whose speed
 drifts moves both; the figure to read is the median of the pairs' ratios.
@@ -21,9 +24,10 @@ from megatron_lowbit.artifacts import Artifact
 from megatron_lowbit.config import BenchmarkConfig, CommConfig, LowBitError, WeightsConfig
 from megatron_lowbit.distributed import Watch, device, env_rank
 from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
+from megatron_lowbit.launch.netlab import on_a_host
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.metrics import MetricLogger, progress
-from megatron_lowbit.ranges import build_plan
+from megatron_lowbit.ranges import build_plan, describe
 
 CONFIG = BenchmarkConfig
 
@@ -33,13 +37,16 @@ def run(config: BenchmarkConfig, logger: MetricLogger) -> dict[str, Any]:
     size = engine.tp_size
     if size == 1:
         raise LowBitError("the benchmark compares collectives: set tp=2 (or engine=huggingface tp=1 virtual_tp=2)")
-    stats = calibrate_engine(engine, config.calibration, [size], logger, CommConfig())
-    plan = build_plan(stats, size, CommConfig(), config.seed)
-    artifacts = {
-        "patched, nothing quantized": Artifact(),
-        "hybrid": Artifact(None, {size: plan}),
-        "W4A16": Artifact(engine.checkpoints["W4A16"]),
-        "W4A8 + hybrid": Artifact(engine.checkpoints["W4A8"], {size: plan}),
+    if config.rate is not None and not on_a_host():
+        raise LowBitError(f"rate={config.rate} makes hosts for its own ranks: run benchmark without a launcher")
+    stats = calibrate_engine(engine, config.calibration, [size], logger, config.comm)
+    plan = build_plan(stats, size, config.comm, config.seed)
+    low_bit = f"{config.comm.mode or 'one_shot'} {describe(config.comm)}"
+    artifacts: dict[str, tuple[Artifact, CommConfig | None]] = {
+        "patched, nothing quantized": (Artifact(), None),
+        low_bit: (Artifact(None, {size: plan}), config.comm),
+        "W4A16": (Artifact(engine.checkpoints["W4A16"]), None),
+        f"W4A8 + {low_bit}": (Artifact(engine.checkpoints["W4A8"], {size: plan}), config.comm),
     }
     length = min(engine.context, config.tokens)
     vocab = engine.text_config.vocab_size
@@ -47,8 +54,8 @@ def run(config: BenchmarkConfig, logger: MetricLogger) -> dict[str, Any]:
         vocab, (max(1, config.tokens // length), length), generator=torch.Generator().manual_seed(config.seed)
     )
     rows = []
-    for name, artifact in artifacts.items():
-        pairs = time_pairs(engine, artifact, ids, config.repeats, name)
+    for name, (artifact, comm) in artifacts.items():
+        pairs = time_pairs(engine, artifact, comm, ids, config.repeats, name)
         ratios = sorted(patched / unpatched for unpatched, patched in pairs)
         row = {
             "name": name,
@@ -63,7 +70,10 @@ def run(config: BenchmarkConfig, logger: MetricLogger) -> dict[str, Any]:
         rows.append(row)
         logger.log(row=name, ratio=row["ratio"])
     if env_rank() == 0:
-        table = Table(title=f"{config.model}, {config.engine}, tp={size}, {ids.numel()} tokens, {config.dtype}")
+        where = "loopback" if config.rate is None else f"links of {config.rate}"
+        table = Table(
+            title=f"{config.model}, {config.engine}, tp={size}, {ids.numel()} tokens, {config.dtype}, {where}"
+        )
         for column in ("name", "unpatched (ms)", "patched (ms)", "ratio", "quartiles"):
             table.add_column(column, justify="left" if column == "name" else "right")
         for row in rows:
@@ -75,10 +85,10 @@ def run(config: BenchmarkConfig, logger: MetricLogger) -> dict[str, Any]:
 
 
 def time_pairs(
-    engine: Engine, artifact: Artifact, ids: torch.Tensor, repeats: int, name: str
+    engine: Engine, artifact: Artifact, comm: CommConfig | None, ids: torch.Tensor, repeats: int, name: str
 ) -> list[tuple[float, float]]:
     """(unpatched, patched) seconds of `repeats` pairs, their order alternating. Leaves the engine unpatched."""
-    engine.apply(artifact)
+    engine.apply(artifact, comm)
     patched = patching.replacing_modules(engine.model)
     seconds = {True: 0.0, False: 0.0}
     pairs = []
@@ -100,7 +110,7 @@ def _forward_seconds(engine: Engine, ids: torch.Tensor) -> float:
     if engine.group is not None:
         dist.barrier(engine.group)
     start = time.perf_counter()
-    engine(input_ids=ids)
+    engine(input_ids=ids, logits_to_keep=1)
     if device().type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start

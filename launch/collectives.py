@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -55,10 +54,10 @@ from megatron_lowbit.launch.collectives_rank import (
     size_text,
     start_limit,
 )
+from megatron_lowbit.launch.netlab import network, no_namespaces, uninterrupted
 from megatron_lowbit.metrics import MetricLogger, progress, require
 
 CONFIG = BenchmarkCollectivesConfig
-NETLAB = Path(__file__).with_name("netlab.sh")
 SHARED_KEYS = ("seed", "output_dir", "wandb")  # of those that all commands have
 UNUSED = [key for key in StageConfig.model_fields if key not in SHARED_KEYS]
 UNUSED += [
@@ -181,52 +180,11 @@ def measure(config: BenchmarkCollectivesConfig, ranks: int) -> Iterator[list[dic
 
 
 @contextlib.contextmanager
-def network(rate: str | None, ranks: int) -> Iterator[list[list[str]]]:
-    """What a command line has to start with to run on the host of each rank."""
-    if rate is None:
-        yield [[]] * ranks
-        return
-    try:
-        made = netlab("up", str(ranks), rate)
-        if made.returncode:
-            reason = " ".join((made.stderr.strip().splitlines() or ["netlab.sh failed"])[-1].split())
-            raise LowBitError(
-                f"rate={rate}: cannot make network namespaces ({reason}); leave rate out to measure on loopback"
-            )
-        yield [["bash", str(NETLAB), "run", str(rank)] for rank in range(ranks)]
-    finally:
-        with uninterrupted():
-            netlab("down")
-
-
-def netlab(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run netlab.sh in a session of its own, so that Ctrl-C reaches this process only."""
-    return subprocess.run(
-        ["bash", str(NETLAB), *arguments],
-        env={**os.environ, "NETLAB_NAME": f"lowbit-{os.getpid()}"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        start_new_session=True,
-    )
-
-
-def no_namespaces() -> str | None:
-    """Why this process cannot make network namespaces, as far as can be seen without trying."""
-    missing = [tool for tool in ("bash", "ip", "tc") if shutil.which(tool) is None]
-    if missing:
-        return f"needs {' and '.join(missing)} (Debian and Ubuntu: the packages bash and iproute2)"
-    return "needs root, for one network namespace per rank" if os.geteuid() != 0 else None
-
-
-@contextlib.contextmanager
 def started(
     config: BenchmarkCollectivesConfig, ranks: int, folder: Path, host: list[list[str]]
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     """The worker processes; they are killed at the end. Rank r's output goes to <folder>/r.log."""
-    environ = {**os.environ, "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": "", "NETLAB_NAME": f"lowbit-{os.getpid()}"}
+    environ = {**os.environ, "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}
     environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
     command = [
         sys.executable,
@@ -269,16 +227,6 @@ def _raise_if_failed(workers: list[subprocess.Popen[bytes]], folder: Path) -> No
     if workers[failed[0]].returncode == runner.BAD_INPUT:
         raise LowBitError(log.splitlines()[-1].removeprefix("megatron-lowbit: ") if log else "a rank failed")
     raise RuntimeError(f"rank {failed[0]} of {len(workers)} ended with code {workers[failed[0]].returncode}:\n{log}")
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait: a second one must not cut the clearing up short."""
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 # What is shown

@@ -30,6 +30,7 @@ from megatron_lowbit.distributed import ToldError, env_rank, env_world_size, lau
 from megatron_lowbit.files import ensure_writable, write_json, write_text
 from megatron_lowbit.folder_lock import FolderLock
 from megatron_lowbit.launch import STAGES
+from megatron_lowbit.launch.netlab import FIRST_HOST, network, no_namespaces
 from megatron_lowbit.metrics import MetricLogger, environment, require
 from megatron_lowbit.preemption import REQUEUE, Preempted
 from megatron_lowbit.rendezvous import join
@@ -69,7 +70,7 @@ def run_stage(name: str, argv: list[str]) -> int:
             return _run(name, stage, config)
         _check_world(config, nproc or world_of(config))
         ensure_writable(config.output_dir)
-        return _start_ranks(name, argv, world_of(config))
+        return _start_ranks(name, argv, world_of(config), getattr(config, "rate", None))
     except LowBitError as error:
         return fail(str(error))
 
@@ -207,8 +208,13 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def _start_ranks(name: str, argv: list[str], size: int) -> int:
-    """Run the stage in `size` processes on this machine; the first failure ends the others. Rank 0 speaks for all."""
+def _start_ranks(name: str, argv: list[str], size: int, rate: str | None = None) -> int:
+    """Run the stage in `size` processes on this machine; the first failure ends the others. Rank 0 speaks for all.
+
+    rate: of the link between them (netlab.py), None for loopback.
+    """
+    if rate is not None and (reason := no_namespaces()):
+        raise LowBitError(f"rate={rate} {reason}; leave rate out to measure on loopback")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -217,9 +223,9 @@ def _start_ranks(name: str, argv: list[str], size: int) -> int:
     if 0 < torch.cuda.device_count() < size:
         print(f"{size} ranks, {torch.cuda.device_count()} GPUs: running on the CPU", file=sys.stderr)
         base |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    base |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    base |= {"WORLD_SIZE": str(size), "MASTER_ADDR": FIRST_HOST if rate else "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-m", f"megatron_lowbit.launch.{name}", *argv]
-    with tempfile.TemporaryDirectory() as logs:
+    with tempfile.TemporaryDirectory() as logs, network(rate, size) as host:
         ranks: list[subprocess.Popen[bytes]] = []
         # A rank holds back the signals that it inherits as blocked, until it has handlers for them.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)
@@ -228,7 +234,7 @@ def _start_ranks(name: str, argv: list[str], size: int) -> int:
                 environ = {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 with open(Path(logs) / str(rank), "wb") as log:
                     to = None if rank == 0 else log
-                    ranks.append(subprocess.Popen(command, env=environ, stderr=to, stdout=to))
+                    ranks.append(subprocess.Popen([*host[rank], *command], env=environ, stderr=to, stdout=to))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         failed = _wait(ranks)

@@ -11,14 +11,34 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 SchemeName = Literal["none", "W4A16", "W4A8", "W4A4", "W6A6", "W8A8"]
 EngineName = Literal["huggingface", "deepspeed", "megatron"]
 CommMode = Literal["native", "bf16", "one_shot", "two_shot", "exact_sum", "auto"]
+
+
+def _rate(value: Any) -> Any:
+    if value is None or value == "none":
+        return None
+    if not re.fullmatch(r"[1-9]\d{0,3}(mbit|gbit)", str(value)):
+        raise ValueError("give a rate such as 100mbit, 1gbit or 10gbit")
+    return value
+
+
+Rate = Annotated[str | None, BeforeValidator(_rate)]
 
 
 class LowBitError(Exception):
@@ -310,6 +330,18 @@ class BenchmarkConfig(StageConfig):
     # pairs of forwards, one on each side of every comparison
     tokens: int = Field(1024, ge=1)
     # tokens per forward
+    comm: CommConfig = CommConfig()
+    # how partial sums travel in the rows that are not bf16
+    rate: Rate = None
+    # every rank's link, such as 1gbit (needs root, ip and tc); none: loopback
+
+    @model_validator(mode="after")
+    def _low_bit(self) -> BenchmarkConfig:
+        if self.comm.mode in ("native", "bf16"):
+            raise ValueError(f"comm.mode={self.comm.mode} is what the others are compared with; name another")
+        if self.rate is not None and self.engine == "huggingface":
+            raise ValueError("rate needs ranks on a network; set engine=deepspeed or engine=megatron")
+        return self
 
 
 class BenchmarkCollectivesConfig(StageConfig):
@@ -322,7 +354,7 @@ class BenchmarkCollectivesConfig(StageConfig):
     # numbers of processes
     sizes: tuple[int, ...] = (2**16, 2**20, 2**22, 2**24)
     # bytes of a bf16 tensor [tokens, 1024] (below 2 KiB: of one token); 64KiB and 1MiB are understood
-    rate: str | None = None
+    rate: Rate = None
     # every rank's link, such as 100mbit, 1gbit or 10gbit (needs root, ip and tc); none: loopback
     tune: bool = False
     # write <output_dir>/costs-tp<N>.json, which comm.cost_table takes, and add auto to the algorithms (also --tune)
@@ -357,15 +389,6 @@ class BenchmarkCollectivesConfig(StageConfig):
     def _whole_tokens(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if not value or any(size < 64 or size % (64 if size < 2**11 else 2**11) for size in value):
             raise ValueError("give one or more sizes in multiples of 2KiB (of 64 bytes below that), such as 64KiB")
-        return value
-
-    @field_validator("rate", mode="before")
-    @classmethod
-    def _is_a_rate(cls, value: Any) -> Any:
-        if value is None or value == "none":
-            return None
-        if not re.fullmatch(r"[1-9]\d{0,3}(mbit|gbit)", str(value)):
-            raise ValueError("give a rate such as 100mbit, 1gbit or 10gbit")
         return value
 
     @field_validator("algorithms")
@@ -410,8 +433,11 @@ def load_config(stage: type[StageT], file: str | None, overrides: list[str]) -> 
             node[leaf] = yaml.safe_load(text)
         except yaml.YAMLError:
             node[leaf] = text  # a prompt may hold any characters
-        if _is_text(stage, key.split(".")):
-            node[leaf] = None if text in ("null", "none", "") and leaf != "prompt" else text
+        kind = _annotation(stage, key.split("."))
+        if kind is str or str in get_args(kind):
+            node[leaf] = text  # prompt=123 and model=007 stay what was typed
+        if type(None) in get_args(kind) and text in ("null", "none", ""):
+            node[leaf] = None
     try:
         return stage.model_validate(tree)
     except ValidationError as error:
@@ -449,15 +475,15 @@ def one_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _is_text(stage: type[BaseModel], path: list[str]) -> bool:
-    """Whether the field at `path` holds text, so that `prompt=123` or `model=007` stay what was typed."""
+def _annotation(stage: type[BaseModel], path: list[str]) -> Any:
+    """The type of the field at `path`; None where there is no such field."""
     model: Any = stage
     for name in path[:-1]:
         if name not in getattr(model, "model_fields", {}):
-            return False
+            return None
         model = model.model_fields[name].annotation
     field = getattr(model, "model_fields", {}).get(path[-1])
-    return field is not None and (field.annotation is str or str in get_args(field.annotation))
+    return None if field is None else field.annotation
 
 
 def defaults(model: BaseModel, prefix: str = "") -> dict[str, Any]:

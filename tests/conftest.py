@@ -55,3 +55,17 @@ def four_ranks():
 def pool_of(request):
     """The pool of so many ranks: pool_of(2).run(...)."""
     return lambda size: request.getfixturevalue({1: "one_rank", 2: "two_ranks", 4: "four_ranks"}[size])
+
+
+@pytest.fixture
+def needs_namespaces():
+    """Skips where this process cannot make network namespaces."""
+    from megatron_lowbit.launch import netlab
+
+    reason = netlab.no_namespaces()
+    if reason is None:  # root in a container may still not be allowed to
+        made = netlab.call("up", "1", "1gbit")
+        netlab.call("down")
+        reason = f"cannot make network namespaces: {made.stderr.strip()}" if made.returncode else None
+    if reason is not None:
+        pytest.skip(reason)

@@ -15,7 +15,7 @@ import torch
 from commands import COMMAND, run_here, run_there, started
 
 from megatron_lowbit.cost import CostTable
-from megatron_lowbit.launch import collectives, collectives_rank, peers
+from megatron_lowbit.launch import collectives, collectives_rank, netlab, peers
 
 ALGORITHMS = ["bf16", "fp32", "group32", "one_shot", "two_shot", "exact_sum"]
 QUICK = ["repeats=3", "cell_seconds=1"]
@@ -189,10 +189,10 @@ def test_bad_values_are_refused_in_one_line(arguments, message, tmp_path, capsys
 def test_a_rate_needs_root_and_its_tools(monkeypatch, tmp_path, capsys):
     use = ["benchmark", "collectives", "--rate", "1gbit", f"output_dir={tmp_path}"]
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    monkeypatch.setattr(collectives.shutil, "which", lambda tool: f"/usr/bin/{tool}")
+    monkeypatch.setattr(netlab.shutil, "which", lambda tool: f"/usr/bin/{tool}")
     assert run_here(*use) == 2
     assert "rate=1gbit needs root" in capsys.readouterr().err
-    monkeypatch.setattr(collectives.shutil, "which", lambda tool: None if tool == "tc" else f"/usr/bin/{tool}")
+    monkeypatch.setattr(netlab.shutil, "which", lambda tool: None if tool == "tc" else f"/usr/bin/{tool}")
     assert run_here(*use) == 2
     assert "rate=1gbit needs tc (Debian and Ubuntu" in capsys.readouterr().err
 
@@ -208,17 +208,6 @@ def test_a_cell_that_hangs_is_given_up(monkeypatch, tmp_path, capsys):
 
 
 # Slow links
-
-
-@pytest.fixture
-def needs_namespaces():
-    reason = collectives.no_namespaces()
-    if reason is None:  # root in a container may still not be allowed to
-        made = collectives.netlab("up", "1", "1gbit")
-        collectives.netlab("down")
-        reason = f"cannot make network namespaces: {made.stderr.strip()}" if made.returncode else None
-    if reason is not None:
-        pytest.skip(reason)
 
 
 def namespaces(owner: int) -> list[str]:
@@ -256,8 +245,8 @@ def test_nothing_is_left_behind(needs_namespaces, tmp_path, ending):
             time.sleep(0.05)
         assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
         if ending == signal.SIGKILL:
-            assert collectives.netlab("up", "1", "1gbit").returncode == 0
-            assert collectives.netlab("down").returncode == 0
+            assert netlab.call("up", "1", "1gbit").returncode == 0
+            assert netlab.call("down").returncode == 0
         assert not namespaces(process.pid) and not namespaces(os.getpid())
 
 
@@ -270,13 +259,13 @@ def working(parent: int) -> list[int]:
 
 
 def test_taking_a_network_down_twice(needs_namespaces):
-    assert collectives.netlab("up", "2", "100mbit").returncode == 0
+    assert netlab.call("up", "2", "100mbit").returncode == 0
     assert len(namespaces(os.getpid())) == 3
-    assert collectives.netlab("up", "1", "100mbit").returncode == 0, "an earlier network is replaced"
+    assert netlab.call("up", "1", "100mbit").returncode == 0, "an earlier network is replaced"
     assert len(namespaces(os.getpid())) == 2
-    assert collectives.netlab("down").returncode == collectives.netlab("down").returncode == 0
+    assert netlab.call("down").returncode == netlab.call("down").returncode == 0
     assert not namespaces(os.getpid())
-    broken = collectives.netlab("up", "2", "fast")
+    broken = netlab.call("up", "2", "fast")
     assert broken.returncode and "rate fast is not of the form" in broken.stderr and not namespaces(os.getpid())
 
 

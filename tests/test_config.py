@@ -215,6 +215,13 @@ def test_optional_text_can_be_unset(text):
     assert load_config(DemoConfig, None, [f"model={text}", f"calibration.data={text}"]).model is None
 
 
+@pytest.mark.parametrize("text", ["null", "none", ""])
+def test_none_switches_numbers_and_choices_off_too(text):
+    config = load_config(EvaluateConfig, None, [f"comm.drift_threshold={text}", f"weights.method={text}"])
+    assert config.comm.drift_threshold is None and config.weights.method is None
+    assert load_config(EvaluateConfig, None, ["weights.scheme=none"]).weights.scheme == "none", "a scheme's name"
+
+
 def test_null_unsets_other_values():
     config = load_config(QuantizeConfig, None, ["weights.group_size=null", "comm.mode=null"])
     assert config.weights.group_size is None and config.comm.mode is None
