@@ -15,8 +15,8 @@ QUICK = [*CALIBRATION, "repeats=2", "tokens=256", "tp=2"]
 
 @needs_deepspeed
 def test_slow_links_slow_the_unpatched_engine_down(needs_namespaces, tmp_path):
-    """256 tokens of bf16 partial sums, 128 wide, twice in each of 6 blocks: 786,432 bytes either way at N = 2, which take
-    20 Mbit/s 0.31 s, but for 128 KiB that pass at once at both ends of a link. The low-bit ones are a quarter."""
+    """256 tokens of bf16 partial sums, 128 wide, twice in each of 6 blocks, are 786,432 bytes either way at N = 2. That
+    takes 0.31 s at 20 Mbit/s, but 128 KiB pass at once at both ends of a link. The low-bit ones are a quarter."""
     use = [*QUICK, "rate=20mbit", "comm.mode=two_shot", "comm.drift_threshold=none", f"output_dir={tmp_path}"]
     code, stdout, stderr = run_there(*COMMAND, "benchmark", *use)
     assert code == 0, stderr
