@@ -111,7 +111,7 @@ class CommConfig(_Config):
     selection: Literal["top", "random"] = "top"
     # which features: those of widest range, or any (the paper's control)
     symmetric: bool = False
-    # ranges without a zero point
+    # scale=static: ranges without a zero point
     scale: Literal["static", "rank1"] = "rank1"
     # static: a feature's calibrated range; rank1: its standard deviation times the token's own size, which is sent
     allocation: Literal["uniform", "adaptive"] = "adaptive"
@@ -140,6 +140,8 @@ class CommConfig(_Config):
             raise ValueError("selection=random chooses bf16 features; set comm.allocation=uniform or comm.preset=paper")
         if self.clipping == "histogram" and self.scale == "rank1":
             raise ValueError("clipping=histogram is of static ranges; set comm.scale=static or comm.preset=paper")
+        if self.symmetric and (self.scale == "rank1" or self.clipping == "histogram"):
+            raise ValueError("symmetric=true is of ranges as they were seen; set comm.preset=paper and no clipping")
         if self.cost_table is not None and self.mode != "auto":
             raise ValueError("cost_table needs mode=auto")
         return self

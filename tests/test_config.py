@@ -284,3 +284,10 @@ def test_a_preset_gives_way_to_what_is_given(tmp_path):
     assert load_config(EvaluateConfig, str(file), ["comm.allocation=adaptive"]).comm.allocation == "adaptive"
     with pytest.raises(LowBitError, match="selection=random chooses bf16 features"):
         load_config(EvaluateConfig, None, ["comm.selection=random"])
+
+
+@pytest.mark.parametrize("others", [[], ["comm.preset=paper", "comm.clipping=histogram"]])
+def test_symmetric_ranges_are_the_papers(others):
+    with pytest.raises(LowBitError, match="symmetric=true is of ranges as they were seen; set comm.preset=paper"):
+        load_config(EvaluateConfig, None, [*others, "comm.symmetric=true"])
+    assert load_config(EvaluateConfig, None, ["comm.preset=paper", "comm.symmetric=true"]).comm.symmetric
