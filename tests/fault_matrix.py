@@ -1,9 +1,9 @@
-"""What happens under every launcher when something goes wrong: `python tests/fault_matrix.py [WORD ...]` prints a table.
+"""What happens under every launcher when something goes wrong: `python tests/fault_matrix.py [WORD ...]` prints it.
 
-Only rows that hold all the words are run. Launchers, ranks and faults are real; srun and mpirun are their variables set by
-hand (tests of Slurm itself are make test-slurm). Each row: the fault; what the command ended with, and how long after
+Only rows that hold all the words are run. Launchers, ranks and faults are real; srun and mpirun are their variables set
+by hand (tests of Slurm itself: make test-slurm). Each row: the fault; what the command ended with, and how long after
 the fault; how long the same command then took to finish; whether its artifacts are, by SHA-256, those of an undisturbed
-run of one process.
+run: for quantize, of one process.
 """
 
 from __future__ import annotations
