@@ -24,6 +24,8 @@ from commands import (
 )
 from tiny_models import embedded_folder
 
+from megatron_lowbit.preemption import REQUEUE
+
 pytestmark = needs_deepspeed
 NAMES = ["full precision", "W4A16", "W8A8", "W4A4", "int4 communication", "random bf16", "hybrid"]
 NAMES += ["tiered", "W4A8 + tiered"]
@@ -128,11 +130,11 @@ def test_a_rank_that_dies_ends_the_command(tmp_path, victim):
 
 
 def test_terminating_a_command_ends_its_ranks(tmp_path):
-    """What a scheduler or `timeout` does."""
+    """What a scheduler or `timeout` does: the ranks hear of it from the command, and all ask to be run again."""
     arguments = [*TWO_RANKS, "calibration.data=stdlib:calibration", f"output_dir={tmp_path}"]
     with started(*COMMAND, "calibrate", *arguments) as process:
         ranks_of(process, 2)
         process.terminate()
         process.communicate(timeout=30)
-        assert process.returncode == 128 + signal.SIGTERM
+        assert process.returncode == REQUEUE
         assert not alive_in_group(process.pid)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import free_port, run_here
+from commands import SMALL_TEXT, free_port, run_here
 from test_resume import artifact_files, quantize, renamed
 from tiny_models import save_model
 
@@ -112,6 +112,29 @@ def test_what_does_not_fit_together(environ, said):
 )
 def test_the_first_of_a_host_list(hosts, first):
     assert first_of(hosts) == first
+
+
+@pytest.mark.parametrize(
+    ("environ", "size"), [(TORCHRUN, 4), (STEP, 4), ({**OPEN_MPI, "MASTER_PORT": "77"}, 2), ({**HYDRA, **BATCH}, 2)]
+)
+@pytest.mark.parametrize(
+    ("layout", "sentence"),
+    [
+        (["engine=megatron", "tp=3", "pp=2", "dp=2"], "tp=3 x pp=2 x dp=2 needs 12 processes, there are"),
+        (["weights.method=qllm", "tp=4", "dp=4"], "needs tp x dp = 16 processes, there are"),
+    ],
+)
+def test_a_layout_that_is_not_the_launchers(environ, size, layout, sentence, monkeypatch, capsys, tmp_path):
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.delenv(name)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    stage = "quantize" if "weights.method=qllm" in layout else "calibrate"
+    assert run_here(stage, "model=embedded", *SMALL_TEXT[:1], *layout, f"output_dir={tmp_path}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{sentence} {size}; start that many" in line
+    assert not list(tmp_path.iterdir())
 
 
 # Real processes
