@@ -1,5 +1,6 @@
 # make demo   the whole pipeline on the embedded model, two ranks, no network      make test    all tests
 # make check  ruff and mypy                                                          make bench   timings (BENCHMARKS.md)
+# make test-slurm   jobs on a real Slurm of two nodes, on this machine; installs it with apt as root
 # Each creates .venv and installs what it needs; a second run reuses it.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 export DS_BUILD_OPS := 0
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-slurm slurm-packages check bench clean
 
 demo: $(VENV)/.run
 	$(BIN)/megatron-lowbit demo
@@ -18,6 +19,21 @@ bench: $(VENV)/.run
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+test-slurm: slurm-packages $(VENV)/.test
+	$(BIN)/python -m pytest -s -rs tests/test_slurm.py tests/test_slurm_jobs.py
+
+# Never fails: where Slurm cannot be installed its tests are skipped, and say why.
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge
+slurm-packages: export DEBIAN_FRONTEND := noninteractive
+slurm-packages: export PATH := $(PATH):/usr/sbin
+slurm-packages:
+	@if command -v slurmctld && command -v slurmd && command -v sbatch && command -v munged; then exit; fi >/dev/null; \
+	if ! command -v apt-get >/dev/null; then echo "no Slurm: there is no apt-get here"; exit; fi; \
+	if [ "$$(id -u)" != 0 ]; then echo "no Slurm: only root can install $(SLURM_PACKAGES)"; exit; fi; \
+	install="apt-get update -qq; apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES)"; \
+	if said=$$(timeout 300 sh -c "$$install" 2>&1 </dev/null); then echo "installed $(SLURM_PACKAGES)"; \
+	else echo "no Slurm: apt-get: $$(echo "$$said" | tail -n 1)"; fi
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -43,6 +43,7 @@ from megatron_lowbit.kernels.hybrid import (
 logger = logging.getLogger("megatron_lowbit")
 
 SOURCE = Path(__file__).with_name("hybrid.cpp")
+HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("vectors", "format", "codes", "encode", "decode")]
 # No fast-math and no fused multiply-add: results are those of the torch reference.
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
 FLAGS += ["-shared", "-fPIC", "-w"]
@@ -249,7 +250,8 @@ def _cached() -> ctypes.CDLL:
     """Load the cached library, built first if need be."""
     compiler = _compiler()
     version = _run([*compiler, "--version"])
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *compiler, version, *FLAGS, _cpu()]).encode()).hexdigest()
+    sources = [path.read_text() for path in (SOURCE, *HEADERS)]
+    key = hashlib.sha256("\0".join([*sources, *compiler, version, *FLAGS, _cpu()]).encode()).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_lowbit"
     library = cache / f"hybrid-{key[:24]}.so"
     try:

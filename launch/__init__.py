@@ -1,10 +1,16 @@
 """Commands: `megatron-lowbit <stage> [--config FILE] [key.path=value ...]`, each stage also as
-`python -m megatron_lowbit.launch.<stage>` for torchrun and the `deepspeed` launcher. Exit codes: 0 done; 2 bad input.
+`python -m megatron_lowbit.launch.<stage>` for launchers. Exit codes: 0 done; 2 bad input; 99 stopped by SIGUSR1 or
+SIGTERM, to be run again.
 """
 
 from __future__ import annotations
 
 import sys
+
+from megatron_lowbit import preemption
+
+if sys.argv[:1] == ["-m"]:  # Python is on its way to a stage of ours: no signal may find us without a handler
+    preemption.install()
 
 STAGES = {
     "demo": "the whole pipeline on the embedded model, two ranks, no network",
@@ -13,12 +19,21 @@ STAGES = {
     "evaluate": "perplexity, KL divergence, SQNR and bytes on the wire",
     "generate": "continue prompts",
     "parity": "one artifact on every engine and tensor-parallel size: logits and tokens compared",
+    "slurm": "stages as jobs of a Slurm cluster: `slurm render FILE` writes the scripts, `slurm submit` sends them",
     "benchmark": "time patched against unpatched engines, in pairs; `benchmark collectives`: all-reduces alone",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the `megatron-lowbit` command."""
+    before = preemption.install()
+    try:
+        return _main(argv)
+    finally:
+        preemption.restore(before)
+
+
+def _main(argv: list[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, STAGES))
@@ -29,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         from megatron_lowbit.launch import collectives
 
         return collectives.main(argv[2:])
+    if argv[0] == "slurm":
+        from megatron_lowbit.launch import slurm
+
+        return slurm.main(argv[1:])
     from megatron_lowbit.launch.runner import fail, run_stage
 
     if argv[0] not in STAGES:

@@ -19,7 +19,7 @@ from torch import distributed as dist
 from megatron_lowbit.adapters import patching
 from megatron_lowbit.artifacts import Artifact
 from megatron_lowbit.config import BenchmarkConfig, CommConfig, LowBitError, WeightsConfig
-from megatron_lowbit.distributed import device, env_rank
+from megatron_lowbit.distributed import Watch, device, env_rank
 from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.metrics import MetricLogger, progress
@@ -82,7 +82,8 @@ def time_pairs(
     patched = patching.replacing_modules(engine.model)
     seconds = {True: 0.0, False: 0.0}
     pairs = []
-    for number in progress(range(-3, repeats), repeats + 3, f"timing {name}", env_rank()):
+    numbers = Watch().each(range(-3, repeats))
+    for number in progress(numbers, repeats + 3, f"timing {name}", env_rank()):
         for with_patch in (True, False) if number % 2 else (False, True):
             engine.remove()
             if with_patch:

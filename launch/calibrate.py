@@ -15,6 +15,7 @@ from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.metrics import MetricLogger
 from megatron_lowbit.ranges import aggregated_range, build_plan
+from megatron_lowbit.resume import State
 
 CONFIG = CalibrateConfig
 
@@ -24,8 +25,10 @@ def run(config: CalibrateConfig, logger: MetricLogger) -> dict[str, Any]:
     if not engine.full_precision:
         raise LowBitError("calibration needs the full-precision model; set model to its folder or hub id")
     sizes = usable_sizes(engine, config)
-    stats = calibrate_engine(engine, config.calibration, sizes, logger, config.comm)
-    return {"rows": write_plans(stats, config, config.output_dir, logger)}
+    stats = calibrate_engine(engine, config.calibration, sizes, logger, config.comm, resumed=config)
+    rows = write_plans(stats, config, config.output_dir, logger)
+    on_rank_zero(State("calibrate", config, {}).forget)
+    return {"rows": rows}
 
 
 def usable_sizes(engine: Engine, config: CalibrateConfig) -> list[int]:

@@ -46,7 +46,7 @@ from megatron_lowbit.config import (
 )
 from megatron_lowbit.config import defaults as defaults_of
 from megatron_lowbit.cost import CostTable
-from megatron_lowbit.distributed import launched
+from megatron_lowbit.distributed import Watch, launched
 from megatron_lowbit.launch import runner
 from megatron_lowbit.launch.collectives_rank import (
     FEATURES,
@@ -139,7 +139,9 @@ def run(config: BenchmarkCollectivesConfig, logger: MetricLogger) -> dict[str, A
     rows: list[dict[str, Any]] = []
     cells = [(ranks, size) for ranks in config.ranks for size in config.sizes]
     measured = (cell for ranks in config.ranks for cell in measure(config, ranks))
+    watch = Watch()
     for (ranks, size), cell in zip(progress(cells, len(cells), "timing"), measured, strict=True):
+        watch.check()
         rows += cell
         logger.log(ranks=ranks, bytes=size, **{f"{row['algorithm']}_seconds": row["seconds"] for row in cell})
     print_table(config, rows)

@@ -6,8 +6,8 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +18,22 @@ from torch import nn
 from megatron_lowbit.adapters import huggingface, patching
 from megatron_lowbit.adapters.blocks import skeleton
 from megatron_lowbit.adapters.outliers import inject_outliers
+from megatron_lowbit.agreement import digest
 from megatron_lowbit.artifacts import Artifact, CalibrationStats, CommPlan, Fingerprint, LowBitCheckpoint
 from megatron_lowbit.calibrate import calibrate
 from megatron_lowbit.collectives import LOW_BIT
-from megatron_lowbit.config import CommConfig, CommMode, LowBitError, StageConfig, WeightsConfig, one_line
+from megatron_lowbit.config import (
+    CalibrateConfig,
+    CommConfig,
+    CommMode,
+    LowBitError,
+    StageConfig,
+    WeightsConfig,
+    one_line,
+)
 from megatron_lowbit.data import Windows, token_windows
 from megatron_lowbit.distributed import (
+    Watch,
     device,
     env_rank,
     group_rank,
@@ -34,6 +44,8 @@ from megatron_lowbit.distributed import (
 )
 from megatron_lowbit.metrics import MetricLogger, progress
 from megatron_lowbit.ranges import build_plan
+from megatron_lowbit.rendezvous import join
+from megatron_lowbit.resume import PassState
 from megatron_lowbit.rounding import quantize_model
 
 
@@ -256,24 +268,31 @@ def calibrate_engine(
     logger: MetricLogger,
     comm: CommConfig,
     sites: Mapping[str, Any] | None = None,
+    resumed: CalibrateConfig | None = None,
 ) -> CalibrationStats:
     """One calibration pass of the unpatched engine over calibration.data; with comm.gather also of what column-parallel
-    linears read. sites: other than the engine's own."""
+    linears read. sites: other than the engine's own. resumed: the config of a pass whose state is kept in its
+    output_dir, and continued from there; without, a pass that is told to stop starts over."""
     windows = load_windows(engine, section, "calibration")
+    count, fingerprint = windows.num_batches(section.batch_size), engine.fingerprint()
+    lag, state = world_size(engine.pp_group) - 1, None
+    if resumed is not None:
+        named = {"calibration.data's tokens": windows.digest(), "model's weights": str(digest([fingerprint]))}
+        state = PassState(resumed, named, count, lag)
+    done = 0 if state is None else state.done
 
     def logged():
-        batches = windows.batches(section.batch_size)
-        count = windows.num_batches(section.batch_size)
-        for number, (ids, mask) in enumerate(progress(batches, count, "calibrating", env_rank())):
+        rest = islice(windows.batches(section.batch_size), done, None)
+        batches = rest if state is not None else Watch(lag=lag).each(rest)
+        for number, (ids, mask) in enumerate(progress(batches, count - done, "calibrating", env_rank()), done):
             yield share_of_batch(ids, mask, engine.dp_group)
             logger.log(calibration_batch=number + 1, calibration_tokens=int(mask.sum()))
 
     run_blocks = partial(engine, logits_to_keep=1)  # logits of every token would be computed for nobody
     inputs = engine.inputs() if comm.gather else None
     groups = (engine.dp_group, engine.pp_group)
-    fingerprint, gamma = engine.fingerprint(), section.ema_gamma
-    arguments = (fingerprint, gamma, engine.group, inputs, *groups)
-    return calibrate(run_blocks, sites or engine.sites(), logged(), tp_sizes, *arguments, comm.clipping == "histogram")
+    arguments = (fingerprint, section.ema_gamma, engine.group, inputs, *groups, comm.clipping == "histogram")
+    return calibrate(run_blocks, sites or engine.sites(), logged(), tp_sizes, *arguments, state=state)
 
 
 def share_of_batch(
@@ -344,11 +363,9 @@ def _init_deepspeed() -> int:
     from megatron_lowbit.adapters import deepspeed
 
     package = deepspeed.import_deepspeed()
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device())
     assert launched(), "run_stage starts ranks for engine=deepspeed"
-    package.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(minutes=30))
+    join()
+    package.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return dist.get_world_size()
 
 

@@ -13,7 +13,7 @@ from megatron_lowbit.adapters.patching import site_saturated, site_traffic
 from megatron_lowbit.artifacts import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, EvaluateConfig, EvaluationConfig, LowBitError
 from megatron_lowbit.data import Windows
-from megatron_lowbit.distributed import env_rank
+from megatron_lowbit.distributed import Watch, env_rank
 from megatron_lowbit.evaluate import SiteTraffic, measure_quality, measure_sqnr
 from megatron_lowbit.launch.engine import Engine, load_windows, prepare_artifact, start_engine
 from megatron_lowbit.launch.runner import run_stage
@@ -193,7 +193,7 @@ def _kl_tokens(section: EvaluationConfig) -> int:
 
 
 def _batches(windows: Windows, section: EvaluationConfig, name: str):
-    batches = windows.batches(section.batch_size)
+    batches = Watch().each(windows.batches(section.batch_size))
     return progress(batches, windows.num_batches(section.batch_size), f"evaluating {name}", env_rank())
 
 

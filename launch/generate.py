@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lowbit.config import GenerateConfig, LowBitError, one_line
-from megatron_lowbit.distributed import env_rank, on_rank_zero
+from megatron_lowbit.distributed import Watch, env_rank, on_rank_zero
 from megatron_lowbit.launch.engine import Engine, GenerateOptions, prepare_artifact, start_engine
 from megatron_lowbit.launch.evaluate import row_name
 from megatron_lowbit.launch.runner import run_stage
@@ -27,6 +27,15 @@ def run(config: GenerateConfig, logger: MetricLogger) -> dict[str, Any]:
     if artifact.checkpoint is not None or artifact.plans or (engine.tp_size > 1 and config.comm.mode is not None):
         engine.apply(artifact, config.comm)
     text = Streams(engine.tokenizer, prompts) if env_rank() == 0 else None
+    watch = Watch()
+    watch.check()
+
+    def on_token(number: int, token: int) -> None:
+        if config.engine != "megatron":  # whose stages do not all see every token
+            watch.check()
+        if text is not None:
+            text.put(number, token)
+
     start = time.perf_counter()
     options = GenerateOptions(
         config.max_new_tokens,
@@ -34,7 +43,7 @@ def run(config: GenerateConfig, logger: MetricLogger) -> dict[str, Any]:
         config.batching,
         config.max_batch,
         config.seed,
-        (lambda number, token: None) if text is None else text.put,
+        on_token,
     )
     made = engine.generate(ids, options)
     seconds = time.perf_counter() - start

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +26,7 @@ from megatron_lowbit.launch.engine import (
     model_name,
     take_checkpoints,
 )
+from megatron_lowbit.rendezvous import join
 
 
 def start_megatron(config: StageConfig, weights: Sequence[WeightsConfig]) -> Engine:
@@ -35,9 +35,7 @@ def start_megatron(config: StageConfig, weights: Sequence[WeightsConfig]) -> Eng
     from megatron_lowbit.adapters import megatron_model
 
     assert launched(), "run_stage starts ranks for engine=megatron"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device())
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
+    join()
     megatron_model.initialize(config.tp, config.pp, config.seed % 2**31)
     folder = Artifact.load(config.artifact) if config.artifact is not None else Artifact()
     hf_config, tokenizer = load_config_and_tokenizer(config, folder.checkpoint)

@@ -22,6 +22,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_lowbit import preemption
 from megatron_lowbit.adapters.patching import remove
 from megatron_lowbit.artifacts import Artifact
 from megatron_lowbit.config import CommMode, LowBitError, ParityConfig
@@ -30,7 +31,9 @@ from megatron_lowbit.files import write_tensors
 from megatron_lowbit.launch.engine import GenerateOptions, start_engine
 from megatron_lowbit.launch.generate import encode, read_prompts
 from megatron_lowbit.launch.runner import run_stage
+from megatron_lowbit.launcher_env import without_launch
 from megatron_lowbit.metrics import MetricLogger
+from megatron_lowbit.preemption import REQUEUE, Preempted
 
 CONFIG = ParityConfig
 TIMEOUT = 3600  # seconds of one engine at one size
@@ -120,11 +123,13 @@ def outcomes_of(config: ParityConfig, engine: str, size: int) -> dict[str, Outco
     }
     command = [sys.executable, "-m", "megatron_lowbit.launch", "parity"]
     command += [f"{key}={value}" for key, value in arguments.items()]
-    environ = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environ = without_launch(os.environ)
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
         raise LowBitError(f"engine={engine} tp={size} took more than {TIMEOUT} s; give fewer prompts") from None
+    if done.returncode == REQUEUE or preemption.asked():
+        raise Preempted("it starts over when it is run again")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise LowBitError(f"engine={engine} tp={size} failed: {last.removeprefix('megatron-lowbit: ')}")

@@ -37,7 +37,7 @@ class StockAllReduce:
     def __init__(self, group: dist.ProcessGroup):
         self.group, self.traffic = group, Traffic()
 
-    def all_reduce(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor, reuse: bool = False) -> Tensor:
         self.traffic.count(x, x.numel())
         dist.all_reduce(x, group=self.group)
         return x
@@ -49,7 +49,7 @@ class GroupInt4:
     def __init__(self, group: dist.ProcessGroup):
         self.group, self.traffic = group, Traffic()
 
-    def all_reduce(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor, reuse: bool = False) -> Tensor:
         """This rank's partial sums, any shape -> the group's sum, in x's dtype."""
         size = dist.get_world_size(self.group)
         message = quantize_groups(_in_groups(x, size))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from megatron_lowbit.launch.calibrate import write_plans
 from megatron_lowbit.launch.engine import compute_dtype, model_name
 from megatron_lowbit.linear import activation_groups
 from megatron_lowbit.metrics import MetricLogger
+from megatron_lowbit.rendezvous import join
 
 
 def quantize_qllm(
@@ -137,9 +137,7 @@ def _groups(config: QuantizeConfig) -> tuple[dist.ProcessGroup | None, dist.Proc
     if ranks == 1:
         return None, None
     assert launched() and env_world_size() == ranks, "run_stage starts the ranks"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device())
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
+    join()
     return make_groups(config.tp, config.dp)
 
 

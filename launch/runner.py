@@ -6,6 +6,7 @@ A stage is a module of this package with CONFIG, its config class, and run(confi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
 import os
@@ -23,11 +24,15 @@ from typing import Any, NoReturn
 import torch
 import yaml
 
+from megatron_lowbit import launcher_env, preemption
 from megatron_lowbit.config import LowBitError, StageConfig, defaults, load_config
-from megatron_lowbit.distributed import env_rank, env_world_size, launched
+from megatron_lowbit.distributed import ToldError, env_rank, env_world_size, launched, on_every_rank, on_rank_zero
 from megatron_lowbit.files import ensure_writable, write_json, write_text
+from megatron_lowbit.folder_lock import FolderLock
 from megatron_lowbit.launch import STAGES
 from megatron_lowbit.metrics import MetricLogger, environment, require
+from megatron_lowbit.preemption import REQUEUE, Preempted
+from megatron_lowbit.rendezvous import join
 
 BAD_INPUT = 2
 
@@ -42,6 +47,7 @@ def fail(message: str) -> int:
 def run_stage(name: str, argv: list[str]) -> int:
     """Parse, start ranks if this process is to be more than one, run, write <output_dir>/<stage>.json."""
     try:
+        launcher_env.adopt()
         stage = import_module(f"megatron_lowbit.launch.{name}")
         config, nproc = _parse(name, stage.CONFIG, argv)
         if config.wandb != "off":
@@ -87,7 +93,9 @@ def _parse(name: str, config_class: type[StageConfig], argv: list[str]) -> tuple
     parser.add_argument("--engine", help="huggingface, deepspeed or megatron; same as engine=...")
     parser.add_argument("--wandb", help="off, offline or online; same as wandb=...")
     parser.add_argument("--nproc", type=int, help="ranks to start outside a launcher; must equal tp x pp x dp")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher passes it
     flags = [flag for flag in ("ablation", "comm_ablation", "dry_run") if flag in config_class.model_fields]
     for flag in flags:
         parser.add_argument(f"--{flag.replace('_', '-')}", action="store_true", help=f"same as {flag}=true")
@@ -141,9 +149,12 @@ def _run(name: str, stage: Any, config: StageConfig) -> int:
     """One rank's whole life."""
     _quiet()
     rank, logger, code = env_rank(), None, 1
-    start = time.perf_counter()
+    start, lock = time.perf_counter(), FolderLock(config.output_dir)
     try:
-        output = ensure_writable(config.output_dir)
+        if launched():
+            join()
+        output = on_every_rank(lambda: ensure_writable(config.output_dir))
+        on_rank_zero(lock.take)
         resolved = config.model_dump(mode="json")
         logger = MetricLogger(output, name, resolved, config.wandb, rank)
         results = stage.run(config, logger)
@@ -154,24 +165,34 @@ def _run(name: str, stage: Any, config: StageConfig) -> int:
             write_json(output / f"{name}.json", record)
             logger.summary(seconds=seconds, rows=results["rows"])
         code = 0
-        return code
-    except LowBitError as error:
+    except ToldError:
         code = BAD_INPUT
-        return fail(str(error))
+    except LowBitError as error:
+        code = fail(str(error))
+    except Preempted as stop:
+        code = REQUEUE
+        if rank == 0:
+            why = preemption.received[0].name if preemption.received else "another rank's signal"
+            print(f"megatron-lowbit: stopped by {why}: {stop}", file=sys.stderr, flush=True)
     finally:
-        if logger is not None:
-            logger.close(code)
-        _leave_groups(code)
+        with contextlib.ExitStack() as leaving:  # all of it, whatever one of them raises
+            leaving.callback(lock.release)
+            leaving.callback(_leave_groups, code)
+            if logger is not None:
+                leaving.callback(logger.close, code)
+    return code
 
 
 def _leave_groups(code: int) -> None:
-    """Without this a rank ends with SIGABRT. Ranks meet first on success only: after an error a peer may be gone."""
+    """Without this a rank ends with SIGABRT. Ranks meet first where all leave: after an error a peer may be gone."""
     from torch import distributed as dist
 
     if dist.is_initialized():
-        if code == 0:
-            dist.barrier()
-        dist.destroy_process_group()
+        try:
+            if code in (0, REQUEUE):
+                dist.barrier()
+        finally:
+            dist.destroy_process_group()
 
 
 def _quiet() -> None:
@@ -192,23 +213,24 @@ def _start_ranks(name: str, argv: list[str], size: int) -> int:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     threads = str(max(1, (os.cpu_count() or 1) // size))
-    base = {"OMP_NUM_THREADS": threads, "PYTHONSAFEPATH": "1", **os.environ}
+    base = {"OMP_NUM_THREADS": threads, "PYTHONSAFEPATH": "1", **launcher_env.without_launch(os.environ)}
     if 0 < torch.cuda.device_count() < size:
         print(f"{size} ranks, {torch.cuda.device_count()} GPUs: running on the CPU", file=sys.stderr)
         base |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     base |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-m", f"megatron_lowbit.launch.{name}", *argv]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through _wait, which ends the ranks
     with tempfile.TemporaryDirectory() as logs:
-        ranks = []
-        for rank in range(size):
-            environ = {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with open(Path(logs) / str(rank), "wb") as log:
-                ranks.append(
-                    subprocess.Popen(
-                        command, env=environ, stderr=None if rank == 0 else log, stdout=None if rank == 0 else log
-                    )
-                )
+        ranks: list[subprocess.Popen[bytes]] = []
+        # A rank holds back the signals that it inherits as blocked, until it has handlers for them.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)
+        try:
+            for rank in range(size):
+                environ = {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                with open(Path(logs) / str(rank), "wb") as log:
+                    to = None if rank == 0 else log
+                    ranks.append(subprocess.Popen(command, env=environ, stderr=to, stdout=to))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         failed = _wait(ranks)
         if failed:  # rank 0 printed its own error; of the others the first that failed by itself is shown
             print((Path(logs) / str(failed)).read_text(errors="replace"), end="", file=sys.stderr)
@@ -217,11 +239,17 @@ def _start_ranks(name: str, argv: list[str], size: int) -> int:
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
-    """Wait for all ranks; after a failure the others get ten seconds. Returns the rank to blame, if any."""
+    """Wait for all ranks, and pass signals on to them; after a failure the others get ten seconds. Returns the rank to
+    blame, if any."""
     blamed: int | None = None
+    told = 0
     deadline: float | None = None
     try:
         while any(rank.poll() is None for rank in ranks):
+            for number in preemption.received[told:]:
+                told += 1
+                for rank in ranks:
+                    rank.send_signal(number)
             codes = [rank.poll() for rank in ranks]
             if deadline is None and any(codes):
                 deadline = time.monotonic() + 10

@@ -7,12 +7,12 @@ For every group: load its blocks from disk; run the full-precision stream throug
 block; train the low-rank correction of the whole group; run the quantized stream through the result, which also
 records the ranges of the partial sums for the communication plans; write the group's part of the checkpoint. Only
 the group at hand is in memory; the streams are memory-mapped files. After every group the state is written, so a
-killed run continues with the next.
+killed run continues with the next. Told to stop (preemption.py), all ranks leave at the next batch or training step:
+what was done of the group at hand is dropped, and done again, to the same bits, when the run continues.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -42,7 +42,7 @@ from megatron_lowbit.collectives import VirtualReducer
 from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.correction import add_low_rank, train, trainable_norms
 from megatron_lowbit.data import Windows
-from megatron_lowbit.distributed import all_gather_stack, env_rank, group_rank, on_rank_zero, world_size
+from megatron_lowbit.distributed import Watch, all_gather_stack, env_rank, group_rank, on_rank_zero, world_size
 from megatron_lowbit.linear import ReassembledNorm, rms_gain
 from megatron_lowbit.metrics import MetricLogger, peak_memory, progress
 from megatron_lowbit.quantizer import Scheme
@@ -89,14 +89,14 @@ class Walk:
         self.all_mask = windows.mask
         self.ids, self.mask = windows.ids[rank::ranks], windows.mask[rank::ranks]
         self.folder = Path(config.output_dir)
-        text = hashlib.sha256(windows.ids.numpy().tobytes() + windows.mask.numpy().tobytes()).hexdigest()[:16]
-        inputs = {"calibration.data's tokens": text, "model's weights": source.weights.digest()}
+        inputs = {"calibration.data's tokens": windows.digest(), "model's weights": source.weights.digest()}
         self.state = RunState(config, inputs)
         self.results: list[GroupResult] = []
         self.parts: list[dict[str, Any]] = []
         self.bit_sums: dict[str, int] = {}
         self.ranges: dict[int, dict[str, FeatureRange]] = {size: {} for size in (1, *tp_sizes)}
         self.arguments: list[Arguments] = []
+        self.watch = Watch()
 
     def run(self, save_beside: Callable[[Path], Any]) -> CalibrationStats:
         """Quantize, resuming where an earlier run of the same settings stopped, and write the checkpoint to output_dir.
@@ -175,8 +175,14 @@ class Walk:
     def _batches(self) -> Iterator[tuple[int, int, Tensor]]:
         size = self.config.calibration.batch_size
         for start in range(0, len(self.ids), size):
+            self._may_go_on()
             stop = min(start + size, len(self.ids))
             yield start, stop, self.mask[start:stop].to(self.source.device)
+
+    def _may_go_on(self) -> None:
+        done, size = len(self.results), self.config.correction.blocks_per_group
+        count = -(-len(self.source.blocks) // size)
+        self.watch.check(f"after {done} of {count} groups of blocks; the same command continues there")
 
     def _call(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
         output = block(hidden, **self.arguments[index])
@@ -258,6 +264,7 @@ class Walk:
         counts = self.all_mask.sum(1)
 
         def step(number: int) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+            self._may_go_on()
             tokens = int(counts[number * section.batch_size : (number + 1) * section.batch_size].sum())
             for window in range(number * each, min((number + 1) * each, len(self.ids))):
                 hidden = self.stream.read(window, window + 1, self.source.device)

@@ -82,6 +82,7 @@ class _Reducer(nn.Module):
         self.mode: CommMode = mode or ("bf16" if plan is None else "one_shot")
         self.plan = plan
         self.tp_rank, self.costs = 0, costs
+        self._choices: dict[tuple[int, bool], CommMode] = {}
         self.traffic, self.guard = Traffic(), DriftGuard(drift_threshold)
         self.first = self.second = self.exact = None
         if not self.low_bit:
@@ -126,24 +127,30 @@ class _Reducer(nn.Module):
         """Give it the site's name, which messages then say."""
         self.guard.site = site
 
-    def _mode_of(self, rows: Tensor, ranks: int) -> CommMode:
-        """How partial sums [tokens, E] travel, unless the site has drifted: then in bf16. A collective call."""
-        mode = self.chosen(rows.numel())
+    def _mode_of(self, x: Tensor, ranks: int, scattered: bool = False) -> CommMode:
+        """How partial sums [..., E] travel, unless the site has drifted: then in bf16. A collective call."""
+        mode = self.chosen(x.numel(), scattered)
         if mode not in LOW_BIT:
             return mode
         part = self.exact if mode == "exact_sum" else self.first
         assert part is not None
-        encoded: dict[WireFormat | ExactSum, int] = {part: rows.numel()}
+        encoded: dict[WireFormat | ExactSum, int] = {part: x.numel()}
         if mode == "two_shot" and self.second is not None:
-            encoded[self.second] = -(-len(rows) // ranks) * rows.shape[1]
+            encoded[self.second] = -(-x.shape[:-1].numel() // ranks) * x.shape[-1]
         return "bf16" if self.guard.trips(encoded, self._largest, self.tp_rank) else mode
 
-    def chosen(self, values: int) -> CommMode:
-        """How so many partial sums travel: the mode or, where that is auto, one of the others."""
+    def chosen(self, values: int, scattered: bool = False) -> CommMode:
+        """How so many partial sums travel: the mode or, where that is auto, one of the others.
+
+        scattered: in a reduce-scatter. It is half of each way of two hops, bf16 among them, and so goes by their costs.
+        """
         if self.mode != "auto" or self.costs is None:
             return self.mode
-        has = {"one_shot": self.first, "two_shot": self.second, "exact_sum": self.exact}
-        return self.costs.choose(2 * values, [mode for mode, part in has.items() if part is not None])
+        if (values, scattered) not in self._choices:
+            has = {"one_shot": self.first, "two_shot": self.second, "exact_sum": self.exact}
+            among = [mode for mode, part in has.items() if part is not None and not (scattered and mode == "one_shot")]
+            self._choices[values, scattered] = self.costs.choose(2 * values, among)
+        return self._choices[values, scattered]
 
     def _largest(self, share: Tensor) -> Tensor:
         """The largest of all ranks' shares."""
@@ -186,9 +193,14 @@ class HybridReducer(_Reducer):
         super().at(site)
         self.agreement.site = site
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """This rank's partial sums [..., E] -> the group's sum, in x's dtype; the gradient passes as it is."""
-        return _ReduceFromTensorParallelRegion.apply(x, self)
+    def all_reduce(self, x: Tensor, reuse: bool = False) -> Tensor:
+        """This rank's partial sums [..., E] -> the group's sum, in x's dtype; the gradient passes as it is.
+
+        reuse: x is the caller's own and not needed any more, so without a gradient the sum may be made in its place.
+        """
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _ReduceFromTensorParallelRegion.apply(x, self)
+        return self._forward(x, reuse)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """This rank's partial sums [length, ..., E] -> rank r's slice r of the sum [length / N, ..., E]; bit for bit
@@ -198,30 +210,34 @@ class HybridReducer(_Reducer):
         """
         return _ReduceScatterToSequenceParallelRegion.apply(x, self)
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, reuse: bool = False) -> Tensor:
+        self.agreement.check(x)
+        mode = self._mode_of(x, self.tp_size)
+        if mode not in LOW_BIT:
+            return self._stock(x, reuse)
         rows = x.reshape(-1, x.shape[-1])
-        self.agreement.check(rows)
-        mode = self._mode_of(rows, self.tp_size)
         if mode == "exact_sum":
             assert self.exact is not None
             codes = self.exact.encode(rows, self.tp_rank)
             self.traffic.count(codes, x.numel())
-            with self.agreement.explained():
+            with self.agreement:
                 dist.all_reduce(codes, group=self.tp_group)
             return self.exact.decode(codes, x.dtype).view(x.shape)
-        if mode not in LOW_BIT:
-            # The copy keeps the caller's tensor out of the in-place all-reduce.
-            message = x.to(self._wire_dtype(x), copy=True).contiguous()
-            self.traffic.count(message, x.numel())
-            with self.agreement.explained():
-                dist.all_reduce(message, group=self.tp_group)
-            return message.to(x.dtype)
         one_way = self._one_shot if mode == "one_shot" else self._two_shot
         parts = one_way(self._pieces(rows), x.dtype)
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
 
+    def _stock(self, x: Tensor, reuse: bool) -> Tensor:
+        dtype = self._wire_dtype(x)
+        own = reuse and x.dtype == dtype and x.is_contiguous()  # the all-reduce works in place
+        message = x if own else x.to(dtype, copy=True).contiguous()
+        self.traffic.count(message, message.numel())
+        with self.agreement:
+            dist.all_reduce(message, group=self.tp_group)
+        return message if message.dtype == x.dtype else message.to(x.dtype)
+
     def _largest(self, share: Tensor) -> Tensor:
-        with self.agreement.explained():
+        with self.agreement:
             dist.all_reduce(share, dist.ReduceOp.MAX, self.tp_group)
         return share
 
@@ -240,7 +256,7 @@ class HybridReducer(_Reducer):
         for piece in pieces:
             message = self.first.pack(piece, self.tp_rank)
             self.traffic.count(message, piece.numel())
-            with self.agreement.explained():
+            with self.agreement:
                 sent.append((message, *start_all_gather(message, self.tp_group)))
         return [self.first.unpack_reduce(self._arrived(work, messages), dtype) for _, work, messages in sent]
 
@@ -255,7 +271,7 @@ class HybridReducer(_Reducer):
             sizes = [max(0, min(each, len(piece) - rank * each)) for rank in range(self.tp_size)]
             mine = sizes[self.tp_rank]
             received = message.new_empty(self.tp_size, mine, message.shape[1])
-            with self.agreement.explained():
+            with self.agreement:
                 work = dist.all_to_all_single(
                     received.flatten(0, 1), message, [mine] * self.tp_size, sizes, group=self.tp_group, async_op=True
                 )
@@ -264,7 +280,7 @@ class HybridReducer(_Reducer):
             stripe = received.new_zeros(each, self.second.row_bytes)
             stripe[: received.shape[1]] = self.first.requantize(self._arrived(work, received), self.second)
             self.traffic.count(stripe)
-            with self.agreement.explained():
+            with self.agreement:
                 gathered.append((stripe, *start_all_gather(stripe, self.tp_group)))
         parts = []
         for piece, (_, work, stripes) in zip(pieces, gathered, strict=True):
@@ -273,29 +289,29 @@ class HybridReducer(_Reducer):
         return parts
 
     def _arrived(self, work: dist.Work, received: Tensor) -> Tensor:
-        with self.agreement.explained():
+        with self.agreement:
             work.wait()
         return received
 
     def _forward_scatter(self, x: Tensor) -> Tensor:
         """Rank r gets every rank's rows r: one all-to-all of messages, decoded and added in rank order."""
         shape = (x.shape[0] // self.tp_size, *x.shape[1:])
+        self.agreement.check(x)
+        mode = self._mode_of(x, self.tp_size, scattered=True)
         rows = x.reshape(-1, x.shape[-1])
-        self.agreement.check(rows)
-        mode = self._mode_of(rows, self.tp_size)
         if mode not in LOW_BIT or mode == "exact_sum":
             exact = self.exact if mode == "exact_sum" else None
             message = x.to(self._wire_dtype(x)).contiguous() if exact is None else exact.encode(rows, self.tp_rank)
             self.traffic.count(message, x.numel())
             total = message.new_empty(len(message) // self.tp_size, *message.shape[1:])
-            with self.agreement.explained():
+            with self.agreement:
                 reduce_scatter(total, message, self.tp_group)
             return total.to(x.dtype) if exact is None else exact.decode(total, x.dtype).view(shape)
         assert self.first is not None
         message = self.first.pack(rows, self.tp_rank)
         self.traffic.count(message, x.numel())
         received = torch.empty_like(message)
-        with self.agreement.explained():
+        with self.agreement:
             dist.all_to_all_single(received, message, group=self.tp_group)
         return self.first.unpack_reduce(received.unflatten(0, (self.tp_size, -1)), x.dtype).view(shape)
 
@@ -322,11 +338,10 @@ class HybridGather(nn.Module):
         return _GatherFromSequenceParallelRegion.apply(x, self)
 
     def _forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        self.agreement.check(rows, share=dist.get_world_size(self.tp_group))
-        message = self.format.pack(rows, 0)
+        self.agreement.check(x, share=dist.get_world_size(self.tp_group))
+        message = self.format.pack(x.reshape(-1, x.shape[-1]), 0)
         self.traffic.count(message, x.numel())
-        with self.agreement.explained():
+        with self.agreement:
             messages = all_gather_stack(message, self.tp_group).flatten(0, 1)
         return self.format.unpack_reduce(messages.unsqueeze(0), x.dtype).view(-1, *x.shape[1:])
 
@@ -343,7 +358,7 @@ class VirtualReducer(_Reducer):
         if self.low_bit and self.plan is not None and ranks != self.plan.tp_size:
             raise LowBitError(f"the communication plan is for tp_size {self.plan.tp_size}, there are {ranks} shards")
         rows = [p.reshape(-1, x.shape[-1]) for p in partials]
-        mode = self._mode_of(rows[0], ranks)
+        mode = self._mode_of(x, ranks)
         if mode not in LOW_BIT:
             dtype = self._wire_dtype(x)
             exact = torch.promote_types(dtype, torch.float32)

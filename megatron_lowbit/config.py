@@ -380,7 +380,7 @@ class BenchmarkCollectivesConfig(StageConfig):
         return self
 
 
-StageT = TypeVar("StageT", bound=StageConfig)
+StageT = TypeVar("StageT", bound=BaseModel)
 
 
 def load_config(stage: type[StageT], file: str | None, overrides: list[str]) -> StageT:

@@ -16,6 +16,7 @@ calibration and test for evaluation unless named.
 
 from __future__ import annotations
 
+import hashlib
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -51,6 +52,10 @@ class Windows:
 
     def num_batches(self, size: int) -> int:
         return -(-len(self.ids) // size)
+
+    def digest(self) -> str:
+        """The same for the same tokens."""
+        return hashlib.sha256(self.ids.numpy().tobytes() + self.mask.numpy().tobytes()).hexdigest()[:16]
 
     @property
     def num_tokens(self) -> int:

@@ -1,14 +1,16 @@
 """Process groups: where this process stands among its peers, and what only one of them should do.
 
-Every function takes the group it works on; None stands for a single process. torchrun and the `deepspeed` launcher set
-RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; nothing else of the environment is read.
+Every function takes the group it works on; None stands for a single process. RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR
+and MASTER_PORT are read here; launcher_env.py sets them whichever launcher it was.
 """
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -16,7 +18,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from megatron_lowbit import preemption
 from megatron_lowbit.config import LowBitError
+from megatron_lowbit.preemption import Preempted
 
 T = TypeVar("T")
 
@@ -69,6 +73,10 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+class ToldError(LowBitError):
+    """A LowBitError that all ranks share and rank 0 reports."""
+
+
 def on_rank_zero(action: Callable[[], T]) -> T:
     """Run `action` on rank 0 of the world only; all ranks return its value, or raise its LowBitError."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -82,8 +90,90 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     dist.broadcast_object_list(outcome, src=0, device=device())
     value, message = outcome[0]
     if message is not None:
-        raise LowBitError(message)
+        raise _shared(message)
     return value  # type: ignore[return-value]
+
+
+def on_every_rank(action: Callable[[], T]) -> T:
+    """Run `action` on every rank; where it raises LowBitError on one, all ranks raise that of the first such rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return action()
+    value, mine = None, None
+    try:
+        value = action()
+    except LowBitError as error:
+        mine = str(error)
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, mine)
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise _shared(f"rank {rank}: {message}" if rank else message)
+    return value  # type: ignore[return-value]
+
+
+def _shared(message: str) -> LowBitError:
+    return LowBitError(message) if dist.get_rank() == 0 else ToldError(message)
+
+
+class Watch:
+    """Asked once per step, by all ranks at the same steps: whether to go on. One tiny all-reduce each.
+
+    save_every: seconds after which rank 0 also asks for the state to be saved. lag: steps after which an answer is
+    used, so that pipeline stages may run ahead of each other.
+    """
+
+    GO, SAVE, STOP = range(3)
+
+    def __init__(self, save_every: float | None = None, lag: int = 0):
+        self.save_every, self.lag = save_every, lag
+        self.saved = time.monotonic()
+        self._pending: deque[tuple[dist.Work, Tensor]] = deque()
+        self._group: dist.ProcessGroup | None = None
+        if dist.is_initialized() and dist.get_backend() != "gloo":  # a GPU need not be waited for
+            self._group = dist.new_group(backend="gloo")
+
+    def step(self) -> int:
+        """GO, SAVE or STOP, the same on all ranks."""
+        wish = self._wish()
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            answer = wish
+        else:
+            value = torch.tensor([wish])
+            work = dist.all_reduce(value, dist.ReduceOp.MAX, self._group, async_op=True)
+            self._pending.append((work, value))  # type: ignore[arg-type]
+            if len(self._pending) <= self.lag:
+                return self.GO
+            work, value = self._pending.popleft()
+            work.wait()
+            answer = int(value)
+        if answer == self.STOP:
+            self.close()
+        if answer != self.GO:
+            self.saved = time.monotonic()
+        return answer
+
+    def check(self, message: str = "it starts over when it is run again") -> None:
+        """Raise Preempted, on all ranks, once any of them was told to stop."""
+        if self.step() == self.STOP:
+            raise Preempted(message)
+
+    def each(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, with a check before each."""
+        for item in items:
+            self.check()
+            yield item
+        self.close()
+
+    def close(self) -> None:
+        """Wait for the answers that are still on their way."""
+        while self._pending:
+            self._pending.popleft()[0].wait()
+
+    def _wish(self) -> int:
+        if preemption.asked():
+            return self.STOP
+        due = self.save_every is not None and env_rank() == 0 and time.monotonic() - self.saved >= self.save_every
+        return self.SAVE if due else self.GO
 
 
 def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> tuple[dist.Work, Tensor]:

@@ -234,7 +234,7 @@ class QuantRowParallelLinear(nn.Module):
         else:
             y = self.shards[0](x, dtype)
             if self.reducer is not None:
-                y = self.reducer.reduce_scatter(y) if self.sequence_parallel else self.reducer.all_reduce(y)
+                y = self.reducer.reduce_scatter(y) if self.sequence_parallel else self.reducer.all_reduce(y, reuse=True)
         y = y.to(x.dtype)
         return y if self.bias is None else y + self.bias
 

@@ -1,11 +1,14 @@
 """What a killed run is continued from: <output_dir>/resume.
 
-    state.json              settings, groups done, the parts of the checkpoint so far, results
+    state.json              stage, settings, what is done and which files hold it
+  of quantize
     ranges-<done>/          CalibrationStats of the groups done
     hp-<done>-rank<r>.bin, lowbit-<done>-rank<r>.bin     the two streams before the next group
+  of calibrate
+    observers-<done>-rank<r>.safetensors                 what rank r's observers have seen in the batches done
 
-Everything that a group adds has a name of its own and is written before state.json, which is replaced at once: whatever
-the moment of a kill, state.json and the files it speaks of belong together.
+Everything new has a name of its own and is written before state.json, which is replaced at once: whatever the moment of
+a kill, state.json and the files it speaks of belong together.
 """
 
 from __future__ import annotations
@@ -13,8 +16,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
+from torch import distributed as dist
 
 from megatron_lowbit.artifacts import (
     CalibrationStats,
@@ -24,23 +33,57 @@ from megatron_lowbit.artifacts import (
     remove_leftovers,
     verify_files,
 )
-from megatron_lowbit.config import LowBitError, QuantizeConfig, defaults
-from megatron_lowbit.files import ensure_writable, read_json, write_json
+from megatron_lowbit.config import CalibrateConfig, LowBitError, QuantizeConfig, defaults
+from megatron_lowbit.distributed import Watch, env_rank, on_every_rank, on_rank_zero
+from megatron_lowbit.files import discard, ensure_writable, read_json, read_tensors, write_json, write_tensors
+from megatron_lowbit.preemption import Preempted
 
 _FREE_KEYS = ("output_dir", "wandb", "dry_run", "architecture")  # may differ when a run is resumed
+SAVE_EVERY = 60.0  # seconds of a calibration pass; more where saving itself takes long
 
 
-class RunState:
-    """The state of one run. inputs: {what: digest} of what the settings only name (text, weights).
+class State:
+    """A stage's unfinished work. inputs: {what: digest} of what the settings only name (text, weights)."""
 
-    Only rank 0 calls `find`, `save` and `forget`.
-    """
-
-    def __init__(self, config: QuantizeConfig, inputs: dict[str, str]):
+    def __init__(self, stage: str, config: CalibrateConfig, inputs: dict[str, str]):
         self.output = Path(config.output_dir)
         self.folder = self.output / "resume"
         values = {key: value for key, value in defaults(config).items() if key not in _FREE_KEYS}
-        self.settings: dict[str, Any] = json.loads(json.dumps({**values, **inputs}))
+        self.settings: dict[str, Any] = json.loads(json.dumps({"stage": stage, **values, **inputs}))
+
+    def found(self, *keys: str) -> dict[str, Any] | None:
+        """state.json of an unfinished run; None, and an empty folder, where there is none.
+
+        Raises LowBitError for a run of another stage or other settings, naming them, and for a damaged file.
+        """
+        if not (self.folder / "state.json").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            ensure_writable(self.folder)
+            return None
+        found = read_json(self.folder / "state.json")
+        before, here = found.get("settings", {}), self.settings
+        changed = [key for key in {**before, **here} if before.get(key) != here.get(key)]
+        if before and changed:
+            listed = ", ".join(f"{key} {before.get(key)!r} there, {here.get(key)!r} here" for key in changed[:6])
+            raise LowBitError(
+                f"{str(self.folder)!r} is an unfinished run with other settings ({listed}); "
+                "repeat those to continue it, delete the folder to start over, or choose another output_dir"
+            )
+        if not {"settings", "done", *keys} <= set(found):
+            raise LowBitError(f"{str(self.folder)!r} is damaged; delete the folder to start the run over")
+        return found
+
+    def forget(self) -> None:
+        """Delete the state: all that the run was to write is written."""
+        (self.folder / "state.json").unlink(missing_ok=True)  # first, or what is left would look like a run to continue
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class RunState(State):
+    """The state of one run of quantize. Only rank 0 calls `find`, `save` and `forget`."""
+
+    def __init__(self, config: QuantizeConfig, inputs: dict[str, str]):
+        super().__init__("quantize", config, inputs)
         # Parts are named without the numbers of ranks: those do not change the artifact.
         named = {key: value for key, value in self.settings.items() if key not in ("tp", "dp")}
         self.run_name = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
@@ -53,22 +96,10 @@ class RunState:
 
         Raises LowBitError for a run of other settings, naming them, and for one whose files are gone or damaged.
         """
-        if not (self.folder / "state.json").exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            ensure_writable(self.folder)
+        found = self.found("parts", "bit_sums", "results")
+        if found is None:
             remove_leftovers(self.output)
             return {"done": 0}
-        found = read_json(self.folder / "state.json")
-        if not {"settings", "done", "parts", "bit_sums", "results"} <= set(found):
-            raise LowBitError(f"{str(self.folder)!r} is damaged; delete the folder to start the run over")
-        before, here = found["settings"], self.settings
-        changed = [key for key in {**before, **here} if before.get(key) != here.get(key)]
-        if changed:
-            listed = ", ".join(f"{key} {before.get(key)!r} there, {here.get(key)!r} here" for key in changed[:6])
-            raise LowBitError(
-                f"{str(self.folder)!r} is an unfinished run with other settings ({listed}); "
-                "repeat those to continue it, delete the folder to start over, or choose another output_dir"
-            )
         try:
             verify_files(self.output, merge_parts(found["parts"]))
         except LowBitError as error:
@@ -98,7 +129,55 @@ class RunState:
         shutil.rmtree(self.folder / f"ranges-{done - 1}", ignore_errors=True)
         return parts
 
-    def forget(self) -> None:
-        """Delete the state: all that the run was to write is written."""
-        (self.folder / "state.json").unlink(missing_ok=True)  # first, or what is left would look like a run to continue
-        shutil.rmtree(self.folder, ignore_errors=True)
+
+class PassState(State):
+    """A calibration pass that may stop after any of its `total` batches. All ranks make it and call it together.
+
+    done: batches that need not be read again; tensors: what this rank's observers had seen in them (calibrate.py).
+    lag: how many batches the first pipeline stage may be ahead of the last.
+    """
+
+    def __init__(self, config: CalibrateConfig, inputs: dict[str, str], total: int, lag: int = 0):
+        super().__init__("calibrate", config, inputs)
+        self.total, self.watch = total, Watch(SAVE_EVERY, lag)
+        found = on_rank_zero(partial(self.found, "files"))
+        self.done: int = found["done"] if found else 0
+        self.tensors: dict[str, Tensor] = on_every_rank(lambda: self._load(found["files"])) if found else {}
+        if found and env_rank() == 0:
+            print(f"continuing after {self.done} of the {total} batches")
+
+    def after_batch(self, seen: Callable[[], dict[str, Tensor]]) -> None:
+        """Save from time to time. Raises Preempted, after saving, once any rank was told to stop."""
+        self.done += 1
+        if self.done == self.total:  # what is left takes no time
+            self.watch.close()
+            return
+        answer = self.watch.step()
+        if answer != Watch.GO:
+            began = time.monotonic()
+            self._save(seen())
+            self.watch.save_every = max(SAVE_EVERY, 20 * (time.monotonic() - began))
+        if answer == Watch.STOP:
+            raise Preempted(f"after {self.done} of {self.total} batches; the same command continues there")
+
+    def _path(self) -> Path:
+        return self.folder / f"observers-{self.done}-rank{env_rank()}.safetensors"
+
+    def _load(self, files: dict[str, str]) -> dict[str, Tensor]:
+        try:
+            return read_tensors(self._path(), files.get(self._path().name, ""))
+        except LowBitError as error:
+            raise LowBitError(f"{error}; delete {str(self.folder)!r} to start the run over") from None
+
+    def _save(self, tensors: dict[str, Tensor]) -> None:
+        mine = {self._path().name: on_every_rank(lambda: write_tensors(self._path(), tensors))}
+        every: list[dict[str, str]] = [mine]
+        if dist.is_initialized():
+            every = [{}] * dist.get_world_size()
+            dist.all_gather_object(every, mine)
+        files = {name: checksum for part in every for name, checksum in part.items()}
+        state = {"settings": self.settings, "done": self.done, "files": files}
+        on_rank_zero(lambda: write_json(self.folder / "state.json", state))
+        for old in self.folder.glob(f"observers-*-rank{env_rank()}.safetensors"):
+            if old.name not in files:
+                discard(old)

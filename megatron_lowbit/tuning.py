@@ -1,13 +1,13 @@
 """Measures a CostTable (cost.py) on the ranks that will use it.
 
-The modes take turns in each round, behind a barrier. A repetition takes as long as on the slowest rank and a cell of
-the table is the median, so all ranks hold the same table, and choose alike. The first rounds do not count: on the
-loopback of two cores, five rounds from the start put 16 KiB in bf16 at 3 ms, where it settles at 0.6.
+The modes take turns in each round, behind a barrier. A repetition takes as long as on the slowest rank, so all ranks
+hold the same table, and choose alike. Large tensors come first and the first rounds do not count: connections and
+allocators start slowly. (On the loopback of two cores, five rounds from the start put 16 KiB in bf16 at 3 ms, where it
+settles at 0.6.)
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 
@@ -38,13 +38,14 @@ def measure_costs(group: dist.ProcessGroup, plan: SitePlan, sizes: Sequence[int]
     modes = [mode for mode in TUNED if mode != "two_shot" or plan.second is not None]
     reducers = {mode: HybridReducer(plan, group, mode) for mode in modes}
     rows: dict[str, list[tuple[int, float]]] = {mode: [] for mode in modes}
-    for tokens in sorted({max(1, size // (2 * features)) for size in sizes}):
+    for tokens in sorted({max(1, size // (2 * features)) for size in sizes}, reverse=True):
         x = torch.randn(tokens, features, generator=torch.Generator().manual_seed(tokens)).bfloat16().to(where)
         warm = slowest([one_round(reducers, n, x) for n in range(WARM_UP)], group, where)
         count = min(ROUNDS[1], max(ROUNDS[0], int(SECONDS / sum(warm[-1]))))  # decided once, for all ranks alike
         times = slowest([one_round(reducers, n, x) for n in range(count)], group, where)
         for mode, column in zip(modes, zip(*times, strict=True), strict=True):
-            rows[mode].append((2 * x.numel(), statistics.median(column)))
+            quartile = torch.tensor(column).quantile(0.25 if mode == "bf16" else 0.75).item()  # cost.py says why
+            rows[mode].insert(0, (2 * x.numel(), quartile))
     return CostTable(dist.get_world_size(group), features, {mode: tuple(points) for mode, points in rows.items()})
 
 
@@ -53,11 +54,11 @@ def one_round(reducers: Mapping[CommMode, HybridReducer], number: int, x: Tensor
     seconds, modes = dict.fromkeys(reducers, 0.0), list(reducers)
     first = number % len(modes)
     for mode in modes[first:] + modes[:first]:
-        reducer = reducers[mode]
+        reducer, own = reducers[mode], x.clone()
         dist.barrier(reducer.tp_group)
         _wait(x)
         start = time.perf_counter()
-        reducer.all_reduce(x)
+        reducer.all_reduce(own, reuse=True)
         _wait(x)
         seconds[mode] = time.perf_counter() - start
     return list(seconds.values())

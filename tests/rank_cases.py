@@ -84,6 +84,19 @@ def all_reduce(
     }
 
 
+def all_reduce_in_place(rank: int, size: int, plan: SitePlan, partials: Tensor, mode: CommMode) -> dict[str, Any]:
+    """The sum that may be made in x's place: x must be the sum, or as it was, and with a gradient as it was."""
+    reducer = HybridReducer(plan, dist.group.WORLD, mode)
+    copied, x, learning = partials[rank].clone(), partials[rank].clone(), partials[rank].clone().requires_grad_()
+    expected = reducer.all_reduce(copied)
+    y, with_gradient = reducer.all_reduce(x, reuse=True), reducer.all_reduce(learning, reuse=True)
+    return {
+        "equal": torch.equal(y, expected) and torch.equal(with_gradient, expected),
+        "in_place": y.data_ptr() == x.data_ptr(),
+        "kept": torch.equal(copied, partials[rank]) and torch.equal(learning, partials[rank]),
+    }
+
+
 def all_reduce_gradient(
     rank: int, size: int, plan: SitePlan, partials: Tensor, mode: CommMode | None = None
 ) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_lowbit.artifacts import CalibrationStats, FeatureRange, SitePlan
 from megatron_lowbit.collectives import VirtualReducer
 from megatron_lowbit.config import CommConfig, LowBitError
-from megatron_lowbit.ranges import build_plan
+from megatron_lowbit.ranges import build_plan, synthetic_plan
 
 BF16_ROUNDING = 2.0**-8  # relative: half a unit in the last of 8 significant bits
 FLOAT32_ROUNDING = 2.0**-20  # relative, generous: a few float32 operations
@@ -213,3 +213,20 @@ def test_plan_of_another_tp_size_is_refused(two_ranks):
         assert message == "the communication plan is for tp_size 4, this group has 2 ranks"
     with pytest.raises(LowBitError, match="tp_size 4, there are 2"):
         VirtualReducer(plan).all_reduce(list(partial_sums(2, 33, 128)))
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype", "in_place"),
+    [
+        ("bf16", torch.bfloat16, True),
+        ("native", torch.float32, True),
+        ("bf16", torch.float32, False),  # travels in another dtype
+        ("one_shot", torch.bfloat16, False),
+        ("exact_sum", torch.bfloat16, False),
+    ],
+)
+def test_a_sum_may_take_its_partial_sums_place(two_ranks, mode, dtype, in_place):
+    partials = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    plan = synthetic_plan(partials.float(), CommConfig())
+    for rank in two_ranks.run(rank_cases.all_reduce_in_place, plan, partials, mode):
+        assert rank == {"equal": True, "in_place": in_place, "kept": True}

@@ -11,6 +11,7 @@ import torch
 from commands import COMMAND as LAUNCH
 from commands import EVALUATION, SMALL_TEXT, needs_deepspeed, run_here, run_there
 
+from megatron_lowbit import tuning
 from megatron_lowbit.collectives import VirtualReducer
 from megatron_lowbit.config import CommConfig, LowBitError
 from megatron_lowbit.cost import CostTable
@@ -52,6 +53,31 @@ def test_of_equals_the_first_is_taken_whatever_the_order():
     rows = {"exact_sum": points, "two_shot": points, "bf16": ((64, 1.0),)}
     assert CostTable(2, 64, rows).choose(64) == "two_shot"
     assert CostTable(2, 64, dict(reversed(rows.items()))).choose(64) == "two_shot"
+
+
+def test_a_reduce_scatter_goes_by_the_costs_of_two_hops():
+    """One-shot's cost does not halve as theirs do: where it alone is fast, a reduce-scatter stays in bf16."""
+    rows = {"bf16": ((64, 1.0),), "one_shot": ((64, 0.5),), "two_shot": ((64, 2.0),)}
+    reducer = VirtualReducer(PLAN, "auto", costs=CostTable(2, 64, rows))
+    assert (reducer.chosen(32), reducer.chosen(32, scattered=True)) == ("one_shot", "bf16")
+    rows["two_shot"] = ((64, 0.8),)
+    reducer = VirtualReducer(PLAN, "auto", costs=CostTable(2, 64, rows))
+    assert (reducer.chosen(32), reducer.chosen(32, scattered=True)) == ("one_shot", "two_shot")
+
+
+def test_noise_speaks_for_bf16(monkeypatch):
+    """Of five rounds bf16 counts with its second best, and every other mode with its second worst."""
+    monkeypatch.setattr(tuning, "HybridReducer", lambda plan, group, mode: mode)
+    monkeypatch.setattr(tuning.dist, "get_backend", lambda group: "gloo")
+    monkeypatch.setattr(tuning.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(tuning, "slowest", lambda rounds, group, where: rounds)
+    monkeypatch.setattr(tuning, "ROUNDS", (5, 5))
+    rounds = {"bf16": [3.0, 1.0, 2.0, 5.0, 4.0], "one_shot": [5.0, 4.0, 1.0, 3.0, 2.0]}
+    monkeypatch.setattr(
+        tuning, "one_round", lambda reducers, n, x: [rounds.get(mode, [9.0] * 5)[n] for mode in reducers]
+    )
+    table = tuning.measure_costs(None, PLAN, [2**10])
+    assert table.rows["bf16"] == ((2**10, 2.0),) and table.rows["one_shot"] == ((2**10, 4.0),)
 
 
 def test_saved_and_loaded(tmp_path):

@@ -21,11 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 TIERS = [
     {
         *("config", "embedded", "kernels", "kernels.cpu", "kernels.gpu", "kernels.hybrid", "kernels.packing"),
-        *("kernels.reference", "kernels.triton_hybrid"),
+        *("kernels.reference", "kernels.triton_hybrid", "launcher_env", "preemption"),
     },
     {"quantizer", "agreement", "allocation", "clipping", "channels", "files", "distributed", "hf_weights", "streams"},
     {"wandb_run"},
-    {"codec", "data", "metrics", "reassembly", "sharding"},
+    {"codec", "data", "folder_lock", "metrics", "reassembly", "rendezvous", "sharding"},
     {"artifacts"},
     {"calibrate", "exact_sum", "ranges", "rounding"},
     {"cost", "drift"},

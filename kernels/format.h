@@ -1,0 +1,140 @@
+// The format of a row (hybrid.py): its tiers, the scales of rank-1 tokens, and which features of a row each tier has.
+
+#pragma once
+
+#include "vectors.h"
+
+// Mirrored by the ctypes structure in cpu.py. scale, zero_point: [ranks, features] in wire order.
+struct LowbitFormat {
+  const float* scale;
+  const float* zero_point;
+  const int64_t* order;
+  const int64_t* tiers;  // bits, count, bits, count, ...
+  int64_t num_tiers;
+  int64_t features;
+  int64_t rank1;
+};
+
+namespace {
+
+constexpr uint16_t kBf16NaN = 0xffff;  // the one that torch's vectorized cast makes
+constexpr uint8_t kBroken = 255;       // header of a rank-1 token that holds NaN or Inf
+constexpr float kFar = 16.0f;          // standard deviations beyond which a rank-1 value counts as saturated
+
+// By bits: how much of a rank-1 token's scale its codes span.
+constexpr double kLoading[] = {0, 0, 0.65, 0.8, 0.88, 0.95, 1.05, 1.1, 1.1};
+
+// Mantissa bits of 2^(i / 8), and of the thresholds between them.
+constexpr uint32_t kMantissas[] = {0, 759234, 1587184, 2490071, 3474675, 4548394, 5719293, 6996167};
+constexpr uint32_t kThresholds[] = {371396, 1164244, 2028851, 2971711, 3999908, 5121165, 6343903, 7677310};
+
+// The largest |v| of a rank-1 token -> the byte of the nearest scale 2^(j / 8), which is j + 128.
+inline uint8_t scale_header(float largest) {
+  if (!std::isfinite(largest)) return kBroken;
+  if (largest == 0) return 0;
+  uint32_t bits = as_bits(largest);
+  int j = 8 * (static_cast<int>(bits >> 23) - 127);
+  for (uint32_t threshold : kThresholds) j += (bits & 0x7fffff) >= threshold;
+  return static_cast<uint8_t>((j < -127 ? -127 : j > 126 ? 126 : j) + 128);
+}
+
+inline float header_scale(uint8_t header) {
+  if (header == 0) return 0.0f;
+  if (header == kBroken) return std::numeric_limits<float>::quiet_NaN();
+  int j = header - 128;
+  return as_float(static_cast<uint32_t>((j >> 3) + 127) << 23 | kMantissas[j & 7]);
+}
+
+struct Tier {
+  int bits;
+  int64_t count;
+  int64_t feature;  // the first one, in wire order
+  int64_t slot;     // its place in arrays where tiers are padded to whole blocks, and one more that may be overwritten
+  int64_t byte;     // in the row
+  int64_t size;     // bytes
+  float largest() const { return static_cast<float>((1 << bits) - 1); }
+  double code_span() const { return 2 * kLoading[bits] / ((1 << bits) - 1); }
+};
+
+inline int64_t packed_bytes(int64_t count, int bits) {
+  int64_t per_word = 1;
+  while (per_word * bits % 8) per_word *= 2;
+  return (count + per_word - 1) / per_word * per_word * bits / 8;
+}
+
+struct Layout {
+  std::vector<Tier> tiers;
+  int64_t features, header, row_bytes, slots = 0;
+  const int64_t* order;
+  bool rank1, ascending = true;  // ascending: the features of every tier
+
+  explicit Layout(const LowbitFormat& format)
+      : features(format.features), order(format.order), rank1(format.rank1 != 0) {
+    bool bf16 = false;
+    for (int64_t i = 0; i < format.num_tiers; ++i) bf16 |= format.tiers[2 * i] == 16;
+    header = rank1 || !bf16;
+    row_bytes = header;
+    int64_t feature = 0;
+    for (int64_t i = 0; i < format.num_tiers; ++i) {
+      int bits = static_cast<int>(format.tiers[2 * i]);
+      int64_t count = format.tiers[2 * i + 1], size = bits == 16 ? 2 * count : packed_bytes(count, bits);
+      if (count) tiers.push_back({bits, count, feature, slots, row_bytes, size});
+      for (int64_t f = feature + 1; f < feature + count; ++f) ascending &= order[f - 1] < order[f];
+      feature += count, slots += padded(count) + kBlock, row_bytes += size;
+    }
+  }
+
+  // Each feature once.
+  bool valid() const {
+    std::vector<bool> seen(features);
+    for (int64_t i = 0; i < features; ++i) {
+      if (order[i] < 0 || order[i] >= features || seen[order[i]]) return false;
+      seen[order[i]] = true;
+    }
+    return true;
+  }
+};
+
+// Where the features of a row are among the slots of the tiers, a block of kSize features at a time.
+//
+// Inside a tier features ascend. Those of a block that are in one tier are then neighbours there: the row's block comes
+// from a run of each tier, each spread to the places in a mask, or is taken apart into them, which AVX-512 does in one
+// instruction (expand, compress). Where features do not ascend, words are copied one by one.
+template <int kSize>
+struct Runs {
+  struct Run {
+    uint64_t mask;
+    int64_t slot;
+  };
+  std::vector<Run> runs;
+  std::vector<int32_t> first;  // of every block, and the end
+  std::vector<int32_t> slot;   // of every feature
+
+  Runs(const Layout& layout, bool with_bf16) : slot(layout.features) {
+    std::vector<uint8_t> tier_of(layout.features);
+    for (size_t t = 0; t < layout.tiers.size(); ++t)
+      for (int64_t i = 0; i < layout.tiers[t].count; ++i) {
+        int64_t f = layout.order[layout.tiers[t].feature + i];
+        slot[f] = static_cast<int32_t>(layout.tiers[t].slot + i);
+        tier_of[f] = static_cast<uint8_t>(t);
+      }
+#ifdef LOWBIT_AVX512
+    if (!layout.ascending || layout.tiers.size() > 64) return;
+    for (int64_t from = 0; from < layout.features; from += kSize) {
+      first.push_back(static_cast<int32_t>(runs.size()));
+      int where[64];
+      uint64_t present = 0;
+      for (int64_t f = from; f < from + kSize && f < layout.features; ++f) {
+        if (!with_bf16 && layout.tiers[tier_of[f]].bits == 16) continue;
+        uint64_t tier = uint64_t{1} << tier_of[f];
+        if (!(present & tier)) where[tier_of[f]] = static_cast<int>(runs.size()), runs.push_back({0, slot[f]});
+        present |= tier;
+        runs[where[tier_of[f]]].mask |= uint64_t{1} << (f - from);
+      }
+    }
+    first.push_back(static_cast<int32_t>(runs.size()));
+#endif
+  }
+};
+
+}  // namespace

@@ -1,0 +1,279 @@
+// Vectors of 16 lanes for the kernels, and the dtypes of partial sums.
+//
+// They are GCC's own (vector_size), which any target compiles, split where a register is smaller. What AVX-512 of today
+// (Ice Lake, Zen 4 and later) does in an instruction has its own branch: LOWBIT_AVX512.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <type_traits>
+#include <utility>
+#include <vector>
+#if defined(__AVX512VBMI2__) && defined(__AVX512VBMI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#define LOWBIT_AVX512
+#include <immintrin.h>
+#endif
+
+namespace {
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Lanes __attribute__((vector_size(64)));
+typedef uint16_t Words __attribute__((vector_size(64)));
+typedef uint8_t Bytes __attribute__((vector_size(64)));
+
+constexpr int kLanes = 16;
+constexpr int kBlock = 64;                 // values that a step of a loop works on, as four vectors
+constexpr int kVectors = kBlock / kLanes;
+constexpr int kTokens = 4;                 // that go through a loop together: reading qparams takes longer than using them
+constexpr float kMagic = 0x1.8p23f;        // a small value plus this has it rounded, half to even, in its low mantissa bits
+
+inline int64_t padded(int64_t count) { return (count + kBlock - 1) / kBlock * kBlock; }
+inline uint64_t low_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
+
+// Loops are unrolled here, and bodies inlined, before the compiler decides what to keep in registers: arrays of a
+// value per token are to stay there.
+#define INLINE __attribute__((always_inline))
+
+template <class Body, size_t... I>
+INLINE inline void each_of(std::index_sequence<I...>, Body& body) {
+  (body(std::integral_constant<int, I>()), ...);
+}
+
+// body(i) for i < N, each a constant.
+template <int N, class Body>
+INLINE inline void each(Body body) {
+  each_of(std::make_index_sequence<N>(), body);
+}
+
+template <class V>
+inline V load(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class V>
+inline void store(void* to, V v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+inline Floats splat(float value) { return Floats{} + value; }
+inline Floats to_floats(Lanes small) { return __builtin_convertvector((Ints)small, Floats); }
+inline Lanes magnitude(Floats v) { return (Lanes)v & 0x7fffffffu; }
+
+inline Lanes larger(Lanes a, Lanes b) {
+#ifdef LOWBIT_AVX512
+  return (Lanes)_mm512_max_epu32((__m512i)a, (__m512i)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline uint32_t largest_lane(Lanes v) {
+  uint32_t most = 0;
+  for (int i = 0; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+}
+
+inline float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t as_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+// A NaN whose low half is zero, so that rounding it to bf16 leaves a NaN.
+inline float quiet(float value) { return std::isnan(value) ? std::numeric_limits<float>::quiet_NaN() : value; }
+
+// As the hardware rounds to bf16, but a NaN may become any NaN with a low half of zero; see quiet().
+inline Lanes round_to_bf16(Floats v) {
+  Lanes bits = (Lanes)v;
+  return bits + 0x7fffu + (bits >> 16 & 1u);
+}
+
+// ---- Dtypes: how 64 values lie in memory, and in four vectors.
+//
+//   load          64 neighbours; place(i): the index of neighbour i among the 4 x 16 lanes that come out
+//   store_fours   the four vectors of a group of codes, whose lane i holds neighbours 4 i + j in vector j, side by side
+
+struct Bfloat16 {
+  using Word = uint16_t;
+  static constexpr uint32_t infinity = 0x7f80;
+  static int64_t place(int64_t i) { return i / 32 * 32 + i % 2 * kLanes + i % 32 / 2; }
+
+  template <int V>
+  static Floats load(const Word* from) {
+    Lanes pairs = ::load<Lanes>(from + V / 2 * 32);
+    return (Floats)(V % 2 ? pairs & 0xffff0000u : pairs << 16);
+  }
+
+  static float value(Word word) { return as_float(static_cast<uint32_t>(word) << 16); }
+
+  static void store_fours(Word* to, const Floats* v) {
+#ifdef LOWBIT_AVX512
+    // Of a pair of vectors the high words, those of the first in front; then pairs of neighbours from two of these.
+    Words low, high;
+#ifdef __AVX512BF16__
+    // The instruction takes subnormals for zero.
+    int subnormal = 0;
+    for (int j = 0; j < kVectors; ++j) subnormal |= _mm512_fpclass_ps_mask((__m512)v[j], 0x20);
+    if (__builtin_expect(!subnormal, 1)) {
+      low = (Words)_mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
+      high = (Words)_mm512_cvtne2ps_pbh((__m512)v[3], (__m512)v[2]);
+    } else
+#endif
+    {
+      Words odd = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+      auto halves = [&](Floats a, Floats b) {
+        return (Words)_mm512_permutex2var_epi16((__m512i)round_to_bf16(a), (__m512i)odd, (__m512i)round_to_bf16(b));
+      };
+      low = halves(v[0], v[1]), high = halves(v[2], v[3]);
+    }
+    const Words first = {0, 16, 32, 48, 1, 17, 33, 49, 2, 18, 34, 50, 3, 19, 35, 51, 4, 20, 36, 52, 5, 21, 37, 53, 6, 22, 38, 54, 7, 23, 39, 55};
+    ::store(to, _mm512_permutex2var_epi16((__m512i)low, (__m512i)first, (__m512i)high));
+    ::store(to + 32, _mm512_permutex2var_epi16((__m512i)low, (__m512i)(first + 8), (__m512i)high));
+#else
+    Lanes first = round_to_bf16(v[0]) >> 16 | (round_to_bf16(v[1]) & 0xffff0000u);
+    Lanes second = round_to_bf16(v[2]) >> 16 | (round_to_bf16(v[3]) & 0xffff0000u);
+    uint32_t pairs[2 * kLanes];
+    for (int i = 0; i < kLanes; ++i) pairs[2 * i] = first[i], pairs[2 * i + 1] = second[i];
+    std::memcpy(to, pairs, sizeof pairs);
+#endif
+  }
+
+  static Word word(float value) { return static_cast<Word>(round_to_bf16(splat(value))[0] >> 16); }
+};
+
+struct Float32 {
+  using Word = uint32_t;
+  static constexpr uint32_t infinity = 0x7f800000;
+  static int64_t place(int64_t i) { return i; }
+
+  template <int V>
+  static Floats load(const Word* from) {
+    return ::load<Floats>(from + V * kLanes);
+  }
+
+  static float value(Word word) { return as_float(word); }
+
+  static void store_fours(Word* to, const Floats* v) {
+#ifdef LOWBIT_AVX512
+    const Lanes pairs = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    const Lanes quads = {0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23};
+    auto pick = [](auto a, Lanes places, auto b) {
+      return _mm512_permutex2var_ps((__m512)a, (__m512i)places, (__m512)b);
+    };
+    for (uint32_t half = 0; half < 2; ++half) {
+      auto front = pick(v[0], pairs + 8 * half, v[1]), back = pick(v[2], pairs + 8 * half, v[3]);
+      ::store(to + 32 * half, pick(front, quads, back));
+      ::store(to + 32 * half + 16, pick(front, quads + 8, back));
+    }
+#else
+    float all[kBlock];
+    for (int i = 0; i < kLanes; ++i)
+      for (int j = 0; j < kVectors; ++j) all[kVectors * i + j] = v[j][i];
+    std::memcpy(to, all, sizeof all);
+#endif
+  }
+
+  static Word word(float value) { return as_bits(value); }
+};
+
+struct Float16 {
+  using Word = uint16_t;
+  static constexpr uint32_t infinity = 0x7c00;
+  static int64_t place(int64_t i) { return Bfloat16::place(i); }
+
+  static Lanes widen(Lanes half) {
+    Lanes size = (half & 0x7fffu) << 13;
+    Lanes bits = (Lanes)((Floats)size * 0x1p112f);  // moves the exponent, exact for subnormals too
+    bits |= size >= 0x0f800000u ? Lanes{} + 0x7f800000u : Lanes{};
+    return bits | (half & 0x8000u) << 16;
+  }
+
+  static Lanes narrow(Floats v) {
+    Lanes size = magnitude(v), sign = (Lanes)v ^ size;
+    Lanes subnormal = (Lanes)((Floats)size + 0.5f) - 0x3f000000u;  // 0.5 has the ulp of a subnormal half
+    Lanes normal = (size + 0xc8000fffu + (size >> 13 & 1u)) >> 13;
+    Lanes special = size > 0x7f800000u ? Lanes{} + 0x7e00u : Lanes{} + 0x7c00u;
+    Lanes half = size < 0x38800000u ? subnormal : normal;
+    return (size >= 0x47800000u ? special : half) | sign >> 16;
+  }
+
+  template <int V>
+  static Floats load(const Word* from) {
+    Lanes pairs = ::load<Lanes>(from + V / 2 * 32);
+    return (Floats)widen(V % 2 ? pairs >> 16 : pairs & 0xffffu);
+  }
+
+  static float value(Word word) { return ((Floats)widen(Lanes{} + word))[0]; }
+
+  static void store_fours(Word* to, const Floats* v) {
+    Lanes first = narrow(v[0]) | narrow(v[1]) << 16, second = narrow(v[2]) | narrow(v[3]) << 16;
+    uint32_t pairs[2 * kLanes];
+    for (int i = 0; i < kLanes; ++i) pairs[2 * i] = first[i], pairs[2 * i + 1] = second[i];
+    std::memcpy(to, pairs, sizeof pairs);
+  }
+
+  static Word word(float value) { return static_cast<Word>(narrow(splat(value))[0]); }
+};
+
+// The largest magnitude among words, bitwise: NaN and Inf are above all others.
+template <class Word>
+struct Largest {
+  Lanes seen = {};
+  void see(const Word* block) {
+    for (size_t i = 0; i < kBlock * sizeof(Word); i += sizeof seen) {
+      Lanes raw = load<Lanes>(reinterpret_cast<const char*>(block) + i);
+      if constexpr (sizeof(Word) == 4) {
+        seen = larger(raw & 0x7fffffffu, seen);
+      } else {
+#ifdef LOWBIT_AVX512
+        seen = (Lanes)_mm512_max_epu16((__m512i)(raw & 0x7fff7fffu), (__m512i)seen);
+#else
+        Words now = (Words)(raw & 0x7fff7fffu), before = (Words)seen;
+        seen = (Lanes)(now > before ? now : before);
+#endif
+      }
+    }
+  }
+  bool reached(uint32_t limit) const {
+    Word all[sizeof seen / sizeof(Word)];
+    std::memcpy(all, &seen, sizeof seen);
+    for (Word one : all)
+      if (one >= limit) return true;
+    return false;
+  }
+};
+
+// Scratch memory, zeroed, with room for a vector read or written past its end.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) {
+    size_t bytes = size * sizeof(T) + 128;
+    data_ = static_cast<T*>(::operator new(bytes, std::align_val_t(64)));
+    std::memset(static_cast<void*>(data_), 0, bytes);
+  }
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+  T* get() { return data_; }
+  const T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+}  // namespace

@@ -1,0 +1,253 @@
+"""Stages as jobs of a real Slurm (slurm_lab.py) on two nodes each, and what befalls jobs: a signal, a lost node, a
+killed rank, a full disk, a bad config. All are submitted by `slurm submit`; faults come in the middle, as seen in the
+state that the run has saved. What is compared are sha256 of all files of the artifact.
+
+Each case records what happened and how long it took, in a table that `pytest -s` shows at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import CALIBRATION, EVALUATION, needs_deepspeed, run_here
+from slurm_lab import SlurmLab, why_not
+from test_resume import SETTINGS, artifact_files, done
+from tiny_models import save_model
+
+pytestmark = [needs_deepspeed, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]
+BLOCKS = 6  # in groups of one: states enough to be caught between two
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[SlurmLab]:
+    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
+        lab = SlurmLab(Path(folder))
+        try:
+            lab.start()
+            yield lab
+        finally:
+            lab.stop()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_model("llama", tmp_path_factory.mktemp("model"), num_hidden_layers=BLOCKS)
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory) -> dict[str, str]:
+    """{file: sha256} of a run that nothing disturbed, of one process without Slurm."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run_here("quantize", f"model={model}", *SETTINGS, f"output_dir={folder}") == 0
+    return artifact_files(folder)
+
+
+@pytest.fixture(scope="module")
+def record() -> Iterator[Callable[..., None]]:
+    rows = [
+        "| launcher | stage | fault | what happened | seconds to recover | artifact |",
+        "|---|---|---|---|---:|---|",
+    ]
+    yield lambda *cells: rows.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    print("", *rows, sep="\n")
+
+
+class Jobs:
+    """The stages of one `slurm submit`."""
+
+    def __init__(self, lab: SlurmLab, folder: Path, stages: dict, **keys: object):
+        self.lab, self.folder = lab, folder
+        config = {
+            "stages": stages,
+            "nodes": 2,
+            "time": "10",
+            "python": sys.executable,
+            "setup": ["export MASTER_ADDR=127.0.0.1"],  # nobody resolves the names of the nodes
+            "wait": 20,
+            "output_dir": str(folder / "slurm"),
+            **keys,
+        }
+        folder.mkdir(exist_ok=True)
+        (folder / "jobs.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        self.ids: dict[str, str] = {}
+
+    def submit(self) -> Jobs:
+        command = [sys.executable, "-m", "megatron_lowbit.launch", "slurm", "submit", self.folder / "jobs.yaml"]
+        printed = self.lab.run(*command)
+        words = [line.split() for line in printed.splitlines() if not line.startswith("wrote ")]
+        self.ids = dict(words)
+        return self
+
+    def ended(self, stage: str = "quantize") -> tuple[str, str]:
+        """(state, exit code) of a stage's job once it has ended; its log is shown where a test then fails."""
+        job = self.lab.ended(self.ids[stage])
+        print(f"--- {self.folder.name} {stage}: {job['JobState']} {job['ExitCode']}\n{self.log(stage)}")
+        return job["JobState"], job["ExitCode"].partition(":")[0]
+
+    def restarts(self, stage: str = "quantize") -> int:
+        return int(self.lab.job(self.ids[stage])["Restarts"])
+
+    def log(self, stage: str = "quantize") -> str:
+        (file, *_) = [*(self.folder / "slurm" / "logs").glob(f"*-{self.ids[stage]}.log"), None]
+        return file.read_text() if file else ""
+
+    def pids(self, rank: int) -> list[int]:
+        """Processes of a rank: those that hold its number and this job's in their environment."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                variables = (entry / "environ").read_bytes().split(b"\0")
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            wanted = {f"SLURM_JOB_ID={self.ids['quantize']}".encode(), f"SLURM_PROCID={rank}".encode()}
+            if wanted <= set(variables) and b"megatron_lowbit.launch.quantize" in command:
+                found.append(int(entry.name))
+        return found
+
+    def wait_for_group(self, output: Path, least: int = 1) -> None:
+        self.lab.wait(lambda: (done(output) or 0) >= least, 90, f"state of {least} groups in {output}\n{self.log()}")
+
+
+def quantize(model: Path, output: Path, *more: str) -> dict:
+    return {"arguments": [f"model={model}", *SETTINGS, f"output_dir={output}", *more]}
+
+
+def test_chain_on_two_nodes(lab, model, whole, tmp_path, record):
+    """calibrate -> quantize -> evaluate, each by another launcher."""
+    plans, artifact, evaluation = (tmp_path / name for name in ("plans", "artifact", "evaluation"))
+    two_ranks = [f"model={model}", "engine=deepspeed", "tp=2"]
+    calibrate = [*two_ranks, *CALIBRATION, "comm.tp_sizes=[2]", f"output_dir={plans}"]
+    evaluate = [*two_ranks, f"artifact={artifact}", *EVALUATION, f"output_dir={evaluation}"]
+    stages = {
+        "calibrate": {"arguments": calibrate, "launcher": "deepspeed"},
+        "quantize": quantize(model, artifact, "tp=2"),
+        "evaluate": {"arguments": evaluate, "launcher": "torchrun"},
+    }
+    start = time.monotonic()
+    jobs = Jobs(lab, tmp_path, stages).submit()
+    assert lab.state(jobs.ids["evaluate"]) == "PENDING"
+    assert {stage: jobs.ended(stage) for stage in stages} == dict.fromkeys(stages, ("COMPLETED", "0"))
+    assert (plans / "comm_plan_tp2.json").exists()
+    assert artifact_files(artifact) == whole
+    rows = {row["name"]: row for row in json.loads((evaluation / "evaluate.json").read_text())["rows"]}
+    assert {row["tp"] for row in rows.values()} == {2} and len(rows) > 1
+    seconds = f"{time.monotonic() - start:.0f} in all"
+    record("deepspeed, srun, torchrun", "calibrate → quantize → evaluate", "none", "completed", seconds, "identical")
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun", "deepspeed"])
+def test_a_job_that_has_to_make_way(lab, model, whole, tmp_path, record, launcher):
+    """USR1, as Slurm sends it before the time is up: the state is saved, the job goes back into the queue and on."""
+    output = tmp_path / "artifact"
+    jobs = Jobs(lab, tmp_path, {"quantize": {**quantize(model, output, "tp=2"), "launcher": launcher}}).submit()
+    jobs.wait_for_group(output)
+    lab.run("scancel", "--signal=USR1", jobs.ids["quantize"])
+    start = time.monotonic()
+    lab.wait(lambda: jobs.restarts() == 1, 60, f"requeue\n{jobs.log()}")
+    at = done(output)
+    assert at is not None and 1 <= at < BLOCKS, "it came too late"
+    before = (output / "metrics.jsonl").stat().st_size
+    lab.wait(lambda: (output / "metrics.jsonl").stat().st_size > before, 60, f"sign of work\n{jobs.log()}")
+    seconds = time.monotonic() - start
+    assert jobs.ended() == ("COMPLETED", "0")
+    assert jobs.restarts() == 1 and "goes back into the queue" in jobs.log() and "Traceback" not in jobs.log()
+    assert artifact_files(output) == whole
+    record(
+        launcher,
+        "quantize",
+        f"USR1 after group {at} of {BLOCKS}",
+        "exit 99, requeued, went on",
+        f"{seconds:.1f}",
+        "identical",
+    )
+
+
+def test_a_node_that_goes_down(lab, model, whole, tmp_path, record):
+    output = tmp_path / "artifact"
+    jobs = Jobs(lab, tmp_path, {"quantize": quantize(model, output, "tp=2")}).submit()
+    jobs.wait_for_group(output)
+    lab.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    try:
+        start = time.monotonic()
+        lab.wait(lambda: jobs.restarts() == 1, 60, f"requeue\n{jobs.log()}")
+        at = done(output)
+        assert at is not None and 1 <= at < BLOCKS, "it came too late"
+    finally:
+        lab.run("scontrol", "update", "nodename=node2", "state=resume")
+    before = (output / "metrics.jsonl").stat().st_size
+    lab.wait(lambda: (output / "metrics.jsonl").stat().st_size > before, 60, f"sign of work\n{jobs.log()}")
+    seconds = time.monotonic() - start
+    assert jobs.ended() == ("COMPLETED", "0")
+    assert artifact_files(output) == whole
+    record("srun", "quantize", f"node2 down after group {at}", "requeued, went on", f"{seconds:.1f}", "identical")
+
+
+def test_a_rank_that_is_killed(lab, model, whole, tmp_path, record):
+    """The job fails, what waits for it is cancelled, and the same submission goes on."""
+    output = tmp_path / "artifact"
+    evaluate = {"arguments": [f"model={model}", f"artifact={output}", *EVALUATION], "nodes": 1}
+    jobs = Jobs(lab, tmp_path, {"quantize": quantize(model, output, "tp=2"), "evaluate": evaluate}).submit()
+    jobs.wait_for_group(output)
+    (victim,) = jobs.pids(rank=1)
+    os.kill(victim, signal.SIGKILL)
+    start = time.monotonic()
+    state, _ = jobs.ended()
+    seconds = time.monotonic() - start
+    assert state == "FAILED" and jobs.ended("evaluate")[0] == "CANCELLED"
+    assert "Killed" in jobs.log(), jobs.log()
+    assert 1 <= (done(output) or 0) < BLOCKS
+    again = Jobs(lab, tmp_path, {"quantize": quantize(model, output, "tp=2")}).submit()
+    assert again.ended() == ("COMPLETED", "0")
+    assert artifact_files(output) == whole
+    what = f"job failed after {seconds:.1f} s, evaluate cancelled, submitted again"
+    record("srun", "quantize → evaluate", "SIGKILL of rank 1", what, f"{seconds:.1f}", "identical")
+
+
+def test_a_full_disk(lab, model, whole, tmp_path, record):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        jobs = Jobs(lab, tmp_path, {"quantize": quantize(model, disk / "artifact")}, nodes=1).submit()
+        assert jobs.ended() == ("FAILED", "2")
+        (line,) = [line for line in jobs.log().splitlines() if line.startswith("megatron-lowbit: ")]
+        assert "No space left on device" in line and "Traceback" not in jobs.log()
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        start = time.monotonic()
+        assert jobs.submit().ended() == ("COMPLETED", "0")
+        assert artifact_files(disk / "artifact") == whole
+        seconds = time.monotonic() - start
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    record("srun", "quantize", "disk full", f"exit 2: {line}", f"{seconds:.1f}", "identical")
+
+
+def test_bad_config_in_the_second_stage(lab, model, tmp_path, record):
+    stages = {
+        "calibrate": {"arguments": [f"model={model}", *CALIBRATION, f"output_dir={tmp_path / 'plans'}"]},
+        "quantize": quantize(tmp_path / "nothing", tmp_path / "artifact"),
+        "evaluate": {"arguments": [f"model={model}", *EVALUATION, f"output_dir={tmp_path / 'evaluation'}"]},
+    }
+    jobs = Jobs(lab, tmp_path, stages, nodes=1).submit()
+    assert jobs.ended("quantize") == ("FAILED", "2")
+    start = time.monotonic()
+    assert jobs.ended("evaluate")[0] == "CANCELLED"
+    seconds = time.monotonic() - start
+    (line,) = [line for line in jobs.log().splitlines() if line.startswith("megatron-lowbit: ")]
+    assert "nothing" in line and lab.state(jobs.ids["calibrate"]) == "COMPLETED"
+    assert not (tmp_path / "evaluation").exists()
+    what = "exit 2 with one line, evaluate cancelled"
+    record("srun", "calibrate → quantize → evaluate", "no such model in quantize", what, f"{seconds:.1f}", "-")
