@@ -20,8 +20,21 @@ from megatron_lowbit.resume import State
 CONFIG = CalibrateConfig
 
 
+def ranks(config: CalibrateConfig) -> int | None:
+    """Processes that share the windows, each with a whole model (engine=huggingface); None: as every stage."""
+    alone = config.tp == config.pp == 1 and not config.sequence_parallel
+    return config.dp if config.engine == "huggingface" and config.dp > 1 and alone else None
+
+
 def run(config: CalibrateConfig, logger: MetricLogger) -> dict[str, Any]:
+    dp_group = None
+    if ranks(config) is not None:
+        from megatron_lowbit.launch.qllm import start_groups  # which imports this module
+
+        dp_group = start_groups(config)[1]
     engine = start_engine(config)
+    if dp_group is not None:
+        engine.dp_group = dp_group
     if not engine.full_precision:
         raise LowBitError("calibration needs the full-precision model; set model to its folder or hub id")
     sizes = usable_sizes(engine, config)

@@ -14,7 +14,7 @@ from megatron_lowbit.adapters.blocks import BlockSource
 from megatron_lowbit.adapters.huggingface import check_divides, model_config
 from megatron_lowbit.artifacts import remove_plans
 from megatron_lowbit.blockwise import GroupResult, Walk
-from megatron_lowbit.config import CommConfig, LowBitError, QuantizeConfig, one_line
+from megatron_lowbit.config import CalibrateConfig, CommConfig, LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.data import Windows, token_windows
 from megatron_lowbit.distributed import (
     device,
@@ -51,7 +51,7 @@ def quantize_qllm(
     if config.artifact is not None:
         raise LowBitError("weights.method=qllm makes a new artifact; leave artifact out")
     seed_everything(config.seed)
-    tp_group, dp_group = _groups(config)
+    tp_group, dp_group = start_groups(config)
     folder = Path(on_rank_zero(lambda: download(model_name(config.model or ""))))
     hf_config, tokenizer = read_config(folder), read_tokenizer(folder)
     text_config = getattr(hf_config, "text_config", None) or hf_config
@@ -131,7 +131,7 @@ def _check_shards(size: int, shards: dict[int, int], key: str) -> None:
             )
 
 
-def _groups(config: QuantizeConfig) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+def start_groups(config: CalibrateConfig) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
     """This rank's (tp_group, dp_group)."""
     ranks = config.tp * config.dp
     if ranks == 1:

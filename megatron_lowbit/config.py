@@ -244,7 +244,7 @@ class CalibrateConfig(StageConfig):
     calibration: CalibrationConfig = CalibrationConfig()
     comm: CommConfig = CommConfig()
     dp: int = Field(1, ge=1)
-    # data-parallel ranks: each takes a share of the calibration windows (engine=megatron, or method=qllm)
+    # data-parallel ranks: each takes a share of the calibration windows (not with engine=deepspeed, nor method=rtn)
 
 
 class QuantizeConfig(CalibrateConfig):

@@ -19,6 +19,7 @@ import pytest
 from commands import COMMAND, SMALL_TEXT, run_there, started
 from read_wandb import OfflineRun, read_file
 from tiny_models import save_model
+from wandb_server import wandb_server
 
 from megatron_lowbit import metrics, wandb_run
 from megatron_lowbit.config import LowBitError
@@ -228,6 +229,66 @@ def test_no_key(tmp_path, capsys):
     logger.log(row="a", perplexity=1.0)
     logger.close(0)
     check_offline(folder, capsys.readouterr().err, "API key")
+
+
+@pytest.fixture
+def online(monkeypatch, tmp_path):
+    """online(server): a logger whose run is online there."""
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(wandb_run, "FINISH_SECONDS", 2)
+
+    def start(server) -> MetricLogger:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        return MetricLogger(tmp_path, "evaluate", {}, "online")
+
+    return start
+
+
+def log_rows(logger: MetricLogger, *rows: str) -> None:
+    for row in rows:
+        logger.log(row=row, perplexity=1.0)
+
+
+def test_online(online, capsys):
+    with wandb_server() as server:
+        logger = online(server)
+        log_rows(logger, "a", "b")
+        logger.close(0)
+        wandb.teardown()
+    assert [(entry["step"], entry["row"]) for entry in server.history] == [(0, "a"), (1, "b")]
+    assert capsys.readouterr().err == ""
+
+
+def test_an_outage_in_the_middle(online, tmp_path, capsys):
+    """All that could not be uploaded is in the file, and the job waits no longer than it says."""
+    with wandb_server() as server:
+        logger = online(server)
+        log_rows(logger, "a")
+        deadline = time.monotonic() + 30
+        while logger._run._run is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        server.silent, start = True, time.monotonic()
+        log_rows(logger, "b", "c")
+        assert time.monotonic() - start < 0.5, "the job waits for the server"
+        logger.close(0)
+        wandb.teardown()
+        assert time.monotonic() - start < wandb_run.FINISH_SECONDS + 5
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("W&B: ")]
+    assert "not all is uploaded" in line and "wandb sync --include-online" in line
+    assert [entry["row"] for entry in read_file(files(tmp_path)[-1]).history] == ["a", "b", "c"]
+
+
+def test_online_again(online, tmp_path):
+    """The server knows the steps up to 1, metrics.jsonl those up to 2: what is missing there is sent first."""
+    logger = MetricLogger(tmp_path, "evaluate", {})
+    log_rows(logger, "a", "b", "c")
+    logger.close(1)
+    with wandb_server(known=1) as server:
+        logger = online(server)
+        log_rows(logger, "a", "b", "c", "d")
+        logger.close(0)
+        wandb.teardown()
+    assert [(entry["step"], entry["row"]) for entry in server.history] == [(2, "c"), (3, "d")]
 
 
 class Broken:
