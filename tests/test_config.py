@@ -288,6 +288,6 @@ def test_a_preset_gives_way_to_what_is_given(tmp_path):
 
 @pytest.mark.parametrize("others", [[], ["comm.preset=paper", "comm.clipping=histogram"]])
 def test_symmetric_ranges_are_the_papers(others):
-    with pytest.raises(LowBitError, match="symmetric=true is of ranges as they were seen; set comm.preset=paper"):
+    with pytest.raises(LowBitError, match=r"symmetric=true is of ranges as they were seen; set comm\.preset=paper"):
         load_config(EvaluateConfig, None, [*others, "comm.symmetric=true"])
     assert load_config(EvaluateConfig, None, ["comm.preset=paper", "comm.symmetric=true"]).comm.symmetric
