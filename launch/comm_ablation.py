@@ -147,4 +147,4 @@ def _print(rows: list[dict[str, Any]], config: EvaluateConfig) -> None:
     for row in rows:
         cells = [number(row.get(key), form) for key, form in columns.values()]
         table.add_row(row["name"], *cells, (row["worst_site"] or "-").removeprefix("model.layers."))
-    Console(width=None if Console().is_terminal else 140).print(table)
+    Console(width=None if Console().is_terminal else 160).print(table)
