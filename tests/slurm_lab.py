@@ -1,4 +1,4 @@
-"""A Slurm of the tests' own: a controller and two nodes on this machine, in a private folder and on private ports.
+"""A Slurm of the tests' own: a controller and four nodes on this machine, in a private folder and on private ports.
 
 Needs root and Debian's slurmctld, slurmd, slurm-client and munge; neither systemd, cgroups, /etc/slurm nor /etc/munge.
 """
@@ -20,7 +20,7 @@ from commands import free_port
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "munge", "sbatch", "srun", "scontrol")
 PATH = f"{os.environ['PATH']}:/usr/sbin"
-NODES = ("node1", "node2")
+NODES = ("node1", "node2", "node3", "node4")
 CPUS = 8  # of each node, as Slurm believes: more jobs run side by side than the machine has cores
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
@@ -56,7 +56,7 @@ class SlurmLab:
         self._daemon("slurmctld", "-D", "-c")
         for node in NODES:
             self._daemon("slurmd", "-D", "-N", node)
-        self.wait(lambda: self.run("sinfo", "-h", "-N", "-o", "%t", check=False).split() == ["idle"] * 2, 60, "nodes")
+        self.wait(lambda: self.run("sinfo", "-h", "-N", "-o", "%t", check=False).split() == ["idle"] * 4, 60, "nodes")
 
     def stop(self) -> None:
         """Cancel all jobs, then end the daemons that this object started."""
@@ -92,7 +92,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# A job that is requeued waits for its old credential to expire: by default two minutes.
+# A requeued job waits for its old credential to expire: two minutes by default, and where less than 5 s is asked.
 AuthInfo=socket={self.folder}/munge.socket,cred_expire=5
 StateSaveLocation={self.folder}/state
 SlurmdSpoolDir={self.folder}/spool/%n
@@ -111,6 +111,7 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=5
+MinJobAge=3600
 MailProg=/bin/true
 PropagateResourceLimits=NONE
 {nodes}
