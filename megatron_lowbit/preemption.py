@@ -8,6 +8,7 @@ at once.
 
 from __future__ import annotations
 
+import atexit
 import signal
 import sys
 import threading
@@ -42,6 +43,7 @@ def install() -> dict[signal.Signals, Any]:
     _first_term = None
     before = {number: signal.signal(number, _note) for number in SIGNALS}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # whoever started this rank may have held them back
+    atexit.register(_ignore)
     return before
 
 
@@ -50,6 +52,14 @@ def restore(before: dict[signal.Signals, Any]) -> None:
         signal.signal(number, handler)
     if before:
         received.clear()
+
+
+def _ignore() -> None:
+    """Python puts the default handlers back as it ends: a rank that left because another had been told to would then be
+    killed by its own signal, a moment late, and the exit code 99 be lost."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _note(number: int, frame: object) -> None:

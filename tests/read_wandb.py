@@ -46,6 +46,12 @@ def read_run(folder: Path) -> OfflineRun:
     return read_file(file)
 
 
+def wandb_files(folder: Path) -> list[Path]:
+    """The .wandb files of an output folder, oldest first."""
+    found = [file for file in folder.glob("wandb/*run-*/run-*.wandb") if not file.parent.is_symlink()]
+    return sorted(found, key=lambda file: file.stat().st_ctime)
+
+
 def read_file(file: Path) -> OfflineRun:
     from wandb.proto.wandb_internal_pb2 import Record
 

@@ -6,13 +6,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import preemption_cases as cases
 import pytest
-from commands import COMMAND, free_port, run_here, started
+from commands import COMMAND, free_port, run_here, run_there, started
 from rank_pool import RankPool
 from test_resume import artifact_files, done, killed_at, metrics, quantize, renamed
 from tiny_models import save_model
@@ -161,3 +162,20 @@ def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in preemption.SIGNALS]
     assert run_here("--help") == 0
     assert [signal.getsignal(number) for number in preemption.SIGNALS] == before
+
+
+def test_a_signal_while_python_ends():
+    """Another rank was told first, this one has left too, and only now gets its own signal: the code stays 99."""
+    code = """
+import os, signal, sys
+from megatron_lowbit import preemption
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGUSR1):
+        kill(pid, number)
+        print("late")
+late = Late()
+preemption.install()
+sys.exit(99)
+"""
+    exit_code, stdout, stderr = run_there(sys.executable, "-c", code)
+    assert (exit_code, stdout) == (99, "late\n"), stderr

@@ -17,11 +17,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
 from commands import CALIBRATION, EVALUATION, needs_deepspeed, run_here
+from read_wandb import read_file, wandb_files
 from slurm_lab import SlurmLab, why_not
 from test_resume import SETTINGS, artifact_files, done, metrics
 from tiny_models import save_model
@@ -153,7 +155,7 @@ def test_jobs_that_have_to_make_way(lab, model, whole, tmp_path, record):
     """USR1, as Slurm sends it before the time is up: the state is saved, the job goes back into the queue and on."""
     running, faults = {}, {}
     for launcher in ("srun", "torchrun", "deepspeed"):
-        stage = {**quantize(model, tmp_path / launcher / "artifact", "tp=2"), "launcher": launcher}
+        stage = {**quantize(model, tmp_path / launcher / "artifact", "tp=2", "wandb=offline"), "launcher": launcher}
         running[launcher] = Jobs(lab, tmp_path / launcher, {"quantize": stage}).submit()
     for launcher, jobs in running.items():
         jobs.wait_for_group(tmp_path / launcher / "artifact")
@@ -165,8 +167,20 @@ def test_jobs_that_have_to_make_way(lab, model, whole, tmp_path, record):
         assert jobs.restarts() == 1 and "goes back into the queue" in jobs.log() and "Traceback" not in jobs.log()
         (at,) = re.findall(r"^continuing after (\d+) of", jobs.log(), flags=re.M)
         assert artifact_files(output) == whole
+        check_history(output)
         what, seconds = f"USR1, {at} of {BLOCKS} groups done", jobs.recovered(output, faults[launcher])
         record(launcher, "quantize", what, "exit 99, requeued, went on", seconds, "identical")
+
+
+def check_history(output: Path) -> None:
+    """Both .wandb files are of one run, and merged they have every step of metrics.jsonl once and in order."""
+    if find_spec("wandb") is None:
+        return
+    first, second = wandb_files(output)
+    runs = [read_file(first), read_file(second)]
+    assert runs[0].run_id == runs[1].run_id and all(run.history for run in runs)
+    steps = [entry["step"] for run in runs for entry in run.history]
+    assert steps == list(range(len(steps))) == [r["step"] for r in metrics(output) if "step" in r]
 
 
 def test_a_node_that_goes_down(lab, model, whole, tmp_path, record):

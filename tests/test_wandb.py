@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from commands import COMMAND, SMALL_TEXT, run_there, started
 from read_wandb import OfflineRun, read_file
+from read_wandb import wandb_files as files
 from tiny_models import save_model
 from wandb_server import wandb_server
 
@@ -44,12 +45,6 @@ def no_account(monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     yield
     wandb.teardown()
-
-
-def files(folder: Path) -> list[Path]:
-    """The .wandb files of a folder, oldest first."""
-    found = [file for file in folder.glob("wandb/*run-*/run-*.wandb") if not file.parent.is_symlink()]
-    return sorted(found, key=lambda file: file.stat().st_ctime)
 
 
 def logged(runs: list[OfflineRun]) -> list[dict]:
