@@ -112,7 +112,8 @@ def stages(shape: Shape, tokens: int, windows: int, config: QuantizeConfig, size
     at_mlp, at_down = to(attend + o, 1), to(attend + o + gate_up, 1)
     size = min(config.correction.blocks_per_group, shape.depth)
     section = config.reassembly
-    choices = 1 + len(section.expansions) if section.mode == "adaptive" else 0
+    # Candidates of a column-parallel linear, and of each shard of a row-parallel one.
+    wide, narrow = (_choices(config, width) for width in (shape.hidden, round(shape.row_widths[1] * tp / groups)))
     per_token, per_block = Work(), Work(rounded=shape.weights)
     if section.mode != "none":
         per_token += at_mlp + at_down  # the statistics of the MLP's two inputs; those of the attention's are its own
@@ -122,10 +123,10 @@ def stages(shape: Shape, tokens: int, windows: int, config: QuantizeConfig, size
             flops=2 * shape.hidden * (shape.qkv + shape.gate_up) + 2 * shape.down * shape.row_widths[1] * tp / groups
         )
         per_block += Work(network=2 * (1 - 1 / dp) * 8 * 2 * shape.hidden**2)
-    if choices:
-        per_token += Work(flops=(1 + choices) * (attend + gate_up + down) + 3 * down) + at_mlp + at_down * 2
-        per_token += Work(rounded=(choices * (2 * shape.hidden + shape.row_widths[1])))
-        per_block += Work(rounded=choices * shape.weights)
+    if wide:
+        per_token += Work(flops=(1 + wide) * (attend + gate_up) + (1 + narrow + 3) * down) + at_mlp + at_down * 2
+        per_token += Work(rounded=wide * 2 * shape.hidden + (narrow + 2) * shape.row_widths[1])
+        per_block += Work(rounded=wide * (shape.qkv + shape.gate_up) + (narrow + 2) * shape.down)
     search = (per_token + quantized * ((size - 1) / size)) * mine + per_block
 
     correction = Work()
@@ -148,6 +149,12 @@ def stages(shape: Shape, tokens: int, windows: int, config: QuantizeConfig, size
         "write": Work(disk=shape.packed_bytes * tp),
     }
     return {name: work * shape.depth for name, work in names.items()}
+
+
+def _choices(config: QuantizeConfig, width: int) -> int:
+    """Distinct plans that are scored, no reassembly among them; none where there is nothing to choose from."""
+    added = {max(1, round(ratio * width)) for ratio in config.reassembly.expansions}
+    return 1 + len(added) if config.reassembly.mode == "adaptive" else 0
 
 
 def calibrate_stage(shape: Shape, tokens: int, windows: int, config: QuantizeConfig, sizes: tuple[int, ...]) -> Work:
