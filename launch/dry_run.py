@@ -1,13 +1,13 @@
 """megatron-lowbit quantize --dry-run: what a run would take, from the model's config alone.
 
-The model is built on the meta device: shards and shapes of every linear, bytes per rank, and the time per group of
-blocks, estimated from the matrix-product rate that this machine reaches on one of the model's own shapes. The
-estimate counts multiplications only; rounding and reading come on top.
+The model is built on the meta device: shards and shapes of every linear, bytes per rank, and operations, bytes and
+seconds of every stage (scale.py), at the rates that this machine reaches on the model's own shapes or at those that
+are given for another one (rates.*).
 """
 
 from __future__ import annotations
 
-import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from torch import nn
 from megatron_lowbit.adapters.blocks import skeleton
 from megatron_lowbit.adapters.huggingface import check_divides, decoder_blocks, find_linears, model_config
 from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
-from megatron_lowbit.distributed import device, env_rank
+from megatron_lowbit.distributed import env_rank
 from megatron_lowbit.kernels import packed_bytes
 from megatron_lowbit.launch.engine import compute_dtype, model_name
+from megatron_lowbit.launch.evaluate import number
 from megatron_lowbit.launch.qllm import download, read_config
+from megatron_lowbit.launch.scale import Rates, Shape, Work, calibrate_stage, find_rates, stages
 from megatron_lowbit.linear import activation_groups
 from megatron_lowbit.quantizer import Scheme
 
@@ -91,33 +93,76 @@ def _totals(
     context = getattr(text_config, "max_position_embeddings", None) or 2048
     length = calibration.sequence_length or min(context, 2048)
     tokens = calibration.samples * length
-    per_rank = sum(row["shape_per_rank"][0] * row["shape_per_rank"][1] for row in rows)  # weights of a block
-    hidden, heads = text_config.hidden_size, text_config.num_attention_heads
-    head_dim = getattr(text_config, "head_dim", None) or hidden // heads
-    attention = 2 * 2 * length * heads * head_dim / config.tp  # q k^T and p v, per token and block
-    forward = 2 * per_rank + attention
-    # Per token and block: about six partial forwards to observe, one per candidate to score, three for every trained
-    # pass.
+    per_rank = sum(_weights(row) for row in rows)  # of a block
     candidates = len(config.reassembly.expansions) + 1 if config.reassembly.mode == "adaptive" else 0
-    passes = 8 + candidates
-    trained = 3 * config.correction.epochs if config.correction.mode != "none" else 0
-    multiplications = forward * (passes + trained) * tokens / config.dp * size
-    rate = measure_rate(length, rows[0]["shape_per_rank"])
-    stored = compute_dtype(config).itemsize
     rest = sum(p.numel() for p in model.parameters()) - sum(r["shape"][0] * r["shape"][1] for r in rows) * depth
+    shape = _shape(rows, depth, text_config, config, length)
+    outputs, inputs = max((row["shape_per_rank"] for row in rows), key=lambda shape: shape[0] * shape[1])
+    rates = find_rates(config.rates, length, (outputs, inputs), shape.hidden)
+    sizes = tuple(size for size in config.comm.tp_sizes if _divides(text_config, size))
+    works = stages(shape, tokens, calibration.samples, config, sizes)
+    alone = calibrate_stage(shape, tokens, calibration.samples, config, sizes)
+    seconds = sum(sum(rates.seconds(work).values()) for work in works.values())
+    groups = -(-depth // size)
     return {
         "name": "total",
-        "groups": -(-depth // size),
+        "groups": groups,
         "blocks_per_group": size,
         "packed_bytes_per_rank": sum(row["bytes_per_rank"] for row in rows) * depth,
         "other_bytes": rest * 2,
         # float32 weights, their rounded copies, and the candidates of the widest input group while they are scored
         "group_weight_bytes_per_rank": 4 * (2 * per_rank * size + candidates * _widest_group(rows)),
-        "stream_bytes_per_rank": tokens // config.dp * hidden * stored,
-        "flops_per_group": multiplications,
-        "measured_flops_per_second": rate,
-        "estimated_seconds_per_group": multiplications / rate,
+        "stream_bytes_per_rank": tokens // config.dp * shape.hidden * shape.value,
+        "flops_per_group": sum(work.flops for work in works.values()) / groups,
+        "rates": asdict(rates),
+        "stages": {name: _stage(work, rates) for name, work in works.items()},
+        "calibrate": _stage(alone, rates),
+        "estimated_seconds": seconds,
+        "estimated_seconds_per_group": seconds / groups,
     }
+
+
+def _stage(work: Work, rates: Rates) -> dict[str, Any]:
+    return {**asdict(work), "seconds": rates.seconds(work)}
+
+
+def _weights(row: dict[str, Any]) -> int:
+    return row["shape_per_rank"][0] * row["shape_per_rank"][1]
+
+
+def _divides(text_config: Any, size: int) -> bool:
+    try:
+        check_divides(text_config, size, "comm.tp_sizes")
+    except LowBitError:
+        return False
+    return True
+
+
+def _shape(rows: list[dict[str, Any]], depth: int, text_config: Any, config: QuantizeConfig, length: int) -> Shape:
+    """What the cost model wants to know; the owner of linears that comes first is the attention."""
+    owners = list(dict.fromkeys(row["name"].rpartition(".")[0] for row in rows))
+
+    def of(parallel: str, owner: str) -> list[dict[str, Any]]:
+        return [r for r in rows if r["parallel"] == parallel and r["name"].startswith(owner + ".")]
+
+    hidden, heads = text_config.hidden_size, text_config.num_attention_heads
+    head_dim = getattr(text_config, "head_dim", None) or hidden // heads
+    inner, outer = of("row", owners[0]), of("row", owners[-1])
+    return Shape(
+        depth=depth,
+        hidden=hidden,
+        row_widths=(inner[0]["shape_per_rank"][1], outer[0]["shape_per_rank"][1]),
+        qkv=sum(map(_weights, of("column", owners[0]))),
+        o=sum(map(_weights, inner)),
+        gate_up=sum(map(_weights, of("column", owners[-1]))),
+        down=sum(map(_weights, outer)),
+        attention=2 * 2 * length * heads * head_dim / config.tp,
+        columns=len([row for row in rows if row["parallel"] == "column"]),
+        trained=config.correction.rank * sum(sum(row["shape_per_rank"]) for row in rows),
+        packed_bytes=sum(row["bytes_per_rank"] for row in rows),
+        stored=2,  # bfloat16 or float16
+        value=compute_dtype(config).itemsize,
+    )
 
 
 def _widest_group(rows: list[dict[str, Any]]) -> int:
@@ -127,19 +172,6 @@ def _widest_group(rows: list[dict[str, Any]]) -> int:
         key = row["name"] if row["parallel"] == "row" else row["name"].rpartition(".")[0]
         sums[key] = sums.get(key, 0) + row["shape_per_rank"][0] * row["shape_per_rank"][1]
     return max(sums.values())
-
-
-def measure_rate(tokens: int, shape: list[int]) -> float:
-    """Floating-point operations per second of x W^T on this machine, on one of the model's shapes; under a second."""
-    dtype = torch.float32 if device().type == "cpu" else torch.bfloat16
-    tokens, outputs, inputs = min(tokens, 512), min(shape[0], 4096), min(shape[1], 4096)
-    x, w = (torch.ones(n, inputs, device=device(), dtype=dtype) for n in (tokens, outputs))
-    best, deadline = float("inf"), time.perf_counter() + 0.5
-    while time.perf_counter() < deadline:
-        start = time.perf_counter()
-        nn.functional.linear(x, w).sum().item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * tokens * outputs * inputs / best
 
 
 def _print(rows: list[dict[str, Any]], totals: dict[str, Any], config: QuantizeConfig) -> None:
@@ -158,8 +190,42 @@ def _print(rows: list[dict[str, Any]], totals: dict[str, Any], config: QuantizeC
         f"on the device while a group is quantized: {totals['group_weight_bytes_per_rank'] / gib:.2f} GiB of weights; "
         f"each of four activation files: {totals['stream_bytes_per_rank'] / gib:.2f} GiB"
     )
-    rate = f"{totals['measured_flops_per_second'] / 1e9:,.0f} GFLOP/s measured here"
+    _print_stages(totals, config)
+
+
+RESOURCES = {
+    "flops": "matrix products",
+    "rounded": "rounding",
+    "observed": "statistics of partial sums",
+    "network": "network",
+    "disk": "disk",
+}
+UNITS = {"flops": "FLOP/s", "rounded": "values/s", "observed": "values/s", "network": "B/s", "disk": "B/s"}
+
+
+def _print_stages(totals: dict[str, Any], config: QuantizeConfig) -> None:
+    """Work and seconds of every stage, the rates and where they come from, and what most of the time goes into."""
+    table = Table(title=f"one of {config.tp * config.dp} ranks: seconds by what they are spent on")
+    for column in ("stage", "FLOP", "received", "disk", *RESOURCES.values(), "seconds"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for name, stage in {**totals["stages"], "calibrate, alone": totals["calibrate"]}.items():
+        seconds = stage["seconds"]
+        cells = [number(seconds.get(resource), ",.1f") for resource in RESOURCES]
+        received, disk = (f"{stage[key] / 2**30:,.2f} GiB" for key in ("network", "disk"))
+        table.add_row(name, f"{stage['flops']:.2e}", received, disk, *cells, f"{sum(seconds.values()):,.1f}")
+    Console(width=None if Console().is_terminal else 150).print(table)
+    rates = totals["rates"]
+    told = [
+        f"{what} {rates[key]:.3g} {UNITS[key]} ({'given' if key in rates['given'] else 'measured here'})"
+        for key, what in RESOURCES.items()
+        if rates[key] is not None
+    ]
+    print(f"rates per rank: {', '.join(told)}")
+    if rates["network"] is None and config.tp * config.dp > 1:
+        print("the network's seconds are left out: give rates.network in bytes per second")
+    spent = {key: sum(stage["seconds"].get(key, 0.0) for stage in totals["stages"].values()) for key in RESOURCES}
+    most, total = max(spent, key=lambda key: spent[key]), totals["estimated_seconds"]
     print(
-        f"estimated time per group: {totals['estimated_seconds_per_group']:,.0f} s "
-        f"({totals['flops_per_group']:.3g} operations at the {rate})"
+        f"estimated time: {total:,.0f} s, {totals['estimated_seconds_per_group']:,.1f} s per group; "
+        f"{spent[most] / total:.0%} of it is {RESOURCES[most]}"
     )

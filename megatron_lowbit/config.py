@@ -247,6 +247,19 @@ class CalibrateConfig(StageConfig):
     # data-parallel ranks: each takes a share of the calibration windows (not with engine=deepspeed, nor method=rtn)
 
 
+class RatesConfig(_Config):
+    """What a rank does per second, for --dry-run; none: measured on this machine (the network: left out)."""
+
+    flops: float | None = Field(None, gt=0, allow_inf_nan=False)
+    # floating-point operations of matrix products, as reached rather than as advertised
+    memory: float | None = Field(None, gt=0, allow_inf_nan=False)
+    # bytes read and written, for rounding and statistics
+    disk: float | None = Field(None, gt=0, allow_inf_nan=False)
+    # bytes of weights read or written
+    network: float | None = Field(None, gt=0, allow_inf_nan=False)
+    # bytes received from other ranks
+
+
 class QuantizeConfig(CalibrateConfig):
     weights: WeightsConfig = WeightsConfig(scheme="W4A8")
     reassembly: ReassemblyConfig = ReassemblyConfig()
@@ -255,6 +268,8 @@ class QuantizeConfig(CalibrateConfig):
     # print shards, shapes, bytes and time per group, and stop (also --dry-run)
     architecture: dict[str, Any] | None = None
     # fields of the model's config.json, so that a dry run needs no download
+    rates: RatesConfig = RatesConfig()
+    # of the machine that a dry run is about, where it is not this one
 
 
 class GenerateConfig(StageConfig):

@@ -33,12 +33,13 @@ from megatron_lowbit.artifacts import (
     remove_leftovers,
     verify_files,
 )
-from megatron_lowbit.config import CalibrateConfig, LowBitError, QuantizeConfig, defaults
+from megatron_lowbit.config import CalibrateConfig, LowBitError, QuantizeConfig, RatesConfig, defaults
 from megatron_lowbit.distributed import Watch, env_rank, on_every_rank, on_rank_zero
 from megatron_lowbit.files import discard, ensure_writable, read_json, read_tensors, write_json, write_tensors
 from megatron_lowbit.preemption import Preempted
 
-_FREE_KEYS = ("output_dir", "wandb", "dry_run", "architecture")  # may differ when a run is resumed
+# These may differ when a run is resumed.
+_FREE_KEYS = ("output_dir", "wandb", "dry_run", "architecture", *(f"rates.{key}" for key in RatesConfig.model_fields))
 SAVE_EVERY = 60.0  # seconds of a calibration pass; more where saving itself takes long
 
 
