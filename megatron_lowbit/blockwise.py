@@ -42,7 +42,15 @@ from megatron_lowbit.collectives import VirtualReducer
 from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.correction import add_low_rank, train, trainable_norms
 from megatron_lowbit.data import Windows
-from megatron_lowbit.distributed import Watch, all_gather_stack, env_rank, group_rank, on_rank_zero, world_size
+from megatron_lowbit.distributed import (
+    Watch,
+    all_gather_stack,
+    env_rank,
+    group_rank,
+    on_every_rank,
+    on_rank_zero,
+    world_size,
+)
 from megatron_lowbit.linear import ReassembledNorm, rms_gain
 from megatron_lowbit.metrics import MetricLogger, peak_memory, progress
 from megatron_lowbit.quantizer import Scheme
@@ -132,7 +140,7 @@ class Walk:
 
     def _stream(self, name: str, number: int | str, existing: bool = False) -> HiddenStream:
         path = self.state.folder / f"{name}-{number}-rank{env_rank()}.bin"
-        return HiddenStream(path, self.shape, self.source.dtype, existing)
+        return on_every_rank(lambda: HiddenStream(path, self.shape, self.source.dtype, existing))
 
     def _group(self, number: int, indices: list[int]) -> None:
         began = time.perf_counter()

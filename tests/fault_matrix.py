@@ -149,9 +149,10 @@ def row(launcher: str, stage: str, fault: str, arguments: list[str], whole: dict
                 while fault != "disk full" and not under_way(stage, folder):
                     assert time.monotonic() < deadline and processes[0].poll() is None, last_line(folder)
                     time.sleep(0.002)
-                began = time.monotonic()
+                everyone, began = family(processes), time.monotonic()
                 strike(fault, processes)
                 codes = finish(processes)
+                psutil.wait_procs(everyone, timeout=60)  # a launcher may go before its ranks
                 after = time.monotonic() - began
             ended = f"exit {' and '.join(map(str, sorted(set(codes))))}: {last_line(folder)}"
         if mounted:

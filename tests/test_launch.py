@@ -135,6 +135,6 @@ def test_terminating_a_command_ends_its_ranks(tmp_path):
     with started(*COMMAND, "calibrate", *arguments) as process:
         ranks_of(process, 2)
         process.terminate()
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)  # its ranks hear it once they have imported torch
         assert process.returncode == REQUEUE
         assert not alive_in_group(process.pid)
