@@ -23,7 +23,7 @@ class Encoder {
         middle_(padded(layout.features)),
         limit_(padded(layout.features)),
         top_(padded(layout.features)) {
-    for (int64_t i = 0; i < padded(layout.features); ++i) limit_.get()[i] = 0xffff;  // of features that have no codes
+    for (int64_t i = 0; i < padded(layout.features); ++i) limit_.get()[i] = static_cast<Limit>(-1);  // no codes, no limit
     for (const Tier& tier : layout.tiers) {
       if (tier.bits < 16) packers_.emplace_back(tier.bits);
       for (int64_t i = tier.feature; i < tier.feature + tier.count; ++i) {
