@@ -1,4 +1,4 @@
-"""The ops of hybrid.py and exact.py on CPUs, bit for bit, in C++: hybrid.cpp, compiled by the machine's own compiler at first use.
+"""The ops of hybrid.py and exact.py on CPUs, bit for bit, in C++: hybrid.cpp, compiled at first use.
 
 Nothing is built at import. The library is cached in $XDG_CACHE_HOME/megatron_lowbit (~/.cache by default) under a name
 that says what it was built from, by what and for which CPU. Without a compiler, or where the build fails, the torch

@@ -2,8 +2,8 @@
 
     code = clamp(round((x - center) / step), -largest, largest)         y = total step + center
 
-A row has a code for every feature and a last one that is 1 if the token holds NaN or Inf, else 0. Codes of 8 bits travel
-as int8; two of 16 bits as an int32, high * 2^16 + low, the latter zero where a row has an odd number of them.
+A row has a code for every feature and a last one that is 1 if the token holds NaN or Inf, else 0. Codes of 8 bits
+travel as int8; two of 16 bits as an int32, high * 2^16 + low, the latter zero where a row has an odd number of them.
 """
 
 from __future__ import annotations
