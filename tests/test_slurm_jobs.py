@@ -7,6 +7,8 @@ Each case records what happened and how long it took, in a table that `pytest -s
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -19,6 +21,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -87,9 +90,10 @@ class Jobs:
         self.ids: dict[str, str] = {}
 
     def submit(self) -> Jobs:
-        command = [sys.executable, "-m", "megatron_lowbit.launch", "slurm", "submit", self.folder / "jobs.yaml"]
-        printed = self.lab.run(*command)
-        words = [line.split() for line in printed.splitlines() if not line.startswith("wrote ")]
+        printed = io.StringIO()
+        with patch.dict(os.environ, self.lab.environ, clear=True), contextlib.redirect_stdout(printed):
+            assert run_here("slurm", "submit", self.folder / "jobs.yaml") == 0
+        words = [line.split() for line in printed.getvalue().splitlines() if not line.startswith("wrote ")]
         self.ids = dict(words)
         return self
 
