@@ -36,7 +36,7 @@ from megatron_lowbit.artifacts import (
     merge_parts,
     write_checkpoint,
 )
-from megatron_lowbit.calibrate import RangeObserver, window_statistics
+from megatron_lowbit.calibrate import RangeObserver, observe_together
 from megatron_lowbit.channels import ReassemblyPlan
 from megatron_lowbit.collectives import VirtualReducer
 from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
@@ -44,7 +44,6 @@ from megatron_lowbit.correction import add_low_rank, train, trainable_norms
 from megatron_lowbit.data import Windows
 from megatron_lowbit.distributed import (
     Watch,
-    all_gather_stack,
     env_rank,
     group_rank,
     on_every_rank,
@@ -324,14 +323,13 @@ class Walk:
 
         def observe(linear: ShardedLinear) -> Callable[[Any], None]:
             def observer(parts: Any) -> None:
+                ranges, sums = observers.setdefault(linear.name, {}), []
                 for size in self.ranges:
                     each = len(parts) // size
-                    ranges = observers.setdefault(linear.name, {})
                     if size not in ranges:
                         ranges[size] = RangeObserver(size, parts[0].shape[-1], gamma, parts[0].device, histograms)
-                    for rank in range(size):
-                        total = ordered_sum(parts[rank * each : (rank + 1) * each], None)
-                        self._observe(ranges[size], rank, total, current)
+                    sums.append([ordered_sum(parts[rank * each : (rank + 1) * each], None) for rank in range(size)])
+                observe_together(list(ranges.values()), sums, current, self.dp_group, interleaved=True)
 
             return observer
 
@@ -349,13 +347,6 @@ class Walk:
             linear.observer = None
             for size, ranges in observers[linear.name].items():
                 self.ranges[size][linear.name] = ranges.feature_range(dp_group=self.dp_group)
-
-    def _observe(self, observer: RangeObserver, rank: int, y: Tensor, mask: Tensor) -> None:
-        """Windows of all data-parallel ranks in the order one process would see them."""
-        shares = all_gather_stack(window_statistics(y, mask), self.dp_group)  # [ranks, windows, 5, features]
-        for window in shares.transpose(0, 1).flatten(0, 1):
-            observer.step(rank, window)
-        observer.count(rank, y, mask)
 
     def _attach_reducers(self, linears: list[ShardedLinear]) -> None:
         size = max(self.config.virtual_tp, self.config.tp)

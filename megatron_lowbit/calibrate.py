@@ -25,7 +25,7 @@ the windows, so the ranges are those of one process. Pipeline stages (`pp_group`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -93,6 +93,18 @@ class RangeObserver:
         self.moments[rank] += window[2:]
         self.steps[rank] += 1
 
+    def step_ranks(self, windows: Tensor) -> None:
+        """`step` of all ranks at once, window after window: float64 [windows, ranks, 5, features]."""
+        low, high = windows[:, :, 0].float(), windows[:, :, 1].float()
+        for number, tokens in enumerate(windows[:, 0, 4, 0].tolist()):
+            if tokens == 0:
+                continue
+            weight = self.gamma if self.steps[0] else 1.0
+            self.min_vals.lerp_(low[number], weight)
+            self.max_vals.lerp_(high[number], weight)
+            self.moments += windows[number, :, 2:]
+            self.steps = [steps + 1 for steps in self.steps]
+
     def tensors(self) -> dict[str, Tensor]:
         """All that was seen so far, for `load`."""
         found = {"steps": torch.tensor(self.steps), "min_vals": self.min_vals, "max_vals": self.max_vals}
@@ -124,6 +136,27 @@ class RangeObserver:
         """float32 [widths, 2, features]: low and high for each of clipping.WIDTHS."""
         histogram.merge_ranks(dp_group)
         return torch.stack([torch.stack(histogram.clipped_range(bits)) for bits in WIDTHS])
+
+
+def observe_together(
+    observers: Sequence[RangeObserver],
+    parts: Sequence[Sequence[Tensor]],
+    mask: Tensor,
+    dp_group: dist.ProcessGroup | None,
+    interleaved: bool = False,
+) -> None:
+    """RangeObserver.update of several observers and of all their ranks in one exchange. parts: for every observer its
+    ranks' y. interleaved: data-parallel rank r has every window i with i % ranks = r, not neighbouring ones.
+
+    Every rank takes all windows' steps, so their cost does not shrink with the number of ranks and has to be small.
+    """
+    shares = torch.stack([window_statistics(y, mask) for ys in parts for y in ys], 1)  # [windows, all, 5, features]
+    gathered = all_gather_stack(shares, dp_group)
+    windows = (gathered.transpose(0, 1) if interleaved else gathered).flatten(0, 1)
+    for observer, ys, mine in zip(observers, parts, windows.split([len(ys) for ys in parts], 1), strict=True):
+        observer.step_ranks(mine)
+        for rank, y in enumerate(ys):
+            observer.count(rank, y, mask)
 
 
 class Continuation(Protocol):
@@ -193,12 +226,11 @@ def calibrate(
             full_sum = output if module.bias is None else output - module.bias
             if not torch.isfinite(full_sum[real]).all():
                 raise LowBitError(f"calibration: {name} puts out NaN or Inf; check the model's weights and dtype")
-            observers[1][name].update(0, full_sum, real, dp_group)
+            parts = [[full_sum]]
             for size in sizes:
-                local = size // world
-                shards = zip(inputs[0].chunk(local, -1), module.weight.chunk(local, 1), strict=True)
-                for rank, (x_i, w_i) in enumerate(shards):
-                    observers[size][name].update(rank, F.linear(x_i, w_i), real, dp_group)
+                shards = (t.chunk(size // world, dim) for t, dim in ((inputs[0], -1), (module.weight, 1)))
+                parts.append([F.linear(x_i, w_i) for x_i, w_i in zip(*shards, strict=True)])
+            observe_together([by_site[name] for by_site in observers.values()], parts, real, dp_group)
 
         return hook
 
