@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,14 +70,14 @@ def run(config: BenchmarkKernelsConfig, logger: MetricLogger) -> dict[str, Any]:
     for format, op, ranks, ours, reference, arguments in cases(config, x):
         torch._dynamo.reset()
         ways: dict[str, Callable[[], Any]] = {
-            "kernel": lambda ours=ours, arguments=arguments: ours(*arguments),
-            "copy": lambda: there.copy_(x),
+            "kernel": partial(ours, *arguments),
+            "copy": partial(there.copy_, x),
             "clone": x.clone,
-            "eager": lambda reference=reference, arguments=arguments: reference(*arguments),
+            "eager": partial(reference, *arguments),
         }
         if config.compile:
             compiled = torch.compile(reference, dynamic=False)
-            ways["compile"] = lambda compiled=compiled, arguments=arguments: compiled(*arguments)
+            ways["compile"] = partial(compiled, *arguments)
         result = ours(*arguments)
         result = result[0] if isinstance(result, tuple) else result
         moved = arguments[0].nbytes + result.nbytes
