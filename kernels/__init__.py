@@ -7,6 +7,7 @@ for its device type.
 
 from megatron_lowbit.kernels import cpu as cpu  # registers its kernels
 from megatron_lowbit.kernels import gpu as gpu
+from megatron_lowbit.kernels.exact import exact_decode, exact_encode
 from megatron_lowbit.kernels.hybrid import (
     BF16_BITS,
     header_bytes,
@@ -22,6 +23,8 @@ __all__ = [
     "BF16_BITS",
     "codes_per_word",
     "dequantize",
+    "exact_decode",
+    "exact_encode",
     "header_bytes",
     "hybrid_pack",
     "hybrid_row_bytes",

@@ -1,4 +1,4 @@
-"""The ops of hybrid.py on CPUs, bit for bit, in C++: hybrid.cpp, compiled by the machine's own compiler at first use.
+"""The ops of hybrid.py and exact.py on CPUs, bit for bit, in C++: hybrid.cpp, compiled at first use.
 
 Nothing is built at import. The library is cached in $XDG_CACHE_HOME/megatron_lowbit (~/.cache by default) under a name
 that says what it was built from, by what and for which CPU. Without a compiler, or where the build fails, the torch
@@ -29,6 +29,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_lowbit.kernels.exact import (
+    carrier_words,
+    decode_reference,
+    encode_reference,
+    exact_decode,
+    exact_encode,
+)
 from megatron_lowbit.kernels.hybrid import (
     BF16_BITS,
     hybrid_pack,
@@ -43,7 +50,7 @@ from megatron_lowbit.kernels.hybrid import (
 logger = logging.getLogger("megatron_lowbit")
 
 SOURCE = Path(__file__).with_name("hybrid.cpp")
-HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("vectors", "format", "codes", "encode", "decode")]
+HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("vectors", "format", "codes", "encode", "decode", "exact")]
 # No fast-math and no fused multiply-add: results are those of the torch reference.
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
 FLAGS += ["-shared", "-fPIC", "-w"]
@@ -152,6 +159,51 @@ def _requantize(
     return out, saturated
 
 
+@exact_encode.register_kernel("cpu")
+def _exact_encode(x: Tensor, center: Tensor, step: Tensor, largest: int, carrier_bits: int) -> tuple[Tensor, Tensor]:
+    """exact_encode; see there."""
+    library = _library()
+    if library is None or x.dim() != 2 or x.dtype not in _DTYPES or not _per_feature(center, step, x.shape[1]):
+        return encode_reference(x, center, step, largest, carrier_bits)
+    if x.dtype == torch.float64:
+        x = x.float()
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    shape = x.shape[0], carrier_words(x.shape[1], carrier_bits)
+    codes = x.new_empty(shape, dtype=torch.int8 if carrier_bits == 8 else torch.int32)
+    saturated = torch.empty(1, dtype=torch.int64)
+    library.lowbit_exact_encode(
+        *(x.data_ptr(), _DTYPES[x.dtype], x.shape[0], x.stride(0), x.shape[1]),
+        *(center.data_ptr(), step.data_ptr(), largest, carrier_bits),
+        *(codes.data_ptr(), saturated.data_ptr(), torch.get_num_threads()),
+    )
+    return codes, saturated
+
+
+@exact_decode.register_kernel("cpu")
+def _exact_decode(total: Tensor, center: Tensor, step: Tensor, carrier_bits: int, dtype: torch.dtype) -> Tensor:
+    """exact_decode; see there."""
+    library, features = _library(), step.shape[0]
+    fits = total.dim() == 2 and total.shape[1] == carrier_words(features, carrier_bits)
+    fits = fits and total.dtype == (torch.int8 if carrier_bits == 8 else torch.int32)
+    if library is None or not fits or dtype not in _DTYPES or not _per_feature(center, step, features):
+        return decode_reference(total, center, step, carrier_bits, dtype)
+    total = total.contiguous()
+    wide = dtype == torch.float64
+    y = step.new_empty((total.shape[0], features), dtype=torch.float32 if wide else dtype)
+    library.lowbit_exact_decode(
+        *(total.data_ptr(), total.shape[0], features, center.data_ptr(), step.data_ptr(), carrier_bits),
+        *(y.data_ptr(), _DTYPES[y.dtype], torch.get_num_threads()),
+    )
+    return y.to(dtype)
+
+
+def _per_feature(center: Tensor, step: Tensor, features: int) -> bool:
+    return features > 0 and all(
+        t.dtype == torch.float32 and t.shape == (features,) and t.is_contiguous() for t in (center, step)
+    )
+
+
 def _messages_fit(messages: Tensor, scale: Tensor, tiers: Sequence[int], rank1: bool) -> bool:
     """What the reference would refuse goes to the reference, whose errors are torch's."""
     return (
@@ -234,6 +286,14 @@ _ARGUMENTS = {
     "lowbit_valid": [ctypes.c_void_p],
     "lowbit_pack": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, *_ENCODED],
     "lowbit_unpack_reduce": [ctypes.c_void_p, *_MESSAGES, ctypes.c_void_p, ctypes.c_int, ctypes.c_int],
+    "lowbit_exact_encode": [
+        *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_int, *_ENCODED),
+    ],
+    "lowbit_exact_decode": [
+        *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
+        *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
+    ],
     "lowbit_requantize": [ctypes.c_void_p, *_MESSAGES, ctypes.c_void_p, *_ENCODED],
 }
 

@@ -77,13 +77,16 @@ class Decoder {
   void sum_bf16(const Tier& tier, const uint8_t* messages, int64_t rank_stride, int64_t row_stride,
                 Scratch& scratch) const {
     for (int t = 0; t < T; ++t)
-      for (int64_t i = 0; i < tier.count; ++i) {
-        float sum = 0;
+      for (int64_t first = 0; first < tier.count; first += kBlock) {
+        float sum[kBlock] = {};
+        uint16_t words[kBlock] = {};
+        int64_t count = tier.count - first < kBlock ? tier.count - first : kBlock;
         for (int64_t r = 0; r < ranks_; ++r) {
-          const uint8_t* at = messages + r * rank_stride + t * row_stride + tier.byte + 2 * i;
-          sum += Bfloat16::value(load<uint16_t>(at));
+          std::memcpy(words, messages + r * rank_stride + t * row_stride + tier.byte + 2 * first, 2 * count);
+          for (int i = 0; i < kBlock; ++i) sum[i] += Bfloat16::value(words[i]);
         }
-        scratch.sums.get()[t * layout.slots + tier.slot + i] = Type::word(sum);
+        Word* to = scratch.sums.get() + t * layout.slots + tier.slot + first;
+        for (int i = 0; i < kBlock; ++i) to[i] = Type::word(sum[i]);
       }
   }
 
@@ -114,7 +117,7 @@ class Decoder {
         Lanes fours[T];
         each<T>([&](auto t) INLINE { fours[t] = unpacker.fours(own[t].from + at, tier.size - at); });
         each<kVectors>([&](auto j) INLINE {
-          Floats scale = load<Floats>(scales + j * kLanes), zero = load<Floats>(zeros + j * kLanes);
+          Floats scale = keep(load<Floats>(scales + j * kLanes)), zero = keep(load<Floats>(zeros + j * kLanes));
           each<T>([&](auto t) INLINE {
             Floats v = value<kLookup>(fours[t], mask, own[t]);
             sum[t][j] += (v - zero) * scale;
@@ -145,21 +148,16 @@ class Decoder {
 #ifdef LOWBIT_AVX512
     if (!runs_.first.empty()) {
       for (int64_t from = 0; from < layout.features; from += kRun) {
-        __m512i block[T] = {};
+        Lanes block[T] = {};
         const auto* end = &runs_.runs[runs_.first[from / kRun + 1]];
         for (const auto* run = &runs_.runs[runs_.first[from / kRun]]; run < end; ++run)
-          each<T>([&](auto t) INLINE {
-            const Word* at = sums + t * layout.slots + run->slot;
-            if constexpr (kRun == 32)
-              block[t] = _mm512_mask_expand_epi16(block[t], static_cast<__mmask32>(run->mask), _mm512_loadu_si512(at));
-            else
-              block[t] = _mm512_mask_expand_epi32(block[t], static_cast<__mmask16>(run->mask), _mm512_loadu_si512(at));
-          });
+          each<T>([&](auto t) INLINE { block[t] = spread(block[t], run->mask, sums + t * layout.slots + run->slot); });
         each<T>([&](auto t) INLINE {
+          Lanes whole = block[t];  // a copy, so that the others need no address
           if (from + kRun <= layout.features)
-            store(out[t] + from, block[t]);
+            store(out[t] + from, whole);
           else
-            std::memcpy(out[t] + from, &block[t], (layout.features - from) * sizeof(Word));
+            std::memcpy(out[t] + from, &whole, (layout.features - from) * sizeof(Word));
         });
       }
       return;
@@ -168,6 +166,16 @@ class Decoder {
     for (int t = 0; t < T; ++t)
       for (int64_t f = 0; f < layout.features; ++f) out[t][f] = sums[t * layout.slots + runs_.slot[f]];
   }
+
+#ifdef LOWBIT_AVX512
+  static INLINE Lanes spread(Lanes block, uint64_t mask, const Word* run) {
+    __m512i words = _mm512_loadu_si512(run);
+    if constexpr (sizeof(Word) == 2)
+      return (Lanes)_mm512_mask_expand_epi16((__m512i)block, static_cast<__mmask32>(mask), words);
+    else
+      return (Lanes)_mm512_mask_expand_epi32((__m512i)block, static_cast<__mmask16>(mask), words);
+  }
+#endif
 
   static constexpr int kRun = 64 / sizeof(Word);
   int64_t ranks_;

@@ -23,7 +23,7 @@ class Encoder {
         middle_(padded(layout.features)),
         limit_(padded(layout.features)),
         top_(padded(layout.features)) {
-    for (int64_t i = 0; i < padded(layout.features); ++i) limit_.get()[i] = 0xffff;  // of features that have no codes
+    for (int64_t i = 0; i < padded(layout.features); ++i) limit_.get()[i] = static_cast<Limit>(-1);  // no codes, no limit
     for (const Tier& tier : layout.tiers) {
       if (tier.bits < 16) packers_.emplace_back(tier.bits);
       for (int64_t i = tier.feature; i < tier.feature + tier.count; ++i) {
@@ -160,17 +160,17 @@ class Encoder {
       for (int t = 0; t < T; ++t) block[t] = rows[t].block(from);
       each<kVectors>([&](auto v) INLINE {
         int64_t at = from + v * kLanes;
-        Floats inverse = load<Floats>(inverse_.get() + at), zero = load<Floats>(zero_.get() + at);
-        Floats per_step = load<Floats>(per_step_.get() + at), middle = load<Floats>(middle_.get() + at);
+        Floats inverse = keep(load<Floats>(inverse_.get() + at)), zero = keep(load<Floats>(zero_.get() + at));
+        Floats per_step = keep(load<Floats>(per_step_.get() + at)), middle = keep(load<Floats>(middle_.get() + at));
         each<T>([&](auto t) INLINE {
           Floats value = normed<v.value>(block[t], inverse, zero);
           if (kRank1) value = value * (splat(token_inverse[t]) * per_step) + middle;
           values[t][v] = value;
         });
       });
-      each<T>([&](auto t) INLINE {
-        deal(round(values[t], from, kRank1 ? nullptr : &saturated), from, scratch.codes.get() + t * layout.slots);
-      });
+      Bytes bytes[T];
+      each<T>([&](auto t) INLINE { bytes[t] = round(values[t], from, kRank1 ? nullptr : &saturated); });
+      deal<T>(bytes, from, scratch.codes.get());
     }
     return saturated;
   }
@@ -216,16 +216,26 @@ class Encoder {
   }
 
   // The codes of a block to the slots of their tiers. Zeros, or what is overwritten next, follow them there.
-  INLINE void deal(Bytes block, int64_t from, uint8_t* codes) const {
+  template <int T>
+  INLINE void deal(const Bytes* block, int64_t from, uint8_t* codes) const {
 #ifdef LOWBIT_AVX512
     if (!runs_.first.empty()) {
       const auto* end = &runs_.runs[runs_.first[from / kBlock + 1]];
-      for (const auto* run = &runs_.runs[runs_.first[from / kBlock]]; run < end; ++run)
-        store(codes + run->slot, _mm512_maskz_compress_epi8(run->mask, (__m512i)block));
+      for (const auto* run = &runs_.runs[runs_.first[from / kBlock]]; run < end; ++run) {
+        bool wide = __builtin_popcountll(run->mask) > kBlock / 2;  // a store of 64 bytes takes twice as long as one of 32
+        each<T>([&](auto t) INLINE {
+          __m512i own = _mm512_maskz_compress_epi8(run->mask, (__m512i)block[t]);
+          uint8_t* to = codes + t * layout.slots + run->slot;
+          _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(own));
+          if (wide) _mm256_storeu_si256((__m256i*)to + 1, _mm512_extracti64x4_epi64(own, 1));
+        });
+      }
       return;
     }
 #endif
-    for (int64_t i = 0; i < kBlock && from + i < layout.features; ++i) codes[runs_.slot[from + i]] = block[i];
+    for (int t = 0; t < T; ++t)
+      for (int64_t i = 0; i < kBlock && from + i < layout.features; ++i)
+        codes[t * layout.slots + runs_.slot[from + i]] = block[t][i];
   }
 
 #ifdef LOWBIT_AVX512

@@ -1,8 +1,13 @@
-// The three ops of hybrid.py for CPUs, bit for bit; hybrid.py defines the format and the arithmetic. cpu.py builds this
-// file and calls the functions at its end on plain pointers.
+// The ops of hybrid.py and exact.py for CPUs, bit for bit; these define the formats and the arithmetic. cpu.py builds
+// this file and calls the functions at its end on plain pointers.
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "decode.h"
 #include "encode.h"
+#include "exact.h"
 
 namespace {
 
@@ -28,6 +33,16 @@ void by_tokens(int64_t first, int64_t last, Work work) {
   for (; first < last; ++first) work(first, Count<1>());
 }
 
+// Memory of a large new tensor has no pages yet; mapping them 4 KiB at a time takes longer than the kernels do.
+void prefer_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 2 << 20;
+  uintptr_t from = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  uintptr_t to = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#endif
+}
+
 // body(first token, last token) on every thread; the ranges are whole blocks, so that any number of threads does the
 // same arithmetic.
 template <class Body>
@@ -47,6 +62,7 @@ int pack(const LowbitFormat& format, const Value* x, int64_t tokens, int64_t row
   constexpr bool kConvert = sizeof(Value) != sizeof(Word);  // float64, to a row of float32
   Encoder<Type> encoder(format);
   const Layout& layout = encoder.layout;
+  prefer_huge_pages(out, tokens * layout.row_bytes);
   int64_t total = 0;
   in_parallel(tokens, threads_for(tokens, layout.features, threads), [&](int64_t first, int64_t last) {
     typename Encoder<Type>::Scratch scratch(layout);
@@ -80,6 +96,7 @@ int unpack_reduce(const LowbitFormat& format, const uint8_t* messages, int64_t r
   constexpr bool kConvert = sizeof(Value) != sizeof(Word);  // to float64, from a row of float32
   Decoder<Type> decoder(format, ranks);
   const int64_t features = decoder.layout.features;
+  prefer_huge_pages(out, tokens * features * sizeof(Value));
   in_parallel(tokens, threads_for(tokens, features * ranks, threads), [&](int64_t first, int64_t last) {
     typename Decoder<Type>::Scratch scratch(decoder);
     Buffer<Word> rows(kConvert ? kTokens * features : 0);
@@ -91,6 +108,52 @@ int unpack_reduce(const LowbitFormat& format, const uint8_t* messages, int64_t r
       if constexpr (kConvert)
         for (int64_t i = 0; i < count.value * features; ++i) out[token * features + i] = as_float(rows.get()[i]);
     });
+  });
+  return 0;
+}
+
+// Codes of one byte lie in `out` as they are, those of two are joined.
+template <class Type>
+int exact_encode(const typename Type::Word* x, int64_t tokens, int64_t row_stride, int64_t features,
+                 const float* center, const float* step, float largest, int bits, void* out, int64_t* saturated,
+                 int threads) {
+  prefer_huge_pages(out, tokens * (bits == 8 ? features + 1 : 4 * (features / 2 + 1)));
+  int64_t total = 0;
+  in_parallel(tokens, threads_for(tokens, features, threads), [&](int64_t first, int64_t last) {
+    Buffer<int16_t> codes(features + 2);
+    int64_t words = features / 2 + 1, here = 0;
+    for (int64_t t = first; t < last; ++t) {
+      const auto* row = x + t * row_stride;
+      if (bits == 8) {
+        here += exact_encode_row<Type>(row, features, center, step, largest,
+                                       static_cast<int8_t*>(out) + t * (features + 1));
+      } else {
+        here += exact_encode_row<Type>(row, features, center, step, largest, codes.get());
+        join_codes(codes.get(), words, static_cast<int32_t*>(out) + t * words);
+      }
+    }
+    __atomic_fetch_add(&total, here, __ATOMIC_RELAXED);
+  });
+  *saturated = total;
+  return 0;
+}
+
+template <class Type>
+int exact_decode(const void* total, int64_t tokens, int64_t features, const float* center, const float* step, int bits,
+                 typename Type::Word* out, int threads) {
+  prefer_huge_pages(out, tokens * features * sizeof(*out));
+  in_parallel(tokens, threads_for(tokens, features, threads), [&](int64_t first, int64_t last) {
+    Buffer<int16_t> codes(features + 2);
+    int64_t words = features / 2 + 1;
+    for (int64_t t = first; t < last; ++t) {
+      auto* to = out + t * features;
+      if (bits == 8) {
+        exact_decode_row<Type>(static_cast<const int8_t*>(total) + t * (features + 1), features, center, step, to);
+      } else {
+        part_codes(static_cast<const int32_t*>(total) + t * words, words, codes.get());
+        exact_decode_row<Type>(codes.get(), features, center, step, to);
+      }
+    }
   });
   return 0;
 }
@@ -145,6 +208,7 @@ int lowbit_requantize(const LowbitFormat* format, const uint8_t* messages, int64
   Decoder<Float32> decoder(*format, ranks);
   Encoder<Float32> encoder(*second);
   const int64_t features = decoder.layout.features;
+  prefer_huge_pages(out, tokens * encoder.layout.row_bytes);
   int64_t total = 0;
   in_parallel(tokens, threads_for(tokens, features * ranks, threads), [&](int64_t first, int64_t last) {
     Decoder<Float32>::Scratch decoding(decoder);
@@ -165,5 +229,27 @@ int lowbit_requantize(const LowbitFormat* format, const uint8_t* messages, int64
   });
   *saturated = total;
   return 0;
+}
+
+// x: [tokens, features] of float32, bfloat16 or float16; out: int8 [tokens, features + 1], or int32 of two codes.
+int lowbit_exact_encode(const void* x, int dtype, int64_t tokens, int64_t row_stride, int64_t features,
+                        const float* center, const float* step, float largest, int bits, void* out, int64_t* saturated,
+                        int threads) {
+  auto call = [&](auto type) {
+    auto words = static_cast<const typename decltype(type)::Word*>(x);
+    return exact_encode<decltype(type)>(words, tokens, row_stride, features, center, step, largest, bits, out, saturated,
+                                        threads);
+  };
+  return dtype == kFloat32 ? call(Float32()) : dtype == kBfloat16 ? call(Bfloat16()) : call(Float16());
+}
+
+// The inverse; center: the sum of the ranks'.
+int lowbit_exact_decode(const void* total, int64_t tokens, int64_t features, const float* center, const float* step,
+                        int bits, void* out, int dtype, int threads) {
+  auto call = [&](auto type) {
+    auto words = static_cast<typename decltype(type)::Word*>(out);
+    return exact_decode<decltype(type)>(total, tokens, features, center, step, bits, words, threads);
+  };
+  return dtype == kFloat32 ? call(Float32()) : dtype == kBfloat16 ? call(Bfloat16()) : call(Float16());
 }
 }

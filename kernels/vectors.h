@@ -62,6 +62,14 @@ inline void store(void* to, V v) {
   std::memcpy(to, &v, sizeof v);
 }
 
+// A value in a register: compilers would rather load it again for every use, and loads are what a loop waits for.
+INLINE inline Floats keep(Floats v) {
+#ifdef LOWBIT_AVX512
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 inline Floats splat(float value) { return Floats{} + value; }
 inline Floats to_floats(Lanes small) { return __builtin_convertvector((Ints)small, Floats); }
 inline Lanes magnitude(Floats v) { return (Lanes)v & 0x7fffffffu; }
@@ -151,7 +159,10 @@ struct Bfloat16 {
 #endif
   }
 
-  static Word word(float value) { return static_cast<Word>(round_to_bf16(splat(value))[0] >> 16); }
+  static Word word(float value) {
+    uint32_t bits = as_bits(value);
+    return static_cast<Word>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+  }
 };
 
 struct Float32 {

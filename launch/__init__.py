@@ -20,7 +20,7 @@ STAGES = {
     "generate": "continue prompts",
     "parity": "one artifact on every engine and tensor-parallel size: logits and tokens compared",
     "slurm": "stages as jobs of a Slurm cluster: `slurm render FILE` writes the scripts, `slurm submit` sends them",
-    "benchmark": "time patched against unpatched engines, in pairs; `benchmark collectives`: all-reduces alone",
+    "benchmark": "time patched against unpatched engines; `benchmark collectives`, `benchmark kernels`: these alone",
 }
 
 
@@ -44,6 +44,10 @@ def _main(argv: list[str] | None) -> int:
         from megatron_lowbit.launch import collectives
 
         return collectives.main(argv[2:])
+    if argv[:2] == ["benchmark", "kernels"]:
+        from megatron_lowbit.launch import kernels
+
+        return kernels.main(argv[2:])
     if argv[0] == "slurm":
         from megatron_lowbit.launch import slurm
 

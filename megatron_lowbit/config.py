@@ -361,6 +361,20 @@ class BenchmarkConfig(StageConfig):
         return self
 
 
+class BenchmarkKernelsConfig(StageConfig):
+    """Times the ops alone, on one thread, without a model; of the shared keys it has seed, output_dir and wandb."""
+
+    output_dir: str = "runs/benchmark_kernels"
+    tokens: int = Field(4096, ge=1)
+    features: int = Field(4096, ge=64)
+    ranks: tuple[int, ...] = Field((2, 4, 8), min_length=1)
+    # whose messages are added
+    repeats: int = Field(11, ge=3)
+    # rounds of all that is compared
+    compile: bool = True
+    # also torch.compile of the reference
+
+
 class BenchmarkCollectivesConfig(StageConfig):
     """Times all-reduces alone, without a model; of the keys that commands share it has seed, output_dir and wandb."""
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.artifacts import SitePlan
+from megatron_lowbit.kernels import exact_decode, exact_encode
 from megatron_lowbit.quantizer import Float32QParams
 
 
@@ -26,9 +27,10 @@ class ExactSum(Float32QParams):
 
     step: Tensor  # float32 [E]
     center: Tensor  # float32 [tp_size, E]
+    centers: Tensor  # float32 [E], their sum
     saturated: Tensor  # int64 [tp_size], by who encoded
     can_saturate = True
-    float32 = ("step", "center")
+    float32 = ("step", "center", "centers")
 
     def __init__(self, plan: SitePlan):
         super().__init__()
@@ -37,36 +39,23 @@ class ExactSum(Float32QParams):
         step = plan.half_range / self.largest
         self.register_buffer("step", torch.where(step > 0, step, 1.0), persistent=False)
         self.register_buffer("center", plan.center, persistent=False)
+        centers = plan.center[0].clone()
+        for other in plan.center[1:]:  # in rank order, so that every rank has the same bits
+            centers += other
+        self.register_buffer("centers", centers, persistent=False)
         self.register_buffer("saturated", torch.zeros(self.senders, dtype=torch.int64), persistent=False)
 
     def encode(self, x: Tensor, sender: int) -> Tensor:
         """float [tokens, E] -> int8 [tokens, E + 1], or int32 [tokens, ceil((E + 1) / 2)] of 16-bit pairs."""
         if self.step.device != x.device:  # plans are loaded on the CPU
             self.to(x.device)
-        exact = x.float()
-        broken = (0 * exact).sum(1, keepdim=True).isnan()
-        codes = torch.round((exact - self.center[sender]) / self.step)
-        self.saturated[sender] += (~(codes.abs() <= self.largest)).sum()
-        codes = codes.nan_to_num_(0.0).clamp_(-self.largest, self.largest)
-        whole = torch.cat([codes, broken], dim=1)
-        if self.carrier_bits == 8:
-            return whole.to(torch.int8)
-        if whole.shape[1] % 2:
-            whole = torch.nn.functional.pad(whole, (0, 1))
-        high, low = whole.to(torch.int32).unflatten(1, (-1, 2)).unbind(2)
-        return high * 2**16 + low
+        codes, saturated = exact_encode(x, self.center[sender], self.step, self.largest, self.carrier_bits)
+        self.saturated[sender : sender + 1] += saturated
+        return codes
 
     def decode(self, total: Tensor, dtype: torch.dtype) -> Tensor:
         """The sum of all ranks' codes -> [tokens, E] in `dtype`."""
-        if self.carrier_bits == 16:
-            low = ((total + 2**15) & (2**16 - 1)) - 2**15
-            total = torch.stack([(total - low) >> 16, low], dim=2).flatten(1)
-        features = len(self.step)
-        center = self.center[0].clone()
-        for other in self.center[1:]:
-            center += other
-        y = total[:, :features].float() * self.step + center
-        return y.masked_fill(total[:, features : features + 1] != 0, torch.nan).to(dtype)
+        return exact_decode(total, self.centers, self.step, self.carrier_bits, dtype)
 
     def add(self, codes: Sequence[Tensor]) -> Tensor:
         """What an all-reduce makes of the codes of all ranks."""

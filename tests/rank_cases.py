@@ -5,6 +5,7 @@ deepspeed and transformers are imported inside the cases that need them, so that
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
@@ -95,6 +96,17 @@ def all_reduce_in_place(rank: int, size: int, plan: SitePlan, partials: Tensor, 
         "in_place": y.data_ptr() == x.data_ptr(),
         "kept": torch.equal(copied, partials[rank]) and torch.equal(learning, partials[rank]),
     }
+
+
+def hashes_of_sums(
+    rank: int, size: int, plan: SitePlan, partials: Tensor, mode: CommMode, orders: list[tuple[int, ...]], repeats: int
+) -> set[str]:
+    """sha256 of the sums of `repeats` all-reduces, this rank taking the part that each order gives it in turn."""
+    reducer, hashes = HybridReducer(plan, dist.group.WORLD, mode), set()
+    for number in range(repeats):
+        y = reducer.all_reduce(partials[orders[number % len(orders)][rank]])
+        hashes.add(hashlib.sha256(y.numpy().tobytes()).hexdigest())
+    return hashes
 
 
 def all_reduce_gradient(

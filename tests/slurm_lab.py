@@ -134,7 +134,7 @@ PartitionName=tests Nodes={",".join(NODES)} Default=YES MaxTime=INFINITE State=U
     def state(self, number: str) -> str:
         return self.job(number)["JobState"]
 
-    def ended(self, number: str, timeout: float = 120) -> dict[str, str]:
+    def ended(self, number: str, timeout: float = 240) -> dict[str, str]:
         self.wait(lambda: self.state(number) in ENDED, timeout, f"the end of job {number}")
         return self.job(number)
 

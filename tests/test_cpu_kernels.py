@@ -1,6 +1,7 @@
 """The C++ kernels of kernels/hybrid.cpp: bit for bit what the torch reference makes, and their build."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_lowbit import kernels
-from megatron_lowbit.kernels import cpu, hybrid
+from megatron_lowbit.kernels import cpu, exact, hybrid
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -136,6 +137,46 @@ def test_wide_rows_and_threads(dtype, rank1):
 
 
 @needs_compiler
+@pytest.mark.parametrize("target", ["x86-64", "x86-64-v3"])
+def test_older_processors(target, monkeypatch, tmp_path):
+    """Without AVX-512 and without AVX: what the compiler makes of the same source."""
+    if platform.machine() != "x86_64":
+        pytest.skip("of another kind")
+    monkeypatch.setattr(cpu, "FLAGS", [f"-march={target}" if "march" in flag else flag for flag in cpu.FLAGS])
+    monkeypatch.setattr(cpu, "_loaded", [])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for tiers in (TIERS[8], TIERS[9]):
+        for rank1 in (False, True):
+            test_same_bits_as_the_reference(tiers, rank1)
+    for carrier_bits in (8, 16):
+        test_exact_sums(65, carrier_bits)
+
+
+@needs_compiler
+@pytest.mark.parametrize("carrier_bits", [8, 16])
+@pytest.mark.parametrize("features", [1, 64, 65, 130])
+def test_exact_sums(features, carrier_bits):
+    g = torch.Generator().manual_seed(features)
+    center, step = 0.1 * torch.randn(features, generator=g), 0.01 + torch.rand(features, generator=g)
+    largest = (2 ** (carrier_bits - 1) - 1) // 3
+    x = torch.randn(9, features, generator=g) * largest * step / 2  # some beyond the largest code
+    x[1] = center + 1.5 * step  # halfway between codes
+    x[2, -1], x[3, 0], x[4, features // 2] = torch.nan, torch.inf, -torch.inf
+    x[5], x[6] = 6e4, -6e4
+    wider = torch.cat([x, x], 1)[:, :features]
+    for dtype in DTYPES:
+        for own in (x.to(dtype), wider.to(dtype)):
+            ours = kernels.exact_encode(own, center, step, largest, carrier_bits)
+            reference = exact.encode_reference(own, center, step, largest, carrier_bits)
+            assert ours[0].dtype == reference[0].dtype
+            assert torch.equal(ours[0], reference[0]) and torch.equal(ours[1], reference[1])
+        assert reference[1] > features
+        total = 3 * reference[0]
+        arguments = total, 3 * center, step, carrier_bits, dtype
+        assert_same_bits(kernels.exact_decode(*arguments), exact.decode_reference(*arguments))
+
+
+@needs_compiler
 def test_strides():
     plan = Plan([16, 7, 4, 36], 9, False, torch.float32, 2)
     x, expected = plan.x[0], hybrid.pack_reference(plan.x[0], *plan.qparams(0))
@@ -176,6 +217,10 @@ def test_registered_ops():
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(kernels.hybrid_pack, (plan.x[0], *plan.qparams(0)), test_utils=checks)
     torch.library.opcheck(kernels.hybrid_unpack_reduce, (messages, *all_ranks, torch.bfloat16), test_utils=checks)
+    encoded = plan.x[0], plan.scale[0], plan.scale[0], 63, 16
+    torch.library.opcheck(kernels.exact_encode, encoded, test_utils=checks)
+    decoded = kernels.exact_encode(*encoded)[0], plan.scale[0], plan.scale[0], 16, torch.bfloat16
+    torch.library.opcheck(kernels.exact_decode, decoded, test_utils=checks)
     arguments = (messages, *all_ranks, *plan.qparams(0))
     torch.library.opcheck(kernels.hybrid_unpack_reduce_requantize, arguments, test_utils=checks)
     with FakeTensorMode(allow_non_fake_inputs=True) as fakes:

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import those of its own tier and of earlier ones. A new module has to be given its place here.
 TIERS = [
     {
-        *("config", "embedded", "kernels", "kernels.cpu", "kernels.gpu", "kernels.hybrid", "kernels.packing"),
-        *("kernels.reference", "kernels.triton_hybrid", "launcher_env", "preemption"),
+        *("config", "embedded", "kernels", "kernels.cpu", "kernels.exact", "kernels.gpu", "kernels.hybrid"),
+        *("kernels.packing", "kernels.reference", "kernels.triton_hybrid", "launcher_env", "preemption"),
     },
     {"quantizer", "agreement", "allocation", "clipping", "channels", "files", "distributed", "hf_weights", "streams"},
     {"wandb_run"},

@@ -190,10 +190,10 @@ def test_ranks_that_do_not_meet(model, tmp_path):
     }
     begin = time.monotonic()
     for said, process in processes.items():
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=90)
         lines = [line for line in stderr.splitlines() if not line.startswith("[W")]  # torch's warnings of hosts
         assert process.returncode == 2 and len(lines) == 1 and said in lines[0], stderr
-    assert time.monotonic() - begin < 45
+    assert time.monotonic() - begin < 90  # of which 3 are waited, the others imports
     assert not list(tmp_path.glob("*.safetensors"))
 
 
@@ -205,12 +205,12 @@ def test_a_signal_while_ranks_wait_for_each_other(model, tmp_path):
         for r in range(2)
     ]
     try:
-        deadline = time.monotonic() + 60
-        while not listens(int(environ["MASTER_PORT"])) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        deadline = time.monotonic() + 90
+        while connections(int(environ["MASTER_PORT"])) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)  # rank 0 connects to itself, too
         time.sleep(1)
         ranks[0].send_signal(signal.SIGUSR1)
-        told = [rank.communicate(timeout=30) for rank in ranks]
+        told = [rank.communicate(timeout=60) for rank in ranks]
         assert [rank.returncode for rank in ranks] == [99, 99], told
         assert "stopped by SIGUSR1: its ranks had not met yet" in told[0][1]
     finally:
@@ -218,8 +218,8 @@ def test_a_signal_while_ranks_wait_for_each_other(model, tmp_path):
             rank.kill()
 
 
-def listens(port: int) -> bool:
-    """Whether somebody on this machine listens at a port, without connecting to it."""
+def connections(port: int) -> int:
+    """How many connections to a port of this machine there are."""
     tables = (Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6"))
     rows = [row.split() for table in tables for row in table]
-    return any(row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port for row in rows)
+    return sum(row[3] == "01" and int(row[1].rpartition(":")[2], 16) == port for row in rows)

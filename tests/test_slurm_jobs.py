@@ -7,6 +7,8 @@ Each case records what happened and how long it took, in a table that `pytest -s
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -19,6 +21,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -87,9 +90,10 @@ class Jobs:
         self.ids: dict[str, str] = {}
 
     def submit(self) -> Jobs:
-        command = [sys.executable, "-m", "megatron_lowbit.launch", "slurm", "submit", self.folder / "jobs.yaml"]
-        printed = self.lab.run(*command)
-        words = [line.split() for line in printed.splitlines() if not line.startswith("wrote ")]
+        printed = io.StringIO()
+        with patch.dict(os.environ, self.lab.environ, clear=True), contextlib.redirect_stdout(printed):
+            assert run_here("slurm", "submit", self.folder / "jobs.yaml") == 0
+        words = [line.split() for line in printed.getvalue().splitlines() if not line.startswith("wrote ")]
         self.ids = dict(words)
         return self
 
@@ -154,8 +158,8 @@ def chain(lab, model, tmp_path_factory) -> Jobs:
 def test_jobs_that_have_to_make_way(lab, model, whole, tmp_path, record):
     """USR1, as Slurm sends it before the time is up: the state is saved, the job goes back into the queue and on."""
     running, faults = {}, {}
-    for launcher in ("srun", "torchrun", "deepspeed"):
-        stage = {**quantize(model, tmp_path / launcher / "artifact", "tp=2", "wandb=offline"), "launcher": launcher}
+    for launcher, wandb in {"srun": "offline", "torchrun": "off", "deepspeed": "off"}.items():
+        stage = {**quantize(model, tmp_path / launcher / "artifact", "tp=2", f"wandb={wandb}"), "launcher": launcher}
         running[launcher] = Jobs(lab, tmp_path / launcher, {"quantize": stage}).submit()
     for launcher, jobs in running.items():
         jobs.wait_for_group(tmp_path / launcher / "artifact")
@@ -167,7 +171,8 @@ def test_jobs_that_have_to_make_way(lab, model, whole, tmp_path, record):
         assert jobs.restarts() == 1 and "goes back into the queue" in jobs.log() and "Traceback" not in jobs.log()
         (at,) = re.findall(r"^continuing after (\d+) of", jobs.log(), flags=re.M)
         assert artifact_files(output) == whole
-        check_history(output)
+        if launcher == "srun":
+            check_history(output)
         what, seconds = f"USR1, {at} of {BLOCKS} groups done", jobs.recovered(output, faults[launcher])
         record(launcher, "quantize", what, "exit 99, requeued, went on", seconds, "identical")
 

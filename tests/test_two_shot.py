@@ -171,21 +171,21 @@ def test_integers_at_both_ends_do_not_overflow(four_ranks, carrier_bits):
     torch.testing.assert_close(y, 4 * signs[0].clamp(-1, 1), rtol=4 * FLOAT32, atol=0)
 
 
-def test_one_hash_for_every_order_of_the_ranks(four_ranks):
-    """All 24 orders, and parts of the batch: the center is added in rank order, so it is given to all ranks alike."""
+@pytest.mark.parametrize("carrier_bits", [8, 16])
+def test_one_hash_for_every_order_of_the_ranks(four_ranks, carrier_bits):
+    """1000 sums over all 24 orders, and parts of the batch: the center is added in rank order, so all have the same."""
     partials = partial_sums(4, 12)
     both_ways = torch.cat([partials.flatten(0, 1), -partials.flatten(0, 1)])  # of one range, around zero
-    plan = synthetic_plan(both_ways.expand(4, -1, -1), CommConfig(preset="paper"))
-    hashes = set()
-    for order in permutations(range(4)):
-        y = VirtualReducer(plan, "exact_sum").all_reduce(list(partials[list(order)]))
-        hashes.add(hashlib.sha256(y.numpy().tobytes()).hexdigest())
-    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
-        y = same_on_all(four_ranks.run(rank_cases.all_reduce, plan, partials[order], "plain", "exact_sum"))
-        hashes.add(hashlib.sha256(y.numpy().tobytes()).hexdigest())
-    assert len(hashes) == 1
-    some = VirtualReducer(plan, "exact_sum").all_reduce(list(partials[:, 3:5]))
-    assert torch.equal(some, y[3:5]), "what else is in the batch matters"
+    plan = synthetic_plan(both_ways.expand(4, -1, -1), CommConfig(preset="paper", carrier_bits=carrier_bits))
+    orders = list(permutations(range(4)))
+    ranks = four_ranks.run(rank_cases.hashes_of_sums, plan, partials, "exact_sum", orders, 1000)
+    y = VirtualReducer(plan, "exact_sum").all_reduce(list(partials))
+    assert set.union(*ranks) == {hashlib.sha256(y.numpy().tobytes()).hexdigest()}
+    for first, last in ((3, 5), (0, 1), (11, 12)):
+        some = VirtualReducer(plan, "exact_sum").all_reduce(list(partials[:, first:last]))
+        assert torch.equal(some, y[first:last]), "what else is in the batch matters"
+    one_shot = four_ranks.run(rank_cases.hashes_of_sums, plan, partials, "one_shot", orders, 24)
+    assert len(set.union(*one_shot)) > 1, "sums in float32 that do not tell one order from another show nothing"
 
 
 # What is refused, and what is counted
