@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_lowbit import kernels
 from megatron_lowbit.codec import Codec
-from megatron_lowbit.config import BenchmarkKernelsConfig, LowBitError, load_config
+from megatron_lowbit.config import BenchmarkKernelsConfig, LowBitError, StageConfig, defaults, load_config
 from megatron_lowbit.kernels import cpu, exact, hybrid
 from megatron_lowbit.launch import runner
 from megatron_lowbit.metrics import MetricLogger
@@ -47,9 +47,12 @@ def main(argv: list[str]) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     try:
-        return runner._run(
-            "benchmark", sys.modules[__name__], load_config(CONFIG, None, parser.parse_args(argv).overrides)
-        )
+        config = load_config(CONFIG, None, parser.parse_args(argv).overrides)
+        given, usual = defaults(config), defaults(StageConfig())
+        for key in StageConfig.model_fields:
+            if key not in ("seed", "output_dir", "wandb") and given[key] != usual[key]:
+                raise LowBitError(f"{key}={given[key]} changes nothing here, where no model runs; leave it out")
+        return runner._run("benchmark", sys.modules[__name__], config)
     except LowBitError as error:
         return runner.fail(str(error))
 
