@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from megatron_lowbit import launcher_env, preemption
-from megatron_lowbit.config import LowBitError, StageConfig, defaults, load_config
+from megatron_lowbit.config import LowBitError, StageConfig, defaults, load_config, one_line
 from megatron_lowbit.distributed import ToldError, env_rank, env_world_size, launched, on_every_rank, on_rank_zero
 from megatron_lowbit.files import ensure_writable, write_json, write_text
 from megatron_lowbit.folder_lock import FolderLock
@@ -170,6 +170,10 @@ def _run(name: str, stage: Any, config: StageConfig) -> int:
         code = BAD_INPUT
     except LowBitError as error:
         code = fail(str(error))
+    except RuntimeError as error:
+        if not _of_a_collective(error):
+            raise
+        fail(f"a collective failed: another rank has ended; see what it says ({one_line(error)})")
     except Preempted as stop:
         code = REQUEUE
         if rank == 0:
@@ -182,6 +186,12 @@ def _run(name: str, stage: Any, config: StageConfig) -> int:
             if logger is not None:
                 leaving.callback(logger.close, code)
     return code
+
+
+def _of_a_collective(error: RuntimeError) -> bool:
+    from torch import distributed as dist
+
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def _leave_groups(code: int) -> None:

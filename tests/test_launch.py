@@ -122,10 +122,12 @@ def test_a_rank_that_dies_ends_the_command(tmp_path, victim):
         assert process.poll() is None
         os.kill(ranks[victim], signal.SIGKILL)
         start = time.monotonic()
-        process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=60)
         assert time.monotonic() - start < 30  # ten seconds of grace for the peer, and the end of a busy machine
         assert process.returncode not in (0, None) and process.returncode > 0
         assert not alive_in_group(process.pid), "a rank outlives its command"
+    if victim == 1:
+        assert "a collective failed: another rank has ended" in stderr and "Traceback" not in stderr
     assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "calibrate.json").exists()
 
 
