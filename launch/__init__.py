@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _main(argv)
     finally:
-        preemption.restore(before)
+        if argv is not None:  # else the process ends here, and a late signal is not to change its exit code
+            preemption.restore(before)
 
 
 def _main(argv: list[str] | None) -> int:

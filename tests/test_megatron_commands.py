@@ -234,7 +234,10 @@ CASES = {
         [*EVALUATE, "engine=deepspeed", "tp=2", "sequence_parallel=true"],
         ["sequence_parallel=True", "engine=megatron"],
     ),
-    "dp without Megatron": (["calibrate", MODEL, *CALIBRATION, "dp=2"], ["dp=2", "engine=megatron"]),
+    "dp without Megatron": (
+        ["calibrate", MODEL, *CALIBRATION, "engine=deepspeed", "tp=2", "dp=2"],
+        ["dp=2", "engine=megatron"],
+    ),
     "virtual ranks with Megatron": ([*EVALUATE, "engine=megatron", "virtual_tp=2"], ["virtual_tp=2", "huggingface"]),
     "other number of processes": (
         [*EVALUATE, "engine=megatron", "tp=2", "pp=2", "--nproc", "3"],

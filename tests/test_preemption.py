@@ -76,7 +76,7 @@ def test_quantize_stops_in_every_group(model, tmp_path):
 def calibrate(model: Path, folder: Path, *more: str) -> list[str]:
     return [
         *("calibrate", f"model={model}", f"output_dir={folder}", "calibration.data=stdlib:calibration"),
-        *("calibration.samples=150", "calibration.sequence_length=64", "calibration.batch_size=1"),
+        *("calibration.samples=400", "calibration.sequence_length=64", "calibration.batch_size=1"),
         *("comm.tp_sizes=[2]", "comm.preset=paper", "comm.clipping=histogram", *more),
     ]
 
@@ -97,9 +97,9 @@ def test_calibrate_stops_and_continues(model, tmp_path, capsys, monkeypatch):
         process.send_signal(signal.SIGUSR1)
         stdout, stderr = process.communicate(timeout=60)
         assert process.returncode == preemption.REQUEUE, stderr
-    assert f"continuing after {killed} of the 150 batches" in stdout and "took over" in stdout
+    assert f"continuing after {killed} of the 400 batches" in stdout and "took over" in stdout
     stopped = done(folder)
-    assert killed < stopped < 150 and f"after {stopped} of 150 batches" in stderr
+    assert killed < stopped < 400 and f"after {stopped} of 400 batches" in stderr
     assert not (folder / "calibration.json").exists()
     capsys.readouterr()
     assert run_here(*calibrate(model, folder, "calibration.ema_gamma=0.5")) == 2
