@@ -4,9 +4,9 @@
                        smallest takes (latency), above the largest it grows as b does (rate)
     choose(b)          the fastest mode, if it is at least 5 % faster than bf16; else bf16, which rounds least
 
-b is the bytes of the partial sums in bf16. Times vary, and a wrong choice must not cost anything: a cell is the lower
-quartile of bf16's times and the upper one of every other mode's: a mode is taken where it was surely faster. The table
-is JSON, and holds for ranks like those that measured it.
+b is the bytes of the partial sums in bf16. Times vary, and a wrong choice must not cost anything: a cell is the median,
+but the lower quartile of bf16's times, so another mode is taken only where it is surely faster. The table is JSON, and
+holds for ranks like those that measured it.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def measure_costs(group: dist.ProcessGroup, plan: SitePlan, sizes: Sequence[int]
         count = min(ROUNDS[1], max(ROUNDS[0], int(SECONDS / sum(warm[-1]))))  # decided once, for all ranks alike
         times = slowest([one_round(reducers, n, x) for n in range(count)], group, where)
         for mode, column in zip(modes, zip(*times, strict=True), strict=True):
-            quartile = torch.tensor(column).quantile(0.25 if mode == "bf16" else 0.75).item()  # cost.py says why
+            quartile = torch.tensor(column).quantile(0.25 if mode == "bf16" else 0.5).item()  # cost.py says why
             rows[mode].insert(0, (2 * x.numel(), quartile))
     return CostTable(dist.get_world_size(group), features, {mode: tuple(points) for mode, points in rows.items()})
 
