@@ -21,8 +21,9 @@ from torch import distributed as dist
 
 from megatron_lowbit.adapters import patching
 from megatron_lowbit.artifacts import Artifact
-from megatron_lowbit.config import BenchmarkConfig, CommConfig, LowBitError, WeightsConfig
+from megatron_lowbit.config import CommConfig, LowBitError, WeightsConfig
 from megatron_lowbit.distributed import Watch, device, env_rank
+from megatron_lowbit.launch.benchmark_config import BenchmarkConfig
 from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
 from megatron_lowbit.launch.netlab import on_a_host
 from megatron_lowbit.launch.runner import run_stage

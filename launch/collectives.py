@@ -37,16 +37,14 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_lowbit.config import (
-    BenchmarkCollectivesConfig,
-    CommConfig,
     LowBitError,
-    StageConfig,
     load_config,
 )
 from megatron_lowbit.config import defaults as defaults_of
 from megatron_lowbit.cost import CostTable
 from megatron_lowbit.distributed import Watch, launched
 from megatron_lowbit.launch import runner
+from megatron_lowbit.launch.benchmark_config import UNUSED, BenchmarkCollectivesConfig, refuse_unused
 from megatron_lowbit.launch.collectives_rank import (
     FEATURES,
     cell_limit,
@@ -58,16 +56,8 @@ from megatron_lowbit.launch.netlab import network, no_namespaces, uninterrupted
 from megatron_lowbit.metrics import MetricLogger, progress, require
 
 CONFIG = BenchmarkCollectivesConfig
-SHARED_KEYS = ("seed", "output_dir", "wandb")  # of those that all commands have
-UNUSED = [key for key in StageConfig.model_fields if key not in SHARED_KEYS]
-UNUSED += [
-    "comm.mode",
-    "comm.cost_table",
-    "comm.drift_threshold",
-    "comm.selection",
-    "comm.gather",
-    "comm.tp_sizes",
-]
+NOT_IN_COMM = ("mode", "cost_table", "drift_threshold", "selection", "gather", "tp_sizes")
+NOT_HERE = [*UNUSED, *(f"comm.{key}" for key in NOT_IN_COMM)]
 
 
 # The command
@@ -81,7 +71,7 @@ def main(argv: list[str]) -> int:
         config = parse(argv)
         if config.wandb != "off":
             require("wandb", "wandb")
-        return runner._run("benchmark", sys.modules[__name__], config)
+        return runner.run_rank("benchmark", sys.modules[__name__], config)
     except LowBitError as error:
         return runner.fail(str(error))
     except KeyboardInterrupt:
@@ -94,12 +84,13 @@ def parse(argv: list[str]) -> BenchmarkCollectivesConfig:
     keys = [
         f"  {key}={'none' if value is None else value}"
         for key, value in defaults_of(CONFIG()).items()
-        if key not in UNUSED
+        if key not in NOT_HERE
     ]
-    parser = runner._Parser(
+    parser = runner.Parser(
         prog="megatron-lowbit benchmark collectives",
         description="time all-reduces over real processes, on loopback or behind links of a given rate",
-        epilog="config keys and their defaults (explained in megatron_lowbit/config.py):\n" + "\n".join(keys),
+        epilog="config keys and their defaults (explained in megatron_lowbit.launch.benchmark_config):\n"
+        + "\n".join(keys),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help="YAML file of config keys")
@@ -116,22 +107,12 @@ def parse(argv: list[str]) -> BenchmarkCollectivesConfig:
     args = vars(parser.parse_intermixed_args(argv))
     file, overrides = args.pop("config"), args.pop("overrides")
     config = load_config(CONFIG, file, [*overrides, *(f"{key}={v}" for key, v in args.items() if v is not None)])
-    _refuse_unused(config)
+    refuse_unused(config, NOT_HERE)
     if config.rate is not None and (reason := no_namespaces()):
         raise LowBitError(f"rate={config.rate} {reason}; leave rate out to measure on loopback")
     if launched():
         raise LowBitError("benchmark collectives starts its own ranks; run it without a launcher")
     return config
-
-
-def _refuse_unused(config: BenchmarkCollectivesConfig) -> None:
-    """A key that changes nothing is an error, not a surprise in the figures."""
-    comm = {f"comm.{key}": default for key, default in defaults_of(CommConfig()).items()}
-    usual, given = {**defaults_of(StageConfig()), **comm}, defaults_of(config)
-    for key in UNUSED:
-        if given[key] != usual[key]:
-            other = "set algorithms=" if key == "comm.mode" else "leave it out"
-            raise LowBitError(f"{key}={given[key]} changes nothing here, where no model runs; {other}")
 
 
 def run(config: BenchmarkCollectivesConfig, logger: MetricLogger) -> dict[str, Any]:

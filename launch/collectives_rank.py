@@ -21,11 +21,12 @@ from torch import distributed as dist
 
 from megatron_lowbit.artifacts import SitePlan
 from megatron_lowbit.collectives import LOW_BIT, HybridReducer
-from megatron_lowbit.config import BenchmarkCollectivesConfig, CommMode, LowBitError
+from megatron_lowbit.config import CommMode, LowBitError
 from megatron_lowbit.cost import CostTable
 from megatron_lowbit.evaluate import sqnr_db
 from megatron_lowbit.files import write_json
 from megatron_lowbit.launch import runner
+from megatron_lowbit.launch.benchmark_config import BenchmarkCollectivesConfig
 from megatron_lowbit.launch.peers import GroupInt4, StockAllReduce
 from megatron_lowbit.ranges import synthetic_plan
 from megatron_lowbit.tuning import measure_costs

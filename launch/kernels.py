@@ -28,9 +28,10 @@ from torch import Tensor
 
 from megatron_lowbit import kernels
 from megatron_lowbit.codec import Codec
-from megatron_lowbit.config import BenchmarkKernelsConfig, LowBitError, StageConfig, defaults, load_config
+from megatron_lowbit.config import LowBitError, load_config
 from megatron_lowbit.kernels import cpu, exact, hybrid
 from megatron_lowbit.launch import runner
+from megatron_lowbit.launch.benchmark_config import UNUSED, BenchmarkKernelsConfig, refuse_unused
 from megatron_lowbit.metrics import MetricLogger
 
 CONFIG = BenchmarkKernelsConfig
@@ -43,16 +44,13 @@ Case = tuple[str, str, int, Callable[..., Any], Callable[..., Any], tuple[Any, .
 
 def main(argv: list[str]) -> int:
     """`megatron-lowbit benchmark kernels ARGV`; the exit code."""
-    parser = runner._Parser(prog="megatron-lowbit benchmark kernels", description=(__doc__ or "").splitlines()[0])
+    parser = runner.Parser(prog="megatron-lowbit benchmark kernels", description=(__doc__ or "").splitlines()[0])
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     try:
         config = load_config(CONFIG, None, parser.parse_args(argv).overrides)
-        given, usual = defaults(config), defaults(StageConfig())
-        for key in StageConfig.model_fields:
-            if key not in ("seed", "output_dir", "wandb") and given[key] != usual[key]:
-                raise LowBitError(f"{key}={given[key]} changes nothing here, where no model runs; leave it out")
-        return runner._run("benchmark", sys.modules[__name__], config)
+        refuse_unused(config, UNUSED)
+        return runner.run_rank("benchmark", sys.modules[__name__], config)
     except LowBitError as error:
         return runner.fail(str(error))
 

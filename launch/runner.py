@@ -50,7 +50,7 @@ def run_stage(name: str, argv: list[str]) -> int:
     try:
         launcher_env.adopt()
         stage = import_module(f"megatron_lowbit.launch.{name}")
-        config, nproc = _parse(name, stage.CONFIG, argv)
+        config, nproc = parse(name, stage.CONFIG, argv)
         if config.wandb != "off":
             require("wandb", "wandb")
         own = stage.ranks(config) if hasattr(stage, "ranks") else None
@@ -59,33 +59,33 @@ def run_stage(name: str, argv: list[str]) -> int:
             if world != own:
                 raise LowBitError(f"{name} needs tp x dp = {own} processes, there are {world}; start that many")
             if launched() or own == 1:
-                return _run(name, stage, config)
+                return run_rank(name, stage, config)
             ensure_writable(config.output_dir)
             return _start_ranks(name, argv, own)
         if launched():
-            _check_world(config, env_world_size())
-            return _run(name, stage, config)
+            check_world(config, env_world_size())
+            return run_rank(name, stage, config)
         if config.engine == "huggingface":
-            _check_world(config, nproc or 1)
-            return _run(name, stage, config)
-        _check_world(config, nproc or world_of(config))
+            check_world(config, nproc or 1)
+            return run_rank(name, stage, config)
+        check_world(config, nproc or world_of(config))
         ensure_writable(config.output_dir)
         return _start_ranks(name, argv, world_of(config), getattr(config, "rate", None))
     except LowBitError as error:
         return fail(str(error))
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise LowBitError(f"{message} (see {self.prog} --help)")
 
 
-def _parse(name: str, config_class: type[StageConfig], argv: list[str]) -> tuple[StageConfig, int | None]:
+def parse(name: str, config_class: type[StageConfig], argv: list[str]) -> tuple[StageConfig, int | None]:
     keys = "\n".join(f"  {key}={'none' if value is None else value}" for key, value in defaults(config_class()).items())
-    parser = _Parser(
+    parser = Parser(
         prog=f"megatron-lowbit {name}",
         description=STAGES[name],
-        epilog=f"config keys and their defaults (explained in megatron_lowbit/config.py):\n{keys}",
+        epilog=f"config keys and their defaults (explained in {config_class.__module__}):\n{keys}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help="YAML file of config keys")
@@ -111,7 +111,7 @@ def _parse(name: str, config_class: type[StageConfig], argv: list[str]) -> tuple
     return load_config(config_class, args.config, [*args.overrides, *named]), args.nproc
 
 
-def _check_world(config: StageConfig, world: int) -> None:
+def check_world(config: StageConfig, world: int) -> None:
     if config.engine == "huggingface" and config.tp > 1:
         raise LowBitError(
             f"engine=huggingface runs in one process, not tp={config.tp}: set virtual_tp or engine=deepspeed"
@@ -146,7 +146,7 @@ def world_of(config: StageConfig) -> int:
     return math.prod(_sizes(config).values())
 
 
-def _run(name: str, stage: Any, config: StageConfig) -> int:
+def run_rank(name: str, stage: Any, config: StageConfig) -> int:
     """One rank's whole life."""
     _quiet()
     rank, logger, code = env_rank(), None, 1

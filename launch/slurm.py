@@ -21,7 +21,7 @@ from typing import Any
 from megatron_lowbit.config import LowBitError, load_config
 from megatron_lowbit.files import ensure_writable, write_text
 from megatron_lowbit.launch import STAGES
-from megatron_lowbit.launch.runner import _check_world, _parse, _Parser, fail
+from megatron_lowbit.launch.runner import Parser, check_world, fail, parse
 from megatron_lowbit.launch.slurm_config import SlurmConfig, StageJob
 
 VARIABLE = re.compile(r"\{\{(\w+)\}\}")
@@ -36,7 +36,7 @@ LAUNCH = {
 
 
 def main(argv: list[str]) -> int:
-    parser = _Parser(prog="megatron-lowbit slurm", description=STAGES["slurm"])
+    parser = Parser(prog="megatron-lowbit slurm", description=STAGES["slurm"])
     parser.add_argument("action", choices=("render", "submit"), help="write the scripts; submit: and send them")
     parser.add_argument("file", help="YAML file (examples: configs/slurm/)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="keys: launch/slurm_config.py")
@@ -148,10 +148,10 @@ def _check_stage(name: str, command: str, arguments: list[str], nodes: int, task
         raise LowBitError(f"stages.{name}: unknown stage {command!r}; choose one of {', '.join(STAGES)}")
     try:
         stage = import_module(f"megatron_lowbit.launch.{command}")
-        stage_config, _ = _parse(command, stage.CONFIG, arguments)
+        stage_config, _ = parse(command, stage.CONFIG, arguments)
         own = stage.ranks(stage_config) if hasattr(stage, "ranks") else None
         if own is None:
-            _check_world(stage_config, nodes * tasks)
+            check_world(stage_config, nodes * tasks)
         elif own != nodes * tasks:
             raise LowBitError(f"{command} needs tp x dp = {own} processes, there are {nodes * tasks}")
     except LowBitError as error:

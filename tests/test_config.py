@@ -3,7 +3,6 @@
 import pytest
 
 from megatron_lowbit.config import (
-    BenchmarkConfig,
     CalibrateConfig,
     CommConfig,
     DemoConfig,
@@ -15,6 +14,7 @@ from megatron_lowbit.config import (
     load_config,
     one_line,
 )
+from megatron_lowbit.launch.benchmark_config import BenchmarkConfig
 from megatron_lowbit.quantizer import Scheme
 
 STAGES = (BenchmarkConfig, CalibrateConfig, DemoConfig, EvaluateConfig, GenerateConfig, QuantizeConfig)

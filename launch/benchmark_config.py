@@ -1,0 +1,141 @@
+"""Keys of `benchmark`, `benchmark kernels` and `benchmark collectives`, as in config.py."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+
+from megatron_lowbit.config import CalibrationConfig, CommConfig, EngineName, LowBitError, StageConfig, defaults
+
+
+def _rate(value: Any) -> Any:
+    if value is None or value == "none":
+        return None
+    if not re.fullmatch(r"[1-9]\d{0,3}(mbit|gbit)", str(value)):
+        raise ValueError("give a rate such as 100mbit, 1gbit or 10gbit")
+    return value
+
+
+Rate = Annotated[str | None, BeforeValidator(_rate)]
+
+
+class BenchmarkConfig(StageConfig):
+    model: str | None = "embedded"
+    engine: EngineName = "deepspeed"
+    tp: int = Field(2, ge=1)
+    dtype: Literal["auto", "float32", "bfloat16"] = "bfloat16"
+    output_dir: str = "runs/benchmark"
+    calibration: CalibrationConfig = CalibrationConfig(data="stdlib:calibration", samples=16)
+    repeats: int = Field(40, ge=2)
+    # pairs of forwards, one on each side of every comparison
+    tokens: int = Field(1024, ge=1)
+    # tokens per forward
+    comm: CommConfig = CommConfig()
+    # how partial sums travel in the rows that are not bf16
+    rate: Rate = None
+    # every rank's link, such as 1gbit (needs root, ip and tc); none: loopback
+
+    @model_validator(mode="after")
+    def _low_bit(self) -> BenchmarkConfig:
+        if self.comm.mode in ("native", "bf16"):
+            raise ValueError(f"comm.mode={self.comm.mode} is what the others are compared with; name another")
+        if self.rate is not None and self.engine == "huggingface":
+            raise ValueError("rate needs ranks on a network; set engine=deepspeed or engine=megatron")
+        return self
+
+
+class BenchmarkKernelsConfig(StageConfig):
+    """Times the ops alone, on one thread, without a model; of the shared keys it has seed, output_dir and wandb."""
+
+    output_dir: str = "runs/benchmark_kernels"
+    tokens: int = Field(4096, ge=1)
+    features: int = Field(4096, ge=64)
+    ranks: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field((2, 4, 8), min_length=1)
+    # numbers of messages that are added
+    repeats: int = Field(11, ge=3)
+    # rounds of all that is compared
+    compile: bool = True
+    # also torch.compile of the reference
+
+
+class BenchmarkCollectivesConfig(StageConfig):
+    """Times all-reduces alone, without a model; of the keys that commands share it has seed, output_dir and wandb."""
+
+    output_dir: str = "runs/benchmark_collectives"
+    comm: CommConfig = CommConfig()
+    # bits and scales of our collectives; the plan is calibrated on random partial sums
+    ranks: tuple[int, ...] = (2, 4, 8)
+    # numbers of processes
+    sizes: tuple[int, ...] = (2**16, 2**20, 2**22, 2**24)
+    # bytes of a bf16 tensor [tokens, 1024] (below 2 KiB: of one token); 64KiB and 1MiB are understood
+    rate: Rate = None
+    # every rank's link, such as 100mbit, 1gbit or 10gbit (needs root, ip and tc); none: loopback
+    tune: bool = False
+    # write <output_dir>/costs-tp<N>.json, which comm.cost_table takes, and add auto to the algorithms (also --tune)
+    algorithms: tuple[Literal["bf16", "fp32", "group32", "one_shot", "two_shot", "exact_sum", "auto"], ...] = (
+        *("bf16", "fp32", "group32"),
+        *("one_shot", "two_shot", "exact_sum"),
+    )
+    # bf16, fp32: stock all-reduces, the former always among them; group32: two-shot with dynamic groups of 32 (peers);
+    # auto: the fastest of ours, as measured before
+    repeats: int = Field(20, ge=3)
+    # rounds of all algorithms, at most
+    cell_seconds: float = Field(10, gt=0, allow_inf_nan=False)
+    # time for the rounds of one number of ranks and one size; there are at least three rounds
+
+    @field_validator("ranks", "sizes", "algorithms", mode="before")
+    @classmethod
+    def _listed(cls, value: Any, info: ValidationInfo) -> Any:
+        values = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        if info.field_name == "sizes":
+            return [_bytes(size) if isinstance(size, str) else size for size in values]
+        return values
+
+    @field_validator("ranks")
+    @classmethod
+    def _some_ranks(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or any(not 2 <= ranks <= 64 for ranks in value):
+            raise ValueError("give one or more numbers of ranks from 2 to 64")
+        return value
+
+    @field_validator("sizes")
+    @classmethod
+    def _whole_tokens(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or any(size < 64 or size % (64 if size < 2**11 else 2**11) for size in value):
+            raise ValueError("give one or more sizes in multiples of 2KiB (of 64 bytes below that), such as 64KiB")
+        return value
+
+    @field_validator("algorithms")
+    @classmethod
+    def _with_the_baseline(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(("bf16", *value)))
+
+    @model_validator(mode="after")
+    def _tuned(self) -> BenchmarkCollectivesConfig:
+        if self.tune and "auto" not in self.algorithms:
+            return self.model_copy(update={"algorithms": (*self.algorithms, "auto")})
+        return self
+
+
+def _bytes(text: str) -> int:
+    """64KiB -> 65536."""
+    match = re.fullmatch(r"(\d+) *(|B|KiB|MiB|GiB)", text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size; write bytes, or 64KiB, 4MiB")
+    return int(match[1]) * {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[match[2]]
+
+
+def refuse_unused(config: StageConfig, unused: list[str]) -> None:
+    """A key that changes nothing is an error, not a surprise in the figures."""
+    comm = {f"comm.{key}": default for key, default in defaults(CommConfig()).items()}
+    usual, given = {**defaults(StageConfig()), **comm}, defaults(config)
+    for key in unused:
+        if given[key] != usual[key]:
+            other = "set algorithms=" if key == "comm.mode" else "leave it out"
+            raise LowBitError(f"{key}={given[key]} changes nothing here, where no model runs; {other}")
+
+
+SHARED_KEYS = ("seed", "output_dir", "wandb")  # that all commands have and benchmarks without a model use
+UNUSED = [key for key in StageConfig.model_fields if key not in SHARED_KEYS]
