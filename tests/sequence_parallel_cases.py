@@ -15,6 +15,7 @@ from megatron_lowbit.calibrate import calibrate
 from megatron_lowbit.codec import Codec
 from megatron_lowbit.collectives import HybridGather, HybridReducer
 from megatron_lowbit.config import CommMode, LowBitError
+from megatron_lowbit.cost import CostTable
 from megatron_lowbit.launch.engine import share_of_batch
 
 
@@ -47,6 +48,14 @@ def scatter(
         "traffic": (reducer.traffic.bytes, reducer.traffic.values),
         "input_kept": torch.equal(x, before),
     }
+
+
+def scatter_by_costs(rank: int, size: int, plan: SitePlan, partials: Tensor, costs: CostTable) -> tuple[int, int]:
+    """Bytes that mode=auto hands over for an all-reduce, and for a reduce-scatter, of the same partial sums."""
+    whole, reducer = (HybridReducer(plan, dist.group.WORLD, "auto", costs=costs) for _ in range(2))
+    whole.all_reduce(partials[rank])
+    reducer.reduce_scatter(partials[rank])
+    return whole.traffic.bytes, reducer.traffic.bytes
 
 
 def scatter_gradient(rank: int, size: int, plan: SitePlan | None, partials: Tensor) -> tuple[Tensor, Tensor | None]:

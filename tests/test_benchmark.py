@@ -6,9 +6,10 @@ import json
 import os
 
 import pytest
+import torch
 from commands import CALIBRATION, COMMAND, needs_deepspeed, run_here, run_there
 
-from megatron_lowbit.launch import netlab
+from megatron_lowbit.launch import benchmark, netlab
 
 QUICK = [*CALIBRATION, "repeats=2", "tokens=256", "tp=2"]
 
@@ -27,6 +28,18 @@ def test_slow_links_slow_the_unpatched_engine_down(needs_namespaces, tmp_path):
     assert all(unpatched > 8 * (786_432 - 2 * 2**16) / 2e7 for row in rows.values() for unpatched, _ in row["pairs"])
     assert all(len(row["pairs"]) == 2 for row in rows.values())
     assert rows[low_bit]["ratio"] < 0.8 < rows["patched, nothing quantized"]["ratio"]
+
+
+def test_only_the_last_token_has_logits():
+    class Recorder:
+        group = None
+
+        def __call__(self, **given):
+            self.given = given
+
+    engine, ids = Recorder(), torch.zeros(1, 8, dtype=torch.int64)
+    assert benchmark._forward_seconds(engine, ids) > 0  # type: ignore[arg-type]
+    assert engine.given == {"input_ids": ids, "logits_to_keep": 1}
 
 
 @pytest.mark.parametrize(

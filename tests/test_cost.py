@@ -7,11 +7,13 @@ import math
 
 import pytest
 import rank_cases
+import sequence_parallel_cases
 import torch
 from commands import COMMAND as LAUNCH
 from commands import EVALUATION, SMALL_TEXT, needs_deepspeed, run_here, run_there
 
 from megatron_lowbit import tuning
+from megatron_lowbit.codec import WireFormat
 from megatron_lowbit.collectives import VirtualReducer
 from megatron_lowbit.config import CommConfig, LowBitError
 from megatron_lowbit.cost import CostTable
@@ -63,6 +65,13 @@ def test_a_reduce_scatter_goes_by_the_costs_of_two_hops():
     rows["two_shot"] = ((64, 0.8),)
     reducer = VirtualReducer(PLAN, "auto", costs=CostTable(2, 64, rows))
     assert (reducer.chosen(32), reducer.chosen(32, scattered=True)) == ("one_shot", "two_shot")
+
+
+def test_a_reduce_scatter_is_sent_as_it_is_chosen(two_ranks):
+    costs = CostTable(2, 64, {"bf16": ((64, 1.0),), "one_shot": ((64, 0.5),), "two_shot": ((64, 2.0),)})
+    partials = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0))
+    for whole, scattered in two_ranks.run(sequence_parallel_cases.scatter_by_costs, PLAN, partials, costs):
+        assert (whole, scattered) == (4 * WireFormat(PLAN.first).row_bytes, 4 * 2 * 64), "one_shot's messages, and bf16"
 
 
 def test_noise_speaks_for_bf16(monkeypatch):
