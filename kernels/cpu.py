@@ -52,7 +52,7 @@ logger = logging.getLogger("megatron_lowbit")
 SOURCE = Path(__file__).with_name("hybrid.cpp")
 HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("vectors", "format", "codes", "encode", "decode", "exact")]
 # No fast-math and no fused multiply-add: results are those of the torch reference.
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
+FLAGS = ["-std=c++17", "-O2", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
 FLAGS += ["-shared", "-fPIC", "-w"]
 MODES = ("auto", "reference", "triton", "cpu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as in hybrid.cpp

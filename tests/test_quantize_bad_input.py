@@ -11,9 +11,11 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import preemption_cases
 import pytest
 import torch
-from commands import COMMAND, run_here, run_there
+from commands import free_port, run_here
+from rank_pool import RankPool
 from safetensors.torch import load_file, save_file
 from tiny_models import save_model
 
@@ -205,15 +207,34 @@ RANK_CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    """Two that have imported everything, and make their own process group."""
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
 @pytest.mark.parametrize("case", RANK_CASES)
-def test_bad_input_of_ranks(case, folder, tmp_path):
-    """Found by both of two ranks; one of them speaks."""
+def test_bad_input_of_ranks(case, ranks, folder, tmp_path):
+    """Found by both of two ranks that a launcher has started: each says it, with its name."""
     more, said = RANK_CASES[case]
     arguments = [argument.format(folder=folder) for argument in [*QUANTIZE, *more]]
-    code, _, stderr = run_there(*COMMAND, *arguments, f"output_dir={tmp_path}")
-    assert code == 2, stderr
-    line = only_line(stderr)
+    argv = [*arguments, f"output_dir={tmp_path}"]
+    results = ranks.run(preemption_cases.command, free_port(), argv, {}, "", timeout=60)
+    assert [code for code, _ in results] == [2, 2], results
+    line = only_line(results[0][1])
     assert all(part in line for part in said), line
+    assert only_line(results[1][1]) == line.replace("megatron-lowbit: ", "megatron-lowbit: rank 1: ")
+    assert_no_artifact(tmp_path)
+
+
+def test_bad_input_of_ranks_of_its_own(folder, tmp_path):
+    """A command that starts its ranks: one of them speaks."""
+    more, said = RANK_CASES["a missing tensor"]
+    arguments = [argument.format(folder=folder) for argument in [*QUANTIZE, *more]]
+    code, _, stderr = run_there(*COMMAND, *arguments, f"output_dir={tmp_path}")
+    assert code == 2 and all(part in only_line(stderr) for part in said), stderr
     assert_no_artifact(tmp_path)
 
 
