@@ -21,7 +21,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
 test-slurm: slurm-packages $(VENV)/.test
-	$(BIN)/python -m pytest -s -rs tests/test_slurm.py tests/test_slurm_jobs.py
+	EVERY_LAUNCHER=1 $(BIN)/python -m pytest -s -rs tests/test_slurm.py tests/test_slurm_jobs.py
 
 # Never fails: where Slurm cannot be installed its tests are skipped, and say why.
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge

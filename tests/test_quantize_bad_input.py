@@ -14,7 +14,7 @@ from pathlib import Path
 import preemption_cases
 import pytest
 import torch
-from commands import free_port, run_here
+from commands import COMMAND, free_port, run_here, run_there
 from rank_pool import RankPool
 from safetensors.torch import load_file, save_file
 from tiny_models import save_model
