@@ -14,6 +14,7 @@ from megatron_lowbit.kernels.hybrid import (
     hybrid_pack,
     hybrid_row_bytes,
     hybrid_unpack_reduce,
+    hybrid_unpack_reduce_into,
     hybrid_unpack_reduce_requantize,
 )
 from megatron_lowbit.kernels.packing import codes_per_word, pack_bits, packed_bytes, unpack_bits
@@ -29,6 +30,7 @@ __all__ = [
     "hybrid_pack",
     "hybrid_row_bytes",
     "hybrid_unpack_reduce",
+    "hybrid_unpack_reduce_into",
     "hybrid_unpack_reduce_requantize",
     "pack_bits",
     "packed_bytes",

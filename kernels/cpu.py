@@ -41,6 +41,7 @@ from megatron_lowbit.kernels.hybrid import (
     hybrid_pack,
     hybrid_row_bytes,
     hybrid_unpack_reduce,
+    hybrid_unpack_reduce_into,
     hybrid_unpack_reduce_requantize,
     pack_reference,
     requantize_reference,
@@ -111,18 +112,34 @@ def _unpack_reduce(
     dtype: torch.dtype,
 ) -> Tensor:
     """hybrid_unpack_reduce; see there."""
+    total = scale.new_empty((messages.shape[1], order.shape[0]), dtype=dtype)
+    _unpack_reduce_into(messages, scale, zero_point, order, tiers, rank1, total)
+    return total
+
+
+@hybrid_unpack_reduce_into.register_kernel("cpu")
+def _unpack_reduce_into(
+    messages: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    order: Tensor,
+    tiers: Sequence[int],
+    rank1: bool,
+    out: Tensor,
+) -> None:
+    """hybrid_unpack_reduce_into; see there."""
     library = _library()
-    good = library and dtype in _DTYPES and _messages_fit(messages, scale, tiers, rank1)
+    good = library and out.dtype in _DTYPES and _messages_fit(messages, scale, tiers, rank1)
+    good = good and out.shape == (messages.shape[1], *order.shape) and out.is_contiguous()
     format = _format(library, scale, zero_point, order, tiers, rank1) if good else None
     if library is None or format is None:
-        return unpack_reduce_reference(messages, scale, zero_point, order, tiers, rank1, dtype)
+        out.copy_(unpack_reduce_reference(messages, scale, zero_point, order, tiers, rank1, out.dtype))
+        return
     messages = _with_plain_rows(messages)
-    total = scale.new_empty((messages.shape[1], order.shape[0]), dtype=dtype)
     library.lowbit_unpack_reduce(
         *(ctypes.byref(format), messages.data_ptr(), *messages.shape[:2], *messages.stride()[:2]),
-        *(total.data_ptr(), _DTYPES[dtype], torch.get_num_threads()),
+        *(out.data_ptr(), _DTYPES[out.dtype], torch.get_num_threads()),
     )
-    return total
 
 
 @hybrid_unpack_reduce_requantize.register_kernel("cpu")

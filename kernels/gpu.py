@@ -20,6 +20,7 @@ from megatron_lowbit.kernels.hybrid import (
     hybrid_pack,
     hybrid_row_bytes,
     hybrid_unpack_reduce,
+    hybrid_unpack_reduce_into,
     hybrid_unpack_reduce_requantize,
     pack_reference,
     requantize_reference,
@@ -81,11 +82,28 @@ def _unpack_reduce(
     dtype: torch.dtype,
 ) -> Tensor:
     """hybrid_unpack_reduce; see there."""
+    total = scale.new_empty((messages.shape[1], order.shape[0]), dtype=dtype)
+    _unpack_reduce_into(messages, scale, zero_point, order, tiers, rank1, total)
+    return total
+
+
+@hybrid_unpack_reduce_into.register_kernel("cuda")
+def _unpack_reduce_into(
+    messages: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    order: Tensor,
+    tiers: Sequence[int],
+    rank1: bool,
+    out: Tensor,
+) -> None:
+    """hybrid_unpack_reduce_into; see there."""
     kernels = _kernels(messages.shape[1], order.shape[0], messages)
-    if kernels is None:
-        return unpack_reduce_reference(messages, scale, zero_point, order, tiers, rank1, dtype)
+    if kernels is None or not out.is_contiguous():
+        out.copy_(unpack_reduce_reference(messages, scale, zero_point, order, tiers, rank1, out.dtype))
+        return
     with torch.cuda.device(messages.device):
-        return kernels.unpack_reduce(_rows(messages), *_plain(scale, zero_point, order), tiers, rank1, dtype)
+        kernels.unpack_reduce(_rows(messages), *_plain(scale, zero_point, order), tiers, rank1, out)
 
 
 @hybrid_unpack_reduce_requantize.register_kernel("cuda")

@@ -180,6 +180,20 @@ def _(messages, scale, zero_point, order, tiers, rank1, dtype):
     return scale.new_empty((messages.shape[1], order.shape[0]), dtype=dtype)
 
 
+@torch.library.custom_op("megatron_lowbit::hybrid_unpack_reduce_into", mutates_args=("out",))
+def hybrid_unpack_reduce_into(
+    messages: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    order: Tensor,
+    tiers: Sequence[int],
+    rank1: bool,
+    out: Tensor,
+) -> None:
+    """hybrid_unpack_reduce, into `out` [tokens, E]. Memory that is there already needs no fresh pages."""
+    out.copy_(unpack_reduce_reference(messages, scale, zero_point, order, tiers, rank1, out.dtype))
+
+
 def requantize_reference(
     messages: Tensor,
     scale: Tensor,

@@ -389,12 +389,11 @@ def unpack_reduce(
     order: Tensor,
     tiers: Sequence[int],
     rank1: bool,
-    dtype: torch.dtype,
+    total: Tensor,
     tile: tuple[int, int] | None = None,
-) -> Tensor:
-    """hybrid_unpack_reduce; see there. Layouts and `tile` as in `pack`."""
+) -> None:
+    """hybrid_unpack_reduce_into, into `total`; see there. Layouts and `tile` as in `pack`."""
     (ranks, tokens, _), features = messages.shape, order.shape[0]
-    total = scale.new_empty((tokens, features), dtype=dtype)
     if tokens:
         at_once, block = tile or _tile(tokens)
         unpack_reduce_kernel[(triton.cdiv(tokens, at_once),)](
@@ -403,7 +402,6 @@ def unpack_reduce(
             *_format(tiers, rank1),
             **_options(at_once, block),
         )
-    return total
 
 
 def requantize(

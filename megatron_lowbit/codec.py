@@ -20,6 +20,7 @@ from megatron_lowbit.kernels import (
     hybrid_pack,
     hybrid_row_bytes,
     hybrid_unpack_reduce,
+    hybrid_unpack_reduce_into,
     hybrid_unpack_reduce_requantize,
 )
 from megatron_lowbit.quantizer import Float32QParams
@@ -107,6 +108,11 @@ class WireFormat(Float32QParams):
         """uint8 [senders, tokens, row_bytes] -> the decoded sum [tokens, E]."""
         self._follow(messages)
         return hybrid_unpack_reduce(messages, self.scale, self.zero_point, self.order, self.tiers, self.rank1, dtype)
+
+    def unpack_reduce_into(self, messages: Tensor, out: Tensor) -> None:
+        """unpack_reduce, into `out` [tokens, E]."""
+        self._follow(messages)
+        hybrid_unpack_reduce_into(messages, self.scale, self.zero_point, self.order, self.tiers, self.rank1, out)
 
     def requantize(self, messages: Tensor, second: WireFormat, rank: int = 0) -> Tensor:
         """Messages of all senders -> their sum as `rank` encodes it with `second`: uint8 [tokens, row_bytes]."""

@@ -35,12 +35,13 @@ from megatron_lowbit.artifacts import SitePlan
 from megatron_lowbit.codec import Codec, WireFormat
 from megatron_lowbit.config import CommMode, LowBitError
 from megatron_lowbit.cost import CostTable
-from megatron_lowbit.distributed import all_gather_stack, reduce_scatter, start_all_gather
+from megatron_lowbit.distributed import all_gather_stack, reduce_scatter
 from megatron_lowbit.drift import DriftGuard
 from megatron_lowbit.exact_sum import ExactSum
+from megatron_lowbit.exchange import Arrival, Exchange
 
-MOST_PIECES = 4
-PIECE_VALUES = 2**18  # per rank: 1 MiB of bf16 values at N = 2. Smaller pieces lose more to latency than they hide
+MOST_PIECES = 8  # of a message, so that a CPU packs and adds one up while others are on their way
+PIECE_VALUES = 2**19  # from one rank to another: 256 KiB of 4 bits. Smaller ones lose more to latency than they hide
 LOW_BIT: tuple[CommMode, ...] = ("one_shot", "two_shot", "exact_sum", "auto")
 
 
@@ -223,9 +224,10 @@ class HybridReducer(_Reducer):
             with self.agreement:
                 dist.all_reduce(codes, group=self.tp_group)
             return self.exact.decode(codes, x.dtype).view(x.shape)
+        y = x if reuse and x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
         one_way = self._one_shot if mode == "one_shot" else self._two_shot
-        parts = one_way(self._pieces(rows), x.dtype)
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
+        one_way(rows, y.view(rows.shape))
+        return y
 
     def _stock(self, x: Tensor, reuse: bool) -> Tensor:
         dtype = self._wire_dtype(x)
@@ -241,57 +243,51 @@ class HybridReducer(_Reducer):
             dist.all_reduce(share, dist.ReduceOp.MAX, self.tp_group)
         return share
 
-    def _pieces(self, rows: Tensor) -> list[Tensor]:
-        """rows [tokens, E] in up to four pieces, so that a CPU packs and adds one up while another is on its way.
-
-        A piece is a multiple of N tokens, or the last. On a GPU these kernels take a small share of the time.
-        """
-        count = 1 if rows.is_cuda else min(MOST_PIECES, max(1, rows.numel() // (PIECE_VALUES * self.tp_size)))
+    def _pieces(self, rows: Tensor, ranks: int) -> tuple[Tensor, ...]:
+        """rows [tokens, E] in up to MOST_PIECES, each of a multiple of N tokens, or the last; `ranks` share a piece."""
+        count = 1 if rows.is_cuda else min(MOST_PIECES, max(1, rows.numel() // (PIECE_VALUES * ranks)))
         each = -(-len(rows) // (count * self.tp_size)) * self.tp_size
-        return list(rows.split(max(each, 1)))
+        return rows.split(max(each, 1))
 
-    def _one_shot(self, pieces: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        assert self.first is not None
-        sent = []
-        for piece in pieces:
-            message = self.first.pack(piece, self.tp_rank)
+    def _one_shot(self, rows: Tensor, sums: Tensor) -> None:
+        first, exchange = self.first, Exchange(self.agreement)
+        assert first is not None
+
+        def send(piece: Tensor, total: Tensor) -> tuple[Arrival, Tensor]:
+            message = first.pack(piece, self.tp_rank)
             self.traffic.count(message, piece.numel())
-            with self.agreement:
-                sent.append((message, *start_all_gather(message, self.tp_group)))
-        return [self.first.unpack_reduce(self._arrived(work, messages), dtype) for _, work, messages in sent]
+            return exchange.all_gather(message), total
 
-    def _two_shot(self, pieces: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        def add_up(gather: Arrival, total: Tensor) -> None:
+            first.unpack_reduce_into(gather.wait(), total)
+
+        exchange.pipeline(zip(self._pieces(rows, 1), self._pieces(sums, 1), strict=True), send, add_up)
+
+    def _two_shot(self, rows: Tensor, sums: Tensor) -> None:
         """Stripes of a piece are ceil(tokens / N) neighbouring tokens, the last ones shorter or empty, and padded."""
-        assert self.first is not None and self.second is not None
-        scattered, gathered = [], []
-        for piece in pieces:
-            message = self.first.pack(piece, self.tp_rank)
+        first, second, exchange = self.first, self.second, Exchange(self.agreement)
+        assert first is not None and second is not None
+
+        def scatter(piece: Tensor, total: Tensor) -> tuple[Arrival, Tensor]:
+            message = first.pack(piece, self.tp_rank)
             self.traffic.count(message, piece.numel())
             each = -(-len(piece) // self.tp_size)
             sizes = [max(0, min(each, len(piece) - rank * each)) for rank in range(self.tp_size)]
-            mine = sizes[self.tp_rank]
-            received = message.new_empty(self.tp_size, mine, message.shape[1])
-            with self.agreement:
-                work = dist.all_to_all_single(
-                    received.flatten(0, 1), message, [mine] * self.tp_size, sizes, group=self.tp_group, async_op=True
-                )
-            scattered.append((message, work, received, each))
-        for _, work, received, each in scattered:
-            stripe = received.new_zeros(each, self.second.row_bytes)
-            stripe[: received.shape[1]] = self.first.requantize(self._arrived(work, received), self.second)
-            self.traffic.count(stripe)
-            with self.agreement:
-                gathered.append((stripe, *start_all_gather(stripe, self.tp_group)))
-        parts = []
-        for piece, (_, work, stripes) in zip(pieces, gathered, strict=True):
-            sums = self._arrived(work, stripes).flatten(0, 1)[: len(piece)]
-            parts.append(self.second.unpack_reduce(sums.unsqueeze(0), dtype))
-        return parts
+            return exchange.all_to_all(message, sizes), total
 
-    def _arrived(self, work: dist.Work, received: Tensor) -> Tensor:
-        with self.agreement:
-            work.wait()
-        return received
+        def add_up(scattered: Arrival, total: Tensor) -> tuple[Arrival, Tensor]:
+            stripe = first.requantize(scattered.wait(), second)
+            missing = -(-len(total) // self.tp_size) - len(stripe)
+            stripe = torch.nn.functional.pad(stripe, (0, 0, 0, missing)) if missing else stripe
+            self.traffic.count(stripe)
+            return exchange.all_gather(stripe), total
+
+        def decode(gather: Arrival, total: Tensor) -> None:
+            stripes = gather.wait().flatten(0, 1)[: len(total)]
+            second.unpack_reduce_into(stripes.unsqueeze(0), total)
+
+        pieces = zip(self._pieces(rows, self.tp_size), self._pieces(sums, self.tp_size), strict=True)
+        exchange.pipeline(pieces, scatter, add_up, decode)
 
     def _forward_scatter(self, x: Tensor) -> Tensor:
         """Rank r gets every rank's rows r: one all-to-all of messages, decoded and added in rank order."""
@@ -310,10 +306,9 @@ class HybridReducer(_Reducer):
         assert self.first is not None
         message = self.first.pack(rows, self.tp_rank)
         self.traffic.count(message, x.numel())
-        received = torch.empty_like(message)
-        with self.agreement:
-            dist.all_to_all_single(received, message, group=self.tp_group)
-        return self.first.unpack_reduce(received.unflatten(0, (self.tp_size, -1)), x.dtype).view(shape)
+        sizes = [len(message) // self.tp_size] * self.tp_size
+        received = Exchange(self.agreement).all_to_all(message, sizes).wait()
+        return self.first.unpack_reduce(received, x.dtype).view(shape)
 
 
 class HybridGather(nn.Module):
@@ -341,9 +336,8 @@ class HybridGather(nn.Module):
         self.agreement.check(x, share=dist.get_world_size(self.tp_group))
         message = self.format.pack(x.reshape(-1, x.shape[-1]), 0)
         self.traffic.count(message, x.numel())
-        with self.agreement:
-            messages = all_gather_stack(message, self.tp_group).flatten(0, 1)
-        return self.format.unpack_reduce(messages.unsqueeze(0), x.dtype).view(-1, *x.shape[1:])
+        gathered = Exchange(self.agreement).all_gather(message).wait()
+        return self.format.unpack_reduce(gathered.flatten(0, 1).unsqueeze(0), x.dtype).view(-1, *x.shape[1:])
 
 
 class VirtualReducer(_Reducer):

@@ -12,12 +12,14 @@ import time
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from recorded_collectives import RecordedCollectives
 from torch import Tensor
 from torch import distributed as dist
 
+from megatron_lowbit import collectives, exchange
 from megatron_lowbit.artifacts import SitePlan
 from megatron_lowbit.calibrate import RangeObserver
 from megatron_lowbit.collectives import HybridReducer
@@ -83,6 +85,14 @@ def all_reduce(
         "traffic": (reducer.traffic.bytes, reducer.traffic.values, reducer.traffic.bits_per_value),
         "input_kept": torch.equal(x, before),
     }
+
+
+def all_reduce_in_rounds(
+    rank: int, size: int, plan: SitePlan, partials: Tensor, mode: CommMode, piece_values: int
+) -> dict[str, Any]:
+    """`all_reduce` as if its messages were large: in pieces of so many values per receiver, and in pairwise rounds."""
+    with mock.patch.object(exchange, "LARGE", 0), mock.patch.object(collectives, "PIECE_VALUES", piece_values):
+        return all_reduce(rank, size, plan, partials, "plain", mode)
 
 
 def all_reduce_in_place(rank: int, size: int, plan: SitePlan, partials: Tensor, mode: CommMode) -> dict[str, Any]:

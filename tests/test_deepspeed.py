@@ -103,8 +103,8 @@ def test_bytes_on_the_wire(two_ranks, runs, architecture):
     for results in runs.real(two_ranks, architecture, 2):
         for name in ("hybrid", "W4A8 + hybrid"):
             *sites, last = results["calls"][name]
-            assert last == logits_call and [call[1:] for call in sites] == [(8 * 6 * (2 + 32), "uint8")] * 4
-            assert {call[0] for call in sites} <= {"all_gather_into_tensor", "all_gather_single"}
+            assert last == logits_call and [call[1:] for call in sites] == [(2 * 8 * 6 * (2 + 32), "uint8")] * 4
+            assert {call[0] for call in sites} == {"all_to_all_single"}  # a copy for either rank
         for name in ("W4A16", "bf16", "hybrid, but bf16 asked for"):
             assert results["calls"][name] == [("all_reduce", 2 * VALUES, "bfloat16")] * 4 + [logits_call]
 

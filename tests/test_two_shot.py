@@ -84,25 +84,39 @@ def test_both_hops_round_by_half_a_step(size, request):
     assert ((y.double() - partials.double().sum(0)).abs() <= steps / 2 + FLOAT32 * (magnitude + steps)).all()
 
 
-@pytest.mark.parametrize("mode", ["one_shot", "two_shot"])
-def test_a_large_message_travels_in_pieces(two_ranks, mode):
-    """16001 x 66 values: pieces of 8002 and 7999 tokens, and the result and the bytes of a message in one piece."""
+@pytest.mark.parametrize(("mode", "pieces"), [("one_shot", 2), ("two_shot", 1)])
+def test_a_large_message_travels_in_rounds(two_ranks, mode, pieces):
+    """16001 x 66 values: of 8002 and 7999 tokens in one_shot. The result and the bytes are those of one message."""
     partials = partial_sums(2, 16001)
     plan = synthetic_plan(partials[:, :300], CommConfig())
     ranks = two_ranks.run(rank_cases.all_reduce, plan, partials, "plain", mode)
-    assert len(ranks[0]["calls"]) == {"one_shot": 2, "two_shot": 4}[mode]
+    hops = {"one_shot": 1, "two_shot": 2}[mode]
+    assert [name for name, _, _ in ranks[0]["calls"]] == ["isend"] * hops * pieces
     virtual = VirtualReducer(plan, mode)
     assert torch.equal(virtual.all_reduce(list(partials)), same_on_all(ranks))
     assert (virtual.traffic.bytes, virtual.traffic.values) == ranks[0]["traffic"][:2]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("mode", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("tokens", [1, 5, 33])
+def test_pieces_and_rounds(request, size, mode, tokens):
+    """Up to eight pieces, ranks without a stripe of their own, and more rounds than are under way at a time."""
+    pool = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[size])
+    partials, plan = partial_sums(size, tokens), calibrated(size, SCHEMES["rank1"])
+    ranks = pool.run(rank_cases.all_reduce_in_rounds, plan, partials, mode, 66)
+    assert {name for rank in ranks for name, _, _ in rank["calls"]} == {"isend"}
+    assert torch.equal(VirtualReducer(plan, mode).all_reduce(list(partials)), same_on_all(ranks))
+    assert all(rank["input_kept"] for rank in ranks)
 
 
 def test_bytes_of_two_shot(four_ranks):
     """An all-to-all of the messages and an all-gather of the sums; E - k = 64 codes of 4 bits there, of 5 bits back."""
     partials, plan = partial_sums(4, 33), calibrated(4, SCHEMES["static"])
     for rank in four_ranks.run(rank_cases.all_reduce, plan, partials, "plain", "two_shot"):
-        names = [name.replace("into_tensor", "single") for name, _, _ in rank["calls"]]
-        assert names == ["all_to_all_single", "all_gather_single"]
-        assert [sent for _, sent, _ in rank["calls"]] == [33 * (2 * 2 + 32), 9 * (2 * 2 + 40)]
+        # Every rank's own message, and four copies of the stripe's.
+        sent = [33 * (2 * 2 + 32), 4 * 9 * (2 * 2 + 40)]
+        assert rank["calls"] == [("all_to_all_single", size, "uint8") for size in sent]
         assert rank["traffic"][:2] == (33 * 36 + 9 * 44, 33 * 66)
 
 

@@ -72,7 +72,8 @@ def check(tiers: list[int], rank1: bool, tokens: int, ranks: int, kind: str, dty
         check_message(triton_hybrid.pack(*arguments, tile=TILE), expected, tiers, rank1, case)
         sent.append(expected[0])
     first = (torch.stack(sent), scale, zero_point, order, tiers, rank1)
-    ours = triton_hybrid.unpack_reduce(*first, dtype, tile=TILE)
+    ours = torch.empty(tokens, len(order), dtype=dtype, device=device)
+    triton_hybrid.unpack_reduce(*first, ours, tile=TILE)
     total = hybrid.unpack_reduce_reference(*first, dtype)
     assert torch.equal(ours.isnan(), total.isnan()) and torch.equal(ours.nan_to_num(), total.nan_to_num()), case
     features = len(order)
