@@ -80,7 +80,7 @@ class BenchmarkCollectivesConfig(StageConfig):
     )
     # bf16, fp32: stock all-reduces, the former always among them; group32: two-shot with dynamic groups of 32 (peers);
     # auto: the fastest of ours, as measured before
-    repeats: int = Field(20, ge=3)
+    repeats: int = Field(200, ge=3)
     # rounds of all algorithms, at most
     cell_seconds: float = Field(10, gt=0, allow_inf_nan=False)
     # time for the rounds of one number of ranks and one size; there are at least three rounds

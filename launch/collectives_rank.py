@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+import random
 import statistics
 import sys
 import threading
@@ -116,8 +117,7 @@ def time_rounds(
 
     def one_round(number: int) -> list[float]:
         seconds = dict.fromkeys(names, 0.0)
-        first = number % len(names)  # nobody always follows the same algorithm's backlog
-        for name in names[first:] + names[:first]:
+        for name in random.Random(number).sample(names, len(names)):  # nobody always follows the same one's backlog
             own = inputs[name].clone()  # stock all-reduces work in place, and ours may
             dist.barrier(group)
             start = time.perf_counter()

@@ -8,6 +8,7 @@ settles at 0.6.)
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Mapping, Sequence
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_lowbit.artifacts import SitePlan
+from megatron_lowbit.codec import Codec
 from megatron_lowbit.collectives import HybridReducer
 from megatron_lowbit.config import CommMode
 from megatron_lowbit.cost import TUNED, CostTable
@@ -23,8 +25,8 @@ from megatron_lowbit.distributed import device
 
 SIZES = (2**14, 2**18, 2**22)  # bytes of a bf16 tensor
 WARM_UP = 3  # rounds
-ROUNDS = (5, 41)  # at least, at most
-SECONDS = 1.0  # for the rounds of one size
+ROUNDS = (9, 61)  # at least, at most
+SECONDS = 2.0  # for the rounds of one size
 
 
 @torch.inference_mode()
@@ -39,7 +41,7 @@ def measure_costs(group: dist.ProcessGroup, plan: SitePlan, sizes: Sequence[int]
     reducers = {mode: HybridReducer(plan, group, mode) for mode in modes}
     rows: dict[str, list[tuple[int, float]]] = {mode: [] for mode in modes}
     for tokens in sorted({max(1, size // (2 * features)) for size in sizes}, reverse=True):
-        x = torch.randn(tokens, features, generator=torch.Generator().manual_seed(tokens)).bfloat16().to(where)
+        x = typical(plan.first, tokens).bfloat16().to(where)
         warm = slowest([one_round(reducers, n, x) for n in range(WARM_UP)], group, where)
         count = min(ROUNDS[1], max(ROUNDS[0], int(SECONDS / sum(warm[-1]))))  # decided once, for all ranks alike
         times = slowest([one_round(reducers, n, x) for n in range(count)], group, where)
@@ -49,11 +51,19 @@ def measure_costs(group: dist.ProcessGroup, plan: SitePlan, sizes: Sequence[int]
     return CostTable(dist.get_world_size(group), features, {mode: tuple(points) for mode, points in rows.items()})
 
 
+def typical(codec: Codec, tokens: int) -> Tensor:
+    """float32 [tokens, E] like those that the plan was made for; far from them, encoding takes other paths."""
+    codes = torch.randn(tokens, len(codec.bits), generator=torch.Generator().manual_seed(tokens))
+    if not codec.rank1:  # a static range is about six standard deviations
+        largest = 2.0**codec.bits - 1
+        codes = largest / 2 + codes * largest / 6
+    return (codes - codec.zero_point[0]) * codec.scale[0]
+
+
 def one_round(reducers: Mapping[CommMode, HybridReducer], number: int, x: Tensor) -> list[float]:
-    """This rank's seconds of every mode; each round begins with another one."""
+    """This rank's seconds of every mode, in another order each round, the same on all ranks."""
     seconds, modes = dict.fromkeys(reducers, 0.0), list(reducers)
-    first = number % len(modes)
-    for mode in modes[first:] + modes[:first]:
+    for mode in random.Random(number).sample(modes, len(modes)):
         reducer, own = reducers[mode], x.clone()
         dist.barrier(reducer.tp_group)
         _wait(x)

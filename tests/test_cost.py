@@ -89,6 +89,19 @@ def test_noise_speaks_for_bf16(monkeypatch):
     assert table.rows["bf16"] == ((2**10, 2.0),) and table.rows["one_shot"] == ((2**10, 3.0),)
 
 
+@pytest.mark.parametrize("config", [CommConfig(), CommConfig(preset="paper")])
+def test_tuning_sends_what_the_plan_is_made_for(config):
+    """As wide as the calibrated values, whatever their feature's width is (here 1/8 to 8), and inside their ranges."""
+    widths = torch.exp2(torch.linspace(-3, 3, 64))
+    sample = torch.randn(2, 4000, 64, generator=torch.Generator().manual_seed(0)) * widths + 5 * widths
+    plan = synthetic_plan(sample, config)
+    values, format, coded = tuning.typical(plan.first, 4000), WireFormat(plan.first), plan.first.bits < 16
+    ratio = (values.std(0) / sample[0].std(0))[coded]
+    assert ratio.min() > 0.75 and ratio.max() < 1.5  # a static range: up to nine deviations
+    format.pack(values, 0)
+    assert format.saturated.sum() < 0.01 * values.numel()
+
+
 def test_saved_and_loaded(tmp_path):
     TABLE.save(tmp_path / "costs.json")
     assert CostTable.load(tmp_path / "costs.json") == TABLE
