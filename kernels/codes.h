@@ -58,23 +58,41 @@ class Packer {
   int bits_;
 };
 
-// The inverse, four neighbours a lane: code 4 i + j is the lowest bits of lane i >> b j, with others' above them.
+// The inverse, four codes a lane: the first is its lowest bits, the next is after `next` bits, with others' above them.
+// Code i of 64 is that of lane place(i) % 16 which comes as number place(i) / 16.
 class Unpacker {
  public:
-  explicit Unpacker(int bits) : bits_(bits) {
 #ifdef LOWBIT_AVX512
-    for (int i = 0; i < kLanes; ++i) {
-      for (int j = 0; j < 4; ++j) bytes_[4 * i + j] = static_cast<uint8_t>((bits * i / 2 + j) % kBlock);
-      shift_[i] = bits * i % 2 * 4;
+  static constexpr int next = 8;
+  static int64_t place(int64_t i) { return i; }
+
+  // Two neighbours, 16 j + 2 q and the next, lie in 16 bits, those of four j in quarter j of 64-bit word q. (7 bits: one
+  // alone.) From there the instruction takes 8 bits at any bit.
+  explicit Unpacker(int bits) : bits_(bits) {
+    for (int i = 0; i < kBlock; ++i) {
+      int j = i % 4, q = i / 8, pair = bits * (16 * j + 2 * q), odd = i % 8 / 4;
+      from_[i] = static_cast<uint8_t>(16 * j + pair % 8 + bits * odd);
+      from_alone_[i] = static_cast<uint8_t>(16 * j + (pair + bits) % 8);
+      int quarter = bits * (16 * (i % 8 / 2) + 2 * q);
+      bytes_[i] = static_cast<uint8_t>((quarter / 8 + i % 2) % kBlock);
+      bytes_alone_[i] = static_cast<uint8_t>(((quarter + bits) / 8 + i % 2) % kBlock);
     }
-#endif
   }
+#else
+  const int next;
+  static int64_t place(int64_t i) { return i % kVectors * kLanes + i / kVectors; }
+
+  explicit Unpacker(int bits) : next(bits), bits_(bits) {}
+#endif
 
   // The 64 codes at `from`, or fewer: nothing is read past `bytes`.
-  Lanes fours(const uint8_t* from, int64_t bytes) const {
+  INLINE Lanes fours(const uint8_t* from, int64_t bytes) const {
 #ifdef LOWBIT_AVX512
-    __m512i raw = _mm512_maskz_loadu_epi8(low_bits(bytes), from);
-    return (Lanes)_mm512_permutexvar_epi8((__m512i)bytes_, raw) >> shift_;
+    __m512i raw = bytes >= kBlock ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(low_bits(bytes), from);
+    __m512i out = _mm512_multishift_epi64_epi8((__m512i)from_, _mm512_permutexvar_epi8((__m512i)bytes_, raw));
+    if (__builtin_expect(bits_ != 7, 1)) return (Lanes)out;
+    raw = _mm512_permutexvar_epi8((__m512i)bytes_alone_, raw);
+    return (Lanes)_mm512_mask_multishift_epi64_epi8(out, 0xf0f0f0f0f0f0f0f0u, (__m512i)from_alone_, raw);
 #else
     uint8_t end[kBlock] = {};
     if (bytes < kBlock) std::memcpy(end, from, bytes), from = end;
@@ -87,8 +105,7 @@ class Unpacker {
  private:
   int bits_;
 #ifdef LOWBIT_AVX512
-  Bytes bytes_;
-  Lanes shift_;
+  Bytes from_, bytes_, from_alone_, bytes_alone_;
 #endif
 };
 

@@ -10,7 +10,7 @@ namespace {
 
 // Of codes of up to 5 bits, the value of each comes from a table: what the arithmetic of the others makes of it.
 enum class Lookup { kSmall, kMedium, kNone };
-constexpr int kTable = 32;
+constexpr int kTable = 2;  // vectors
 
 template <class Type>
 class Decoder {
@@ -18,26 +18,31 @@ class Decoder {
   using Word = typename Type::Word;
   const Layout layout;
 
-  Decoder(const LowbitFormat& format, int64_t ranks) : layout(format), ranks_(ranks), runs_(layout, true) {
-    for (int64_t r = 0; r < ranks; ++r) {
-      scale_.emplace_back(layout.slots);
-      zero_.emplace_back(layout.slots);
+  Decoder(const LowbitFormat& format, int64_t ranks) : layout(format), ranks_(ranks), runs_(layout, true), qparams_(2 * ranks * layout.slots) {
+    for (const Tier& tier : layout.tiers) unpackers_.emplace_back(tier.bits);
+    for (int64_t r = 0; r < ranks; ++r)
       for (const Tier& tier : layout.tiers)
         for (int64_t i = 0; i < tier.count; ++i) {
-          int64_t at = tier.slot + i / kBlock * kBlock + i % kVectors * kLanes + i % kBlock / kVectors;
-          scale_[r].get()[at] = quiet(format.scale[r * layout.features + tier.feature + i]);
-          zero_[r].get()[at] = quiet(format.zero_point[r * layout.features + tier.feature + i]);
+          float* at = qparams(tier.slot + i / kBlock * kBlock, r) + Unpacker::place(i % kBlock);
+          float scale = quiet(format.scale[r * layout.features + tier.feature + i]);
+          float zero = quiet(format.zero_point[r * layout.features + tier.feature + i]);
+          at[0] = scale, at[kBlock] = zero;
+          // A value of at least 2^-25 and a zero of at least 2^-29 are multiples of 2^-52, and so is their difference;
+          // times 2^-50 that is 0 or a multiple of 2^-126, the smallest normal number, as then all sums are.
+          if (tier.bits < 16) normal_ &= std::fabs(scale) >= 0x1p-50f && (zero == 0 || std::fabs(zero) >= 0x1p-29f);
         }
-    }
+    for (auto& run : runs_.runs)
+      for (int i = 0, from = 0; i < 64; ++i)
+        if (run.mask >> i & 1) run.index[i] = static_cast<uint8_t>(from++);
   }
 
   struct Scratch {
     explicit Scratch(const Decoder& decoder)
         : sums(kTokens * decoder.layout.slots), codes(decoder.ranks_ * kTokens) {}
     struct Codes {
+      Floats table[kTable];
       const uint8_t* from;
       float middle, step;
-      float table[kTable];
     };
     Buffer<Word> sums;
     std::vector<Codes> codes;
@@ -47,15 +52,17 @@ class Decoder {
   template <int T>
   void decode(const uint8_t* messages, int64_t rank_stride, int64_t row_stride, Word* const* out,
               Scratch& scratch) const {
+    const Unpacker* unpacker = unpackers_.data();
     for (const Tier& tier : layout.tiers) {
       if (tier.bits == 16)
         sum_bf16<T>(tier, messages, rank_stride, row_stride, scratch);
       else if (kTables && tier.bits <= 4)
-        sum_codes<T, Lookup::kSmall>(tier, messages, rank_stride, row_stride, scratch);
+        sum_codes<T, Lookup::kSmall>(tier, *unpacker, messages, rank_stride, row_stride, scratch);
       else if (kTables && tier.bits == 5)
-        sum_codes<T, Lookup::kMedium>(tier, messages, rank_stride, row_stride, scratch);
+        sum_codes<T, Lookup::kMedium>(tier, *unpacker, messages, rank_stride, row_stride, scratch);
       else
-        sum_codes<T, Lookup::kNone>(tier, messages, rank_stride, row_stride, scratch);
+        sum_codes<T, Lookup::kNone>(tier, *unpacker, messages, rank_stride, row_stride, scratch);
+      ++unpacker;
     }
     place<T>(scratch.sums.get(), out);
     for (int t = 0; t < T && layout.header && !layout.rank1; ++t) {
@@ -79,6 +86,7 @@ class Decoder {
     for (int t = 0; t < T; ++t)
       for (int64_t first = 0; first < tier.count; first += kBlock) {
         float sum[kBlock] = {};
+        Floats placed[kVectors];
         uint16_t words[kBlock] = {};
         int64_t count = tier.count - first < kBlock ? tier.count - first : kBlock;
         for (int64_t r = 0; r < ranks_; ++r) {
@@ -91,10 +99,11 @@ class Decoder {
   }
 
   template <int T, Lookup kLookup>
-  void sum_codes(const Tier& tier, const uint8_t* messages, int64_t rank_stride, int64_t row_stride,
-                 Scratch& scratch) const {
-    const Unpacker unpacker(tier.bits);
-    const Lanes mask = Lanes{} + ((1u << tier.bits) - 1), bits = Lanes{} + static_cast<uint32_t>(tier.bits);
+  void sum_codes(const Tier& tier, const Unpacker& shared, const uint8_t* messages, int64_t rank_stride,
+                 int64_t row_stride, Scratch& scratch) const {
+    const Unpacker unpacker = shared;
+    const uint32_t largest = (1u << tier.bits) - 1;
+    const Lanes mask = Lanes{} + largest;
     auto* codes = scratch.codes.data();
     for (int64_t r = 0; r < ranks_; ++r)
       for (int t = 0; t < T; ++t) {
@@ -105,15 +114,15 @@ class Decoder {
         own.step = layout.rank1 ? header_scale(row[0]) * static_cast<float>(tier.code_span()) : 1.0f;
         if (kLookup != Lookup::kNone)
           for (int i = 0; i < kTable; ++i)  // again and again: the bits above a code are its neighbours'
-            own.table[i] = (static_cast<float>(i & ((1 << tier.bits) - 1)) - own.middle) * own.step;
+            own.table[i] = (to_floats((iota<Lanes>() + i * kLanes) & largest) - own.middle) * own.step;
       }
     for (int64_t block = 0; block < tier.count; block += kBlock) {
       int64_t at = block / 8 * tier.bits;
       Floats sum[T][kVectors] = {};
       for (int64_t r = 0; r < ranks_; ++r) {
         const auto* own = codes + r * T;
-        const float* scales = scale_[r].get() + tier.slot + block;
-        const float* zeros = zero_[r].get() + tier.slot + block;
+        const float* scales = qparams(tier.slot + block, r);
+        const float* zeros = scales + kBlock;
         Lanes fours[T];
         each<T>([&](auto t) INLINE { fours[t] = unpacker.fours(own[t].from + at, tier.size - at); });
         each<kVectors>([&](auto j) INLINE {
@@ -121,12 +130,12 @@ class Decoder {
           each<T>([&](auto t) INLINE {
             Floats v = value<kLookup>(fours[t], mask, own[t]);
             sum[t][j] += (v - zero) * scale;
-            fours[t] >>= bits;
+            fours[t] >>= unpacker.next;
           });
         });
       }
       each<T>([&](auto t) INLINE {
-        Type::store_fours(scratch.sums.get() + t * layout.slots + tier.slot + block, sum[t]);
+        Type::store_block(scratch.sums.get() + t * layout.slots + tier.slot + block, sum[t], normal_);
       });
     }
   }
@@ -134,10 +143,10 @@ class Decoder {
   template <Lookup kLookup>
   static INLINE Floats value(Lanes codes, Lanes mask, const typename Scratch::Codes& own) {
 #ifdef LOWBIT_AVX512
-    __m512 table = _mm512_loadu_ps(own.table);
-    if (kLookup == Lookup::kSmall) return (Floats)_mm512_permutexvar_ps((__m512i)codes, table);
+    const Floats* table = own.table;
+    if (kLookup == Lookup::kSmall) return (Floats)_mm512_permutexvar_ps((__m512i)codes, (__m512)table[0]);
     if (kLookup == Lookup::kMedium)
-      return (Floats)_mm512_permutex2var_ps(table, (__m512i)codes, _mm512_loadu_ps(own.table + kLanes));
+      return (Floats)_mm512_permutex2var_ps((__m512)table[0], (__m512i)codes, (__m512)table[1]);
 #endif
     return (to_floats(codes & mask) - splat(own.middle)) * splat(own.step);
   }
@@ -146,41 +155,37 @@ class Decoder {
   template <int T>
   void place(const Word* sums, Word* const* out) const {
 #ifdef LOWBIT_AVX512
-    if (!runs_.first.empty()) {
-      for (int64_t from = 0; from < layout.features; from += kRun) {
-        Lanes block[T] = {};
-        const auto* end = &runs_.runs[runs_.first[from / kRun + 1]];
-        for (const auto* run = &runs_.runs[runs_.first[from / kRun]]; run < end; ++run)
-          each<T>([&](auto t) INLINE { block[t] = spread(block[t], run->mask, sums + t * layout.slots + run->slot); });
+    for (int64_t number : runs_.by_runs) {
+      Lanes block[T] = {};
+      const auto* end = runs_.runs.data() + runs_.first[number + 1];
+      for (const auto* run = runs_.runs.data() + runs_.first[number]; run < end; ++run)
         each<T>([&](auto t) INLINE {
-          Lanes whole = block[t];  // a copy, so that the others need no address
-          if (from + kRun <= layout.features)
-            store(out[t] + from, whole);
-          else
-            std::memcpy(out[t] + from, &whole, (layout.features - from) * sizeof(Word));
+          __m512i words = _mm512_loadu_si512(sums + t * layout.slots + run->slot);
+          block[t] = (Lanes)_mm512_mask_permutexvar_epi8((__m512i)block[t], run->mask, (__m512i)run->index, words);
         });
-      }
-      return;
+      int64_t from = number * kRun, left = layout.features - from;
+      each<T>([&](auto t) INLINE {
+        Lanes whole = block[t];  // a copy, so that the others need no address
+        if (left >= kRun)
+          store(out[t] + from, whole);
+        else
+          std::memcpy(out[t] + from, &whole, left * sizeof(Word));
+      });
     }
 #endif
-    for (int t = 0; t < T; ++t)
-      for (int64_t f = 0; f < layout.features; ++f) out[t][f] = sums[t * layout.slots + runs_.slot[f]];
+    for (const auto& single : runs_.singles)
+      for (int t = 0; t < T; ++t) out[t][single.feature] = sums[t * layout.slots + single.slot];
   }
-
-#ifdef LOWBIT_AVX512
-  static INLINE Lanes spread(Lanes block, uint64_t mask, const Word* run) {
-    __m512i words = _mm512_loadu_si512(run);
-    if constexpr (sizeof(Word) == 2)
-      return (Lanes)_mm512_mask_expand_epi16((__m512i)block, static_cast<__mmask32>(mask), words);
-    else
-      return (Lanes)_mm512_mask_expand_epi32((__m512i)block, static_cast<__mmask16>(mask), words);
-  }
-#endif
 
   static constexpr int kRun = 64 / sizeof(Word);
   int64_t ranks_;
   Runs<kRun> runs_;
-  std::vector<Buffer<float>> scale_, zero_;
+  std::vector<Unpacker> unpackers_;
+  Buffer<float> qparams_;  // of 64 features in wire order, as Unpacker has them, every rank's scales and zeros
+  float* qparams(int64_t slot, int64_t rank) const {
+    return const_cast<float*>(qparams_.get()) + 2 * (slot * ranks_ + rank * kBlock);
+  }
+  bool normal_ = true;                       // no sum is subnormal
 };
 
 }  // namespace

@@ -1,5 +1,9 @@
 // Rows of `Type` to messages. A block of 64 features goes through the arithmetic in the row's own order, each with the
 // qparams of its own width, as four vectors; its codes, a byte each, are then dealt out to their tiers and packed there.
+//
+// With AVX-512, a pass over the row that only looks for NaN and Inf would take a fifth of the time of all else. There
+// the quick path leaves out what they and other values far outside need, sees from the codes that a token holds one, and
+// that token is done again.
 
 #pragma once
 
@@ -17,32 +21,35 @@ class Encoder {
   explicit Encoder(const LowbitFormat& format)
       : layout(format),
         runs_(layout, false),
-        inverse_(padded(layout.features)),
-        zero_(padded(layout.features)),
-        per_step_(padded(layout.features)),
-        middle_(padded(layout.features)),
+        qparams_(4 * padded(layout.features)),
         limit_(padded(layout.features)),
         top_(padded(layout.features)) {
     for (int64_t i = 0; i < padded(layout.features); ++i) limit_.get()[i] = static_cast<Limit>(-1);  // no codes, no limit
     for (const Tier& tier : layout.tiers) {
       if (tier.bits < 16) packers_.emplace_back(tier.bits);
       for (int64_t i = tier.feature; i < tier.feature + tier.count; ++i) {
-        int64_t f = layout.order[i], at = f / kBlock * kBlock + Type::place(f % kBlock);
         if (tier.bits == 16) continue;  // makes codes that nobody reads
-        inverse_.get()[at] = quiet(1.0f / format.scale[i]);
-        zero_.get()[at] = quiet(format.zero_point[i]);
-        per_step_.get()[at] = static_cast<float>(1 / tier.code_span());
-        middle_.get()[at] = tier.largest() / 2;
-        top_.get()[f] = static_cast<uint8_t>(tier.largest());
-        limit_.get()[limit_place(at)] = static_cast<Limit>(tier.largest());
+        int64_t f = layout.order[i], block = f / kBlock * kBlock, place = Type::place(f % kBlock);
+        float* at = qparams_.get() + 4 * block + place;
+        at[kInverse] = quiet(1.0f / format.scale[i]);
+        at[kZero] = quiet(format.zero_point[i]);
+        at[kPerStep] = static_cast<float>(1 / tier.code_span());
+        at[kMiddle] = tier.largest() / 2;
+        limit_.get()[block + limit_place(place)] = static_cast<Limit>(tier.largest());
+        top_.get()[block + byte_place(place)] = static_cast<uint8_t>(tier.largest());
       }
     }
+    for (auto& run : runs_.runs)
+      for (int i = 0, to = 0; i < kBlock; ++i)
+        if (run.mask >> i & 1) run.index[to++] = static_cast<uint8_t>(byte_place(Type::place(i)));
+    for (auto& single : runs_.singles)
+      single.feature += static_cast<int32_t>(byte_place(Type::place(single.feature % kBlock))) - single.feature % kBlock;
   }
 
   struct Scratch {
     explicit Scratch(const Layout& layout)
-        : codes(kTokens * layout.slots), bytes(padded(layout.features)), ends(kTokens * kBlock) {}
-    Buffer<uint8_t> codes, bytes;
+        : codes(kTokens * layout.slots), row(kTokens * padded(layout.features)), ends(kTokens * kBlock) {}
+    Buffer<uint8_t> codes, row;  // in the slots of the tiers, and in the row's order
     Buffer<Word> ends;
   };
 
@@ -50,53 +57,48 @@ class Encoder {
   template <int T>
   int64_t encode(const Word* const* rows, uint8_t* const* out, Scratch& scratch) const {
     int64_t saturated = 0;
-    Row from[T];
-    bool broken[T];
-    uint8_t header[T];
-    float inverse[T];
+    Token tokens[T];
     for (int t = 0; t < T; ++t) {
       Word* end = scratch.ends.get() + t * kBlock;
       int64_t whole = layout.features / kBlock * kBlock;
       std::memcpy(end, rows[t] + whole, (layout.features - whole) * sizeof(Word));
-      from[t] = {rows[t], end, whole};
+      tokens[t].words = rows[t], tokens[t].end = end, tokens[t].whole = whole;
+      tokens[t].codes = scratch.codes.get() + t * layout.slots;
+      tokens[t].row = scratch.row.get() + t * padded(layout.features);
     }
     if (layout.rank1) {
-      saturated = scales<T>(from, header, broken);
-      for (int t = 0; t < T; ++t) {
-        float scale = header_scale(header[t]);
-        inverse[t] = scale > 0 ? 1.0f / scale : 0.0f;
-      }
-      codes<T, true>(from, inverse, scratch);
+      scales<T>(tokens);
+      codes<T, true, kQuick>(tokens);
     } else {
-      saturated = codes<T, false>(from, inverse, scratch);
-      for (int t = 0; t < T; ++t) header[t] = broken[t] = holds_broken(from[t]);
+      codes<T, false, kQuick>(tokens);
+      for (int t = 0; !kQuick && t < T; ++t) tokens[t].odd = holds_broken(tokens[t]);
     }
     for (int t = 0; t < T; ++t) {
-      if (layout.header) out[t][0] = header[t];
-      const uint8_t* codes = scratch.codes.get() + t * layout.slots;
-      const Packer* packer = packers_.data();
-      for (const Tier& tier : layout.tiers) {
-        uint8_t* to = out[t] + tier.byte;
-        if (tier.bits < 16)
-          (packer++)->pack(codes + tier.slot, to, tier.size);
-        else if (broken[t])
-          std::memset(to, kBf16NaN & 0xff, tier.size);
-        else
-          for (int64_t i = 0; i < tier.count; ++i) {
-            uint16_t word = Bfloat16::word(Type::value(rows[t][layout.order[tier.feature + i]]) + 0.0f);
-            std::memcpy(to + 2 * i, &word, 2);
-          }
-      }
+      if (__builtin_expect(tokens[t].odd, 0)) again(tokens[t]);
+      saturated += tokens[t].saturated;
+      write(tokens[t], out[t]);
     }
     return saturated;
   }
 
  private:
-  struct Row {
+  struct Token {
     const Word* words;
     const Word* end;  // its last features, padded to a block
     int64_t whole;    // features before them
+    uint8_t* codes;
+    uint8_t* row;
+    uint8_t header = 0;
+    bool odd = false;  // to be done again: may hold NaN or Inf
+    bool broken = false;
+    float inverse = 0;  // of its scale
+    int64_t saturated = 0;
     const Word* block(int64_t from) const { return from < whole ? words + from : end; }
+    void set_scale(float largest) {
+      header = scale_header(largest);
+      float scale = header_scale(header);
+      inverse = scale > 0 ? 1.0f / scale : 0.0f;
+    }
   };
 
   // v of 16 features, in vector V of the block.
@@ -105,38 +107,36 @@ class Encoder {
     return Type::template load<V>(block) * inverse + zero;
   }
 
-  // Each rank-1 token's scale; returns how many values lie far out.
+  // The tokens' rank-1 scales, and how many values lie far out.
   template <int T>
-  int64_t scales(const Row* rows, uint8_t* header, bool* broken) const {
-    Lanes most[T] = {};  // bitwise: NaN is above all others
+  void scales(Token* tokens) const {
+    Lanes most[T] = {};
     for (int64_t from = 0; from < layout.features; from += kBlock) {
+      const float* qparams = qparams_.get() + 4 * from;
       each<kVectors>([&](auto v) INLINE {
-        Floats inverse = load<Floats>(inverse_.get() + from + v * kLanes);
-        Floats zero = load<Floats>(zero_.get() + from + v * kLanes);
+        Floats inverse = load<Floats>(qparams + kInverse + v * kLanes), zero = load<Floats>(qparams + kZero + v * kLanes);
         each<T>([&](auto t) INLINE {
-          most[t] = larger(magnitude(normed<v.value>(rows[t].block(from), inverse, zero)), most[t]);
+          most[t] = larger_magnitude(normed<v.value>(tokens[t].block(from), inverse, zero), most[t]);
         });
       });
     }
-    int64_t far = 0;
     for (int t = 0; t < T; ++t) {
-      // Finite only if the whole row is: the features in bf16 are there times 0.
-      float largest = as_float(largest_lane(most[t]));
-      broken[t] = !std::isfinite(largest) && holds_broken(rows[t]);
-      if (!(largest <= kFar)) far += count_far(rows[t], &largest);
-      header[t] = broken[t] ? kBroken : scale_header(largest);
+      float largest = as_float(largest_lane(most[t]));  // the features in bf16 are there times 0
+      tokens[t].odd = !std::isfinite(largest);
+      if (!(largest <= kFar)) tokens[t].saturated = count_far(tokens[t], &largest);
+      tokens[t].set_scale(largest);
     }
-    return far;
   }
 
-  // The same for one row of which some values are far out or broken, and the largest of the coded ones.
-  int64_t count_far(const Row& row, float* largest) const {
+  // The same for one token of which some values are far out or broken, and the largest of the coded ones.
+  int64_t count_far(const Token& token, float* largest) const {
     int64_t far = 0;
     uint32_t most = 0;
     for (const Tier& tier : layout.tiers)
       for (int64_t i = tier.feature; tier.bits < 16 && i < tier.feature + tier.count; ++i) {
-        int64_t f = layout.order[i], at = f / kBlock * kBlock + Type::place(f % kBlock);
-        float v = std::fabs(Type::value(row.words[f]) * inverse_.get()[at] + zero_.get()[at]);
+        int64_t f = layout.order[i], block = f / kBlock * kBlock;
+        const float* at = qparams_.get() + 4 * block + Type::place(f % kBlock);
+        float v = std::fabs(Type::value(token.words[f]) * at[kInverse] + at[kZero]);
         far += !(v <= kFar);
         most = as_bits(v) > most ? as_bits(v) : most;
       }
@@ -144,51 +144,83 @@ class Encoder {
     return far;
   }
 
-  bool holds_broken(const Row& row) const {
+  bool holds_broken(const Token& token) const {
     Largest<Word> largest;
-    for (int64_t from = 0; from < layout.features; from += kBlock) largest.see(row.block(from));
+    for (int64_t from = 0; from < layout.features; from += kBlock) largest.see(token.block(from));
     return largest.reached(Type::infinity);
   }
 
-  // The codes of all features, at the slots of their tiers; returns how many values lie outside them (static).
-  template <int T, bool kRank1>
-  int64_t codes(const Row* rows, const float* token_inverse, Scratch& scratch) const {
-    int64_t saturated = 0;
-    for (int64_t from = 0; from < layout.features; from += kBlock) {
+  // A token whose values may be anything.
+  void again(Token& token) const {
+    token.broken = holds_broken(token);
+    token.saturated = 0;
+    if (layout.rank1) {
+      float largest;
+      token.saturated = count_far(token, &largest);
+      token.set_scale(token.broken ? std::numeric_limits<float>::infinity() : largest);
+      codes<1, true, false>(&token);
+    } else {
+      token.header = token.broken;
+      codes<1, false, false>(&token);
+    }
+  }
+
+  // The codes of all features, at the slots of their tiers; counts the values that lie outside them (static).
+  template <int T, bool kRank1, bool quick>
+  void codes(Token* tokens) const {
+    Lanes least[T] = {};  // as 16-bit words
+    for (int64_t number : runs_.by_runs) {
+      int64_t from = number * kBlock;
+      const float* qparams = qparams_.get() + 4 * from;
       Floats values[T][kVectors];
-      const Word* block[T];
-      for (int t = 0; t < T; ++t) block[t] = rows[t].block(from);
       each<kVectors>([&](auto v) INLINE {
-        int64_t at = from + v * kLanes;
-        Floats inverse = keep(load<Floats>(inverse_.get() + at)), zero = keep(load<Floats>(zero_.get() + at));
-        Floats per_step = keep(load<Floats>(per_step_.get() + at)), middle = keep(load<Floats>(middle_.get() + at));
+        auto own = [&](int which) INLINE { return keep(load<Floats>(qparams + which + v * kLanes)); };
+        Floats inverse = own(kInverse), zero = own(kZero), per_step = own(kPerStep), middle = own(kMiddle);
         each<T>([&](auto t) INLINE {
-          Floats value = normed<v.value>(block[t], inverse, zero);
-          if (kRank1) value = value * (splat(token_inverse[t]) * per_step) + middle;
+          Floats value = normed<v.value>(tokens[t].block(from), inverse, zero);
+          if (kRank1) value = value * (splat(tokens[t].inverse) * per_step) + middle;
           values[t][v] = value;
         });
       });
       Bytes bytes[T];
-      each<T>([&](auto t) INLINE { bytes[t] = round(values[t], from, kRank1 ? nullptr : &saturated); });
-      deal<T>(bytes, from, scratch.codes.get());
+      each<T>([&](auto t) INLINE {
+        bytes[t] = round<quick>(values[t], from, kRank1 ? nullptr : &tokens[t].saturated, least[t]);
+        store(tokens[t].row + from, bytes[t]);
+      });
+#ifdef LOWBIT_AVX512
+      // Zeros, or what is overwritten next, follow the codes of a run.
+      const auto* end = runs_.runs.data() + runs_.first[number + 1];
+      for (const auto* run = runs_.runs.data() + runs_.first[number]; run < end; ++run)
+        each<T>([&](auto t) INLINE {
+          store(tokens[t].codes + run->slot, _mm512_permutexvar_epi8((__m512i)run->index, (__m512i)bytes[t]));
+        });
+#endif
     }
-    return saturated;
+    for (int t = 0; t < T; ++t) {
+      for (const auto& single : runs_.singles) tokens[t].codes[single.slot] = tokens[t].row[single.feature];
+      for (const Tier& tier : layout.tiers) std::memset(tokens[t].codes + tier.slot + tier.count, 0, 8);
+#ifdef LOWBIT_AVX512
+      if (quick) tokens[t].odd = _mm512_cmpeq_epi16_mask((__m512i)least[t], _mm512_set1_epi16(-32768));
+#endif
+    }
   }
 
-  // 64 codes in the row's order. NaN goes to code 0, and counts as saturated.
-  INLINE Bytes round(const Floats* values, int64_t from, int64_t* saturated) const {
+  // 64 codes, feature i's at byte_place(Type::place(i)). NaN goes to code 0, and counts as saturated. Quick: NaN and values
+  // beyond an int16 have `least` reach its least number.
+  template <bool quick>
+  INLINE Bytes round(const Floats* values, int64_t from, int64_t* saturated, Lanes& least) const {
 #ifdef LOWBIT_AVX512
     __m512i codes[kVectors], words[2];
-    for (int v = 0; v < kVectors; ++v)  // below the range of int32 are NaN and what is less, above it nothing
-      codes[v] = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_set1_ps(0x7fff), (__m512)values[v]));
+    for (int v = 0; v < kVectors; ++v)  // below the range of int32 are NaN and what is less; above it nothing, or quick
+      codes[v] = _mm512_cvtps_epi32(quick ? (__m512)values[v] : _mm512_min_ps(_mm512_set1_ps(0x7fff), (__m512)values[v]));
     for (int half = 0; half < 2; ++half) {
       words[half] = _mm512_packs_epi32(codes[2 * half], codes[2 * half + 1]);
+      if (quick) least = (Lanes)_mm512_min_epi16((__m512i)least, words[half]);
       if (!saturated) continue;
       __m512i limit = _mm512_loadu_si512(limit_.get() + from + 32 * half);
       *saturated += __builtin_popcount(_mm512_cmpgt_epu16_mask(words[half], limit));  // unsigned: negative ones are large
     }
     __m512i bytes = _mm512_packus_epi16(words[0], words[1]);
-    bytes = _mm512_permutexvar_epi8((__m512i)natural_, bytes);
     return (Bytes)_mm512_min_epu8(bytes, _mm512_loadu_si512(top_.get() + from));
 #else
     Lanes codes[kVectors];
@@ -202,65 +234,48 @@ class Encoder {
       codes[v] = code > limit ? limit : code;
     }
     uint8_t bytes[kBlock];
-    if (Type::place(1) == 1)
-      for (int i = 0; i < kBlock; ++i) bytes[i] = static_cast<uint8_t>(codes[i / kLanes][i % kLanes]);
-    else
-      for (int half = 0; half < 2; ++half) {
-        Lanes pairs = codes[2 * half] | codes[2 * half + 1] << 8;
-        uint16_t words[kLanes];
-        for (int i = 0; i < kLanes; ++i) words[i] = static_cast<uint16_t>(pairs[i]);
-        std::memcpy(bytes + 32 * half, words, sizeof words);
-      }
+    for (int i = 0; i < kBlock; ++i) bytes[i] = static_cast<uint8_t>(codes[i / kLanes][i % kLanes]);
     return load<Bytes>(bytes);
 #endif
   }
 
-  // The codes of a block to the slots of their tiers. Zeros, or what is overwritten next, follow them there.
-  template <int T>
-  INLINE void deal(const Bytes* block, int64_t from, uint8_t* codes) const {
-#ifdef LOWBIT_AVX512
-    if (!runs_.first.empty()) {
-      const auto* end = &runs_.runs[runs_.first[from / kBlock + 1]];
-      for (const auto* run = &runs_.runs[runs_.first[from / kBlock]]; run < end; ++run) {
-        bool wide = __builtin_popcountll(run->mask) > kBlock / 2;  // a store of 64 bytes takes twice as long as one of 32
-        each<T>([&](auto t) INLINE {
-          __m512i own = _mm512_maskz_compress_epi8(run->mask, (__m512i)block[t]);
-          uint8_t* to = codes + t * layout.slots + run->slot;
-          _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(own));
-          if (wide) _mm256_storeu_si256((__m256i*)to + 1, _mm512_extracti64x4_epi64(own, 1));
-        });
-      }
-      return;
+  // The message of a token whose codes are there.
+  void write(const Token& token, uint8_t* out) const {
+    if (layout.header) out[0] = token.header;
+    const Packer* packer = packers_.data();
+    for (const Tier& tier : layout.tiers) {
+      uint8_t* to = out + tier.byte;
+      if (tier.bits < 16)
+        (packer++)->pack(token.codes + tier.slot, to, tier.size);
+      else if (token.broken)
+        std::memset(to, kBf16NaN & 0xff, tier.size);
+      else
+        for (int64_t i = 0; i < tier.count; ++i) {
+          uint16_t word = Bfloat16::word(Type::value(token.words[layout.order[tier.feature + i]]) + 0.0f);
+          std::memcpy(to + 2 * i, &word, 2);
+        }
     }
-#endif
-    for (int t = 0; t < T; ++t)
-      for (int64_t i = 0; i < kBlock && from + i < layout.features; ++i)
-        codes[t * layout.slots + runs_.slot[from + i]] = block[t][i];
   }
 
 #ifdef LOWBIT_AVX512
   // Packing saturates within quarters of a register: word w of two vectors is lane w / 8 * 4 + w % 4 of one of them.
   using Limit = uint16_t;
+  static constexpr bool kQuick = true;
   static int64_t limit_place(int64_t at) { return at / 32 * 32 + at % 16 / 4 * 8 + at / 16 % 2 * 4 + at % 4; }
-  Bytes natural_ = natural();
-  static Bytes natural() {
-    Bytes places;
-    for (int i = 0; i < kBlock; ++i) {
-      int64_t at = Type::place(i);
-      places[i] = static_cast<uint8_t>(at % 16 / 4 * 16 + at / 16 * 4 + at % 4);
-    }
-    return places;
-  }
+  static int64_t byte_place(int64_t at) { return at % 16 / 4 * 16 + at / 16 * 4 + at % 4; }
 #else
   using Limit = uint32_t;
+  static constexpr bool kQuick = false;
   static int64_t limit_place(int64_t at) { return at; }
+  static int64_t byte_place(int64_t at) { return at; }
 #endif
 
+  static constexpr int kInverse = 0, kZero = kBlock, kPerStep = 2 * kBlock, kMiddle = 3 * kBlock;
   Runs<kBlock> runs_;
   std::vector<Packer> packers_;
-  Buffer<float> inverse_, zero_, per_step_, middle_;  // of the features in the order of Type::load
+  Buffer<float> qparams_;  // of 64 features in the order of Type::load, 64 of each kind
   Buffer<Limit> limit_;
-  Buffer<uint8_t> top_;  // in the row's order
+  Buffer<uint8_t> top_;
 };
 
 }  // namespace

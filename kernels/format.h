@@ -99,42 +99,55 @@ struct Layout {
 //
 // Inside a tier features ascend. Those of a block that are in one tier are then neighbours there: the row's block comes
 // from a run of each tier, each spread to the places in a mask, or is taken apart into them, which AVX-512 does in one
-// instruction (expand, compress). Where features do not ascend, words are copied one by one.
+// permutation. Features of tiers that have one in a block at most, or that do not ascend, are copied one by one.
 template <int kSize>
 struct Runs {
   struct Run {
-    uint64_t mask;
+    uint64_t mask;  // the bytes of its features among the 64 of the block
     int64_t slot;
+    Bytes index;  // for a permutation, by whoever does it
   };
-  std::vector<Run> runs;
-  std::vector<int32_t> first;  // of every block, and the end
-  std::vector<int32_t> slot;   // of every feature
+  struct Single {
+    int32_t feature, slot;
+  };
+  std::vector<Run> runs;  // block by block
+  std::vector<int32_t> first;    // run of every block, and the end
+  std::vector<int32_t> by_runs;  // blocks in the order of how many runs they have: loops over them are predictable
+  std::vector<Single> singles;
 
-  Runs(const Layout& layout, bool with_bf16) : slot(layout.features) {
-    std::vector<uint8_t> tier_of(layout.features);
-    for (size_t t = 0; t < layout.tiers.size(); ++t)
-      for (int64_t i = 0; i < layout.tiers[t].count; ++i) {
-        int64_t f = layout.order[layout.tiers[t].feature + i];
-        slot[f] = static_cast<int32_t>(layout.tiers[t].slot + i);
-        tier_of[f] = static_cast<uint8_t>(t);
-      }
-#ifdef LOWBIT_AVX512
-    if (!layout.ascending || layout.tiers.size() > 64) return;
-    for (int64_t from = 0; from < layout.features; from += kSize) {
-      first.push_back(static_cast<int32_t>(runs.size()));
-      int where[64];
-      uint64_t present = 0;
-      for (int64_t f = from; f < from + kSize && f < layout.features; ++f) {
-        if (!with_bf16 && layout.tiers[tier_of[f]].bits == 16) continue;
-        uint64_t tier = uint64_t{1} << tier_of[f];
-        if (!(present & tier)) where[tier_of[f]] = static_cast<int>(runs.size()), runs.push_back({0, slot[f]});
-        present |= tier;
-        runs[where[tier_of[f]]].mask |= uint64_t{1} << (f - from);
+  Runs(const Layout& layout, bool with_bf16) {
+    constexpr int kUnit = 64 / kSize;
+    std::vector<std::vector<Run>> blocks((layout.features + kSize - 1) / kSize);
+    for (const Tier& tier : layout.tiers) {
+      if (tier.bits == 16 && !with_bf16) continue;
+      bool in_runs = kInRuns && layout.ascending && tier.count * kSize > layout.features;
+      int64_t last = -1;
+      for (int64_t i = 0; i < tier.count; ++i) {
+        int64_t feature = layout.order[tier.feature + i], block = feature / kSize, slot = tier.slot + i;
+        if (!in_runs) {
+          singles.push_back({static_cast<int32_t>(feature), static_cast<int32_t>(slot)});
+          continue;
+        }
+        if (block != last) blocks[block].push_back({0, slot, Bytes{}});
+        blocks[block].back().mask |= low_bits(kUnit) << feature % kSize * kUnit;
+        last = block;
       }
     }
+    for (const auto& block : blocks) {
+      by_runs.push_back(static_cast<int32_t>(first.size()));
+      first.push_back(static_cast<int32_t>(runs.size()));
+      runs.insert(runs.end(), block.begin(), block.end());
+    }
     first.push_back(static_cast<int32_t>(runs.size()));
-#endif
+    auto fewer = [&](int32_t a, int32_t b) { return blocks[a].size() < blocks[b].size(); };
+    std::stable_sort(by_runs.begin(), by_runs.end(), fewer);
   }
+
+#ifdef LOWBIT_AVX512
+  static constexpr bool kInRuns = true;
+#else
+  static constexpr bool kInRuns = false;
+#endif
 };
 
 }  // namespace

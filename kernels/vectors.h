@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -70,6 +71,14 @@ INLINE inline Floats keep(Floats v) {
   return v;
 }
 
+// 0, 1, 2, ...
+template <class V>
+inline V iota() {
+  V v;
+  for (size_t i = 0; i < sizeof v / sizeof v[0]; ++i) v[i] = i;
+  return v;
+}
+
 inline Floats splat(float value) { return Floats{} + value; }
 inline Floats to_floats(Lanes small) { return __builtin_convertvector((Ints)small, Floats); }
 inline Lanes magnitude(Floats v) { return (Lanes)v & 0x7fffffffu; }
@@ -79,6 +88,15 @@ inline Lanes larger(Lanes a, Lanes b) {
   return (Lanes)_mm512_max_epu32((__m512i)a, (__m512i)b);
 #else
   return a > b ? a : b;
+#endif
+}
+
+// The larger magnitude of the two; of a NaN and a number, AVX-512 has the number, others NaN.
+inline Lanes larger_magnitude(Floats a, Lanes b) {
+#ifdef LOWBIT_AVX512
+  return (Lanes)_mm512_range_ps((__m512)a, (__m512)b, 0b1011);
+#else
+  return larger(magnitude(a), b);
 #endif
 }
 
@@ -112,7 +130,7 @@ inline Lanes round_to_bf16(Floats v) {
 // ---- Dtypes: how 64 values lie in memory, and in four vectors.
 //
 //   load          64 neighbours; place(i): the index of neighbour i among the 4 x 16 lanes that come out
-//   store_fours   the four vectors of a group of codes, whose lane i holds neighbours 4 i + j in vector j, side by side
+//   store_block   64 codes' values, that of code i in lane Unpacker::place(i), side by side; normal: none is subnormal
 
 struct Bfloat16 {
   using Word = uint16_t;
@@ -127,29 +145,20 @@ struct Bfloat16 {
 
   static float value(Word word) { return as_float(static_cast<uint32_t>(word) << 16); }
 
-  static void store_fours(Word* to, const Floats* v) {
+  static void store_block(Word* to, const Floats* v, bool normal) {
 #ifdef LOWBIT_AVX512
-    // Of a pair of vectors the high words, those of the first in front; then pairs of neighbours from two of these.
-    Words low, high;
+    for (int half = 0; half < 2; ++half) {
+      Floats a = v[2 * half], b = v[2 * half + 1];
 #ifdef __AVX512BF16__
-    // The instruction takes subnormals for zero.
-    int subnormal = 0;
-    for (int j = 0; j < kVectors; ++j) subnormal |= _mm512_fpclass_ps_mask((__m512)v[j], 0x20);
-    if (__builtin_expect(!subnormal, 1)) {
-      low = (Words)_mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
-      high = (Words)_mm512_cvtne2ps_pbh((__m512)v[3], (__m512)v[2]);
-    } else
+      if (__builtin_expect(normal, 1)) {
+        ::store(to + 32 * half, _mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+        continue;
+      }
 #endif
-    {
-      Words odd = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-      auto halves = [&](Floats a, Floats b) {
-        return (Words)_mm512_permutex2var_epi16((__m512i)round_to_bf16(a), (__m512i)odd, (__m512i)round_to_bf16(b));
-      };
-      low = halves(v[0], v[1]), high = halves(v[2], v[3]);
+      const Words odd = 2 * iota<Words>() + 1;
+      ::store(to + 32 * half,
+              _mm512_permutex2var_epi16((__m512i)round_to_bf16(a), (__m512i)odd, (__m512i)round_to_bf16(b)));
     }
-    const Words first = {0, 16, 32, 48, 1, 17, 33, 49, 2, 18, 34, 50, 3, 19, 35, 51, 4, 20, 36, 52, 5, 21, 37, 53, 6, 22, 38, 54, 7, 23, 39, 55};
-    ::store(to, _mm512_permutex2var_epi16((__m512i)low, (__m512i)first, (__m512i)high));
-    ::store(to + 32, _mm512_permutex2var_epi16((__m512i)low, (__m512i)(first + 8), (__m512i)high));
 #else
     Lanes first = round_to_bf16(v[0]) >> 16 | (round_to_bf16(v[1]) & 0xffff0000u);
     Lanes second = round_to_bf16(v[2]) >> 16 | (round_to_bf16(v[3]) & 0xffff0000u);
@@ -177,18 +186,9 @@ struct Float32 {
 
   static float value(Word word) { return as_float(word); }
 
-  static void store_fours(Word* to, const Floats* v) {
+  static void store_block(Word* to, const Floats* v, bool) {
 #ifdef LOWBIT_AVX512
-    const Lanes pairs = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-    const Lanes quads = {0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23};
-    auto pick = [](auto a, Lanes places, auto b) {
-      return _mm512_permutex2var_ps((__m512)a, (__m512i)places, (__m512)b);
-    };
-    for (uint32_t half = 0; half < 2; ++half) {
-      auto front = pick(v[0], pairs + 8 * half, v[1]), back = pick(v[2], pairs + 8 * half, v[3]);
-      ::store(to + 32 * half, pick(front, quads, back));
-      ::store(to + 32 * half + 16, pick(front, quads + 8, back));
-    }
+    std::memcpy(to, v, kBlock * sizeof *to);
 #else
     float all[kBlock];
     for (int i = 0; i < kLanes; ++i)
@@ -229,11 +229,16 @@ struct Float16 {
 
   static float value(Word word) { return ((Floats)widen(Lanes{} + word))[0]; }
 
-  static void store_fours(Word* to, const Floats* v) {
+  static void store_block(Word* to, const Floats* v, bool) {
+#ifdef LOWBIT_AVX512
+    for (int j = 0; j < kVectors; ++j)
+      ::store(to + j * kLanes, _mm512_cvtps_ph((__m512)v[j], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
     Lanes first = narrow(v[0]) | narrow(v[1]) << 16, second = narrow(v[2]) | narrow(v[3]) << 16;
     uint32_t pairs[2 * kLanes];
     for (int i = 0; i < kLanes; ++i) pairs[2 * i] = first[i], pairs[2 * i + 1] = second[i];
     std::memcpy(to, pairs, sizeof pairs);
+#endif
   }
 
   static Word word(float value) { return static_cast<Word>(narrow(splat(value))[0]); }
