@@ -21,20 +21,21 @@ class Packer {
   }
 
   // codes -> `size` bytes at `to`.
-  void pack(const uint8_t* codes, uint8_t* to, int64_t size) const {
-    if (bits_ == 8) return void(std::memcpy(to, codes, size));
+  static void pack(const Packer& shared, const uint8_t* codes, uint8_t* to, int64_t size) {
+    const Packer own = shared;  // in registers; the bytes written could be its members
+    if (own.bits_ == 8) return void(std::memcpy(to, codes, size));
     int64_t at = 0;
 #ifdef LOWBIT_AVX512
-    for (; at + kBlock <= size; at += 8 * bits_, codes += kBlock) store(to + at, squeezed(codes));
-    for (; at < size; at += 8 * bits_, codes += kBlock) {
-      int64_t left = size - at < 8 * bits_ ? size - at : 8 * bits_;
-      _mm512_mask_storeu_epi8(to + at, low_bits(left), (__m512i)squeezed(codes));
+    for (; at + kBlock <= size; at += 8 * own.bits_, codes += kBlock) store(to + at, own.squeezed(codes));
+    for (; at < size; at += 8 * own.bits_, codes += kBlock) {
+      int64_t left = size - at < 8 * own.bits_ ? size - at : 8 * own.bits_;
+      _mm512_mask_storeu_epi8(to + at, low_bits(left), (__m512i)own.squeezed(codes));
     }
 #else
-    for (; at < size; at += bits_, codes += 8) {
+    for (const int bits = own.bits_; at < size; at += bits, codes += 8) {
       uint64_t run = 0;
-      for (int i = 0; i < 8; ++i) run |= static_cast<uint64_t>(codes[i]) << bits_ * i;
-      std::memcpy(to + at, &run, size - at < 8 ? (size - at < bits_ ? size - at : bits_) : 8);
+      for (int i = 0; i < 8; ++i) run |= static_cast<uint64_t>(codes[i]) << bits * i;
+      std::memcpy(to + at, &run, size - at < 8 ? (size - at < bits ? size - at : bits) : 8);
     }
 #endif
   }

@@ -124,7 +124,10 @@ class Decoder {
         const float* scales = qparams(tier.slot + block, r);
         const float* zeros = scales + kBlock;
         Lanes fours[T];
-        each<T>([&](auto t) INLINE { fours[t] = unpacker.fours(own[t].from + at, tier.size - at); });
+        each<T>([&](auto t) INLINE {
+          fours[t] = unpacker.fours(own[t].from + at, tier.size - at);
+          fetch_early(own[t].from + at + T * row_stride);
+        });
         each<kVectors>([&](auto j) INLINE {
           Floats scale = keep(load<Floats>(scales + j * kLanes)), zero = keep(load<Floats>(zeros + j * kLanes));
           each<T>([&](auto t) INLINE {
@@ -166,6 +169,7 @@ class Decoder {
       int64_t from = number * kRun, left = layout.features - from;
       each<T>([&](auto t) INLINE {
         Lanes whole = block[t];  // a copy, so that the others need no address
+        fetch_early(out[t] + from + T * layout.features);
         if (left >= kRun)
           store(out[t] + from, whole);
         else

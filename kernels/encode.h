@@ -53,9 +53,9 @@ class Encoder {
     Buffer<Word> ends;
   };
 
-  // T rows to T messages; returns how many values saturated.
+  // T rows to T messages; returns how many values saturated. The next rows are `ahead` values behind these.
   template <int T>
-  int64_t encode(const Word* const* rows, uint8_t* const* out, Scratch& scratch) const {
+  int64_t encode(const Word* const* rows, int64_t ahead, uint8_t* const* out, Scratch& scratch) const {
     int64_t saturated = 0;
     Token tokens[T];
     for (int t = 0; t < T; ++t) {
@@ -67,10 +67,10 @@ class Encoder {
       tokens[t].row = scratch.row.get() + t * padded(layout.features);
     }
     if (layout.rank1) {
-      scales<T>(tokens);
-      codes<T, true, kQuick>(tokens);
+      scales<T>(tokens, ahead);
+      codes<T, true, kQuick>(tokens, 0);
     } else {
-      codes<T, false, kQuick>(tokens);
+      codes<T, false, kQuick>(tokens, ahead);
       for (int t = 0; !kQuick && t < T; ++t) tokens[t].odd = holds_broken(tokens[t]);
     }
     for (int t = 0; t < T; ++t) {
@@ -101,6 +101,10 @@ class Encoder {
     }
   };
 
+  static void fetch_block(const Word* block) {
+    for (int i = 0; i < kBlock; i += 64 / sizeof(Word)) fetch_early(block + i);
+  }
+
   // v of 16 features, in vector V of the block.
   template <int V>
   INLINE Floats normed(const Word* block, Floats inverse, Floats zero) const {
@@ -109,14 +113,19 @@ class Encoder {
 
   // The tokens' rank-1 scales, and how many values lie far out.
   template <int T>
-  void scales(Token* tokens) const {
+  void scales(Token* tokens, int64_t ahead) const {
     Lanes most[T] = {};
     for (int64_t from = 0; from < layout.features; from += kBlock) {
       const float* qparams = qparams_.get() + 4 * from;
+      const Word* block[T];
+      for (int t = 0; t < T; ++t) {
+        block[t] = tokens[t].block(from);
+        if (ahead) fetch_block(block[t] + ahead);
+      }
       each<kVectors>([&](auto v) INLINE {
         Floats inverse = load<Floats>(qparams + kInverse + v * kLanes), zero = load<Floats>(qparams + kZero + v * kLanes);
         each<T>([&](auto t) INLINE {
-          most[t] = larger_magnitude(normed<v.value>(tokens[t].block(from), inverse, zero), most[t]);
+          most[t] = larger_magnitude(normed<v.value>(block[t], inverse, zero), most[t]);
         });
       });
     }
@@ -158,81 +167,107 @@ class Encoder {
       float largest;
       token.saturated = count_far(token, &largest);
       token.set_scale(token.broken ? std::numeric_limits<float>::infinity() : largest);
-      codes<1, true, false>(&token);
+      codes<1, true, false>(&token, 0);
     } else {
       token.header = token.broken;
-      codes<1, false, false>(&token);
+      codes<1, false, false>(&token, 0);
     }
   }
 
   // The codes of all features, at the slots of their tiers; counts the values that lie outside them (static).
   template <int T, bool kRank1, bool quick>
-  void codes(Token* tokens) const {
+  void codes(Token* tokens, int64_t ahead) const {
     Lanes least[T] = {};  // as 16-bit words
+    Floats scale[T];
+    int64_t saturated[T] = {};
+    uint8_t* row[T];
+    uint8_t* out[T];
+    for (int t = 0; t < T; ++t) scale[t] = splat(tokens[t].inverse), row[t] = tokens[t].row, out[t] = tokens[t].codes;
     for (int64_t number : runs_.by_runs) {
       int64_t from = number * kBlock;
       const float* qparams = qparams_.get() + 4 * from;
-      Floats values[T][kVectors];
+      const Word* block[T];
+      for (int t = 0; t < T; ++t) {
+        block[t] = tokens[t].block(from);
+        if (ahead) fetch_block(block[t] + ahead);
+      }
+      Lanes codes[T][kVectors];
       each<kVectors>([&](auto v) INLINE {
         auto own = [&](int which) INLINE { return keep(load<Floats>(qparams + which + v * kLanes)); };
         Floats inverse = own(kInverse), zero = own(kZero), per_step = own(kPerStep), middle = own(kMiddle);
         each<T>([&](auto t) INLINE {
-          Floats value = normed<v.value>(tokens[t].block(from), inverse, zero);
-          if (kRank1) value = value * (splat(tokens[t].inverse) * per_step) + middle;
-          values[t][v] = value;
+          Floats value = normed<v.value>(block[t], inverse, zero);
+          if (kRank1) value = value * (scale[t] * per_step) + middle;
+          codes[t][v] = round<quick>(value);
+          // Of two vectors at once; four of each token are more than there are registers.
+          if (v % 2) pair<quick>(codes[t] + v - 1, from + v / 2 * 32, kRank1 ? nullptr : saturated + t, least[t]);
         });
       });
       Bytes bytes[T];
       each<T>([&](auto t) INLINE {
-        bytes[t] = round<quick>(values[t], from, kRank1 ? nullptr : &tokens[t].saturated, least[t]);
-        store(tokens[t].row + from, bytes[t]);
+        bytes[t] = joined(codes[t], from);
+        store(row[t] + from, bytes[t]);
       });
 #ifdef LOWBIT_AVX512
       // Zeros, or what is overwritten next, follow the codes of a run.
       const auto* end = runs_.runs.data() + runs_.first[number + 1];
       for (const auto* run = runs_.runs.data() + runs_.first[number]; run < end; ++run)
         each<T>([&](auto t) INLINE {
-          store(tokens[t].codes + run->slot, _mm512_permutexvar_epi8((__m512i)run->index, (__m512i)bytes[t]));
+          store(out[t] + run->slot, _mm512_permutexvar_epi8((__m512i)run->index, (__m512i)bytes[t]));
         });
 #endif
     }
     for (int t = 0; t < T; ++t) {
-      for (const auto& single : runs_.singles) tokens[t].codes[single.slot] = tokens[t].row[single.feature];
-      for (const Tier& tier : layout.tiers) std::memset(tokens[t].codes + tier.slot + tier.count, 0, 8);
+      for (const auto& single : runs_.singles) out[t][single.slot] = row[t][single.feature];
+      for (const Tier& tier : layout.tiers) std::memset(out[t] + tier.slot + tier.count, 0, 8);
+      if (!kRank1) tokens[t].saturated = saturated[t];
 #ifdef LOWBIT_AVX512
       if (quick) tokens[t].odd = _mm512_cmpeq_epi16_mask((__m512i)least[t], _mm512_set1_epi16(-32768));
 #endif
     }
   }
 
-  // 64 codes, feature i's at byte_place(Type::place(i)). NaN goes to code 0, and counts as saturated. Quick: NaN and values
-  // beyond an int16 have `least` reach its least number.
+  // NaN goes to a code below all others. Quick: so do values beyond an int32.
   template <bool quick>
-  INLINE Bytes round(const Floats* values, int64_t from, int64_t* saturated, Lanes& least) const {
+  static INLINE Lanes round(Floats value) {
 #ifdef LOWBIT_AVX512
-    __m512i codes[kVectors], words[2];
-    for (int v = 0; v < kVectors; ++v)  // below the range of int32 are NaN and what is less; above it nothing, or quick
-      codes[v] = _mm512_cvtps_epi32(quick ? (__m512)values[v] : _mm512_min_ps(_mm512_set1_ps(0x7fff), (__m512)values[v]));
-    for (int half = 0; half < 2; ++half) {
-      words[half] = _mm512_packs_epi32(codes[2 * half], codes[2 * half + 1]);
-      if (quick) least = (Lanes)_mm512_min_epi16((__m512i)least, words[half]);
-      if (!saturated) continue;
-      __m512i limit = _mm512_loadu_si512(limit_.get() + from + 32 * half);
-      *saturated += __builtin_popcount(_mm512_cmpgt_epu16_mask(words[half], limit));  // unsigned: negative ones are large
+    return (Lanes)_mm512_cvtps_epi32(quick ? (__m512)value : _mm512_min_ps(_mm512_set1_ps(0x7fff), (__m512)value));
+#else
+    value = value > -32768.0f ? value : splat(-32768.0f);  // NaN too
+    value = value < 32767.0f ? value : splat(32767.0f);
+    return (Lanes)(value + splat(kMagic)) - as_bits(kMagic);
+#endif
+  }
+
+  // The codes of two vectors, as words of 16 bits in the first; counts those that lie outside their range. Quick: those
+  // that were too low have `least` reach the least int16.
+  template <bool quick>
+  INLINE void pair(Lanes* codes, int64_t from, int64_t* saturated, Lanes& least) const {
+#ifdef LOWBIT_AVX512
+    __m512i words = _mm512_packs_epi32((__m512i)codes[0], (__m512i)codes[1]);
+    if (quick) least = (Lanes)_mm512_min_epi16((__m512i)least, words);
+    if (saturated) {
+      __m512i limit = _mm512_loadu_si512(limit_.get() + from);
+      *saturated += __builtin_popcount(_mm512_cmpgt_epu16_mask(words, limit));  // unsigned: negative ones are large
     }
-    __m512i bytes = _mm512_packus_epi16(words[0], words[1]);
+    codes[0] = (Lanes)words;
+#else
+    for (int v = 0; v < 2; ++v) {
+      Lanes limit = load<Lanes>(limit_.get() + from + v * kLanes);
+      if (saturated)
+        for (int i = 0; i < kLanes; ++i) *saturated += codes[v][i] > limit[i];
+      codes[v] = (Ints)codes[v] < 0 ? Lanes{} : codes[v];
+      codes[v] = codes[v] > limit ? limit : codes[v];
+    }
+#endif
+  }
+
+  // Two pairs' codes, clamped, feature i's at byte_place(Type::place(i)).
+  INLINE Bytes joined(const Lanes* codes, int64_t from) const {
+#ifdef LOWBIT_AVX512
+    __m512i bytes = _mm512_packus_epi16((__m512i)codes[0], (__m512i)codes[2]);
     return (Bytes)_mm512_min_epu8(bytes, _mm512_loadu_si512(top_.get() + from));
 #else
-    Lanes codes[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      Floats value = values[v] > -32768.0f ? values[v] : splat(-32768.0f);  // NaN too
-      value = value < 32767.0f ? value : splat(32767.0f);
-      Lanes code = (Lanes)(value + splat(kMagic)) - as_bits(kMagic), limit = load<Lanes>(limit_.get() + from + v * kLanes);
-      if (saturated)
-        for (int i = 0; i < kLanes; ++i) *saturated += code[i] > limit[i];
-      code = (Ints)code < 0 ? Lanes{} : code;
-      codes[v] = code > limit ? limit : code;
-    }
     uint8_t bytes[kBlock];
     for (int i = 0; i < kBlock; ++i) bytes[i] = static_cast<uint8_t>(codes[i / kLanes][i % kLanes]);
     return load<Bytes>(bytes);
@@ -246,7 +281,7 @@ class Encoder {
     for (const Tier& tier : layout.tiers) {
       uint8_t* to = out + tier.byte;
       if (tier.bits < 16)
-        (packer++)->pack(token.codes + tier.slot, to, tier.size);
+        Packer::pack(*packer++, token.codes + tier.slot, to, tier.size);
       else if (token.broken)
         std::memset(to, kBf16NaN & 0xff, tier.size);
       else

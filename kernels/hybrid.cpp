@@ -81,7 +81,7 @@ int pack(const LowbitFormat& format, const Value* x, int64_t tokens, int64_t row
         }
         messages[t] = out + (token + t) * layout.row_bytes;
       }
-      here += encoder.template encode<count.value>(rows, messages, scratch);
+      here += encoder.template encode<count.value>(rows, kConvert ? 0 : count.value * row_stride, messages, scratch);
     });
     __atomic_fetch_add(&total, here, __ATOMIC_RELAXED);
   });
@@ -118,6 +118,7 @@ int exact_encode(const typename Type::Word* x, int64_t tokens, int64_t row_strid
                  const float* center, const float* step, float largest, int bits, void* out, int64_t* saturated,
                  int threads) {
   prefer_huge_pages(out, tokens * (bits == 8 ? features + 1 : 4 * (features / 2 + 1)));
+  const ExactPlan plan(center, step, features, largest);
   int64_t total = 0;
   in_parallel(tokens, threads_for(tokens, features, threads), [&](int64_t first, int64_t last) {
     Buffer<int16_t> codes(features + 2);
@@ -125,10 +126,9 @@ int exact_encode(const typename Type::Word* x, int64_t tokens, int64_t row_strid
     for (int64_t t = first; t < last; ++t) {
       const auto* row = x + t * row_stride;
       if (bits == 8) {
-        here += exact_encode_row<Type>(row, features, center, step, largest,
-                                       static_cast<int8_t*>(out) + t * (features + 1));
+        here += exact_encode_row<Type>(row, plan, static_cast<int8_t*>(out) + t * (features + 1));
       } else {
-        here += exact_encode_row<Type>(row, features, center, step, largest, codes.get());
+        here += exact_encode_row<Type>(row, plan, codes.get());
         join_codes(codes.get(), words, static_cast<int32_t*>(out) + t * words);
       }
     }
@@ -142,16 +142,17 @@ template <class Type>
 int exact_decode(const void* total, int64_t tokens, int64_t features, const float* center, const float* step, int bits,
                  typename Type::Word* out, int threads) {
   prefer_huge_pages(out, tokens * features * sizeof(*out));
+  const ExactPlan plan(center, step, features, 0);
   in_parallel(tokens, threads_for(tokens, features, threads), [&](int64_t first, int64_t last) {
     Buffer<int16_t> codes(features + 2);
     int64_t words = features / 2 + 1;
     for (int64_t t = first; t < last; ++t) {
       auto* to = out + t * features;
       if (bits == 8) {
-        exact_decode_row<Type>(static_cast<const int8_t*>(total) + t * (features + 1), features, center, step, to);
+        exact_decode_row<Type>(static_cast<const int8_t*>(total) + t * (features + 1), plan, to);
       } else {
         part_codes(static_cast<const int32_t*>(total) + t * words, words, codes.get());
-        exact_decode_row<Type>(codes.get(), features, center, step, to);
+        exact_decode_row<Type>(codes.get(), plan, to);
       }
     }
   });
@@ -223,7 +224,7 @@ int lowbit_requantize(const LowbitFormat* format, const uint8_t* messages, int64
         to[t] = out + (token + t) * encoder.layout.row_bytes;
       }
       decoder.decode<count.value>(messages + token * row_stride, rank_stride, row_stride, sums, decoding);
-      here += encoder.encode<count.value>(sums, to, encoding);
+      here += encoder.encode<count.value>(sums, 0, to, encoding);
     });
     __atomic_fetch_add(&total, here, __ATOMIC_RELAXED);
   });
