@@ -43,16 +43,25 @@ LARGE = 4.0  # times the median of the tokens' sizes; 2 does as well, and withou
 
 def window_statistics(y: Tensor, mask: Tensor) -> Tensor:
     """y [windows, length, features], mask bool [windows, length] -> float64 [windows, 5, features]: minimum and maximum
-    of the real tokens; sum and sum of squares of them, none of them above LARGE times the median; their number."""
-    hidden = ~mask.unsqueeze(-1)
-    values = y.float()
-    low, high = values.masked_fill(hidden, math.inf).amin(1), values.masked_fill(hidden, -math.inf).amax(1)
-    exact = values.masked_fill(hidden, 0.0).double()
-    size = exact.square().mean(-1, keepdim=True).sqrt()  # root mean square of a token
-    limit = LARGE * size.masked_fill(hidden, math.nan).nanmedian(1, keepdim=True).values
-    usual = torch.where((size > limit) & (limit > 0), exact * (limit / size), exact)
-    count = mask.sum(1, keepdim=True).double().expand_as(low)
-    return torch.stack([low.double(), high.double(), usual.sum(1), usual.square().sum(1), count], dim=1)
+    of the real tokens; sum and sum of squares of them, none of them above LARGE times the median; their number.
+
+    Window by window: one of a small model stays in the cache, all of a batch do not.
+    """
+    windows = zip(y.float(), mask, strict=True)
+    return torch.stack([_statistics(window if real.all() else window[real]) for window, real in windows])
+
+
+def _statistics(values: Tensor) -> Tensor:
+    """float32 [tokens, features] -> float64 [5, features]; zeros where there are no tokens."""
+    if len(values) == 0:
+        return values.new_zeros(5, values.shape[1], dtype=torch.float64)
+    low, high, usual = values.amin(0), values.amax(0), values.double()
+    size = torch.linalg.vector_norm(usual, dim=1)
+    limit = LARGE * size.median()
+    large = (size > limit) & (limit > 0)
+    usual[large] *= (limit / size[large]).unsqueeze(1)
+    total, square = usual.sum(0), usual.square_().sum(0)
+    return torch.stack([low.double(), high.double(), total, square, torch.full_like(total, len(values))])
 
 
 class RangeObserver:
