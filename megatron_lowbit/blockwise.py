@@ -36,7 +36,7 @@ from megatron_lowbit.artifacts import (
     merge_parts,
     write_checkpoint,
 )
-from megatron_lowbit.calibrate import RangeObserver, observe_together
+from megatron_lowbit.calibrate import RangeObserver, SharedSteps
 from megatron_lowbit.channels import ReassemblyPlan
 from megatron_lowbit.collectives import VirtualReducer
 from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
@@ -319,6 +319,7 @@ class Walk:
         """Run the quantized stream through the group, observing the partial sums of every row-parallel linear."""
         gamma, histograms = self.config.calibration.ema_gamma, self.config.comm.clipping == "histogram"
         observers: dict[str, dict[int, RangeObserver]] = {}
+        shared = SharedSteps(self.dp_group, interleaved=True)
         current = torch.empty(0, dtype=torch.bool)
 
         def observe(linear: ShardedLinear) -> Callable[[Any], None]:
@@ -329,7 +330,7 @@ class Walk:
                     if size not in ranges:
                         ranges[size] = RangeObserver(size, parts[0].shape[-1], gamma, parts[0].device, histograms)
                     sums.append([ordered_sum(parts[rank * each : (rank + 1) * each], None) for rank in range(size)])
-                observe_together(list(ranges.values()), sums, current, self.dp_group, interleaved=True)
+                shared.observe(f"{linear.name} puts out", list(ranges.values()), sums, current)
 
             return observer
 
@@ -343,6 +344,7 @@ class Walk:
                 hidden = self._call(block, index, hidden)
             if to is not None:
                 to.write(start, hidden)
+        shared.finish()
         for linear in rows:
             linear.observer = None
             for size, ranges in observers[linear.name].items():

@@ -24,7 +24,7 @@ the windows, so the ranges are those of one process. Pipeline stages (`pp_group`
 
 from __future__ import annotations
 
-import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from megatron_lowbit.artifacts import CalibrationStats, FeatureRange, Fingerprint
 from megatron_lowbit.clipping import WIDTHS, RunningHistogram
 from megatron_lowbit.config import LowBitError
-from megatron_lowbit.distributed import all_gather_stack, world_size
+from megatron_lowbit.distributed import all_gather_stack, start_all_gather, world_size
 
 LARGE = 4.0  # times the median of the tokens' sizes; 2 does as well, and without a limit one token counts for 10,000
 
@@ -72,47 +72,28 @@ class RangeObserver:
 
     def __init__(self, ranks: int, features: int, gamma: float, device: torch.device, histograms: bool = False):
         self.gamma = gamma
-        self.steps = [0] * ranks
+        self.steps = 0
         self.min_vals = torch.zeros(ranks, features, device=device)
         self.max_vals = torch.zeros(ranks, features, device=device)
         self.moments = torch.zeros(ranks, 3, features, dtype=torch.float64, device=device)  # sum, of squares, tokens
         self.histograms = [RunningHistogram(features, device) for _ in range(ranks)] if histograms else []
 
-    def update(self, rank: int, y: Tensor, mask: Tensor, dp_group: dist.ProcessGroup | None = None) -> None:
-        """y: [windows, length, features] of local rank `rank`; mask: bool [windows, length], True on real tokens.
+    def count(self, parts: Sequence[Tensor], mask: Tensor) -> None:
+        """The histograms' share of a step: every data-parallel rank counts its own windows."""
+        for histogram, y in zip(self.histograms, parts, strict=False):
+            histogram.update(y[mask])
 
-        With dp_group a collective call: every rank's windows count, in rank order.
-        """
-        for window in all_gather_stack(window_statistics(y, mask), dp_group).flatten(0, 1):
-            self.step(rank, window)
-        self.count(rank, y, mask)
-
-    def count(self, rank: int, y: Tensor, mask: Tensor) -> None:
-        """The histogram's part of `update`; every data-parallel rank counts its own windows."""
-        if self.histograms:
-            self.histograms[rank].update(y[mask])
-
-    def step(self, rank: int, window: Tensor) -> None:
-        """One window's statistics float64 [5, features]; one of padding only counts for nothing."""
-        if window[4, 0] == 0:
-            return
-        weight = self.gamma if self.steps[rank] else 1.0
-        self.min_vals[rank].lerp_(window[0].float(), weight)
-        self.max_vals[rank].lerp_(window[1].float(), weight)
-        self.moments[rank] += window[2:]
-        self.steps[rank] += 1
-
-    def step_ranks(self, windows: Tensor) -> None:
-        """`step` of all ranks at once, window after window: float64 [windows, ranks, 5, features]."""
+    def step(self, windows: Tensor) -> None:
+        """Window after window, float64 [windows, ranks, 5, features]; one of padding only counts for nothing."""
         low, high = windows[:, :, 0].float(), windows[:, :, 1].float()
         for number, tokens in enumerate(windows[:, 0, 4, 0].tolist()):
             if tokens == 0:
                 continue
-            weight = self.gamma if self.steps[0] else 1.0
+            weight = self.gamma if self.steps else 1.0
             self.min_vals.lerp_(low[number], weight)
             self.max_vals.lerp_(high[number], weight)
             self.moments += windows[number, :, 2:]
-            self.steps = [steps + 1 for steps in self.steps]
+            self.steps += 1
 
     def tensors(self) -> dict[str, Tensor]:
         """All that was seen so far, for `load`."""
@@ -126,7 +107,7 @@ class RangeObserver:
         for name, value in tensors.items():
             rank, _, field = name.rpartition("/")
             owner = self.histograms[int(rank)] if rank else self
-            setattr(owner, field, value.tolist() if field == "steps" else value.to(self.min_vals.device))
+            setattr(owner, field, int(value) if field == "steps" else value.to(self.min_vals.device))
 
     def feature_range(
         self, tp_group: dist.ProcessGroup | None = None, dp_group: dist.ProcessGroup | None = None
@@ -147,25 +128,44 @@ class RangeObserver:
         return torch.stack([torch.stack(histogram.clipped_range(bits)) for bits in WIDTHS])
 
 
-def observe_together(
-    observers: Sequence[RangeObserver],
-    parts: Sequence[Sequence[Tensor]],
-    mask: Tensor,
-    dp_group: dist.ProcessGroup | None,
-    interleaved: bool = False,
-) -> None:
-    """RangeObserver.update of several observers and of all their ranks in one exchange. parts: for every observer its
-    ranks' y. interleaved: data-parallel rank r has every window i with i % ranks = r, not neighbouring ones.
+class SharedSteps:
+    """Steps of observers whose windows the ranks of dp_group share; all of them take all windows' steps, in order.
 
-    Every rank takes all windows' steps, so their cost does not shrink with the number of ranks and has to be small.
+    Exchanges run beside the forward: those of LAG calls are on their way, so no rank waits for the others at each site.
+    interleaved: data-parallel rank r has every window i with i % ranks = r, not neighbouring ones.
     """
-    shares = torch.stack([window_statistics(y, mask) for ys in parts for y in ys], 1)  # [windows, all, 5, features]
-    gathered = all_gather_stack(shares, dp_group)
-    windows = (gathered.transpose(0, 1) if interleaved else gathered).flatten(0, 1)
-    for observer, ys, mine in zip(observers, parts, windows.split([len(ys) for ys in parts], 1), strict=True):
-        observer.step_ranks(mine)
-        for rank, y in enumerate(ys):
-            observer.count(rank, y, mask)
+
+    LAG = 4
+
+    def __init__(self, dp_group: dist.ProcessGroup | None, interleaved: bool = False):
+        self.dp_group, self.interleaved = dp_group, interleaved
+        self._pending: deque[tuple[str, Sequence[RangeObserver], dist.Work | None, Tensor]] = deque()
+
+    def observe(
+        self, what: str, observers: Sequence[RangeObserver], parts: Sequence[Sequence[Tensor]], mask: Tensor
+    ) -> None:
+        """A collective call. parts: for every observer its ranks' y [windows, length, features]; mask: bool [windows,
+        length], True on real tokens. Here or later raises LowBitError where parts[0] has NaN or Inf on any rank."""
+        shares = torch.stack([window_statistics(y, mask) for ys in parts for y in ys], 1)  # [windows, all, 5, features]
+        work, gathered = None, shares.unsqueeze(0)
+        if self.dp_group is not None:
+            work, gathered = start_all_gather(shares, self.dp_group)
+        self._pending.append((what, observers, work, gathered))
+        for observer, ys in zip(observers, parts, strict=True):
+            observer.count(ys, mask)
+        self.finish(self.LAG)
+
+    def finish(self, but: int = 0) -> None:
+        """Take the steps that are on their way, all `but` the newest."""
+        while len(self._pending) > but:
+            what, observers, work, gathered = self._pending.popleft()
+            if work is not None:
+                work.wait()
+            windows = (gathered.transpose(0, 1) if self.interleaved else gathered).flatten(0, 1)
+            if not torch.isfinite(windows[:, 0, :2]).all():
+                raise LowBitError(f"calibration: {what} NaN or Inf; check the model's weights and dtype")
+            for observer, mine in zip(observers, windows.split([len(o.min_vals) for o in observers], 1), strict=True):
+                observer.step(mine)
 
 
 class Continuation(Protocol):
@@ -206,6 +206,7 @@ def calibrate(
         if size % world:
             raise LowBitError(f"comm.tp_sizes: {size} is no multiple of the {world} ranks that calibrate")
     observers: dict[int, dict[str, RangeObserver]] = {size: {} for size in (1, *sizes)}
+    steps = SharedSteps(dp_group)
 
     def made(size: int, name: str, ranks: int, features: int, device: torch.device) -> RangeObserver:
         observer, start = RangeObserver(ranks, features, gamma, device, histograms), f"{size}|{name}|"
@@ -214,6 +215,7 @@ def calibrate(
         return observer
 
     def seen() -> dict[str, Tensor]:
+        steps.finish()
         every = ((size, name, observer) for size, by_site in observers.items() for name, observer in by_site.items())
         return {f"{size}|{name}|{key}": t for size, name, observer in every for key, t in observer.tensors().items()}
 
@@ -233,13 +235,11 @@ def calibrate(
         def hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             real = mask.to(output.device)
             full_sum = output if module.bias is None else output - module.bias
-            if not torch.isfinite(full_sum[real]).all():
-                raise LowBitError(f"calibration: {name} puts out NaN or Inf; check the model's weights and dtype")
             parts = [[full_sum]]
             for size in sizes:
                 shards = (t.chunk(size // world, dim) for t, dim in ((inputs[0], -1), (module.weight, 1)))
                 parts.append([F.linear(x_i, w_i) for x_i, w_i in zip(*shards, strict=True)])
-            observe_together([by_site[name] for by_site in observers.values()], parts, real, dp_group)
+            steps.observe(f"{name} puts out", [by_site[name] for by_site in observers.values()], parts, real)
 
         return hook
 
@@ -248,7 +248,7 @@ def calibrate(
             x, real = given[0], mask.to(given[0].device)
             if name not in observers[1]:
                 observers[1][name] = made(1, name, 1, x.shape[-1], x.device)
-            observers[1][name].update(0, x, real, dp_group)
+            steps.observe(f"{name} reads", [observers[1][name]], [[x]], real)
 
         return hook
 
@@ -260,11 +260,12 @@ def calibrate(
                 model(input_ids=ids)
                 if state is not None:
                     state.after_batch(seen)
+        steps.finish()
     finally:
         for handle in handles:
             handle.remove()
     first = next(iter(observers[1].values()))
-    if first.steps[0] == 0:
+    if first.steps == 0:
         raise LowBitError("calibration: no batch was given; give more text in calibration.data")
     ranges: dict[int, dict[str, FeatureRange]] = {}
     for size, by_site in observers.items():

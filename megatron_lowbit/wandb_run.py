@@ -14,9 +14,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import ssl
 import struct
 import sys
 import threading
+import urllib.error
+import urllib.request
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -26,9 +29,10 @@ from typing import Any
 
 from megatron_lowbit.config import one_line
 
-START_SECONDS = 8  # for the server to answer
-FINISH_SECONDS = 10  # for what is not uploaded yet
-CLOSE_SECONDS = 2 * START_SECONDS + FINISH_SECONDS  # the most that the end of a job waits
+ANSWER_SECONDS = 3  # for the server's first sign of life; wandb itself would ask again until START_SECONDS are over
+START_SECONDS = 8  # for wandb to start, online or offline
+FINISH_SECONDS = 5  # for what is not uploaded yet; it is in wandb's file, too
+CLOSE_SECONDS = ANSWER_SECONDS + 2 * START_SECONDS + FINISH_SECONDS  # the most that the end of a job waits
 
 _HEADER, _FRAGMENT, _BLOCK = 7, struct.Struct("<IHB"), 32 * 1024  # of a .wandb file, which is in LevelDB's log format
 
@@ -95,6 +99,8 @@ class WandbRun:
         import wandb
 
         try:
+            if self.mode == "online":
+                _ask(wandb.setup().settings.base_url)
             self._run = self._init(self.mode)
         except Exception as error:  # no key, no server, a key that is refused
             if self.mode == "offline":
@@ -183,6 +189,18 @@ def _plot(plot: Any, table: Any, record: dict[str, Any]) -> Any:
     if stroke:
         return plot.line(table, x, y, stroke=stroke[0], title=f"{record['table']}: {y}")
     return plot.bar(table, x, y, title=f"{record['table']}: {y}")
+
+
+def _ask(server: str) -> None:
+    """Raise OSError where nobody answers; whatever the answer is, wandb shall judge it."""
+    try:
+        urllib.request.urlopen(f"{server}/graphql", timeout=ANSWER_SECONDS).close()
+    except urllib.error.HTTPError:
+        return
+    except OSError as error:
+        why = getattr(error, "reason", error)
+        if not isinstance(why, ssl.SSLError):  # wandb may know other certificates
+            raise OSError(f"{server}/graphql: {why}") from None
 
 
 def _say(what: str) -> None:

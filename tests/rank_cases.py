@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from observing import observe
 from recorded_collectives import RecordedCollectives
 from torch import Tensor
 from torch import distributed as dist
@@ -306,7 +307,7 @@ def clipped_ranges(rank: int, size: int, windows: Tensor) -> Tensor | None:
     observer = RangeObserver(1, windows.shape[2], 0.1, windows.device, histograms=True)
     for window in windows.view(-1, size, *windows.shape[1:]):
         mine = window[rank : rank + 1]
-        observer.update(0, mine, torch.ones(mine.shape[:2], dtype=torch.bool), dist.group.WORLD)
+        observe(observer, [mine], torch.ones(mine.shape[:2], dtype=torch.bool), dist.group.WORLD)
     return observer.feature_range(dp_group=dist.group.WORLD).clipped
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import rank_cases
 import torch
+from observing import observe
 
 from megatron_lowbit.artifacts import CalibrationStats, FeatureRange
 from megatron_lowbit.calibrate import RangeObserver
@@ -95,7 +96,7 @@ def test_ranks_share_the_values(two_ranks):
     x = values()
     expected = RangeObserver(1, 6, 0.1, torch.device("cpu"), histograms=True)
     for window in x.view(4, 100, 6):
-        expected.update(0, window[None], torch.ones(1, 100, dtype=torch.bool))
+        observe(expected, [window[None]], torch.ones(1, 100, dtype=torch.bool))
     whole = expected.feature_range().clipped
     assert whole.shape == (1, len(WIDTHS), 2, 6)
     for clipped in two_ranks.run(rank_cases.clipped_ranges, x.view(4, 100, 6)):
@@ -105,15 +106,14 @@ def test_ranks_share_the_values(two_ranks):
 def test_padding_is_not_counted():
     x, mask = values()[:8].view(2, 4, 6), torch.tensor([[True] * 4, [True, False, False, False]])
     observer = RangeObserver(1, 6, 0.1, torch.device("cpu"), histograms=True)
-    observer.update(0, x, mask)
+    observe(observer, [x], mask)
     assert observer.histograms[0].counts.sum(1).tolist() == [5] * 6
 
 
 def test_a_plan_takes_the_clipped_range_of_each_width(tmp_path):
     x = values().expand(2, -1, -1)
     observer = RangeObserver(2, 6, 0.1, torch.device("cpu"), histograms=True)
-    for rank in range(2):
-        observer.update(rank, x[rank][None], torch.ones(1, 400, dtype=torch.bool))
+    observe(observer, [x[:1], x[1:]], torch.ones(1, 400, dtype=torch.bool))
     stats = CalibrationStats({2: {"site": observer.feature_range()}}, {"weights": {}})
     stats.save(tmp_path)
     config = CommConfig(preset="paper", clipping="histogram", bits=3, bf16_fraction=0.2)

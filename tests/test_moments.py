@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from observing import observe
 
 from megatron_lowbit.artifacts import CalibrationStats
 from megatron_lowbit.calibrate import RangeObserver
@@ -22,7 +23,7 @@ def partial_sums(first: float) -> torch.Tensor:
 
 def observed(y: torch.Tensor, mask: torch.Tensor | None = None):
     observer = RangeObserver(1, y.shape[-1], 0.1, torch.device("cpu"))
-    observer.update(0, y, torch.ones(y.shape[:2], dtype=torch.bool) if mask is None else mask)
+    observe(observer, [y], torch.ones(y.shape[:2], dtype=torch.bool) if mask is None else mask)
     return observer.feature_range()
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from observing import observe
 from torch import nn
 
 from megatron_lowbit.artifacts import CalibrationStats, FeatureRange
@@ -137,8 +138,7 @@ def test_observer():
     masks = torch.tensor([[True, True], [True, False]])
     # [windows, length, features]; rank 1 sees the negative of rank 0. The last token is padding.
     y = torch.tensor([[[1.0, -4.0], [3.0, 8.0]], [[5.0, 0.0], [99.0, -99.0]]])
-    observer.update(0, y, masks)
-    observer.update(1, -y, masks)
+    observe(observer, [y, -y], masks)
     assert observer.min_vals.tolist() == [[3.0, -2.0], [-4.0, -4.0]]
     assert observer.max_vals.tolist() == [[4.0, 4.0], [-3.0, 2.0]]
 
