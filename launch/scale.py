@@ -207,7 +207,8 @@ def _block(rows: int, width: int, hidden: int) -> float:
 
     def run() -> Tensor:
         heads = F.linear(F.rms_norm(x, (hidden,), gain), qkv).view(1, rows, 3, -1, 64).transpose(1, 3)
-        mixed = F.scaled_dot_product_attention(*heads.unbind(2), is_causal=True).transpose(1, 2)
+        q, k, v = heads.unbind(2)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
         h = x + F.linear(mixed.reshape(rows, hidden), o)
         normed = F.rms_norm(h, (hidden,), gain)
         return h + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)

@@ -260,7 +260,7 @@ def calibrate(
                 model(input_ids=ids)
                 if state is not None:
                     state.after_batch(seen)
-        steps.finish()
+            steps.finish()
     finally:
         for handle in handles:
             handle.remove()
