@@ -34,12 +34,12 @@ CONFIG = BenchmarkConfig
 
 
 def run(config: BenchmarkConfig, logger: MetricLogger) -> dict[str, Any]:
+    if config.rate is not None and not on_a_host():
+        raise LowBitError(f"rate={config.rate} makes hosts for its own ranks: run benchmark without a launcher")
     engine = start_engine(config, [WeightsConfig(scheme="W4A16"), WeightsConfig(scheme="W4A8")])
     size = engine.tp_size
     if size == 1:
         raise LowBitError("the benchmark compares collectives: set tp=2 (or engine=huggingface tp=1 virtual_tp=2)")
-    if config.rate is not None and not on_a_host():
-        raise LowBitError(f"rate={config.rate} makes hosts for its own ranks: run benchmark without a launcher")
     stats = calibrate_engine(engine, config.calibration, [size], logger, config.comm)
     plan = build_plan(stats, size, config.comm, config.seed)
     low_bit = f"{config.comm.mode or 'one_shot'} {describe(config.comm)}"

@@ -42,7 +42,7 @@ from megatron_lowbit.config import (
 )
 from megatron_lowbit.config import defaults as defaults_of
 from megatron_lowbit.cost import CostTable
-from megatron_lowbit.distributed import Watch, launched
+from megatron_lowbit.distributed import Watch
 from megatron_lowbit.launch import runner
 from megatron_lowbit.launch.benchmark_config import UNUSED, BenchmarkCollectivesConfig, refuse_unused
 from megatron_lowbit.launch.collectives_rank import (
@@ -110,8 +110,7 @@ def parse(argv: list[str]) -> BenchmarkCollectivesConfig:
     refuse_unused(config, NOT_HERE)
     if config.rate is not None and (reason := no_namespaces()):
         raise LowBitError(f"rate={config.rate} {reason}; leave rate out to measure on loopback")
-    if launched():
-        raise LowBitError("benchmark collectives starts its own ranks; run it without a launcher")
+    runner.check_alone("benchmark collectives")
     return config
 
 

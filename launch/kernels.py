@@ -50,6 +50,7 @@ def main(argv: list[str]) -> int:
     try:
         config = load_config(CONFIG, None, parser.parse_args(argv).overrides)
         refuse_unused(config, UNUSED)
+        runner.check_alone("benchmark kernels")
         return runner.run_rank("benchmark", sys.modules[__name__], config)
     except LowBitError as error:
         return runner.fail(str(error))

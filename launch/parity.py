@@ -30,7 +30,7 @@ from megatron_lowbit.distributed import on_rank_zero
 from megatron_lowbit.files import write_tensors
 from megatron_lowbit.launch.engine import GenerateOptions, start_engine
 from megatron_lowbit.launch.generate import encode, read_prompts
-from megatron_lowbit.launch.runner import run_stage
+from megatron_lowbit.launch.runner import check_alone, run_stage
 from megatron_lowbit.launcher_env import without_launch
 from megatron_lowbit.metrics import MetricLogger
 from megatron_lowbit.preemption import REQUEUE, Preempted
@@ -44,7 +44,10 @@ SAME_SIZE = ("bf16", "one_shot")  # compared with as many virtual ranks
 
 def ranks(config: ParityConfig) -> int | None:
     """The comparison itself needs one process, and starts the others; those are as many as in every stage (None)."""
-    return None if config.outcomes else 1
+    if config.outcomes:
+        return None
+    check_alone("parity")
+    return 1
 
 
 def run(config: ParityConfig, logger: MetricLogger) -> dict[str, Any]:

@@ -55,9 +55,7 @@ def run_stage(name: str, argv: list[str]) -> int:
             require("wandb", "wandb")
         own = stage.ranks(config) if hasattr(stage, "ranks") else None
         if own is not None:
-            world = env_world_size() if launched() else nproc or own
-            if world != own:
-                raise LowBitError(f"{name} needs tp x dp = {own} processes, there are {world}; start that many")
+            check_own(name, own, env_world_size() if launched() else nproc or own)
             if launched() or own == 1:
                 return run_rank(name, stage, config)
             ensure_writable(config.output_dir)
@@ -109,6 +107,23 @@ def parse(name: str, config_class: type[StageConfig], argv: list[str]) -> tuple[
     ]
     named += [f"{flag}=true" for flag in flags if getattr(args, flag)]
     return load_config(config_class, args.config, [*args.overrides, *named]), args.nproc
+
+
+def check_alone(command: str) -> None:
+    """For a command that is one process. Raises LowBitError where a launcher has started several."""
+    launch = launcher_env.adopt()
+    if launch is not None and launch.world_size > 1:
+        raise LowBitError(
+            f"{command} is one process, which starts the ranks it needs, but a launcher has started "
+            f"{launch.world_size}: run it without one (in a Slurm job: by itself or with srun -n1)"
+        )
+
+
+def check_own(name: str, own: int, world: int) -> None:
+    """For a stage that says how many processes it runs in (its `ranks`)."""
+    if world != own:
+        needed = f"tp x dp = {own} processes" if own > 1 else "one process"
+        raise LowBitError(f"{name} needs {needed}, there are {world}; start that many")
 
 
 def check_world(config: StageConfig, world: int) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from megatron_lowbit.config import LowBitError, load_config
 from megatron_lowbit.files import ensure_writable, write_text
 from megatron_lowbit.launch import STAGES
-from megatron_lowbit.launch.runner import Parser, check_world, fail, parse
+from megatron_lowbit.launch.runner import Parser, check_own, check_world, fail, parse
 from megatron_lowbit.launch.slurm_config import SlurmConfig, StageJob
 
 VARIABLE = re.compile(r"\{\{(\w+)\}\}")
@@ -152,8 +152,8 @@ def _check_stage(name: str, command: str, arguments: list[str], nodes: int, task
         own = stage.ranks(stage_config) if hasattr(stage, "ranks") else None
         if own is None:
             check_world(stage_config, nodes * tasks)
-        elif own != nodes * tasks:
-            raise LowBitError(f"{command} needs tp x dp = {own} processes, there are {nodes * tasks}")
+        else:
+            check_own(command, own, nodes * tasks)
     except LowBitError as error:
         raise LowBitError(f"stages.{name} (nodes={nodes} x tasks_per_node={tasks}): {error}") from None
 

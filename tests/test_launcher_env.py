@@ -114,6 +114,15 @@ def test_the_first_of_a_host_list(hosts, first):
     assert first_of(hosts) == first
 
 
+def stand_as(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process gets a launcher's variables."""
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.delenv(name)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.mark.parametrize(
     ("environ", "size"), [(TORCHRUN, 4), (STEP, 4), ({**OPEN_MPI, "MASTER_PORT": "77"}, 2), ({**HYDRA, **BATCH}, 2)]
 )
@@ -125,15 +134,31 @@ def test_the_first_of_a_host_list(hosts, first):
     ],
 )
 def test_a_layout_that_is_not_the_launchers(environ, size, layout, sentence, monkeypatch, capsys, tmp_path):
-    for name in NAMES:
-        monkeypatch.setenv(name, "")  # put back afterwards
-        monkeypatch.delenv(name)
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
+    stand_as(environ, monkeypatch)
     stage = "quantize" if "weights.method=qllm" in layout else "calibrate"
     assert run_here(stage, "model=embedded", *SMALL_TEXT[:1], *layout, f"output_dir={tmp_path}") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{sentence} {size}; start that many" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("environ", [TORCHRUN, STEP, OPEN_MPI], ids=["torchrun", "srun", "mpirun"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["parity", "model=m", "artifact=a", "prompts=p"],
+        ["benchmark", "collectives", "ranks=2", "sizes=64KiB"],
+        ["benchmark", "kernels", "tokens=8", "features=64", "compile=false"],
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_what_starts_its_own_ranks_refuses_a_launcher(command, environ, monkeypatch, capsys, tmp_path):
+    stand_as(environ, monkeypatch)
+    assert run_here(*command, f"output_dir={tmp_path}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    size = find_launch(environ).world_size
+    assert f"{' '.join(word for word in command if '=' not in word)} is one process" in line
+    assert f"a launcher has started {size}: run it without one" in line
     assert not list(tmp_path.iterdir())
 
 
