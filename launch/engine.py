@@ -133,7 +133,7 @@ class Engine:
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=min(options.max_new_tokens, self.context - len(prompt)),
                 pad_token_id=self.tokenizer.eos_token_id,
-                streamer=_TokenStreamer(stream),
+                streamer=_TokenStreamer(stream, options.on_step),
                 **sampling,
             )
             made.append(output[0, len(prompt) :].tolist())
@@ -143,10 +143,11 @@ class Engine:
 class _TokenStreamer:
     """What transformers' generate calls with the prompt, then with every token."""
 
-    def __init__(self, on_token: Callable[[int], None]):
-        self.on_token, self.begun = on_token, False
+    def __init__(self, on_token: Callable[[int], None], on_step: Callable[[], None]):
+        self.on_token, self.on_step, self.begun = on_token, on_step, False
 
     def put(self, ids: torch.Tensor) -> None:
+        self.on_step()
         if self.begun:
             self.on_token(int(ids))
         self.begun = True
@@ -157,7 +158,8 @@ class _TokenStreamer:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """How to continue prompts; on_token(number of the prompt, token id) is called as tokens come."""
+    """How to continue prompts. on_token(number of the prompt, token id) is called as tokens come; on_step() at every
+    decoding step, by all ranks equally often (not all pipeline stages see the tokens)."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -165,6 +167,7 @@ class GenerateOptions:
     max_batch: int = 8
     seed: int = 0
     on_token: Callable[[int, int], None] = lambda number, token: None
+    on_step: Callable[[], None] = lambda: None
 
 
 @dataclass

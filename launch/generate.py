@@ -27,12 +27,8 @@ def run(config: GenerateConfig, logger: MetricLogger) -> dict[str, Any]:
     if artifact.checkpoint is not None or artifact.plans or (engine.tp_size > 1 and config.comm.mode is not None):
         engine.apply(artifact, config.comm)
     text = Streams(engine.tokenizer, prompts) if env_rank() == 0 else None
-    watch = Watch()
-    watch.check()
 
     def on_token(number: int, token: int) -> None:
-        if config.engine != "megatron":  # whose stages do not all see every token
-            watch.check()
         if text is not None:
             text.put(number, token)
 
@@ -44,6 +40,7 @@ def run(config: GenerateConfig, logger: MetricLogger) -> dict[str, Any]:
         config.max_batch,
         config.seed,
         on_token,
+        Watch().check,
     )
     made = engine.generate(ids, options)
     seconds = time.perf_counter() - start

@@ -250,4 +250,4 @@ class MegatronEngine(Engine):
         ends = self.text_config.eos_token_id
         end_id = ends[0] if isinstance(ends, list) else ends  # Megatron's engines know one
         arguments = (options.temperature, options.batching, options.max_batch, options.seed, options.on_token)
-        return generate(self.model, requests, end_id, *arguments)
+        return generate(self.model, requests, end_id, *arguments, options.on_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from megatron_model_cases import said
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.artifacts import Artifact
+from megatron_lowbit.preemption import Preempted
 
 Model = Path | tuple[str, dict[str, Any]]  # a folder, or a tiny model's architecture and changed config fields
 Run = tuple[list[tuple[list[int], int]], dict[str, Any]]  # (prompt, new tokens) of every request; options of generate
@@ -47,6 +49,30 @@ def generated(
             asked = [Request(prompt, new) for prompt, new in requests]
             made = generate(gpt, asked, on_token=lambda *pair, told=told: told.append(pair), **options)
             results[name] = made, told
+    return results
+
+
+def stopped(rank: int, size: int, model: Model, runs: dict[str, Run]) -> dict[str, tuple[int, int]]:
+    """{name: (steps, tokens told) when on_step raised at the fourth}, on as many pipeline stages as ranks."""
+    results = {}
+    with parallel(1, size):
+        from megatron_lowbit.adapters.megatron_inference import Request, generate
+
+        gpt = _built(model, None)
+        for name, (requests, options) in runs.items():
+            told: list[tuple[int, int]] = []
+            steps = 0
+
+            def on_step() -> None:
+                nonlocal steps
+                steps += 1
+                if steps == 4:
+                    raise Preempted("here")
+
+            asked = [Request(prompt, new) for prompt, new in requests]
+            with contextlib.suppress(Preempted):
+                generate(gpt, asked, on_token=lambda *pair, told=told: told.append(pair), on_step=on_step, **options)
+            results[name] = steps, len(told)
     return results
 
 

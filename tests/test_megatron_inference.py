@@ -249,6 +249,12 @@ def test_pipeline_stages(two_ranks):
         assert tokens == told_in_turn(told, 3) == expected, name
 
 
+def test_ranks_stop_at_the_same_step(two_ranks):
+    """Pipeline stages too, of which the first would else wait for the last one's tokens."""
+    runs = {name: (asked(prompts([3, 5]), 7), how) for name, how in BOTH.items()}
+    assert only(two_ranks.run(cases.stopped, TINY, runs)) == dict.fromkeys(BOTH, (4, 6))
+
+
 def test_requests_that_cannot_be_served(two_ranks):
     """Told before the first token is made, whichever of the requests it is."""
     good = [5, 6, 7]

@@ -68,11 +68,13 @@ def generate(
     max_batch: int = 8,
     seed: int = 0,
     on_token: OnToken = lambda number, token: None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """The new tokens of every request; greedy at temperature 0.
 
     end_id ends a request, and is its last token then; None: nothing does. max_batch: requests in flight at once.
-    on_token(number of the request, token id) is called as tokens are made. Raises LowBitError for an empty prompt, one
+    on_token(number of the request, token id) is called as tokens are made, on_step() before each forward step, by all
+    ranks equally often; it may raise to stop them. Raises LowBitError for an empty prompt, one
     without room in the model's context, for sequence parallelism with static batching, and for KV heads that
     ranks share with dynamic batching.
     """
@@ -95,7 +97,7 @@ def generate(
         return []
     run = _static if batching == "static" else _dynamic
     with megatron_cpu.engines(), torch.inference_mode(), _quiet():
-        return run(model, requests, -1 if end_id is None else end_id, temperature, max_batch, seed, on_token)
+        return run(model, requests, -1 if end_id is None else end_id, temperature, max_batch, seed, on_token, on_step)
 
 
 class _NoTokenizer:
@@ -113,6 +115,16 @@ class _NoTokenizer:
 
     def offsets(self, ids: Any, text: str) -> list[int]:
         return [0] * len(ids)
+
+
+class _SteppingWrapper(GPTInferenceWrapper):
+    """The one place that both engines pass on every rank, pipeline stages included, once per decoding step."""
+
+    on_step: Callable[[], None]
+
+    def run_one_forward_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.on_step()
+        return super().run_one_forward_step(*args, **kwargs)
 
 
 def _wrapper_config(model: Any, max_batch: int, length: int) -> InferenceWrapperConfig:
@@ -143,13 +155,15 @@ def _dynamic(
     max_batch: int,
     seed: int,
     on_token: OnToken,
+    on_step: Callable[[], None],
 ) -> list[list[int]]:
     length = max(len(request.prompt) + request.max_new_tokens for request in requests)
     config = _wrapper_config(model, max_batch, length)
     context = DynamicInferenceContext.from_config(
         config, model, max_batch, buffer_size_gb=_buffer_gb(model, length, max_batch), num_cuda_graphs=None
     )
-    wrapper = GPTInferenceWrapper(model, config, context)
+    wrapper = _SteppingWrapper(model, config, context)
+    wrapper.on_step = on_step
     controller = TextGenerationController(wrapper, _NoTokenizer(end_id, model.vocab_size))
     controller.sampling_rng.manual_seed(seed)
     engine = DynamicInferenceEngine(controller, context, enable_cuda_graph=False, random_seed=seed)
@@ -206,6 +220,7 @@ def _static(
     max_batch: int,
     seed: int,
     on_token: OnToken,
+    on_step: Callable[[], None],
 ) -> list[list[int]]:
     """Batches of requests that ask for the same number of tokens (the engine takes it from the first of a batch)."""
     made: list[list[int]] = [[] for _ in requests]
@@ -222,7 +237,8 @@ def _static(
                     on_token(number, token)
 
         config = _wrapper_config(model, len(batch), max(len(requests[number].prompt) for number in batch) + size)
-        wrapper = GPTInferenceWrapper(model, config, StaticInferenceContext.from_config(config))
+        wrapper = _SteppingWrapper(model, config, StaticInferenceContext.from_config(config))
+        wrapper.on_step = on_step
         controller = _StreamingController(wrapper, _NoTokenizer(end_id, model.vocab_size))
         controller.tell = tell
         controller.sampling_rng.manual_seed(seed)
