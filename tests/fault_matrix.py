@@ -1,21 +1,22 @@
 """What happens under every launcher when something goes wrong: `python tests/fault_matrix.py [WORD ...]` prints it.
 
-Only rows that hold all the words are run. Launchers, ranks and faults are real; srun and mpirun are their variables set
-by hand (tests of Slurm itself: make test-slurm). Each row: the fault; what the command ended with, and how long after
-the fault; how long the same command then took to finish; whether its artifacts are, by SHA-256, those of an undisturbed
-run: for quantize, of one process.
+Only rows that hold all the words are run. Launchers, ranks and faults are real, mpirun where it is installed (apt-get
+install openmpi-bin); srun is its variables set by hand (tests of Slurm itself: make test-slurm). Each row: the fault;
+what the command ended with, and how long after the fault; how long the same command then took to finish; whether its
+artifacts are, by SHA-256, those of an undisturbed run: for quantize, of one process.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -29,6 +30,7 @@ from tiny_models import embedded_folder, save_model
 
 PYTHON = sys.executable
 TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
 DEEPSPEED = [PYTHON, "-m", "deepspeed.launcher.runner"]
 TEXT = ["calibration.data=stdlib:calibration", "calibration.samples=24", "calibration.sequence_length=64"]
 TEXT += ["evaluation.data=stdlib:validation", "evaluation.samples=24", "evaluation.sequence_length=64"]
@@ -54,17 +56,11 @@ def launch(launcher: str, stage: str, arguments: list[str], work: Path) -> list[
         hosts.write_text("node-a slots=1\nnode-b slots=1\n")
         common = [*DEEPSPEED, "--hostfile", str(hosts), "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", port]
         return [([*common, "--node_rank", str(n), "--module", module, *arguments], {}) for n in range(2)]
-    variables: Callable[[int], dict[str, str]]
-    if launcher == "srun":
-        shared = {"SLURM_JOB_ID": port, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
-        variables = lambda rank: {**shared, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}  # noqa: E731
-    else:
-        shared = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": port}
-        variables = lambda rank: {  # noqa: E731
-            **shared,
-            **{f"OMPI_COMM_WORLD_{what}": str(rank) for what in ("RANK", "LOCAL_RANK")},
-        }
-    return [([PYTHON, "-m", module, *arguments], variables(rank)) for rank in range(2)]
+    if launcher == "mpirun":
+        return [([*MPIRUN, PYTHON, "-m", module, *arguments], {})]
+    shared = {"SLURM_JOB_ID": port, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
+    command = [PYTHON, "-m", module, *arguments]
+    return [(command, {**shared, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}) for rank in range(2)]
 
 
 @contextlib.contextmanager
@@ -128,6 +124,8 @@ def strike(fault: str, processes: list[psutil.Popen]) -> None:
         rank(processes, 1).kill()
     elif fault == "SIGKILL of rank 0":
         rank(processes, 0).kill()
+    elif fault.endswith("to the launcher"):
+        processes[0].send_signal(signal.SIGUSR1 if fault.startswith("USR1") else signal.SIGTERM)
     elif fault == "TERM to all":
         for process in family(processes):
             with contextlib.suppress(psutil.Error):
@@ -191,13 +189,17 @@ def files(folder: Path) -> dict[str, str]:
 LAUNCHERS = ["alone", "torchrun static", "torchrun c10d", "deepspeed", "deepspeed hostfile", "srun", "mpirun"]
 FAULTS = ["USR1 to one rank", "TERM to all", "SIGKILL of rank 1"]
 CASES = [(launcher, "quantize", "none") for launcher in LAUNCHERS]
-CASES += [(launcher, "quantize", f) for launcher in ("alone", "torchrun c10d", "deepspeed", "srun") for f in FAULTS]
+CASES += [
+    (launcher, "quantize", f) for launcher in ("alone", "torchrun c10d", "deepspeed", "srun", "mpirun") for f in FAULTS
+]
+CASES += [("mpirun", "quantize", f"{what} to the launcher") for what in ("USR1", "TERM")]
 CASES += [
     ("alone", "quantize", "SIGKILL of rank 0"),
     ("alone", "quantize", "disk full"),
     ("srun", "quantize", "disk full"),
 ]
-CASES += [(launcher, stage, "none") for stage in ("calibrate", "evaluate", "generate") for launcher in LAUNCHERS[2:6]]
+CASES += [(launcher, stage, "none") for stage in ("calibrate", "evaluate", "generate") for launcher in LAUNCHERS[2:]]
+CASES += [(launcher, stage, "none") for stage in ("benchmark", "demo", "parity") for launcher in LAUNCHERS[1:]]
 CASES += [("srun", "calibrate", fault) for fault in FAULTS]
 CASES += [("alone", "evaluate", "USR1 to one rank"), ("torchrun c10d", "evaluate", "TERM to all")]
 
@@ -216,7 +218,14 @@ def main() -> None:
         arguments["calibrate"] = [*shared[:-6], *TEXT[:3], TEXT[6], "engine=deepspeed", "tp=2", "comm.tp_sizes=[2]"]
         arguments["evaluate"] = [*shared, "engine=deepspeed", "tp=2"]
         arguments["generate"] = [shared[0], "engine=deepspeed", "tp=2", "max_new_tokens=4"]
-        wholes: dict[str, dict[str, str] | None] = {"evaluate": None, "generate": None}
+        arguments["benchmark"] = ["tp=2", "repeats=2", "tokens=64", *TEXT[:1], "calibration.samples=4"]
+        arguments["demo"] = ["tp=2", *TEXT, "max_new_tokens=4"]
+        arguments["parity"] = ["model=embedded", "artifact=none", "prompts=none"]  # it refuses first
+        wholes: dict[str, dict[str, str] | None] = dict.fromkeys(
+            ["evaluate", "generate", "benchmark", "demo", "parity"]
+        )
+        if shutil.which("mpirun") is None:
+            chosen = [case for case in chosen if case[0] != "mpirun"]
         for launcher, stage, fault in chosen:
             if stage not in wholes:
                 folder, alone = work / f"whole-{stage}", list(arguments[stage])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import SMALL_TEXT, free_port, run_here
-from test_resume import artifact_files, quantize, renamed
+from commands import SMALL_TEXT, free_port, run_here, run_there, started
+from test_resume import artifact_files, done, quantize, renamed
 from tiny_models import save_model
 
 from megatron_lowbit.config import LowBitError
@@ -181,6 +182,11 @@ def model(tmp_path_factory) -> Path:
     return save_model("llama", tmp_path_factory.mktemp("model"), num_hidden_layers=2)
 
 
+def tensors(folder: Path) -> dict[str, str]:
+    """{file: sha256}, but for the file that says how many ranks wrote it and the names that do."""
+    return {renamed(name): value for name, value in artifact_files(folder).items() if name != "lowbit.json"}
+
+
 def test_ranks_that_srun_starts(model, tmp_path):
     """Two tasks with srun's variables find each other, and write the files of one process."""
     assert run_here(*quantize(model, tmp_path / "alone")) == 0
@@ -189,10 +195,26 @@ def test_ranks_that_srun_starts(model, tmp_path):
     told = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], told
     assert told[1][0] == "", "rank 1 speaks too"
-    found, whole = artifact_files(tmp_path / "srun"), artifact_files(tmp_path / "alone")
-    assert {renamed(f): v for f, v in found.items() if f != "lowbit.json"} == {
-        renamed(f): v for f, v in whole.items() if f != "lowbit.json"
-    }
+    assert tensors(tmp_path / "srun") == tensors(tmp_path / "alone")
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun: apt-get install openmpi-bin")
+def test_ranks_that_mpirun_starts(model, tmp_path):
+    """The files of one process; SIGUSR1 to mpirun in the middle reaches its ranks, and it ends with their 99."""
+    assert run_here(*quantize(model, tmp_path / "alone")) == 0
+    module = [sys.executable, "-m", "megatron_lowbit.launch"]
+    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", *module]
+    command += quantize(model, tmp_path / "mpi", "tp=2")
+    with started(*command) as mpirun:
+        deadline = time.monotonic() + 120
+        while not done(tmp_path / "mpi") and mpirun.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        mpirun.send_signal(signal.SIGUSR1)
+        _, stderr = mpirun.communicate(timeout=60)
+        assert mpirun.returncode == 99 and "stopped by SIGUSR1: after 1 of 2 groups" in stderr
+    code, stdout, stderr = run_there(*command)
+    assert code == 0 and stdout.count("wrote the plan") == 1, stderr
+    assert tensors(tmp_path / "mpi") == tensors(tmp_path / "alone")
 
 
 def test_ranks_that_do_not_meet(model, tmp_path):

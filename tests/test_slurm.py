@@ -122,6 +122,49 @@ def test_stages_have_their_own_resources(tmp_path):
     assert 'submit first\nsubmit second --dependency=afterok:"$job"\n' in chain
 
 
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do echo "srun $1"; shift; done
+exec "$@"
+"""
+APPTAINER = """#!/bin/bash
+set -e
+[[ $1 == exec && $2 == --nv ]] && shift 2
+while [[ $1 == --* ]]; do
+  echo "apptainer $1 $2"
+  case $1 in --bind) test -e "${2%%:*}" ;; --pwd) cd "$2" ;; *) exit 64 ;; esac
+  shift 2
+done
+echo "image $1"
+shift
+exec "$@"
+"""
+
+
+@pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
+def test_a_container_runs_the_stage(tmp_path, runtime):
+    """The whole script, by bash; srun and apptainer are stand-ins that tell their options and run the rest."""
+    (tmp_path / "bin").mkdir()
+    for name, text in {"srun": SRUN, "apptainer": APPTAINER}.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    container = {"runtime": runtime, "image": "a b.sif", "mounts": [f"{tmp_path}:/data"]}
+    stage = {"arguments": ["model=./nothing", "evaluation.data=stdlib:validation", "engine=huggingface"]}
+    keys = {"container": container, "stages": {"evaluate": stage}, "tasks_per_node": 1, "python": sys.executable}
+    script(tmp_path, **keys)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
+    command = ["bash", str(tmp_path / "o" / "evaluate.sbatch")]
+    done = subprocess.run(command, env=job, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr == "megatron-lowbit: model folder './nothing' does not exist\n"
+    here, told = Path.cwd(), done.stdout.splitlines()
+    if runtime == "pyxis":
+        mounts = f"--container-mounts={here}:{here},{tmp_path}:/data"
+        options = [f"srun {option}" for option in ("--container-image=a b.sif", mounts, f"--container-workdir={here}")]
+    else:
+        options = [f"apptainer --bind {here}:{here}", f"apptainer --bind {tmp_path}:/data", f"apptainer --pwd {here}"]
+        options += ["image a b.sif"]
+    assert told[-len(options) :] == options
+
+
 def test_arrays(tmp_path):
     arguments = ["model=embedded", "evaluation.data=stdlib:validation"]
     array = [["output_dir=a"], ["output_dir=b", "seed=1"]]
