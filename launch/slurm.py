@@ -197,7 +197,11 @@ def _container(config: SlurmConfig) -> str:
         return shlex.join([*options, f"--container-workdir={here}"]) + " "
     if container.runtime == "apptainer":
         binds = [word for mount in mounts for word in ("--bind", mount)]
-        return shlex.join(["apptainer", "exec", "--nv", *binds, "--pwd", str(here), container.image or ""]) + " "
+        # Its own process stays beside the stage, and a USR1 is for both: it too has to ignore it.
+        ignore = ["bash", "-c", 'trap "" USR1; exec "$@"', "task"]
+        return (
+            shlex.join([*ignore, "apptainer", "exec", "--nv", *binds, "--pwd", str(here), container.image or ""]) + " "
+        )
     return ""
 
 

@@ -128,6 +128,7 @@ exec "$@"
 """
 APPTAINER = """#!/bin/bash
 set -e
+kill -USR1 $$
 [[ $1 == exec && $2 == --nv ]] && shift 2
 while [[ $1 == --* ]]; do
   echo "apptainer $1 $2"
