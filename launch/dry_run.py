@@ -194,7 +194,7 @@ def _print(rows: list[dict[str, Any]], totals: dict[str, Any], config: QuantizeC
 
 
 RESOURCES = {
-    "flops": "blocks",
+    "flops": "matrix products",
     "rounded": "rounding",
     "observed": "statistics of partial sums",
     "network": "network",

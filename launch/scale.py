@@ -9,9 +9,8 @@ add up:
     network      bytes that a rank receives: all shards' partial sums, their gradients, what data parallelism shares
     disk         bytes of weights that a rank reads, and rank 0 writes
 
-Norms, activation functions and softmax are no flops; their seconds are in the rate, which is measured on a whole block
-(a bare matrix product of hidden 256 is four times as fast). Left out: rotary embeddings, Python, and the streams of
-activations, which stay in the page cache where they fit.
+Left out: norms, rotary embeddings, activation functions, Python, and the streams of activations, which stay in the page
+cache where they fit. So small models take longer than this says.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_lowbit.calibrate import window_statistics
@@ -174,7 +172,7 @@ def calibrate_stage(shape: Shape, tokens: int, windows: int, config: QuantizeCon
 def find_rates(given: RatesConfig, rows: int, shape: tuple[int, int], hidden: int) -> Rates:
     """The rates that are given, the others measured here in about two seconds. rows: tokens of a window; shape: of the
     widest linear."""
-    flops = given.flops or _block(rows, max(shape), hidden)
+    flops = given.flops or _matmul(rows, *shape)
     rounded = given.memory / ROUNDING_BYTES if given.memory else _rounding(*shape)
     observed = given.memory / OBSERVING_BYTES if given.memory else _observing(rows, hidden)
     sources = {"flops": "flops", "rounded": "memory", "observed": "memory", "disk": "disk", "network": "network"}
@@ -194,27 +192,12 @@ def _best(action: Callable[[], object], seconds: float = 0.5) -> float:
     return best
 
 
-def _block(rows: int, width: int, hidden: int) -> float:
-    """Floating-point operations per second of a decoder block, of which norms, softmax and activation take a share."""
+def _matmul(rows: int, outputs: int, inputs: int) -> float:
+    """Floating-point operations per second of x W^T, on one of the model's shapes."""
     dtype = torch.float32 if device().type == "cpu" else torch.bfloat16
-    rows, width, hidden = min(rows, 512), min(width, 4096), max(64, min(hidden, 2048) // 64 * 64)
-
-    def ones(*shape: int) -> Tensor:
-        return torch.ones(*shape, device=device(), dtype=dtype)
-
-    x, gain, qkv, o = ones(rows, hidden), ones(hidden), ones(3 * hidden, hidden), ones(hidden, hidden)
-    gate, up, down = ones(width, hidden), ones(width, hidden), ones(hidden, width)
-
-    def run() -> Tensor:
-        heads = F.linear(F.rms_norm(x, (hidden,), gain), qkv).view(1, rows, 3, -1, 64).transpose(1, 3)
-        q, k, v = heads.unbind(2)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-        h = x + F.linear(mixed.reshape(rows, hidden), o)
-        normed = F.rms_norm(h, (hidden,), gain)
-        return h + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)
-
-    flops = 2 * rows * (4 * hidden**2 + 3 * hidden * width + 2 * rows * hidden)
-    return flops / _best(run)
+    rows, outputs, inputs = min(rows, 512), min(outputs, 4096), min(inputs, 4096)
+    x, w = (torch.ones(n, inputs, device=device(), dtype=dtype) for n in (rows, outputs))
+    return 2 * rows * outputs * inputs / _best(lambda: F.linear(x, w))
 
 
 def _rounding(outputs: int, inputs: int) -> float:
