@@ -192,7 +192,8 @@ CASES = [(launcher, "quantize", "none") for launcher in LAUNCHERS]
 CASES += [
     (launcher, "quantize", f) for launcher in ("alone", "torchrun c10d", "deepspeed", "srun", "mpirun") for f in FAULTS
 ]
-CASES += [("mpirun", "quantize", f"{what} to the launcher") for what in ("USR1", "TERM")]
+CASES += [(launcher, "quantize", "TERM to the launcher") for launcher in ("torchrun c10d", "deepspeed", "mpirun")]
+CASES += [("mpirun", "quantize", "USR1 to the launcher")]
 CASES += [
     ("alone", "quantize", "SIGKILL of rank 0"),
     ("alone", "quantize", "disk full"),
