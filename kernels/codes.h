@@ -67,8 +67,8 @@ class Unpacker {
   static constexpr int next = 8;
   static int64_t place(int64_t i) { return i; }
 
-  // Two neighbours, 16 j + 2 q and the next, lie in 16 bits, those of four j in quarter j of 64-bit word q. (7 bits: one
-  // alone.) From there the instruction takes 8 bits at any bit.
+  // Two neighbours, 16 j + 2 q and the next, lie in 16 bits, which go to quarter j of 64-bit word q. (Of 7 bits: one
+  // alone.) From there an instruction takes 8 bits at any bit.
   explicit Unpacker(int bits) : bits_(bits) {
     for (int i = 0; i < kBlock; ++i) {
       int j = i % 4, q = i / 8, pair = bits * (16 * j + 2 * q), odd = i % 8 / 4;

@@ -18,7 +18,8 @@ class Decoder {
   using Word = typename Type::Word;
   const Layout layout;
 
-  Decoder(const LowbitFormat& format, int64_t ranks) : layout(format), ranks_(ranks), runs_(layout, true), qparams_(2 * ranks * layout.slots) {
+  Decoder(const LowbitFormat& format, int64_t ranks)
+      : layout(format), ranks_(ranks), runs_(layout, true), qparams_(2 * ranks * layout.slots) {
     for (const Tier& tier : layout.tiers) unpackers_.emplace_back(tier.bits);
     for (int64_t r = 0; r < ranks; ++r)
       for (const Tier& tier : layout.tiers)
@@ -31,9 +32,9 @@ class Decoder {
           // times 2^-50 that is 0 or a multiple of 2^-126, the smallest normal number, as then all sums are.
           if (tier.bits < 16) normal_ &= std::fabs(scale) >= 0x1p-50f && (zero == 0 || std::fabs(zero) >= 0x1p-29f);
         }
-    for (auto& run : runs_.runs)
-      for (int i = 0, from = 0; i < 64; ++i)
-        if (run.mask >> i & 1) run.index[i] = static_cast<uint8_t>(from++);
+#ifdef LOWBIT_AVX512
+    for (auto& run : runs_.runs) run.index = (Bytes)_mm512_maskz_expand_epi8(run.mask, (__m512i)iota<Bytes>());
+#endif
   }
 
   struct Scratch {

@@ -105,12 +105,12 @@ struct Runs {
   struct Run {
     uint64_t mask;  // the bytes of its features among the 64 of the block
     int64_t slot;
-    Bytes index;  // for a permutation, by whoever does it
+    Bytes index;  // of the permutation, by who does it
   };
   struct Single {
     int32_t feature, slot;
   };
-  std::vector<Run> runs;  // block by block
+  std::vector<Run> runs;         // block by block
   std::vector<int32_t> first;    // run of every block, and the end
   std::vector<int32_t> by_runs;  // blocks in the order of how many runs they have: loops over them are predictable
   std::vector<Single> singles;

@@ -119,8 +119,8 @@ def test_same_bits_as_the_reference(tiers, rank1):
 @pytest.mark.parametrize("rank1", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_wide_rows_and_threads(dtype, rank1):
-    """Long ascending runs, which AVX-512 permutes in registers, and enough work for two threads."""
-    plan = Plan([16, 16, 4, 800, 3, 208], 70, rank1, dtype, 3)
+    """Ascending runs, more in some blocks than in others, which AVX-512 permutes in registers; work for two threads."""
+    plan = Plan([16, 16, 5, 70, 4, 700, 3, 200, 2, 38], 70, rank1, dtype, 3)
     messages, all_ranks = plan.messages(), plan.qparams(slice(None))
     try:
         for threads in (1, 2):
@@ -173,6 +173,32 @@ def test_exact_sums(features, carrier_bits):
         total = 3 * reference[0]
         arguments = total, 3 * center, step, carrier_bits, dtype
         assert_same_bits(kernels.exact_decode(*arguments), exact.decode_reference(*arguments))
+
+
+@needs_compiler
+def test_sums_below_the_normal_numbers():
+    """bf16 keeps what the processor's own conversion takes for zero."""
+    plan = Plan([16, 7, 6, 60, 4, 100], 9, True, torch.bfloat16, 2)
+    messages = plan.messages()
+    plan.scale *= 1e-38
+    all_ranks = plan.qparams(slice(None))
+    reference = hybrid.unpack_reduce_reference(messages, *all_ranks, torch.bfloat16)
+    assert ((reference != 0) & (reference.abs() < torch.finfo(torch.bfloat16).tiny)).any()
+    assert_same_bits(kernels.hybrid_unpack_reduce(messages, *all_ranks, torch.bfloat16), reference)
+
+
+@needs_compiler
+@pytest.mark.parametrize("smallest", [0.01, 2.0**-130])  # the reciprocal of the latter overflows
+def test_exact_codes_next_to_halves(smallest):
+    g = torch.Generator().manual_seed(0)
+    step = smallest + torch.rand(4096, generator=g)
+    step[0] = smallest
+    half = (torch.randint(-40, 40, (8, 4096), generator=g) + 0.5) * step
+    x = torch.cat([half, *(half.nextafter(torch.full_like(half, end)) for end in (-1e9, 1e9))])
+    ours, reference = (
+        encode(x, torch.zeros(4096), step, 42, 8) for encode in (kernels.exact_encode, exact.encode_reference)
+    )
+    assert torch.equal(ours[0], reference[0]) and torch.equal(ours[1], reference[1])
 
 
 @needs_compiler
