@@ -24,8 +24,8 @@ struct ExactPlan {
     }
   }
 
-  // The rounded quotient of x by steps, or where it is beyond the codes, something beyond. A division takes longer
-  // than all of what replaces it. Of a quotient with an error of one unit in the last place, adding its remainder times the
+  // The rounded quotient of x by steps, or where it is beyond the codes, something beyond. A division takes longer than
+  // all of what replaces it. Of a quotient with an error of one unit in the last place, adding its remainder times the
   // rounded reciprocal makes the rounded one (Markstein 1990), unless the step's mantissa is all ones or something
   // leaves the range; the product with the reciprocal may be farther off, so this is done twice.
   INLINE Floats quotient(Floats x, int64_t from) const {
