@@ -28,7 +28,7 @@ TIERS = [
     {"codec", "data", "folder_lock", "metrics", "reassembly", "rendezvous", "sharding"},
     {"artifacts"},
     {"calibrate", "exact_sum", "ranges", "rounding"},
-    {"cost", "drift"},
+    {"cost", "drift", "exchange"},
     {"linear", "collectives", "tuning", "sharded"},
     {"correction"},
     {
