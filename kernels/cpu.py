@@ -40,7 +40,6 @@ from megatron_lowbit.kernels.hybrid import (
     BF16_BITS,
     hybrid_pack,
     hybrid_row_bytes,
-    hybrid_unpack_reduce,
     hybrid_unpack_reduce_into,
     hybrid_unpack_reduce_requantize,
     pack_reference,
@@ -101,24 +100,8 @@ def _pack(
     return message, saturated
 
 
-@hybrid_unpack_reduce.register_kernel("cpu")
-def _unpack_reduce(
-    messages: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    order: Tensor,
-    tiers: Sequence[int],
-    rank1: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    """hybrid_unpack_reduce; see there."""
-    total = scale.new_empty((messages.shape[1], order.shape[0]), dtype=dtype)
-    _unpack_reduce_into(messages, scale, zero_point, order, tiers, rank1, total)
-    return total
-
-
 @hybrid_unpack_reduce_into.register_kernel("cpu")
-def _unpack_reduce_into(
+def _unpack_reduce(
     messages: Tensor,
     scale: Tensor,
     zero_point: Tensor,

@@ -19,7 +19,6 @@ from torch import Tensor
 from megatron_lowbit.kernels.hybrid import (
     hybrid_pack,
     hybrid_row_bytes,
-    hybrid_unpack_reduce,
     hybrid_unpack_reduce_into,
     hybrid_unpack_reduce_requantize,
     pack_reference,
@@ -71,24 +70,8 @@ def _pack(
         return kernels.pack(_rows(x), *_plain(scale, zero_point, order), tiers, rank1)
 
 
-@hybrid_unpack_reduce.register_kernel("cuda")
-def _unpack_reduce(
-    messages: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    order: Tensor,
-    tiers: Sequence[int],
-    rank1: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    """hybrid_unpack_reduce; see there."""
-    total = scale.new_empty((messages.shape[1], order.shape[0]), dtype=dtype)
-    _unpack_reduce_into(messages, scale, zero_point, order, tiers, rank1, total)
-    return total
-
-
 @hybrid_unpack_reduce_into.register_kernel("cuda")
-def _unpack_reduce_into(
+def _unpack_reduce(
     messages: Tensor,
     scale: Tensor,
     zero_point: Tensor,

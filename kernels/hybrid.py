@@ -170,16 +170,6 @@ def unpack_reduce_reference(
     return total.index_select(1, torch.argsort(order)).to(dtype)
 
 
-hybrid_unpack_reduce = torch.library.custom_op(
-    "megatron_lowbit::hybrid_unpack_reduce", unpack_reduce_reference, mutates_args=()
-)
-
-
-@hybrid_unpack_reduce.register_fake
-def _(messages, scale, zero_point, order, tiers, rank1, dtype):
-    return scale.new_empty((messages.shape[1], order.shape[0]), dtype=dtype)
-
-
 @torch.library.custom_op("megatron_lowbit::hybrid_unpack_reduce_into", mutates_args=("out",))
 def hybrid_unpack_reduce_into(
     messages: Tensor,
@@ -190,8 +180,23 @@ def hybrid_unpack_reduce_into(
     rank1: bool,
     out: Tensor,
 ) -> None:
-    """hybrid_unpack_reduce, into `out` [tokens, E]. Memory that is there already needs no fresh pages."""
+    """unpack_reduce_reference, into `out` [tokens, E]: memory that is there already needs no fresh pages."""
     out.copy_(unpack_reduce_reference(messages, scale, zero_point, order, tiers, rank1, out.dtype))
+
+
+def hybrid_unpack_reduce(
+    messages: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    order: Tensor,
+    tiers: Sequence[int],
+    rank1: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """unpack_reduce_reference, by the kernel of the device."""
+    total = scale.new_empty((messages.shape[1], order.shape[0]), dtype=dtype)
+    hybrid_unpack_reduce_into(messages, scale, zero_point, order, tiers, rank1, total)
+    return total
 
 
 def requantize_reference(

@@ -241,7 +241,8 @@ def test_registered_ops():
     messages, all_ranks = plan.messages(), plan.qparams(slice(None))
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(kernels.hybrid_pack, (plan.x[0], *plan.qparams(0)), test_utils=checks)
-    torch.library.opcheck(kernels.hybrid_unpack_reduce, (messages, *all_ranks, torch.bfloat16), test_utils=checks)
+    into = messages, *all_ranks, torch.empty(messages.shape[1], len(plan.order), dtype=torch.bfloat16)
+    torch.library.opcheck(kernels.hybrid_unpack_reduce_into, into, test_utils=checks)
     encoded = plan.x[0], plan.scale[0], plan.scale[0], 63, 16
     torch.library.opcheck(kernels.exact_encode, encoded, test_utils=checks)
     decoded = kernels.exact_encode(*encoded)[0], plan.scale[0], plan.scale[0], 16, torch.bfloat16

@@ -98,7 +98,7 @@ def test_fakes_of_the_wire_format(tokens, tiers, dtype, rank1):
     x, format = torch.arange(tokens * 9, dtype=dtype).view(tokens, 9), (torch.arange(9), tiers, rank1)
     check_op(OPS.hybrid_pack, x, scale[0], zero_point[0], *format)
     messages = torch.stack([kernels.hybrid_pack(x, scale[r], zero_point[r], *format)[0] for r in range(2)])
-    check_op(OPS.hybrid_unpack_reduce, messages, scale, zero_point, *format, dtype)
+    check_op(OPS.hybrid_unpack_reduce_into, messages, scale, zero_point, *format, torch.empty_like(x))
     second = scale[0], zero_point[0], torch.arange(9).flip(0), [8, 9], not rank1
     check_op(OPS.hybrid_unpack_reduce_requantize, messages, scale, zero_point, *format, *second)
 
