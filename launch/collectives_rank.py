@@ -8,11 +8,9 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
-import random
 import statistics
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from megatron_lowbit.launch import runner
 from megatron_lowbit.launch.benchmark_config import BenchmarkCollectivesConfig
 from megatron_lowbit.launch.peers import GroupInt4, StockAllReduce
 from megatron_lowbit.ranges import synthetic_plan
-from megatron_lowbit.tuning import measure_costs
+from megatron_lowbit.tuning import measure_costs, one_round, slowest
 
 FEATURES = 1024
 CALIBRATION_TOKENS = 512
@@ -113,29 +111,14 @@ def time_rounds(
     config: BenchmarkCollectivesConfig, inputs: dict[str, Tensor], algorithms: dict[str, Any], group: dist.ProcessGroup
 ) -> dict[str, list[float]]:
     """{algorithm: seconds of each repetition, of the slowest rank}."""
-    names = list(algorithms)
 
-    def one_round(number: int) -> list[float]:
-        seconds = dict.fromkeys(names, 0.0)
-        for name in random.Random(number).sample(names, len(names)):  # nobody always follows the same one's backlog
-            own = inputs[name].clone()  # stock all-reduces work in place, and ours may
-            dist.barrier(group)
-            start = time.perf_counter()
-            algorithms[name].all_reduce(own, reuse=True)
-            seconds[name] = time.perf_counter() - start
-        return list(seconds.values())
-
-    def slowest(rounds: list[list[float]]) -> Tensor:
-        """float64 [rounds, algorithms], the same on all ranks."""
-        times = torch.tensor(rounds, dtype=torch.float64)
-        dist.all_reduce(times, dist.ReduceOp.MAX, group)
-        return times
+    def rounds(count: int) -> list[list[float]]:
+        return slowest([one_round(algorithms, number, inputs, group) for number in range(count)], group)
 
     # The check of the results has warmed up once. How often to repeat is decided once, for all ranks alike.
-    expected = slowest([one_round(0)]).sum().item()
-    count = min(config.repeats, max(LEAST_ROUNDS, int(config.cell_seconds / expected)))
-    times = slowest([one_round(number) for number in range(count)])
-    return dict(zip(names, times.t().tolist(), strict=True))
+    (first,) = rounds(1)
+    count = min(config.repeats, max(LEAST_ROUNDS, int(config.cell_seconds / sum(first))))
+    return dict(zip(algorithms, map(list, zip(*rounds(count), strict=True)), strict=True))
 
 
 def calibrated(config: BenchmarkCollectivesConfig, ranks: int, features: int) -> SitePlan:

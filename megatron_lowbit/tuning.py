@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,9 +20,10 @@ from torch import distributed as dist
 from megatron_lowbit.artifacts import SitePlan
 from megatron_lowbit.codec import Codec
 from megatron_lowbit.collectives import HybridReducer
-from megatron_lowbit.config import CommMode
 from megatron_lowbit.cost import TUNED, CostTable
 from megatron_lowbit.distributed import device
+
+Way = TypeVar("Way", bound=str)
 
 SIZES = (2**14, 2**18, 2**22)  # bytes of a bf16 tensor
 WARM_UP = 3  # rounds
@@ -42,9 +44,10 @@ def measure_costs(group: dist.ProcessGroup, plan: SitePlan, sizes: Sequence[int]
     rows: dict[str, list[tuple[int, float]]] = {mode: [] for mode in modes}
     for tokens in sorted({max(1, size // (2 * features)) for size in sizes}, reverse=True):
         x = typical(plan.first, tokens).bfloat16().to(where)
-        warm = slowest([one_round(reducers, n, x) for n in range(WARM_UP)], group, where)
+        inputs = dict.fromkeys(modes, x)
+        warm = slowest([one_round(reducers, n, inputs, group) for n in range(WARM_UP)], group)
         count = min(ROUNDS[1], max(ROUNDS[0], int(SECONDS / sum(warm[-1]))))  # decided once, for all ranks alike
-        times = slowest([one_round(reducers, n, x) for n in range(count)], group, where)
+        times = slowest([one_round(reducers, n, inputs, group) for n in range(count)], group)
         for mode, column in zip(modes, zip(*times, strict=True), strict=True):
             quartile = torch.tensor(column).quantile(0.25 if mode == "bf16" else 0.5).item()  # cost.py says why
             rows[mode].insert(0, (2 * x.numel(), quartile))
@@ -60,22 +63,26 @@ def typical(codec: Codec, tokens: int) -> Tensor:
     return (codes - codec.zero_point[0]) * codec.scale[0]
 
 
-def one_round(reducers: Mapping[CommMode, HybridReducer], number: int, x: Tensor) -> list[float]:
-    """This rank's seconds of every mode, in another order each round, the same on all ranks."""
-    seconds, modes = dict.fromkeys(reducers, 0.0), list(reducers)
-    for mode in random.Random(number).sample(modes, len(modes)):
-        reducer, own = reducers[mode], x.clone()
-        dist.barrier(reducer.tp_group)
-        _wait(x)
+def one_round(
+    ways: Mapping[Way, Any], number: int, inputs: Mapping[Way, Tensor], group: dist.ProcessGroup
+) -> list[float]:
+    """This rank's seconds of all_reduce(a copy of its input) in every way. Each round has another order, the same on
+    all ranks, so that nobody always follows the same one's backlog."""
+    seconds = dict.fromkeys(ways, 0.0)
+    for way in random.Random(number).sample(list(ways), len(ways)):
+        own = inputs[way].clone()  # which may be summed in place
+        dist.barrier(group)
+        _wait(own)
         start = time.perf_counter()
-        reducer.all_reduce(own, reuse=True)
-        _wait(x)
-        seconds[mode] = time.perf_counter() - start
+        ways[way].all_reduce(own, reuse=True)
+        _wait(own)
+        seconds[way] = time.perf_counter() - start
     return list(seconds.values())
 
 
-def slowest(rounds: list[list[float]], group: dist.ProcessGroup, where: torch.device) -> list[list[float]]:
+def slowest(rounds: list[list[float]], group: dist.ProcessGroup) -> list[list[float]]:
     """Of all ranks; the same on all of them."""
+    where = device() if "nccl" in dist.get_backend(group) else torch.device("cpu")
     times = torch.tensor(rounds, dtype=torch.float64, device=where)
     dist.all_reduce(times, dist.ReduceOp.MAX, group)
     return times.tolist()

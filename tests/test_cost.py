@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import rank_cases
@@ -79,14 +80,32 @@ def test_noise_speaks_for_bf16(monkeypatch):
     monkeypatch.setattr(tuning, "HybridReducer", lambda plan, group, mode: mode)
     monkeypatch.setattr(tuning.dist, "get_backend", lambda group: "gloo")
     monkeypatch.setattr(tuning.dist, "get_world_size", lambda group: 2)
-    monkeypatch.setattr(tuning, "slowest", lambda rounds, group, where: rounds)
+    monkeypatch.setattr(tuning, "slowest", lambda rounds, group: rounds)
     monkeypatch.setattr(tuning, "ROUNDS", (5, 5))
     rounds = {"bf16": [3.0, 1.0, 2.0, 5.0, 4.0], "one_shot": [5.0, 4.0, 1.0, 3.0, 2.0]}
-    monkeypatch.setattr(
-        tuning, "one_round", lambda reducers, n, x: [rounds.get(mode, [9.0] * 5)[n] for mode in reducers]
-    )
+    sent = []
+
+    def one_round(reducers, number, inputs, group):
+        sent.extend(inputs.values())
+        return [rounds.get(mode, [9.0] * 5)[number] for mode in reducers]
+
+    monkeypatch.setattr(tuning, "one_round", one_round)
     table = tuning.measure_costs(None, PLAN, [2**10])
     assert table.rows["bf16"] == ((2**10, 2.0),) and table.rows["one_shot"] == ((2**10, 3.0),)
+    assert all(torch.equal(x, tuning.typical(PLAN.first, 8).bfloat16()) for x in sent)
+
+
+def test_the_order_of_a_round_changes(monkeypatch):
+    """Whoever comes next after one does not stay the same."""
+    order: list[str] = []
+    ways = {name: SimpleNamespace(all_reduce=lambda x, reuse, name=name: order.append(name)) for name in "abcd"}
+    monkeypatch.setattr(tuning.dist, "barrier", lambda group: None)
+    monkeypatch.setattr(tuning, "_wait", lambda x: None)
+    for number in range(20):
+        tuning.one_round(ways, number, dict.fromkeys(ways, torch.zeros(1)), None)
+    rounds = [order[i : i + 4] for i in range(0, 80, 4)]
+    assert all(sorted(r) == list("abcd") for r in rounds)
+    assert {r[r.index("a") + 1] for r in rounds if r[-1] != "a"} == set("bcd")
 
 
 @pytest.mark.parametrize("config", [CommConfig(), CommConfig(preset="paper")])
