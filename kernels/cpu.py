@@ -46,11 +46,12 @@ from megatron_lowbit.kernels.hybrid import (
     requantize_reference,
     unpack_reduce_reference,
 )
+from megatron_lowbit.kernels.ops import kernel
 
 logger = logging.getLogger("megatron_lowbit")
 
 SOURCE = Path(__file__).with_name("hybrid.cpp")
-HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("vectors", "format", "codes", "encode", "decode", "exact")]
+HEADERS = sorted(SOURCE.parent.glob("*.h"))
 # No fast-math and no fused multiply-add: results are those of the torch reference.
 FLAGS = ["-std=c++17", "-O2", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
 FLAGS += ["-shared", "-fPIC", "-w"]
@@ -79,28 +80,28 @@ class _Format(ctypes.Structure):
         super().__init__(*pointers, len(tiers) // 2, order.shape[0], rank1)
 
 
-@hybrid_pack.register_kernel("cpu")
+@kernel(hybrid_pack, "cpu")
 def _pack(
     x: Tensor, scale: Tensor, zero_point: Tensor, order: Tensor, tiers: Sequence[int], rank1: bool
 ) -> tuple[Tensor, Tensor]:
     """hybrid_pack; see there."""
     library = _library()
     good = library and x.dim() == 2 and x.dtype in _DTYPES and order.shape == x.shape[1:] and scale.dim() == 1
-    format = _format(library, scale, zero_point, order, tiers, rank1) if good else None
+    format = _format(scale, zero_point, order, tiers, rank1) if good else None
     if library is None or format is None:
         return pack_reference(x, scale, zero_point, order, tiers, rank1)
     if x.stride(1) != 1:
         x = x.contiguous()
     message = x.new_empty((x.shape[0], hybrid_row_bytes(tiers, rank1)), dtype=torch.uint8)
     saturated = torch.empty(1, dtype=torch.int64)
-    library.lowbit_pack(
+    not_valid = library.lowbit_pack(
         *(ctypes.byref(format), x.data_ptr(), _DTYPES[x.dtype], x.shape[0], x.stride(0)),
         *(message.data_ptr(), saturated.data_ptr(), torch.get_num_threads()),
     )
-    return message, saturated
+    return pack_reference(x, scale, zero_point, order, tiers, rank1) if not_valid else (message, saturated)
 
 
-@hybrid_unpack_reduce_into.register_kernel("cpu")
+@kernel(hybrid_unpack_reduce_into, "cpu")
 def _unpack_reduce(
     messages: Tensor,
     scale: Tensor,
@@ -114,18 +115,19 @@ def _unpack_reduce(
     library = _library()
     good = library and out.dtype in _DTYPES and _messages_fit(messages, scale, tiers, rank1)
     good = good and out.shape == (messages.shape[1], *order.shape) and out.is_contiguous()
-    format = _format(library, scale, zero_point, order, tiers, rank1) if good else None
-    if library is None or format is None:
-        out.copy_(unpack_reduce_reference(messages, scale, zero_point, order, tiers, rank1, out.dtype))
-        return
-    messages = _with_plain_rows(messages)
-    library.lowbit_unpack_reduce(
-        *(ctypes.byref(format), messages.data_ptr(), *messages.shape[:2], *messages.stride()[:2]),
-        *(out.data_ptr(), _DTYPES[out.dtype], torch.get_num_threads()),
-    )
+    format = _format(scale, zero_point, order, tiers, rank1) if good else None
+    if library is not None and format is not None:
+        messages = _with_plain_rows(messages)
+        not_valid = library.lowbit_unpack_reduce(
+            *(ctypes.byref(format), messages.data_ptr(), *messages.shape[:2], *messages.stride()[:2]),
+            *(out.data_ptr(), _DTYPES[out.dtype], torch.get_num_threads()),
+        )
+        if not not_valid:
+            return
+    out.copy_(unpack_reduce_reference(messages, scale, zero_point, order, tiers, rank1, out.dtype))
 
 
-@hybrid_unpack_reduce_requantize.register_kernel("cpu")
+@kernel(hybrid_unpack_reduce_requantize, "cpu")
 def _requantize(
     messages: Tensor,
     scale: Tensor,
@@ -145,21 +147,21 @@ def _requantize(
     library = _library()
     good = library and _messages_fit(messages, scale, tiers, rank1)
     good = good and second_order.shape == order.shape and second_scale.dim() == 1
-    format = _format(library, *first) if good else None
-    second_format = _format(library, *second) if good else None
+    format = _format(*first) if good else None
+    second_format = _format(*second) if good else None
     if library is None or format is None or second_format is None:
         return requantize_reference(messages, *first, *second)
     messages = _with_plain_rows(messages)
     out = messages.new_empty((messages.shape[1], hybrid_row_bytes(second_tiers, second_rank1)))
     saturated = torch.empty(1, dtype=torch.int64)
-    library.lowbit_requantize(
+    not_valid = library.lowbit_requantize(
         *(ctypes.byref(format), messages.data_ptr(), *messages.shape[:2], *messages.stride()[:2]),
         *(ctypes.byref(second_format), out.data_ptr(), saturated.data_ptr(), torch.get_num_threads()),
     )
-    return out, saturated
+    return requantize_reference(messages, *first, *second) if not_valid else (out, saturated)
 
 
-@exact_encode.register_kernel("cpu")
+@kernel(exact_encode, "cpu")
 def _exact_encode(x: Tensor, center: Tensor, step: Tensor, largest: int, carrier_bits: int) -> tuple[Tensor, Tensor]:
     """exact_encode; see there."""
     library = _library()
@@ -180,7 +182,7 @@ def _exact_encode(x: Tensor, center: Tensor, step: Tensor, largest: int, carrier
     return codes, saturated
 
 
-@exact_decode.register_kernel("cpu")
+@kernel(exact_decode, "cpu")
 def _exact_decode(total: Tensor, center: Tensor, step: Tensor, carrier_bits: int, dtype: torch.dtype) -> Tensor:
     """exact_decode; see there."""
     library, features = _library(), step.shape[0]
@@ -220,21 +222,13 @@ def _with_plain_rows(messages: Tensor) -> Tensor:
     return messages if messages.stride(2) == 1 else messages.contiguous()
 
 
-def _format(
-    library: ctypes.CDLL | None,
-    scale: Tensor,
-    zero_point: Tensor,
-    order: Tensor,
-    tiers: Sequence[int],
-    rank1: bool,
-) -> _Format | None:
-    """None for a plan that the kernels do not take."""
+def _format(scale: Tensor, zero_point: Tensor, order: Tensor, tiers: Sequence[int], rank1: bool) -> _Format | None:
+    """None for a plan that the kernels do not take; they see themselves whether `order` has every feature once."""
     features = order.shape[0] if order.dim() == 1 else 0
     widths = list(tiers[::2])
     bf16_first = sorted(widths, key=lambda bits: bits != BF16_BITS) == widths  # where rank-1 ranges look for them
     if (
-        library is None
-        or not 0 < features < 2**24
+        not 0 < features < 2**24
         or sum(tiers[1::2]) != features
         or not all(tensor.dtype == torch.float32 for tensor in (scale, zero_point))
         or scale.shape != zero_point.shape
@@ -244,8 +238,7 @@ def _format(
         or not all(tensor.device.type == "cpu" for tensor in (scale, zero_point, order))
     ):
         return None
-    format = _Format(scale, zero_point, order, tiers, rank1)
-    return format if library.lowbit_valid(ctypes.byref(format)) else None
+    return _Format(scale, zero_point, order, tiers, rank1)
 
 
 _loading = threading.Lock()
@@ -283,7 +276,6 @@ def _one_line(error: Exception) -> str:
 _MESSAGES = [ctypes.c_void_p] + 4 * [ctypes.c_int64]
 _ENCODED = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
 _ARGUMENTS = {
-    "lowbit_valid": [ctypes.c_void_p],
     "lowbit_pack": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, *_ENCODED],
     "lowbit_unpack_reduce": [ctypes.c_void_p, *_MESSAGES, ctypes.c_void_p, ctypes.c_int, ctypes.c_int],
     "lowbit_exact_encode": [

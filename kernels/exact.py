@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_lowbit.kernels.ops import define, fake
+
 
 def encode_reference(x: Tensor, center: Tensor, step: Tensor, largest: int, carrier_bits: int) -> tuple[Tensor, Tensor]:
     """x: float [tokens, E]; center, step: float32 [E]. Returns (int8 [tokens, E + 1] or int32 [tokens,
@@ -30,7 +32,7 @@ def encode_reference(x: Tensor, center: Tensor, step: Tensor, largest: int, carr
     return high * 2**16 + low, saturated
 
 
-exact_encode = torch.library.custom_op("megatron_lowbit::exact_encode", encode_reference, mutates_args=())
+exact_encode = define("exact_encode", encode_reference)
 
 
 def carrier_words(features: int, carrier_bits: int) -> int:
@@ -38,7 +40,7 @@ def carrier_words(features: int, carrier_bits: int) -> int:
     return features + 1 if carrier_bits == 8 else features // 2 + 1
 
 
-@exact_encode.register_fake
+@fake(exact_encode)
 def _(x, center, step, largest, carrier_bits):
     words = carrier_words(x.shape[1], carrier_bits)
     codes = x.new_empty((x.shape[0], words), dtype=torch.int8 if carrier_bits == 8 else torch.int32)
@@ -55,9 +57,9 @@ def decode_reference(total: Tensor, center: Tensor, step: Tensor, carrier_bits: 
     return y.masked_fill(total[:, features : features + 1] != 0, torch.nan).to(dtype)
 
 
-exact_decode = torch.library.custom_op("megatron_lowbit::exact_decode", decode_reference, mutates_args=())
+exact_decode = define("exact_decode", decode_reference)
 
 
-@exact_decode.register_fake
+@fake(exact_decode)
 def _(total, center, step, carrier_bits, dtype):
     return total.new_empty((total.shape[0], step.shape[0]), dtype=dtype)

@@ -83,17 +83,18 @@ struct Layout {
       feature += count, slots += padded(count) + kBlock, row_bytes += size;
     }
   }
-
-  // Each feature once.
-  bool valid() const {
-    std::vector<bool> seen(features);
-    for (int64_t i = 0; i < features; ++i) {
-      if (order[i] < 0 || order[i] >= features || seen[order[i]]) return false;
-      seen[order[i]] = true;
-    }
-    return true;
-  }
 };
+
+// Whether `order` has every feature once; all else relies on it.
+inline bool valid(const LowbitFormat& format) {
+  std::vector<bool> seen(format.features);
+  for (int64_t i = 0; i < format.features; ++i) {
+    int64_t feature = format.order[i];
+    if (feature < 0 || feature >= format.features || seen[feature]) return false;
+    seen[feature] = true;
+  }
+  return true;
+}
 
 // Where the features of a row are among the slots of the tiers, a block of kSize features at a time.
 //

@@ -25,6 +25,7 @@ from megatron_lowbit.kernels.hybrid import (
     requantize_reference,
     unpack_reduce_reference,
 )
+from megatron_lowbit.kernels.ops import kernel
 
 logger = logging.getLogger("megatron_lowbit")
 
@@ -58,7 +59,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@hybrid_pack.register_kernel("cuda")
+@kernel(hybrid_pack, "cuda")
 def _pack(
     x: Tensor, scale: Tensor, zero_point: Tensor, order: Tensor, tiers: Sequence[int], rank1: bool
 ) -> tuple[Tensor, Tensor]:
@@ -70,7 +71,7 @@ def _pack(
         return kernels.pack(_rows(x), *_plain(scale, zero_point, order), tiers, rank1)
 
 
-@hybrid_unpack_reduce_into.register_kernel("cuda")
+@kernel(hybrid_unpack_reduce_into, "cuda")
 def _unpack_reduce(
     messages: Tensor,
     scale: Tensor,
@@ -89,7 +90,7 @@ def _unpack_reduce(
         kernels.unpack_reduce(_rows(messages), *_plain(scale, zero_point, order), tiers, rank1, out)
 
 
-@hybrid_unpack_reduce_requantize.register_kernel("cuda")
+@kernel(hybrid_unpack_reduce_requantize, "cuda")
 def _requantize(
     messages: Tensor,
     scale: Tensor,

@@ -8,11 +8,13 @@
 #include "decode.h"
 #include "encode.h"
 #include "exact.h"
+#include "plans.h"
 
 namespace {
 
 constexpr int64_t kMinParallel = 1 << 16;  // values; below this, starting threads costs more than they save
 
+constexpr int kNotValid = 1;
 enum DType { kFloat32, kBfloat16, kFloat16, kFloat64 };  // as in cpu.py
 
 int threads_for(int64_t tokens, int64_t features, int threads) {
@@ -59,8 +61,10 @@ template <class Type, class Value>
 int pack(const LowbitFormat& format, const Value* x, int64_t tokens, int64_t row_stride, uint8_t* out,
          int64_t* saturated, int threads) {
   using Word = typename Type::Word;
-  constexpr bool kConvert = sizeof(Value) != sizeof(Word);  // float64, to a row of float32
-  Encoder<Type> encoder(format);
+  constexpr bool kConvert = sizeof(Value) != sizeof(Word);  // to a row of float32
+  const auto kept = plan_of<Encoder<Type>>(format, 1);
+  if (!kept) return kNotValid;
+  const Encoder<Type>& encoder = kept->plan;
   const Layout& layout = encoder.layout;
   prefer_huge_pages(out, tokens * layout.row_bytes);
   int64_t total = 0;
@@ -76,7 +80,7 @@ int pack(const LowbitFormat& format, const Value* x, int64_t tokens, int64_t row
         rows[t] = reinterpret_cast<const Word*>(row);
         if constexpr (kConvert) {
           float* to = converted.get() + t * layout.features;
-          for (int64_t f = 0; f < layout.features; ++f) to[f] = static_cast<float>(row[f]);
+          convert(row, to, layout.features);
           rows[t] = reinterpret_cast<const Word*>(to);
         }
         messages[t] = out + (token + t) * layout.row_bytes;
@@ -93,20 +97,22 @@ template <class Type, class Value>
 int unpack_reduce(const LowbitFormat& format, const uint8_t* messages, int64_t ranks, int64_t tokens,
                   int64_t rank_stride, int64_t row_stride, Value* out, int threads) {
   using Word = typename Type::Word;
-  constexpr bool kConvert = sizeof(Value) != sizeof(Word);  // to float64, from a row of float32
-  Decoder<Type> decoder(format, ranks);
+  constexpr bool kConvert = sizeof(Value) != sizeof(Word);  // from a row of float32
+  const auto kept = plan_of<Decoder<Type>>(format, ranks);
+  if (!kept) return kNotValid;
+  const Decoder<Type>& decoder = kept->plan;
   const int64_t features = decoder.layout.features;
   prefer_huge_pages(out, tokens * features * sizeof(Value));
   in_parallel(tokens, threads_for(tokens, features * ranks, threads), [&](int64_t first, int64_t last) {
     typename Decoder<Type>::Scratch scratch(decoder);
-    Buffer<Word> rows(kConvert ? kTokens * features : 0);
+    Buffer<float> rows(kConvert ? kTokens * features : 0);
     by_tokens(first, last, [&](int64_t token, auto count) {
       Word* to[count.value];
       for (int t = 0; t < count.value; ++t)
-        to[t] = kConvert ? rows.get() + t * features : reinterpret_cast<Word*>(out + (token + t) * features);
+        to[t] = kConvert ? reinterpret_cast<Word*>(rows.get() + t * features)
+                         : reinterpret_cast<Word*>(out + (token + t) * features);
       decoder.template decode<count.value>(messages + token * row_stride, rank_stride, row_stride, to, scratch);
-      if constexpr (kConvert)
-        for (int64_t i = 0; i < count.value * features; ++i) out[token * features + i] = as_float(rows.get()[i]);
+      if constexpr (kConvert) convert(rows.get(), out + token * features, count.value * features);
     });
   });
   return 0;
@@ -163,8 +169,7 @@ int exact_decode(const void* total, int64_t tokens, int64_t features, const floa
 
 extern "C" {
 
-// Whether `order` has every feature once; what follows relies on it.
-int lowbit_valid(const LowbitFormat* format) { return Layout(*format).valid(); }
+// The three that take a format return 1, and do nothing, where its `order` does not have every feature once.
 
 // x: [tokens, features] of dtype, rows row_stride values apart; out: [tokens, row_bytes], rows without gaps.
 int lowbit_pack(const LowbitFormat* format, const void* x, int dtype, int64_t tokens, int64_t row_stride, uint8_t* out,
@@ -176,11 +181,11 @@ int lowbit_pack(const LowbitFormat* format, const void* x, int dtype, int64_t to
     case kBfloat16:
       return pack<Bfloat16>(*format, words, tokens, row_stride, out, saturated, threads);
     case kFloat16:
-      return pack<Float16>(*format, words, tokens, row_stride, out, saturated, threads);
+      return pack<Float32>(*format, static_cast<const Half*>(x), tokens, row_stride, out, saturated, threads);
     case kFloat64:
       return pack<Float32>(*format, static_cast<const double*>(x), tokens, row_stride, out, saturated, threads);
   }
-  return 1;
+  return kNotValid;
 }
 
 // messages: [ranks, tokens, row_bytes], strides in bytes; out: [tokens, features] of dtype.
@@ -195,19 +200,22 @@ int lowbit_unpack_reduce(const LowbitFormat* format, const uint8_t* messages, in
     case kBfloat16:
       return call(Bfloat16(), static_cast<uint16_t*>(out));
     case kFloat16:
-      return call(Float16(), static_cast<uint16_t*>(out));
+      return call(Float32(), static_cast<Half*>(out));
     case kFloat64:
       return call(Float32(), static_cast<double*>(out));
   }
-  return 1;
+  return kNotValid;
 }
 
 // The two above in one pass; the sum of a token stays in cache. out: [tokens, row_bytes of `second`].
 int lowbit_requantize(const LowbitFormat* format, const uint8_t* messages, int64_t ranks, int64_t tokens,
                       int64_t rank_stride, int64_t row_stride, const LowbitFormat* second, uint8_t* out,
                       int64_t* saturated, int threads) {
-  Decoder<Float32> decoder(*format, ranks);
-  Encoder<Float32> encoder(*second);
+  const auto first_kept = plan_of<Decoder<Float32>>(*format, ranks);
+  const auto second_kept = plan_of<Encoder<Float32>>(*second, 1);
+  if (!first_kept || !second_kept) return kNotValid;
+  const Decoder<Float32>& decoder = first_kept->plan;
+  const Encoder<Float32>& encoder = second_kept->plan;
   const int64_t features = decoder.layout.features;
   prefer_huge_pages(out, tokens * encoder.layout.row_bytes);
   int64_t total = 0;

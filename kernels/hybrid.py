@@ -32,6 +32,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from megatron_lowbit.kernels.ops import define, fake
 from megatron_lowbit.kernels.packing import pack_bits, packed_bytes, unpack_bits
 
 BF16_BITS = 16
@@ -128,10 +129,10 @@ def pack_reference(
     return torch.cat(parts, dim=1), saturated
 
 
-hybrid_pack = torch.library.custom_op("megatron_lowbit::hybrid_pack", pack_reference, mutates_args=())
+hybrid_pack = define("hybrid_pack", pack_reference)
 
 
-@hybrid_pack.register_fake
+@fake(hybrid_pack)
 def _(x, scale, zero_point, order, tiers, rank1):
     row = hybrid_row_bytes(tiers, rank1)
     return x.new_empty((x.shape[0], row), dtype=torch.uint8), x.new_empty(1, dtype=torch.int64)
@@ -170,8 +171,7 @@ def unpack_reduce_reference(
     return total.index_select(1, torch.argsort(order)).to(dtype)
 
 
-@torch.library.custom_op("megatron_lowbit::hybrid_unpack_reduce_into", mutates_args=("out",))
-def hybrid_unpack_reduce_into(
+def unpack_reduce_into_reference(
     messages: Tensor,
     scale: Tensor,
     zero_point: Tensor,
@@ -182,6 +182,14 @@ def hybrid_unpack_reduce_into(
 ) -> None:
     """unpack_reduce_reference, into `out` [tokens, E]: memory that is there already needs no fresh pages."""
     out.copy_(unpack_reduce_reference(messages, scale, zero_point, order, tiers, rank1, out.dtype))
+
+
+hybrid_unpack_reduce_into = define("hybrid_unpack_reduce_into", unpack_reduce_into_reference, mutates_args=("out",))
+
+
+@fake(hybrid_unpack_reduce_into)
+def _(messages, scale, zero_point, order, tiers, rank1, out):
+    pass
 
 
 def hybrid_unpack_reduce(
@@ -220,12 +228,10 @@ def requantize_reference(
     return pack_reference(total, second_scale, second_zero_point, second_order, second_tiers, second_rank1)
 
 
-hybrid_unpack_reduce_requantize = torch.library.custom_op(
-    "megatron_lowbit::hybrid_unpack_reduce_requantize", requantize_reference, mutates_args=()
-)
+hybrid_unpack_reduce_requantize = define("hybrid_unpack_reduce_requantize", requantize_reference)
 
 
-@hybrid_unpack_reduce_requantize.register_fake
+@fake(hybrid_unpack_reduce_requantize)
 def _(
     messages,
     scale,

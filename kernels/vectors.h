@@ -204,10 +204,9 @@ struct Float32 {
   static Word word(float value) { return as_bits(value); }
 };
 
+// Rows of float16 and float64 become rows of float32 and back; only exact.h reads float16 as it is.
 struct Float16 {
   using Word = uint16_t;
-  static constexpr uint32_t infinity = 0x7c00;
-  static int64_t place(int64_t i) { return Bfloat16::place(i); }
 
   static Lanes widen(Lanes half) {
     Lanes size = (half & 0x7fffu) << 13;
@@ -224,29 +223,41 @@ struct Float16 {
     Lanes half = size < 0x38800000u ? subnormal : normal;
     return (size >= 0x47800000u ? special : half) | sign >> 16;
   }
-
-  template <int V>
-  static Floats load(const Word* from) {
-    Lanes pairs = ::load<Lanes>(from + V / 2 * 32);
-    return (Floats)widen(V % 2 ? pairs >> 16 : pairs & 0xffffu);
-  }
-
-  static float value(Word word) { return ((Floats)widen(Lanes{} + word))[0]; }
-
-  static void store_block(Word* to, const Floats* v, bool) {
-#ifdef LOWBIT_AVX512
-    for (int j = 0; j < kVectors; ++j)
-      ::store(to + j * kLanes, _mm512_cvtps_ph((__m512)v[j], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#else
-    Lanes first = narrow(v[0]) | narrow(v[1]) << 16, second = narrow(v[2]) | narrow(v[3]) << 16;
-    uint32_t pairs[2 * kLanes];
-    for (int i = 0; i < kLanes; ++i) pairs[2 * i] = first[i], pairs[2 * i + 1] = second[i];
-    std::memcpy(to, pairs, sizeof pairs);
-#endif
-  }
-
-  static Word word(float value) { return static_cast<Word>(narrow(splat(value))[0]); }
 };
+
+struct Half {
+  uint16_t bits;
+};
+
+typedef uint16_t HalfWords __attribute__((vector_size(32)));
+
+inline void convert(const double* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+inline void convert(const float* from, double* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+}
+
+inline void convert(const Half* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    HalfWords words = {};
+    int64_t here = count - i < kLanes ? count - i : kLanes;
+    std::memcpy(&words, from + i, here * sizeof(Half));
+    Lanes wide = Float16::widen(__builtin_convertvector(words, Lanes));
+    std::memcpy(to + i, &wide, here * sizeof(float));
+  }
+}
+
+inline void convert(const float* from, Half* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Floats wide = {};
+    int64_t here = count - i < kLanes ? count - i : kLanes;
+    std::memcpy(&wide, from + i, here * sizeof(float));
+    HalfWords words = __builtin_convertvector(Float16::narrow(wide), HalfWords);
+    std::memcpy(to + i, &words, here * sizeof(Half));
+  }
+}
 
 // The largest magnitude among words, bitwise: NaN and Inf are above all others.
 template <class Word>

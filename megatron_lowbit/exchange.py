@@ -26,6 +26,7 @@ from megatron_lowbit.agreement import Agreement
 from megatron_lowbit.distributed import start_all_gather
 
 UNDER_WAY = 2  # halves of messages
+TAG = 0  # of messages; those of a pair of ranks arrive in order
 LARGE = 2**17  # bytes from one rank to another from which rounds are faster
 
 
@@ -84,11 +85,11 @@ class Exchange:
             for ours, theirs in zip_longest(send[to].chunk(2), received[by].chunk(2)):
                 if len(self.under_way) == UNDER_WAY:
                     finish(self.under_way.popleft())
-                works = []
+                works: list[dist.Work | None] = []
                 if theirs is not None and theirs.numel():  # shares of a few tokens may be empty
-                    works.append(dist.irecv(theirs, group=self.group, group_src=by))
+                    works.append(self.group.recv([theirs], by, TAG))  # dist.irecv and isend check more than they send
                 if ours is not None and ours.numel():
-                    works.append(dist.isend(ours, group=self.group, group_dst=to))
+                    works.append(self.group.send([ours], to, TAG))
                 halves.append(works)
                 self.under_way.append(works)
         return Arrival(self.agreement, received, halves)

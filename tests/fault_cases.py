@@ -58,8 +58,8 @@ def main(case: str, mode: str, group: dist.ProcessGroup, rank: int, size: int) -
         tokens = 16001 if mode == "one_shot" else TOKENS  # of which the first travel in rounds (exchange.py)
         dist.barrier(group)
         if faulty:  # inside the collective: all ranks have begun it, and rank 1 is gone before it has sent anything
-            name = {"one_shot": "isend", "two_shot": "all_to_all_single"}.get(mode, "all_reduce")
-            setattr(dist, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+            sends = {"one_shot": (dist.ProcessGroup, "send"), "two_shot": (dist, "all_to_all_single")}
+            setattr(*sends.get(mode, (dist, "all_reduce")), lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     start = time.monotonic()
     try:
         y = reducer.all_reduce(partial_sums(size, tokens)[rank])

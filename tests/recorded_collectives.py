@@ -18,13 +18,11 @@ _SENT = {
     "all_to_all_single": 1,
     "broadcast": 0,
     "gather": 0,
-    "isend": 0,
     "reduce": 0,
     "reduce_scatter": 1,
     "reduce_scatter_tensor": 1,
     "reduce_scatter_single": 1,
     "scatter": 0,
-    "send": 0,
     "all_gather_coalesced": 1,
     "all_reduce_coalesced": 0,
     "all_gather_object": 1,
@@ -39,6 +37,7 @@ class RecordedCollectives:
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, str]] = []
         self._real: dict[str, Any] = {}
+        self._send = dist.ProcessGroup.send
 
     def __enter__(self) -> RecordedCollectives:
         for name, position in _SENT.items():
@@ -46,19 +45,28 @@ class RecordedCollectives:
                 continue
             self._real[name] = getattr(dist, name)
             setattr(dist, name, self._recorded(name, self._real[name], position))
+
+        def send(group: dist.ProcessGroup, tensors: list[torch.Tensor], *where: int) -> dist.Work:
+            self._count("send", tensors)
+            return self._send(group, tensors, *where)
+
+        dist.ProcessGroup.send = send  # what send and isend of torch.distributed call, too
         return self
 
     def __exit__(self, *exc: object) -> None:
         for name, function in self._real.items():
             setattr(dist, name, function)
+        dist.ProcessGroup.send = self._send
+
+    def _count(self, name: str, sent: Any) -> None:
+        tensors = [t for t in (sent if isinstance(sent, list) else [sent]) if isinstance(t, torch.Tensor)]
+        dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else "object"
+        self.calls.append((name, sum(t.nbytes for t in tensors), dtype))
 
     def _recorded(self, name: str, function: Any, position: int | None) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             bound = inspect.signature(function).bind(*args, **kwargs)
-            sent = None if position is None else bound.args[position]
-            tensors = [t for t in (sent if isinstance(sent, list) else [sent]) if isinstance(t, torch.Tensor)]
-            dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else "object"
-            self.calls.append((name, sum(t.nbytes for t in tensors), dtype))
+            self._count(name, None if position is None else bound.args[position])
             return function(*args, **kwargs)
 
         return call

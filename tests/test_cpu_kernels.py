@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -233,6 +234,50 @@ def test_what_the_kernels_do_not_take_goes_to_the_reference():
     with pytest.raises((RuntimeError, ValueError)):  # one message, two ranks
         two = torch.stack([scale, scale]), torch.stack([zero_point, zero_point])
         kernels.hybrid_unpack_reduce(plan.messages(), *two, plan.order, *rest, torch.float32)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rank1", [False, True])
+def test_a_plan_that_changes_in_place(rank1):
+    """The kernels keep what they made of a plan; memory that says something else is another plan."""
+    plan = Plan([16, 2, 5, 30, 4, 68], 9, rank1, torch.bfloat16, 2)
+    kept = torch.empty(2, len(plan.order)), torch.empty(2, len(plan.order)), torch.empty_like(plan.order)
+    changes = (
+        lambda: None,
+        lambda: plan.scale[1].mul_(1.5),
+        lambda: plan.zero_point[0].sub_(1),
+        lambda: plan.order.copy_(plan.order.flip(0)),
+        lambda: setattr(plan, "tiers", [16, 2, 5, 29, 4, 69]),
+        lambda: setattr(plan, "rank1", not plan.rank1),
+    )
+    for change in changes:
+        change()
+        for own, of in zip(kept, (plan.scale, plan.zero_point, plan.order), strict=True):
+            own.copy_(of)
+        scale, zero_point, order = kept
+        how = order, plan.tiers, plan.rank1
+        for rank, x in enumerate(plan.x):
+            ours = kernels.hybrid_pack(x, scale[rank], zero_point[rank], *how)
+            assert_same_messages(ours, hybrid.pack_reference(x, *plan.qparams(rank)), plan.tiers, plan.rank1)
+        messages, all_ranks = plan.messages(), plan.qparams(slice(None))
+        ours = kernels.hybrid_unpack_reduce(messages, scale, zero_point, *how, torch.float32)
+        assert_same_bits(ours, hybrid.unpack_reduce_reference(messages, *all_ranks, torch.float32))
+
+
+@needs_compiler
+def test_plans_of_many_threads():
+    """Each with plans of its own and with shared ones, while all of them are made."""
+    plans = [Plan([16, 2, 4, 60 + number % 5], 5, True, torch.float32, 1) for number in range(40)]
+    expected = [hybrid.pack_reference(plan.x[0], *plan.qparams(0)) for plan in plans]
+
+    def work(first):
+        order = plans[first:] + plans[:first]
+        return [kernels.hybrid_pack(plan.x[0], *plan.qparams(0)) for _ in range(5) for plan in order]
+
+    with ThreadPoolExecutor(4) as threads:
+        for first, results in zip((0, 10, 20, 0), threads.map(work, (0, 10, 20, 0)), strict=True):
+            for number, ours in enumerate(results):
+                assert_same_messages(ours, expected[(number + first) % 40], plans[(number + first) % 40].tiers, True)
 
 
 @needs_compiler

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TIERS = [
     {
         *("config", "embedded", "kernels", "kernels.cpu", "kernels.exact", "kernels.gpu", "kernels.hybrid"),
-        *("kernels.packing", "kernels.reference", "kernels.triton_hybrid", "launcher_env", "preemption"),
+        *("kernels.ops", "kernels.packing", "kernels.reference", "kernels.triton_hybrid", "launcher_env", "preemption"),
     },
     {"quantizer", "agreement", "allocation", "clipping", "channels", "files", "distributed", "hf_weights", "streams"},
     {"wandb_run"},

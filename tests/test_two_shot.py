@@ -91,7 +91,7 @@ def test_a_large_message_travels_in_rounds(two_ranks, mode, pieces):
     plan = synthetic_plan(partials[:, :300], CommConfig())
     ranks = two_ranks.run(rank_cases.all_reduce, plan, partials, "plain", mode)
     hops = {"one_shot": 1, "two_shot": 2}[mode]
-    assert [name for name, _, _ in ranks[0]["calls"]] == ["isend"] * 2 * hops * pieces
+    assert [name for name, _, _ in ranks[0]["calls"]] == ["send"] * 2 * hops * pieces
     virtual = VirtualReducer(plan, mode)
     assert torch.equal(virtual.all_reduce(list(partials)), same_on_all(ranks))
     assert (virtual.traffic.bytes, virtual.traffic.values) == ranks[0]["traffic"][:2]
@@ -105,7 +105,7 @@ def test_pieces_and_rounds(request, size, mode, tokens):
     pool = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[size])
     partials, plan = partial_sums(size, tokens), calibrated(size, SCHEMES["rank1"])
     ranks = pool.run(rank_cases.all_reduce_in_rounds, plan, partials, mode, 66)
-    assert {name for rank in ranks for name, _, _ in rank["calls"]} == {"isend"}
+    assert {name for rank in ranks for name, _, _ in rank["calls"]} == {"send"}
     assert torch.equal(VirtualReducer(plan, mode).all_reduce(list(partials)), same_on_all(ranks))
     assert all(rank["input_kept"] for rank in ranks)
 
