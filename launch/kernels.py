@@ -5,9 +5,9 @@
     requantize      messages of N ranks -> the message of their sum, between the hops of two_shot
 
 Formats: `paper` (static, 1/64 in bf16, 4 bits) and `default` (rank-1, tiers of 2 to 8 bits in about the shares that
-calibration gives them, in no order). What is compared takes turns on the same tensors. Results are new tensors each
-time, as in a collective; so is the copy (clone) that `clone_share` compares with, while `copy_share` compares with a
-copy into memory that is there. Shares are of bytes read and written per second.
+calibration gives them, in no order). What is compared takes turns on the same tensors. As in a collective, `unpack`
+writes to memory that is there and all other results are new tensors; `copy_share` compares with a copy into memory that
+is there, `clone_share` with one that is new. Shares are of bytes read and written per second.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def run(config: BenchmarkKernelsConfig, logger: MetricLogger) -> dict[str, Any]:
             compiled = torch.compile(reference, dynamic=False)
             ways["compile"] = partial(compiled, *arguments)
         result = ours(*arguments)
-        result = result[0] if isinstance(result, tuple) else result
+        result = result[0] if isinstance(result, tuple) else x if op == "unpack" else result
         moved = arguments[0].nbytes + result.nbytes
         seconds = measure(ways, config.repeats)
         row = {"format": format, "op": op, "ranks": ranks, "bytes": moved, "seconds": seconds}
@@ -125,8 +125,9 @@ def cases(config: BenchmarkKernelsConfig, x: Tensor) -> Iterator[Case]:
         messages = torch.stack([kernels.hybrid_pack(*own)[0]] * most)
         for ranks in config.ranks:
             some = messages[:ranks], scale[:ranks], zero_point[:ranks], *rest
-            arguments: tuple[Any, ...] = *some, torch.bfloat16
-            yield format, "unpack", ranks, kernels.hybrid_unpack_reduce, hybrid.unpack_reduce_reference, arguments
+            arguments: tuple[Any, ...] = *some, torch.empty_like(x)
+            ours, reference = kernels.hybrid_unpack_reduce_into, hybrid.unpack_reduce_into_reference
+            yield format, "unpack", ranks, ours, reference, arguments
         for ranks in config.ranks:
             some = messages[:ranks], scale[:ranks], zero_point[:ranks], *rest
             arguments = *some, qparams[1][0][0], qparams[1][1][0], *qparams[1][2:]
