@@ -1,8 +1,8 @@
-"""Low-bit kernels: one op per function below, registered with torch.library under `megatron_lowbit::`.
+"""Low-bit kernels: ops of torch.library under `megatron_lowbit::`.
 
-torch.library is the dispatch: `hybrid`, `packing` and `reference` register the plain torch implementations for every
-device together with their fakes (shapes and dtypes for torch.compile and CUDA graphs); a faster kernel registers itself
-for its device type.
+torch.library is the dispatch: `hybrid`, `exact`, `packing` and `reference` register the plain torch implementations for
+every device together with their fakes (shapes and dtypes for torch.compile and CUDA graphs); a faster kernel registers
+itself for its device type (`cpu`, `gpu`).
 """
 
 from megatron_lowbit.kernels import cpu as cpu  # registers its kernels

@@ -46,7 +46,7 @@ from megatron_lowbit.kernels.hybrid import (
     requantize_reference,
     unpack_reduce_reference,
 )
-from megatron_lowbit.kernels.ops import kernel
+from megatron_lowbit.kernels.ops import kernel, written
 
 logger = logging.getLogger("megatron_lowbit")
 
@@ -123,7 +123,7 @@ def _unpack_reduce(
             *(out.data_ptr(), _DTYPES[out.dtype], torch.get_num_threads()),
         )
         if not not_valid:
-            return
+            return written(out)
     out.copy_(unpack_reduce_reference(messages, scale, zero_point, order, tiers, rank1, out.dtype))
 
 

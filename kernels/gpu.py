@@ -25,7 +25,7 @@ from megatron_lowbit.kernels.hybrid import (
     requantize_reference,
     unpack_reduce_reference,
 )
-from megatron_lowbit.kernels.ops import kernel
+from megatron_lowbit.kernels.ops import kernel, written
 
 logger = logging.getLogger("megatron_lowbit")
 
@@ -88,6 +88,7 @@ def _unpack_reduce(
         return
     with torch.cuda.device(messages.device):
         kernels.unpack_reduce(_rows(messages), *_plain(scale, zero_point, order), tiers, rank1, out)
+    written(out)
 
 
 @kernel(hybrid_unpack_reduce_requantize, "cuda")

@@ -40,8 +40,8 @@ from megatron_lowbit.drift import DriftGuard
 from megatron_lowbit.exact_sum import ExactSum
 from megatron_lowbit.exchange import Arrival, Exchange
 
-MOST_PIECES = 8  # of a message, so that a CPU packs and adds one up while others are on their way
-PIECE_VALUES = 2**19  # from one rank to another: 256 KiB of 4 bits. Smaller ones lose more to latency than they hide
+MOST_PIECES = 4  # of a message, so that a CPU packs and adds one up while others are on their way
+PIECE_VALUES = 2**20  # from one rank to another: 512 KiB of 4 bits. Smaller ones cost more than they hide
 LOW_BIT: tuple[CommMode, ...] = ("one_shot", "two_shot", "exact_sum", "auto")
 
 

@@ -288,6 +288,9 @@ def test_registered_ops():
     torch.library.opcheck(kernels.hybrid_pack, (plan.x[0], *plan.qparams(0)), test_utils=checks)
     into = messages, *all_ranks, torch.empty(messages.shape[1], len(plan.order), dtype=torch.bfloat16)
     torch.library.opcheck(kernels.hybrid_unpack_reduce_into, into, test_utils=checks)
+    version = into[-1]._version
+    kernels.hybrid_unpack_reduce_into(*into)
+    assert into[-1]._version == version + 1, "autograd has to know that it was overwritten"
     encoded = plan.x[0], plan.scale[0], plan.scale[0], 63, 16
     torch.library.opcheck(kernels.exact_encode, encoded, test_utils=checks)
     decoded = kernels.exact_encode(*encoded)[0], plan.scale[0], plan.scale[0], 16, torch.bfloat16

@@ -86,8 +86,8 @@ def test_both_hops_round_by_half_a_step(size, request):
 
 @pytest.mark.parametrize(("mode", "pieces"), [("one_shot", 2), ("two_shot", 1)])
 def test_a_large_message_travels_in_rounds(two_ranks, mode, pieces):
-    """16001 x 66 values: of 8002 and 7999 tokens in one_shot. The result and the bytes are those of one message."""
-    partials = partial_sums(2, 16001)
+    """32001 x 66 values: of 16002 and 15999 tokens in one_shot. The result and the bytes are those of one message."""
+    partials = partial_sums(2, 32001)
     plan = synthetic_plan(partials[:, :300], CommConfig())
     ranks = two_ranks.run(rank_cases.all_reduce, plan, partials, "plain", mode)
     hops = {"one_shot": 1, "two_shot": 2}[mode]
