@@ -37,7 +37,7 @@ class RecordedCollectives:
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, str]] = []
         self._real: dict[str, Any] = {}
-        self._send = dist.ProcessGroup.send
+        self._send = vars(dist.ProcessGroup)["send"]  # as it is in the class: what getattr gives would not be a method
 
     def __enter__(self) -> RecordedCollectives:
         for name, position in _SENT.items():
@@ -48,7 +48,7 @@ class RecordedCollectives:
 
         def send(group: dist.ProcessGroup, tensors: list[torch.Tensor], *where: int) -> dist.Work:
             self._count("send", tensors)
-            return self._send(group, tensors, *where)
+            return self._send.__get__(group)(tensors, *where)
 
         dist.ProcessGroup.send = send  # what send and isend of torch.distributed call, too
         return self
