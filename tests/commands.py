@@ -59,7 +59,7 @@ def started(*argv: object, **environment: str) -> Iterator[subprocess.Popen[str]
         process.communicate()
 
 
-def run_there(*argv: object, timeout: float = 150, **environment: str) -> tuple[int, str, str]:
+def run_there(*argv: object, timeout: float = 300, **environment: str) -> tuple[int, str, str]:
     """(exit code, standard output, standard error) of a whole command line."""
     with started(*argv, **environment) as process:
         stdout, stderr = process.communicate(timeout=timeout)

@@ -131,7 +131,7 @@ class Jobs:
         return found
 
     def wait_for_group(self, output: Path, least: int = 1) -> None:
-        self.lab.wait(lambda: (done(output) or 0) >= least, 90, f"state of {least} groups in {output}\n{self.log()}")
+        self.lab.wait(lambda: (done(output) or 0) >= least, 240, f"state of {least} groups in {output}\n{self.log()}")
 
 
 def quantize(model: Path, output: Path, *more: str) -> dict:
