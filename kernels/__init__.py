@@ -1,6 +1,6 @@
-"""Low-bit kernels: ops of torch.library under `megatron_lowbit::`.
+"""Low-bit kernels: ops of PyTorch in the namespace `megatron_lowbit`.
 
-torch.library is the dispatch: `hybrid`, `exact`, `packing` and `reference` register the plain torch implementations for
+PyTorch's dispatcher chooses: `hybrid`, `exact`, `packing` and `reference` register the plain torch implementations for
 every device together with their fakes (shapes and dtypes for torch.compile and CUDA graphs); a faster kernel registers
 itself for its device type (`cpu`, `gpu`).
 """

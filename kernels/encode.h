@@ -17,7 +17,7 @@ class Encoder {
   using Word = typename Type::Word;
   const Layout layout;
 
-  explicit Encoder(const LowbitFormat& format, int64_t /*ranks*/ = 1)
+  explicit Encoder(const LowbitFormat& format, int64_t /*ranks*/)
       : layout(format),
         runs_(layout, false),
         qparams_(4 * padded(layout.features)),

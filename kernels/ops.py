@@ -1,4 +1,4 @@
-"""Ops of torch.library for calls of a few microseconds.
+"""Ops of PyTorch for calls of a few microseconds.
 
 custom_op does more at every call, 70 microseconds of it before a token is packed and 110 where an op writes to an
 argument, against 10 here (measured around the CPU kernels): its backward raises, where here it warns and has no
@@ -11,27 +11,28 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import library
 
 
 def define(name: str, reference: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Any:
     """The op megatron_lowbit::<name>, which is `reference` where no kernel is registered."""
     qualified = f"megatron_lowbit::{name}"
-    schema = torch.library.infer_schema(reference, mutates_args=mutates_args)
-    torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(qualified, "default", reference)
+    schema = library.infer_schema(reference, mutates_args=mutates_args)
+    library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
+    library.impl(qualified, "default", reference)
     return getattr(torch.ops.megatron_lowbit, name).default
 
 
 def fake(op: Any) -> Callable[..., Any]:
     """Decorates what makes its results' shapes and dtypes, for torch.compile and CUDA graphs."""
-    return torch.library.register_fake(op.name())
+    return library.register_fake(op.name())
 
 
 def kernel(op: Any, device: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates its kernel for a type of device, which torch.compile does not look into."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        torch.library.register_kernel(op.name(), device, function)
+        library.register_kernel(op.name(), device, function)
         return function
 
     return register

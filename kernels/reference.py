@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 from torch.nn import functional as F
 
 from megatron_lowbit.kernels.packing import unpack_bits
@@ -37,7 +38,7 @@ def reassemble(x: Tensor, src_idx: Tensor, dst_idx: Tensor, coefficient: Tensor,
     return gathered.to(x.dtype)
 
 
-@torch.library.custom_op("megatron_lowbit::quant_linear", mutates_args=())
+@custom_op("megatron_lowbit::quant_linear", mutates_args=())
 def quant_linear(
     x: Tensor,
     x_scale: Tensor | None,

@@ -58,6 +58,7 @@ def work(ranks: int, folder: Path, config: BenchmarkCollectivesConfig, rank: int
         rows = measure_cell(config, size, group, costs)
         if rank == 0:
             write_json(folder / f"{number}.json", {"rows": rows})
+    dist.barrier()  # so that gloo's threads have let go of the last tensors before Python ends
     dist.destroy_process_group()
 
 
@@ -176,8 +177,8 @@ def _sqnr(reference: Tensor, result: Tensor) -> float:
 def cell_limit(config: BenchmarkCollectivesConfig, ranks: int, size: int) -> float:
     """Seconds after which a cell has hung, generously: float32 in a ring is the slowest, and cores are shared."""
     speed = 1e8 if config.rate is None else min(1e8, bits_per_second(config.rate) / 8)
-    slowest = 2 * 2 * size / speed + 0.01 * ranks
-    return 60 + 3 * config.cell_seconds + 5 * (LEAST_ROUNDS + 2) * len(config.algorithms) * slowest
+    longest = 2 * 2 * size / speed + 0.01 * ranks
+    return 60 + 3 * config.cell_seconds + 5 * (LEAST_ROUNDS + 2) * len(config.algorithms) * longest
 
 
 def start_limit(config: BenchmarkCollectivesConfig, ranks: int) -> float:

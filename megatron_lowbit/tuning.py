@@ -38,12 +38,11 @@ def measure_costs(group: dist.ProcessGroup, plan: SitePlan, sizes: Sequence[int]
     sizes: bytes of the bf16 tensor, rounded down to whole tokens, at least one.
     """
     features = len(plan.first.bits)
-    where = device() if "nccl" in dist.get_backend(group) else torch.device("cpu")
     modes = [mode for mode in TUNED if mode != "two_shot" or plan.second is not None]
     reducers = {mode: HybridReducer(plan, group, mode) for mode in modes}
     rows: dict[str, list[tuple[int, float]]] = {mode: [] for mode in modes}
     for tokens in sorted({max(1, size // (2 * features)) for size in sizes}, reverse=True):
-        x = typical(plan.first, tokens).bfloat16().to(where)
+        x = typical(plan.first, tokens).bfloat16().to(_where(group))
         inputs = dict.fromkeys(modes, x)
         warm = slowest([one_round(reducers, n, inputs, group) for n in range(WARM_UP)], group)
         count = min(ROUNDS[1], max(ROUNDS[0], int(SECONDS / sum(warm[-1]))))  # decided once, for all ranks alike
@@ -82,10 +81,14 @@ def one_round(
 
 def slowest(rounds: list[list[float]], group: dist.ProcessGroup) -> list[list[float]]:
     """Of all ranks; the same on all of them."""
-    where = device() if "nccl" in dist.get_backend(group) else torch.device("cpu")
-    times = torch.tensor(rounds, dtype=torch.float64, device=where)
+    times = torch.tensor(rounds, dtype=torch.float64, device=_where(group))
     dist.all_reduce(times, dist.ReduceOp.MAX, group)
     return times.tolist()
+
+
+def _where(group: dist.ProcessGroup) -> torch.device:
+    """What the group sends tensors of."""
+    return device() if "nccl" in dist.get_backend(group) else torch.device("cpu")
 
 
 def _wait(x: Tensor) -> None:
