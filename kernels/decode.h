@@ -25,8 +25,8 @@ class Decoder {
       for (const Tier& tier : layout.tiers)
         for (int64_t i = 0; i < tier.count; ++i) {
           float* at = qparams(tier.slot + i / kBlock * kBlock, r) + Unpacker::place(i % kBlock);
-          float scale = quiet(format.scale[r * layout.features + tier.feature + i]);
-          float zero = quiet(format.zero_point[r * layout.features + tier.feature + i]);
+          int64_t feature = r * layout.features + layout.order[tier.feature + i];
+          float scale = quiet(format.scale[feature]), zero = quiet(format.zero_point[feature]);
           at[0] = scale, at[kBlock] = zero;
           // A value of at least 2^-25 and a zero of at least 2^-29 are multiples of 2^-52, and so is their difference;
           // times 2^-50 that is 0 or a multiple of 2^-126, the smallest normal number, as then all sums are.
@@ -43,7 +43,7 @@ class Decoder {
     struct Codes {
       Floats table[kTable];
       const uint8_t* from;
-      float middle, step;
+      float middle, span, scale;
     };
     Buffer<Word> sums;
     std::vector<Codes> codes;
@@ -111,11 +111,11 @@ class Decoder {
         const uint8_t* row = messages + r * rank_stride + t * row_stride;
         auto& own = codes[r * T + t];
         own.from = row + tier.byte;
-        own.middle = layout.rank1 ? tier.largest() / 2 : 0.0f;
-        own.step = layout.rank1 ? header_scale(row[0]) * static_cast<float>(tier.code_span()) : 1.0f;
+        own.middle = tier.largest() / 2, own.span = static_cast<float>(tier.code_span());
+        if (layout.rank1) own.scale = header_scale(row[0]);
         if (kLookup != Lookup::kNone)
           for (int i = 0; i < kTable; ++i)  // again and again: the bits above a code are its neighbours'
-            own.table[i] = (to_floats((iota<Lanes>() + i * kLanes) & largest) - own.middle) * own.step;
+            own.table[i] = decoded((iota<Lanes>() + i * kLanes) & largest, own);
       }
     for (int64_t block = 0; block < tier.count; block += kBlock) {
       int64_t at = block / 8 * tier.bits;
@@ -144,15 +144,23 @@ class Decoder {
     }
   }
 
+  // v^ of codes.
+  INLINE Floats decoded(Lanes codes, const typename Scratch::Codes& own) const {
+    Floats value = to_floats(codes);
+    if (!layout.rank1) return value;
+    value = (value - own.middle) * own.span;
+    return (value - clip(value * 0.5f, kKnee)) * own.scale;
+  }
+
   template <Lookup kLookup>
-  static INLINE Floats value(Lanes codes, Lanes mask, const typename Scratch::Codes& own) {
+  INLINE Floats value(Lanes codes, Lanes mask, const typename Scratch::Codes& own) const {
 #ifdef LOWBIT_AVX512
     const Floats* table = own.table;
     if (kLookup == Lookup::kSmall) return (Floats)_mm512_permutexvar_ps((__m512i)codes, (__m512)table[0]);
     if (kLookup == Lookup::kMedium)
       return (Floats)_mm512_permutex2var_ps((__m512)table[0], (__m512i)codes, (__m512)table[1]);
 #endif
-    return (to_floats(codes & mask) - splat(own.middle)) * splat(own.step);
+    return decoded(codes & mask, own);
   }
 
   // Sums in wire order to rows.

@@ -30,8 +30,8 @@ class Encoder {
         if (tier.bits == 16) continue;  // makes codes that nobody reads
         int64_t f = layout.order[i], block = f / kBlock * kBlock, place = Type::place(f % kBlock);
         float* at = qparams_.get() + 4 * block + place;
-        at[kInverse] = quiet(1.0f / format.scale[i]);
-        at[kZero] = quiet(format.zero_point[i]);
+        at[kInverse] = quiet(1.0f / format.scale[f]);
+        at[kZero] = quiet(format.zero_point[f]);
         at[kPerStep] = static_cast<float>(1 / tier.code_span());
         at[kMiddle] = tier.largest() / 2;
         limit_.get()[block + limit_place(place)] = static_cast<Limit>(tier.largest());
@@ -49,9 +49,13 @@ class Encoder {
 
   struct Scratch {
     explicit Scratch(const Layout& layout)
-        : codes(kTokens * layout.slots), row(kTokens * padded(layout.features)), ends(kTokens * kBlock) {}
+        : codes(kTokens * layout.slots),
+          row(kTokens * padded(layout.features)),
+          ends(kTokens * kBlock),
+          groups(kTokens * padded(layout.features) / kBlock + kLanes) {}
     Buffer<uint8_t> codes, row;  // in the slots of the tiers, and in the row's order
     Buffer<Word> ends;
+    Buffer<uint32_t> groups;  // largest |v|, as bits: of T tokens' first 64 features, of the next, and so on
   };
 
   // T rows to T messages; returns how many values saturated. The next rows are `ahead` values behind these.
@@ -68,14 +72,14 @@ class Encoder {
       tokens[t].row = scratch.row.get() + t * padded(layout.features);
     }
     if (layout.rank1) {
-      scales<T>(tokens, ahead);
+      scales<T>(tokens, ahead, scratch.groups.get());
       codes<T, true, kQuick>(tokens, 0);
     } else {
       codes<T, false, kQuick>(tokens, ahead);
       for (int t = 0; !kQuick && t < T; ++t) tokens[t].odd = holds_broken(tokens[t]);
     }
     for (int t = 0; t < T; ++t) {
-      if (__builtin_expect(tokens[t].odd, 0)) again(tokens[t]);
+      if (__builtin_expect(tokens[t].odd, 0)) again(tokens[t], scratch.groups.get());
       saturated += tokens[t].saturated;
       write(tokens[t], out[t]);
     }
@@ -92,11 +96,12 @@ class Encoder {
     uint8_t header = 0;
     bool odd = false;  // to be done again: may hold NaN or Inf
     bool broken = false;
+    bool far = false;   // may hold a value far out
     float inverse = 0;  // of its scale
     int64_t saturated = 0;
     const Word* block(int64_t from) const { return from < whole ? words + from : end; }
-    void set_scale(float largest) {
-      header = scale_header(largest);
+    void set_scale(uint8_t of_header) {
+      header = of_header;
       float scale = header_scale(header);
       inverse = scale > 0 ? 1.0f / scale : 0.0f;
     }
@@ -114,8 +119,7 @@ class Encoder {
 
   // The tokens' rank-1 scales, and how many values lie far out.
   template <int T>
-  void scales(Token* tokens, int64_t ahead) const {
-    Lanes most[T] = {};
+  void scales(Token* tokens, int64_t ahead, uint32_t* groups) const {
     for (int64_t from = 0; from < layout.features; from += kBlock) {
       const float* qparams = qparams_.get() + 4 * from;
       const Word* block[T];
@@ -123,34 +127,59 @@ class Encoder {
         block[t] = tokens[t].block(from);
         if (ahead) fetch_block(block[t] + ahead);
       }
+      Lanes most[T] = {};
       each<kVectors>([&](auto v) INLINE {
         Floats inverse = load<Floats>(qparams + kInverse + v * kLanes), zero = load<Floats>(qparams + kZero + v * kLanes);
         each<T>([&](auto t) INLINE {
-          most[t] = larger_magnitude(normed<v.value>(block[t], inverse, zero), most[t]);
+          most[t] = larger_magnitude(normed<v.value>(block[t], inverse, zero), most[t]);  // of bf16 features times 0
         });
       });
+      store_largest<T>(most, groups + from / kBlock * T);
     }
+    set_scales<T>(tokens, groups);
     for (int t = 0; t < T; ++t) {
-      float largest = as_float(largest_lane(most[t]));  // the features in bf16 are there times 0
-      tokens[t].odd = !std::isfinite(largest);
-      if (!(largest <= kFar)) tokens[t].saturated = count_far(tokens[t], &largest);
-      tokens[t].set_scale(largest);
+      tokens[t].odd = tokens[t].header == kBroken;
+      if (__builtin_expect(tokens[t].far, 0)) tokens[t].saturated = measure(tokens[t], nullptr);
     }
   }
 
-  // The same for one token of which some values are far out or broken, and the largest of the coded ones.
-  int64_t count_far(const Token& token, float* largest) const {
+  // token_header of hybrid.py, and whether a value lies far out.
+  template <int T>
+  void set_scales(Token* tokens, uint32_t* groups) const {
+    static_assert(kLanes % T == 0);
+    const int64_t count = padded(layout.features) / kBlock * T;
+    std::memset(groups + count, 0, kLanes * sizeof *groups);
+    Lanes largest = {}, most = {}, sum = {}, given = {};
+    for (int64_t i = 0; i < count; i += kLanes) {  // token t has every T-th
+      Lanes bits = load<Lanes>(groups + i), headers = scale_headers(bits);
+      largest = larger(largest, bits), most = larger(most, headers);
+      sum += headers, given -= (Lanes)(headers != 0);
+    }
+    for (int t = 0; t < T; ++t) {
+      uint32_t far = 0, high = 0, total = 0, some = 0;
+      for (int i = t; i < kLanes; i += T) {
+        far = std::max(far, largest[i]), high = std::max(high, most[i]);
+        total += sum[i], some += given[i];
+      }
+      uint32_t mean = some ? (2 * total + some) / (2 * some) : 0;
+      uint32_t least = high > layout.headroom ? high - layout.headroom : 0;
+      tokens[t].far = far > as_bits(kFar);
+      tokens[t].set_scale(static_cast<uint8_t>(high == kBroken ? kBroken : std::max(mean, least)));
+    }
+  }
+
+  // One by one, of a token whose values may be anything: returns how many lie far out, and fills `groups` if not null.
+  int64_t measure(const Token& token, uint32_t* groups) const {
     int64_t far = 0;
-    uint32_t most = 0;
+    if (groups) std::memset(groups, 0, padded(layout.features) / kBlock * sizeof *groups);
     for (const Tier& tier : layout.tiers)
       for (int64_t i = tier.feature; tier.bits < 16 && i < tier.feature + tier.count; ++i) {
         int64_t f = layout.order[i], block = f / kBlock * kBlock;
         const float* at = qparams_.get() + 4 * block + Type::place(f % kBlock);
         float v = std::fabs(Type::value(token.words[f]) * at[kInverse] + at[kZero]);
         far += !(v <= kFar);
-        most = as_bits(v) > most ? as_bits(v) : most;
+        if (groups) groups[f / kBlock] = std::max(groups[f / kBlock], as_bits(v));  // of NaN above all others
       }
-    *largest = as_float(most);
     return far;
   }
 
@@ -161,13 +190,13 @@ class Encoder {
   }
 
   // A token whose values may be anything.
-  void again(Token& token) const {
+  void again(Token& token, uint32_t* groups) const {
     token.broken = holds_broken(token);
     token.saturated = 0;
     if (layout.rank1) {
-      float largest;
-      token.saturated = count_far(token, &largest);
-      token.set_scale(token.broken ? std::numeric_limits<float>::infinity() : largest);
+      token.saturated = measure(token, groups);
+      set_scales<1>(&token, groups);
+      if (token.broken) token.set_scale(kBroken);
       codes<1, true, false>(&token, 0);
     } else {
       token.header = token.broken;
@@ -197,7 +226,10 @@ class Encoder {
         Floats inverse = own(kInverse), zero = own(kZero), per_step = own(kPerStep), middle = own(kMiddle);
         each<T>([&](auto t) INLINE {
           Floats value = normed<v.value>(block[t], inverse, zero);
-          if (kRank1) value = value * (scale[t] * per_step) + middle;
+          if (kRank1) {
+            value = value * scale[t];
+            value = (value + clip(value, kKnee)) * per_step + middle;
+          }
           codes[t][v] = round<quick>(value);
           // Of two vectors at once; four of each token are more than there are registers.
           if (v % 2) pair<quick>(codes[t] + v - 1, from + v / 2 * 32, kRank1 ? nullptr : saturated + t, least[t]);

@@ -4,7 +4,7 @@
 
 #include "vectors.h"
 
-// Mirrored by the ctypes structure in cpu.py. scale, zero_point: [ranks, features] in wire order.
+// Mirrored by the ctypes structure in cpu.py. scale, zero_point: [ranks, features], features in their own order.
 struct LowbitFormat {
   const float* scale;
   const float* zero_point;
@@ -21,21 +21,23 @@ constexpr uint16_t kBf16NaN = 0xffff;  // the one that torch's vectorized cast m
 constexpr uint8_t kBroken = 255;       // header of a rank-1 token that holds NaN or Inf
 constexpr float kFar = 16.0f;          // standard deviations beyond which a rank-1 value counts as saturated
 
-// By bits: how much of a rank-1 token's scale its codes span.
-constexpr double kLoading[] = {0, 0, 0.65, 0.8, 0.88, 0.95, 1.05, 1.1, 1.1};
+// By bits: where a rank-1 token's codes end, and where their steps double.
+constexpr double kLoading[] = {0, 0, 1.1, 1.5, 1.6, 1.7, 1.9, 2.0, 2.2};
+constexpr float kKnee = 0.6f;
 
 // Mantissa bits of 2^(i / 8), and of the thresholds between them.
 constexpr uint32_t kMantissas[] = {0, 759234, 1587184, 2490071, 3474675, 4548394, 5719293, 6996167};
 constexpr uint32_t kThresholds[] = {371396, 1164244, 2028851, 2971711, 3999908, 5121165, 6343903, 7677310};
 
-// The largest |v| of a rank-1 token -> the byte of the nearest scale 2^(j / 8), which is j + 128.
-inline uint8_t scale_header(float largest) {
-  if (!std::isfinite(largest)) return kBroken;
-  if (largest == 0) return 0;
-  uint32_t bits = as_bits(largest);
-  int j = 8 * (static_cast<int>(bits >> 23) - 127);
-  for (uint32_t threshold : kThresholds) j += (bits & 0x7fffff) >= threshold;
-  return static_cast<uint8_t>((j < -127 ? -127 : j > 126 ? 126 : j) + 128);
+// Largest magnitudes, as bits of floats, -> the bytes of the nearest scales 2^(j / 8), which are j + 128.
+inline Lanes scale_headers(Lanes largest) {
+  Lanes mantissa = largest & 0x7fffffu, exponent = largest >> 23;
+  Lanes j = 8 * exponent;  // 8 * 127 + 128 too much, to stay positive
+  for (uint32_t threshold : kThresholds) j -= (Lanes)(mantissa >= threshold);  // true is -1
+  constexpr uint32_t kOffset = 8 * 127 - 128, kLeast = kOffset + 1, kMost = kOffset + 254;
+  j = (j < kLeast ? Lanes{} + kLeast : j > kMost ? Lanes{} + kMost : j) - kOffset;
+  j = largest == 0 ? Lanes{} : j;
+  return largest >= 0x7f800000u ? Lanes{} + kBroken : j;
 }
 
 inline float header_scale(uint8_t header) {
@@ -65,6 +67,7 @@ inline int64_t packed_bytes(int64_t count, int bits) {
 struct Layout {
   std::vector<Tier> tiers;
   int64_t features, header, row_bytes, slots = 0;
+  uint32_t headroom;  // of the largest header of a rank-1 token's groups above that of its scale
   const int64_t* order;
   bool rank1, ascending = true;  // ascending: the features of every tier
 
@@ -74,14 +77,16 @@ struct Layout {
     for (int64_t i = 0; i < format.num_tiers; ++i) bf16 |= format.tiers[2 * i] == 16;
     header = rank1 || !bf16;
     row_bytes = header;
-    int64_t feature = 0;
+    int64_t feature = 0, coded = features;
     for (int64_t i = 0; i < format.num_tiers; ++i) {
       int bits = static_cast<int>(format.tiers[2 * i]);
       int64_t count = format.tiers[2 * i + 1], size = bits == 16 ? 2 * count : packed_bytes(count, bits);
       if (count) tiers.push_back({bits, count, feature, slots, row_bytes, size});
       for (int64_t f = feature + 1; f < feature + count; ++f) ascending &= order[f - 1] < order[f];
       feature += count, slots += padded(count) + kBlock, row_bytes += size;
+      if (bits == 16) coded -= count;
     }
+    headroom = static_cast<uint32_t>(std::floor(8 * std::log2(1 + coded / 1280.0)));
   }
 };
 

@@ -12,16 +12,23 @@ x^ = (v^ - zero_f) scale_f; L = 2^b - 1 is a tier's largest code:
 
 static   code = clamp(round(v)), v^ = code                      scale_f, zero_f: the feature's calibrated range
          header: none where a tier is bf16, which carries a NaN; else one byte, 1 for a token that holds NaN or Inf.
-rank-1   code = clamp(round(v (1 / s_t) (L / 2 a_b) + L / 2)), v^ = (code - L / 2) (s_t (2 a_b / L))
-         scale_f: the feature's calibrated standard deviation, zero_f: minus its mean over that; s_t: max |v| of the
-         token over the features that are not bf16, rounded to the nearest 2^(j / 8), so that a header of one byte,
-         j + 128, says it. 0: s_t = 0; 255: the token holds NaN or Inf.
-         a_b = LOADING[b]: how much of s_t the codes span. Few codes lose less by clipping the rare large values than
-         by a wider step (measured on partial sums of two models; the optimum is flat).
+rank-1   u = v (1 / s_t), w = u + clip(u, K); code = clamp(round(w (L / 2 a_b) + L / 2))
+         w^ = (code - L / 2) (2 a_b / L), u^ = w^ - clip(w^ / 2, K), v^ = u^ s_t        clip(u, K) = clamp(u, -K, K)
+         scale_f: the feature's calibrated standard deviation, zero_f: minus its mean over that; s_t: the token's own
+         size, 2^(j / 8), so that a header of one byte, j + 128, says it. 0: s_t = 0; 255: it holds NaN or Inf.
+
+The size s_t is the geometric mean of the largest |v| of every GROUP neighbouring features. The largest of all would
+grow with their number and with every outlier: 4096 Gaussian values have 20.0 dB in 4 bits with the mean, 18.4 with the
+largest; Laplacian ones 16.7 and 13.9. A lone large value still has its say: of n coded features s_t is at least the
+largest |v| / (1 + n / 1280), about where clipping that one costs as much as the wider step costs all others.
+
+Beyond K a step is twice as wide, since large values are rare: the slopes 2 and 1 of u -> w are all that is left of the
+companding that is best for them. a_b = LOADING[b] is where the codes end. (K and a_b: of least error on partial sums of
+two models, Gaussian and Laplacian ones; the optimum is flat.)
 
 Arithmetic is float32, multiplying by reciprocals, one operation at a time (no fused multiply-add), rounding half to
-even: so that every backend makes the same codes and the same sums. A token with NaN or Inf comes out as NaN in its
-bf16 features (static), or in all features (rank-1, or with the header byte).
+even, and a token's size is found in integers: so every backend makes the same codes and the same sums. A token with NaN
+or Inf comes out as NaN in its bf16 features (static), or in all features (rank-1, or with the header byte).
 """
 
 from __future__ import annotations
@@ -36,7 +43,9 @@ from megatron_lowbit.kernels.ops import define, fake
 from megatron_lowbit.kernels.packing import pack_bits, packed_bytes, unpack_bits
 
 BF16_BITS = 16
-LOADING = {2: 0.65, 3: 0.8, 4: 0.88, 5: 0.95, 6: 1.05, 7: 1.1, 8: 1.1}
+LOADING = {2: 1.1, 3: 1.5, 4: 1.6, 5: 1.7, 6: 1.9, 7: 2.0, 8: 2.2}
+KNEE = 0.6
+GROUP = 64
 OCTAVE = 8  # scales of a token from one power of 2 to the next
 BROKEN = 255  # header of a token that holds NaN or Inf
 FAR = 16.0  # calibrated standard deviations, beyond which a value of a rank-1 tier counts as saturated
@@ -61,8 +70,13 @@ def header_bytes(tiers: Sequence[int], rank1: bool) -> int:
 
 
 def code_span(bits: int) -> float:
-    """2 a_b / L: the step of a token's codes as a share of its scale."""
+    """2 a_b / L: the step of a token's codes in w."""
     return 2 * LOADING[bits] / (2**bits - 1)
+
+
+def headroom(coded: int) -> int:
+    """8 log2 of how many times s_t the largest |v| of so many coded features may be."""
+    return math.floor(OCTAVE * math.log2(1 + coded / 1280))
 
 
 def scale_header(largest: Tensor) -> Tensor:
@@ -73,6 +87,18 @@ def scale_header(largest: Tensor) -> Tensor:
     header = (OCTAVE * ((bits >> 23) - 127) + eighth).clamp_(-127, 126) + 128
     header = torch.where(largest > 0, header, 0)
     return torch.where(torch.isfinite(largest), header, BROKEN).to(torch.uint8)
+
+
+def token_header(size: Tensor, coded: int) -> Tensor:
+    """float32 |v| [tokens, E] in the features' own order, 0 for those in bf16 -> uint8 [tokens, 1], the header of s_t.
+
+    Groups of zeros have no say. The mean of their headers is rounded half up.
+    """
+    groups = torch.nn.functional.pad(size, (0, -size.shape[1] % GROUP)).unflatten(1, (-1, GROUP)).amax(2)
+    header = scale_header(groups).int()
+    largest, count = header.amax(1, keepdim=True), (header > 0).sum(1, keepdim=True)
+    mean = (2 * header.sum(1, keepdim=True) + count) // (2 * count.clamp_min(1))
+    return torch.where(largest == BROKEN, BROKEN, torch.maximum(mean, largest - headroom(coded))).to(torch.uint8)
 
 
 def header_scale(header: Tensor) -> Tensor:
@@ -93,35 +119,34 @@ def pack_reference(
 ) -> tuple[Tensor, Tensor]:
     """Encode one rank's partial sums.
 
-    x: float [tokens, E]; order: int64 [E]; scale, zero_point: float32 [E] in wire order (those of bf16 features are
-    not read). Returns (uint8 [tokens, hybrid_row_bytes(tiers, rank1)], int64 [1]: values that lay beyond their static
+    x: float [tokens, E]; scale, zero_point: float32 [E] in the features' own order, inf and 0 for those in bf16; order:
+    int64 [E]. Returns (uint8 [tokens, hybrid_row_bytes(tiers, rank1)], int64 [1]: values that lay beyond their static
     range by more than half a step (rank-1: more than FAR standard deviations from their mean), or were NaN).
     """
-    tokens = x.shape[0]
-    values = x.index_select(1, order).float()
+    values = x.float()
     broken = (0 * values).sum(1, keepdim=True)  # NaN for a token that holds NaN or Inf, else 0
     parts: list[Tensor] = []
-    inverse = values
     normed = values * scale.reciprocal() + zero_point
     saturated = torch.zeros(1, dtype=torch.int64, device=x.device)
+    inverse = broken
     if rank1:
         first_code = sum(count for bits, _, count, _, _ in tier_slices(tiers) if bits == BF16_BITS)
-        ranged = normed[:, first_code:].abs()
-        saturated += (~(ranged <= FAR)).sum()
-        largest = ranged.amax(1, keepdim=True) if ranged.shape[1] else ranged.new_zeros(tokens, 1)
-        parts.append(scale_header(largest + broken))
+        size = normed.abs().index_fill(1, order[:first_code], 0.0)
+        saturated += (~(size <= FAR)).sum()
+        parts.append(token_header(size + broken, len(order) - first_code))
         token_scale = header_scale(parts[0])
         inverse = torch.where(token_scale > 0, token_scale.reciprocal(), 0.0)
     elif header_bytes(tiers, rank1):
         parts.append(broken.isnan().to(torch.uint8))
     for bits, first, count, _, _ in tier_slices(tiers):
-        here = slice(first, first + count)
+        here = order[first : first + count]
         if bits == BF16_BITS:
             parts.append((values[:, here] + broken).to(torch.bfloat16).view(torch.uint8))
             continue
         top = 2**bits - 1
         if rank1:
-            codes = torch.round(normed[:, here] * (inverse * (1 / code_span(bits))) + top / 2)
+            u = normed[:, here] * inverse
+            codes = torch.round((u + u.clamp(-KNEE, KNEE)) * (1 / code_span(bits)) + top / 2)
         else:
             codes = torch.round(normed[:, here])
             saturated += (~((codes >= 0) & (codes <= top))).sum()
@@ -149,12 +174,12 @@ def unpack_reduce_reference(
 ) -> Tensor:
     """Decode the messages of N ranks and sum them in rank order, so that every rank ends with the same bits.
 
-    messages: uint8 [N, tokens, row_bytes]; scale, zero_point: float32 [N, E] in wire order, each sender's.
+    messages: uint8 [N, tokens, row_bytes]; scale, zero_point: float32 [N, E] in the features' own order, each sender's.
     Returns [tokens, E] in `dtype`, features in their own order; the sum is float32.
     """
     tokens, header = messages.shape[1], header_bytes(tiers, rank1)
     total = scale.new_zeros(tokens, order.shape[0])
-    for message, rank_scale, rank_zero in zip(messages, scale, zero_point, strict=True):
+    for message, rank_scale, rank_zero in zip(messages, scale[:, order], zero_point[:, order], strict=True):
         token_scale = header_scale(message[:, :1]) if rank1 else total
         for bits, first, count, byte, size in tier_slices(tiers):
             here, sent = slice(first, first + count), message[:, header + byte : header + byte + size]
@@ -163,7 +188,8 @@ def unpack_reduce_reference(
                 continue
             codes = unpack_bits(sent, bits, count).float()
             if rank1:
-                codes = (codes - (2**bits - 1) / 2) * (token_scale * code_span(bits))
+                w = (codes - (2**bits - 1) / 2) * code_span(bits)
+                codes = (w - (w * 0.5).clamp(-KNEE, KNEE)) * token_scale
             total[:, here] += (codes - rank_zero[here]) * rank_scale[here]
         if header and not rank1:
             total += torch.where(message[:, :1] == 0, 0.0, torch.nan)
@@ -222,7 +248,7 @@ def requantize_reference(
 ) -> tuple[Tensor, Tensor]:
     """hybrid_unpack_reduce in float32, then hybrid_pack with the qparams of the sum: between the hops of two_shot.
 
-    second_scale, second_zero_point: float32 [E] in second_order. Returns what hybrid_pack does.
+    Returns what hybrid_pack does.
     """
     total = unpack_reduce_reference(messages, scale, zero_point, order, tiers, rank1, torch.float32)
     return pack_reference(total, second_scale, second_zero_point, second_order, second_tiers, second_rank1)

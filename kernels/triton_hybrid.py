@@ -1,6 +1,6 @@
 """The ops of hybrid.py in Triton, bit for bit: one launch each, a program takes a few tokens' whole rows.
 
-A row is swept once for what holds for all of it (NaN or Inf, and the rank-1 range), and again, from cache by then, tier
+A row is swept once for what holds for all of it (NaN or Inf, and the rank-1 size), and again, from cache by then, tier
 by tier. Requantizing decodes rows into scratch memory that the same program reads back and that stays in the L2 cache.
 
 What the sums and codes depend on is spelt out, the same on a GPU as in Triton's interpreter:
@@ -28,10 +28,13 @@ from megatron_lowbit.kernels.hybrid import (
     BF16_BITS,
     BROKEN,
     FAR,
+    GROUP,
+    KNEE,
     MANTISSAS,
     THRESHOLDS,
     code_span,
     header_bytes,
+    headroom,
     hybrid_row_bytes,
 )
 
@@ -39,6 +42,8 @@ ROUND: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23
 ROUND_BITS: tl.constexpr = tl.constexpr(0x4B400000)  # its bits
 BROKEN_HEADER: tl.constexpr = tl.constexpr(BROKEN)
 FAR_OUT: tl.constexpr = tl.constexpr(FAR)
+KNEE_AT: tl.constexpr = tl.constexpr(KNEE)
+GROUP_SIZE: tl.constexpr = tl.constexpr(GROUP)
 MANTISSA_BITS: tl.constexpr = tl.constexpr(tuple(MANTISSAS))
 THRESHOLD_BITS: tl.constexpr = tl.constexpr(tuple(THRESHOLDS))
 MANY_TOKENS = 1024  # from here on a program takes several tokens, which share the loads of scales and order
@@ -78,10 +83,15 @@ def _store_bytes(pointers, words, mask, SIZE: tl.constexpr, PAD: tl.constexpr):
 
 
 @triton.jit
-def _normalized(value, scale, zero_point, at, mask):
-    """value (1 / scale_f) + zero_f of the wire positions `at`."""
-    inverse = tl.div_rn(1.0, tl.load(scale + at, mask, other=1.0))
-    return value * inverse + tl.load(zero_point + at, mask, other=0.0)
+def _normalized(value, scale, zero_point, feature, mask):
+    """value (1 / scale_f) + zero_f."""
+    inverse = tl.div_rn(1.0, tl.load(scale + feature, mask, other=1.0))
+    return value * inverse + tl.load(zero_point + feature, mask, other=0.0)
+
+
+@triton.jit
+def _clip(value):
+    return tl.minimum(tl.maximum(value, -KNEE_AT), KNEE_AT)
 
 
 @triton.jit
@@ -115,31 +125,38 @@ def _whole(value, LARGEST: tl.constexpr):
 
 @triton.jit
 def _row_facts(
-    x, x_rows, good, features, first_code, scale, zero_point, order,
+    x, x_rows, good, features, headroom, scale, zero_point,
     RANK1: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """([TOKENS] whether a row holds NaN or Inf; rank-1 only: its largest |v|, and how many lie far out)."""
-    broken = tl.zeros([TOKENS, BLOCK], tl.int32)
-    undefined = tl.zeros([TOKENS, BLOCK], tl.int32)
-    far = tl.zeros([TOKENS, BLOCK], tl.int32)
-    largest = tl.zeros([TOKENS, BLOCK], tl.float32)
-    for start in range(0, features, BLOCK):
-        at = start + tl.arange(0, BLOCK)
+    """([TOKENS] whether a row holds NaN or Inf; rank-1 only: token_header of hybrid.py, and how many lie far out)."""
+    WIDE: tl.constexpr = BLOCK if BLOCK > GROUP_SIZE else GROUP_SIZE  # whole groups
+    GROUPS: tl.constexpr = WIDE // GROUP_SIZE
+    broken = tl.zeros([TOKENS, WIDE], tl.int32)
+    undefined = tl.zeros([TOKENS, WIDE], tl.int32)
+    far = tl.zeros([TOKENS, WIDE], tl.int32)
+    total = tl.zeros([TOKENS, GROUPS], tl.int32)
+    given = tl.zeros([TOKENS, GROUPS], tl.int32)
+    most = tl.zeros([TOKENS, GROUPS], tl.int32)
+    for start in range(0, features, WIDE):
+        at = start + tl.arange(0, WIDE)
         here = at < features
-        feature = at
-        if RANK1:  # else the order does not matter
-            feature = tl.load(order + at, here, other=0).to(tl.int32)
-        value = tl.load(x + (x_rows[:, None] + feature[None, :]), good[:, None] & here[None, :], other=0).to(tl.float32)
+        mask = good[:, None] & here[None, :]
+        value = tl.load(x + (x_rows[:, None] + at[None, :]), mask, other=0).to(tl.float32)
         broken |= (~(tl.abs(value) < float("inf"))).to(tl.int32)
         if RANK1:
-            code = here & (at >= first_code)
-            size = tl.abs(_normalized(value, scale, zero_point, at, code))
-            undefined |= (code & (size != size)).to(tl.int32)
-            far += (good[:, None] & code[None, :] & ~(size <= FAR_OUT)).to(tl.int32)
-            largest = tl.where(code, tl.maximum(largest, size), largest)
-    # maximum passes over NaN, where amax returns it.
-    poison = tl.where(tl.max(undefined, 1) > 0, float("nan"), 0.0)
-    return tl.max(broken, 1) > 0, tl.max(largest, 1) + poison, tl.sum(far)
+            coded = mask & (tl.load(scale + at, here, other=0.0) < float("inf"))[None, :]
+            size = tl.where(coded, tl.abs(_normalized(value, scale, zero_point, at, here)), 0.0)
+            undefined |= (size != size).to(tl.int32)  # max may pass over NaN
+            far += (~(size <= FAR_OUT)).to(tl.int32)
+            header = _scale_header(tl.max(tl.reshape(size, [TOKENS, GROUPS, GROUP_SIZE]), 2))
+            total += header
+            given += (header > 0).to(tl.int32)
+            most = tl.maximum(most, header)
+    count, largest = tl.sum(given, 1), tl.max(most, 1)
+    mean = (2 * tl.sum(total, 1) + count) // (2 * tl.maximum(count, 1))
+    token = tl.maximum(mean, largest - headroom)
+    token = tl.where((largest == BROKEN_HEADER) | (tl.max(undefined, 1) > 0), BROKEN_HEADER, token)
+    return tl.max(broken, 1) > 0, token, tl.sum(far)
 
 
 @triton.jit
@@ -167,10 +184,11 @@ def _encode_tier(
         if BITS == 16:
             code = _bf16_bits(value + poison[:, None, None])
         else:
-            normed = _normalized(value, scale, zero_point, wire, here)
+            normed = _normalized(value, scale, zero_point, feature, here)
             if RANK1:
-                steps = tl.where(token_scale > 0, tl.div_rn(1.0, token_scale), 0.0) * (1 / SPAN)
-                normed = normed * steps[:, None, None] + LARGEST / 2
+                inverse = tl.where(token_scale > 0, tl.div_rn(1.0, token_scale), 0.0)
+                normed = normed * inverse[:, None, None]
+                normed = (normed + _clip(normed)) * (1 / SPAN) + LARGEST / 2
             code = _whole(normed, LARGEST)
             if not RANK1:
                 outside += (mask & ((code < 0) | (code > LARGEST))).to(tl.int32)
@@ -190,22 +208,16 @@ def _encode_tier(
 
 @triton.jit
 def _encode(
-    x, x_rows, good, features, scale, zero_point, order, rows, counts,
+    x, x_rows, good, features, headroom, scale, zero_point, order, rows, counts,
     WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """pack_reference for TOKENS rows. x_rows: int32 [TOKENS] offsets in x; rows: [TOKENS] pointers to the messages."""
-    first_code = 0
-    for t in tl.static_range(len(WIDTHS)):
-        if WIDTHS[t] == 16:
-            first_code += counts[t] // 16
-    broken, largest, saturated = _row_facts(
-        x, x_rows, good, features, first_code, scale, zero_point, order, RANK1, TOKENS, BLOCK
-    )
+    broken, header, saturated = _row_facts(x, x_rows, good, features, headroom, scale, zero_point, RANK1, TOKENS, BLOCK)
     poison = tl.where(broken, float("nan"), 0.0)
     token_scale = poison
     if RANK1:
-        header = tl.where(broken, BROKEN_HEADER, _scale_header(largest))
+        header = tl.where(broken, BROKEN_HEADER, header)
         token_scale = _header_scale(header)
         tl.store(rows, header.to(tl.uint8), good)
     elif HEADER == 1:
@@ -246,6 +258,7 @@ def _decode_tier(
         bit = at * BITS
         shift = bit & 7
         split = mask & (shift + BITS > 8)[None, :]
+        feature = tl.load(order + first + at, here, other=0).to(tl.int32)
         summed = tl.zeros([TOKENS, BLOCK], tl.float32)
         for rank in range(0, ranks):
             sent = rows + rank * rank_stride
@@ -258,16 +271,15 @@ def _decode_tier(
                     code |= tl.load(pointer + 1, split, other=0).to(tl.int32) << 8
                 value = ((code >> shift[None, :]) & LARGEST).to(tl.float32)
                 if RANK1:
-                    step = _header_scale(tl.load(sent, good, other=0).to(tl.int32)) * SPAN
-                    value = (value - LARGEST / 2) * step[:, None]
-                wire = rank * features + first + at
-                own_zero = tl.load(zero_point + wire, here, other=0.0)
-                own_scale = tl.load(scale + wire, here, other=0.0)
+                    token_scale = _header_scale(tl.load(sent, good, other=0).to(tl.int32))
+                    value = (value - LARGEST / 2) * SPAN
+                    value = (value - _clip(value * 0.5)) * token_scale[:, None]
+                own_zero = tl.load(zero_point + rank * features + feature, here, other=0.0)
+                own_scale = tl.load(scale + rank * features + feature, here, other=0.0)
                 summed += (value - own_zero[None, :]) * own_scale[None, :]
             if HEADER == 1 and not RANK1:
                 broken = tl.load(sent, good, other=0) != 0
                 summed += tl.where(broken, float("nan"), 0.0)[:, None]
-        feature = tl.load(order + first + at, here, other=0).to(tl.int32)
         out = total + (total_rows[:, None] + feature[None, :])
         if total.dtype.element_ty == tl.bfloat16:
             tl.store(out, _bf16_bits(summed).to(tl.int16).to(tl.bfloat16, bitcast=True), mask)
@@ -294,20 +306,20 @@ def _decode(
         byte += _tier_bytes(count, WIDTHS[t])
 
 
-# Token and rank counts and the lengths of rows take many values; a kernel serves them all.
-_ANY = ["tokens", "ranks", "row_bytes", "token_stride", "rank_stride", "tiles"]
+# These take many values; a kernel serves them all.
+_ANY = ["tokens", "ranks", "row_bytes", "token_stride", "rank_stride", "tiles", "headroom"]
 
 
 @triton.jit(do_not_specialize=_ANY)
 def pack_kernel(
-    x, x_stride, tokens, features, scale, zero_point, order, message, row_bytes, saturated, counts,
+    x, x_stride, tokens, features, headroom, scale, zero_point, order, message, row_bytes, saturated, counts,
     WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     outside = _encode(
-        x, token * x_stride, token < tokens, features, scale, zero_point, order, message + token * row_bytes, counts,
-        WIDTHS, SPANS, RANK1, HEADER, TOKENS, BLOCK,
+        x, token * x_stride, token < tokens, features, headroom, scale, zero_point, order, message + token * row_bytes,
+        counts, WIDTHS, SPANS, RANK1, HEADER, TOKENS, BLOCK,
     )  # fmt: skip
     tl.atomic_add(saturated, outside.to(tl.int64))
 
@@ -329,7 +341,7 @@ def unpack_reduce_kernel(
 @triton.jit(do_not_specialize=_ANY)
 def requantize_kernel(
     messages, rank_stride, token_stride, ranks, tokens, tiles, features, scale, zero_point, order, counts,
-    second_scale, second_zero_point, second_order, second_counts, message, row_bytes, saturated, scratch,
+    headroom, second_scale, second_zero_point, second_order, second_counts, message, row_bytes, saturated, scratch,
     WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
     SECOND_WIDTHS: tl.constexpr, SECOND_SPANS: tl.constexpr, SECOND_RANK1: tl.constexpr, SECOND_HEADER: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
@@ -347,7 +359,7 @@ def requantize_kernel(
         )  # fmt: skip
         tl.debug_barrier()  # other threads of this program read what a thread wrote
         outside += _encode(
-            scratch, own, good, features, second_scale, second_zero_point, second_order,
+            scratch, own, good, features, headroom, second_scale, second_zero_point, second_order,
             message + token * row_bytes, second_counts,
             SECOND_WIDTHS, SECOND_SPANS, SECOND_RANK1, SECOND_HEADER, TOKENS, BLOCK,
         )  # fmt: skip
@@ -375,7 +387,8 @@ def pack(
     if tokens:
         at_once, block = tile or _tile(tokens)
         pack_kernel[(triton.cdiv(tokens, at_once),)](
-            *(x, x.stride(0), tokens, features, scale, zero_point, order, message, row_bytes, saturated),
+            *(x, x.stride(0), tokens, features, _headroom(tiers), scale, zero_point, order),
+            *(message, row_bytes, saturated),
             *_format(tiers, rank1),
             **_options(at_once, block),
         )
@@ -433,11 +446,16 @@ def requantize(
         second_counts, *second = _format(second_tiers, second_rank1)
         requantize_kernel[(programs,)](
             *(messages, messages.stride(0), messages.stride(1), ranks, tokens, tiles, features),
-            *(scale, zero_point, order, counts, second_scale, second_zero_point, second_order, second_counts),
+            *(scale, zero_point, order, counts, _headroom(second_tiers)),
+            *(second_scale, second_zero_point, second_order, second_counts),
             *(message, row_bytes, saturated, scratch, *first, *second),
             **_options(at_once, block),
         )
     return message, saturated
+
+
+def _headroom(tiers: Sequence[int]) -> int:
+    return headroom(sum(count for bits, count in zip(tiers[::2], tiers[1::2], strict=True) if bits != BF16_BITS))
 
 
 def _tile(tokens: int) -> tuple[int, int]:

@@ -84,6 +84,16 @@ inline V iota() {
 }
 
 inline Floats splat(float value) { return Floats{} + value; }
+// clamp(v, -limit, limit); of NaN, AVX-512 has the limit.
+inline Floats clip(Floats v, float limit) {
+#ifdef LOWBIT_AVX512
+  return (Floats)_mm512_range_ps((__m512)v, (__m512)splat(limit), 0b0010);  // the smaller magnitude, the sign of v
+#else
+  v = v > limit ? splat(limit) : v;
+  return v < -limit ? splat(-limit) : v;
+#endif
+}
+
 inline Floats to_floats(Lanes small) { return __builtin_convertvector((Ints)small, Floats); }
 inline Lanes magnitude(Floats v) { return (Lanes)v & 0x7fffffffu; }
 
@@ -108,6 +118,25 @@ inline uint32_t largest_lane(Lanes v) {
   uint32_t most = 0;
   for (int i = 0; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
   return most;
+}
+
+// The largest lane of each of N vectors, side by side.
+template <int N>
+INLINE inline void store_largest(const Lanes* v, uint32_t* to) {
+#ifdef LOWBIT_AVX512
+  if constexpr (N == 4) {
+    auto high = [](const Lanes& a, const Lanes& b) INLINE {
+      __m512i x = (__m512i)a, y = (__m512i)b;
+      return _mm512_max_epu32(_mm512_unpacklo_epi32(x, y), _mm512_unpackhi_epi32(x, y));
+    };
+    __m512i ab = high(v[0], v[1]), cd = high(v[2], v[3]);
+    __m512i all = _mm512_max_epu32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    __m256i half = _mm256_max_epu32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    __m128i quarter = _mm_max_epu32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    return _mm_storeu_si128(reinterpret_cast<__m128i*>(to), quarter);
+  }
+#endif
+  for (int i = 0; i < N; ++i) to[i] = largest_lane(v[i]);
 }
 
 inline float as_float(uint32_t bits) {

@@ -116,9 +116,7 @@ def cases(config: BenchmarkKernelsConfig, x: Tensor) -> Iterator[Case]:
     features, most = config.features, max(config.ranks)
     for format in SHARES:
         first, second = codec(format, features, most, 1.0), codec("paper", features, 1, float(most))
-        qparams = [
-            (c.scale[:, c.order()], c.zero_point[:, c.order()], c.order(), c.tiers(), c.rank1) for c in (first, second)
-        ]
+        qparams = [(c.scale, c.zero_point, c.order(), c.tiers(), c.rank1) for c in (first, second)]
         scale, zero_point, *rest = qparams[0]
         own = x, scale[0], zero_point[0], *rest
         yield format, "pack", 1, kernels.hybrid_pack, hybrid.pack_reference, own

@@ -4,7 +4,7 @@
     WireFormat  the same laid out for the kernels, as buffers of a module that follows the model's device
 
 Both static ranges (arXiv 2411.07942) and rank-1 scales (ours: step(t, f) = s_t c_f, with c_f the calibrated standard
-deviation of feature f and s_t the token's own largest |x - mean| / c) are described in kernels/hybrid.py.
+deviation of feature f and s_t the token's own size in |x - mean| / c) are described in kernels/hybrid.py.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class WireFormat(Float32QParams):
     """Encodes and decodes as a Codec says. Counts, on the device, the values far from what was calibrated: beyond their
     static range, or 16 standard deviations away (rank-1)."""
 
-    scale: Tensor  # float32 [senders, E] in wire order
-    zero_point: Tensor
+    scale: Tensor  # float32 [senders, E]; inf for bf16
+    zero_point: Tensor  # 0 for bf16
     order: Tensor  # int64 [E]
     saturated: Tensor  # int64 [ranks], by who encoded
 
@@ -86,8 +86,9 @@ class WireFormat(Float32QParams):
         order = codec.order()
         self.rank1, self.tiers, self.senders = codec.rank1, codec.tiers(), codec.senders
         self.row_bytes = hybrid_row_bytes(self.tiers, self.rank1)
-        self.register_buffer("scale", codec.scale[:, order].contiguous(), persistent=False)
-        self.register_buffer("zero_point", codec.zero_point[:, order].contiguous(), persistent=False)
+        bf16 = codec.bits == BF16_BITS
+        self.register_buffer("scale", codec.scale.masked_fill(bf16, torch.inf), persistent=False)
+        self.register_buffer("zero_point", codec.zero_point.masked_fill(bf16, 0.0), persistent=False)
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("saturated", torch.zeros(ranks or self.senders, dtype=torch.int64), persistent=False)
 

@@ -44,11 +44,13 @@ class Plan:
         place = torch.randperm(features, generator=g)
         tier_of = torch.arange(len(tiers) // 2).repeat_interleave(torch.tensor(tiers[1::2]))[place]
         self.order = place if shuffled else torch.sort(tier_of, stable=True).indices
-        levels = 2.0 ** torch.tensor(tiers[::2]).clamp(max=8).repeat_interleave(torch.tensor(tiers[1::2])) - 1
+        bits = torch.empty(features, dtype=torch.int64)
+        bits[self.order] = torch.tensor(tiers[::2]).repeat_interleave(torch.tensor(tiers[1::2]))
+        levels = 2.0 ** bits.clamp(max=8) - 1
         self.scale = 4 / levels * (0.5 + torch.rand(ranks, features, generator=g))  # some values lie beyond 2 scales
         self.zero_point = (levels / 2).round() + torch.randint(0, 2, (ranks, features), generator=g) / 2
         x = torch.randn(ranks, tokens, features, generator=g)
-        x[:, 1::7] = 0.25 * self.scale[:, None, torch.argsort(self.order)]  # halfway between codes, now and then
+        x[:, 1::7] = 0.25 * self.scale[:, None]  # halfway between codes, now and then
         x[:, 2::7] = -0.0
         x[:, :, features // 2] = 0.5  # a constant feature
         if tokens > 8:

@@ -21,6 +21,7 @@ PLANS = [  # tiers
     [8, 17],
     [16, 2, 8, 3, 7, 9, 6, 5, 5, 1, 4, 7, 3, 11, 2, 6],
     *([bits, 21] for bits in (2, 3, 5, 6, 7)),
+    [16, 2, 4, 198],  # more than three groups of a token's scale
 ]
 
 
@@ -29,7 +30,10 @@ def plan(tiers: list[int], senders: int, seed: int, device: str) -> tuple[Tensor
     g, features = torch.Generator().manual_seed(seed), sum(tiers[1::2])
     scale = torch.rand(senders, features, generator=g) * 0.4 + 0.05
     zero_point = torch.randn(senders, features, generator=g) * 2 + 4
-    return scale.to(device), zero_point.to(device), torch.randperm(features, generator=g).to(device)
+    order = torch.randperm(features, generator=g)
+    bf16 = order[: sum(count for bits, count in zip(tiers[::2], tiers[1::2], strict=True) if bits == 16)]
+    scale[:, bf16], zero_point[:, bf16] = torch.inf, 0.0
+    return scale.to(device), zero_point.to(device), order.to(device)
 
 
 def inputs(tokens: int, features: int, kind: str, dtype: torch.dtype, seed: int) -> Tensor:
