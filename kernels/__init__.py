@@ -16,6 +16,7 @@ from megatron_lowbit.kernels.hybrid import (
     hybrid_unpack_reduce,
     hybrid_unpack_reduce_into,
     hybrid_unpack_reduce_requantize,
+    squared_sizes,
 )
 from megatron_lowbit.kernels.packing import codes_per_word, pack_bits, packed_bytes, unpack_bits
 from megatron_lowbit.kernels.reference import dequantize, quant_linear, reassemble
@@ -36,5 +37,6 @@ __all__ = [
     "packed_bytes",
     "quant_linear",
     "reassemble",
+    "squared_sizes",
     "unpack_bits",
 ]

@@ -109,6 +109,12 @@ def header_scale(header: Tensor) -> Tensor:
     return torch.where(header == 0, 0.0, torch.where(header == BROKEN, torch.nan, scale))
 
 
+def squared_sizes(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """s_t^2 of tokens none of whose features is in bf16. x: float [tokens, E]; mean, std: [E]. float64 [tokens]."""
+    normed = torch.where(std > 0, (x - mean) / std, 0.0).float()
+    return header_scale(token_header(normed.abs_(), x.shape[1])).double().square().squeeze(1)
+
+
 def hybrid_row_bytes(tiers: Sequence[int], rank1: bool) -> int:
     """Bytes of one token on the wire."""
     return header_bytes(tiers, rank1) + sum(size for *_, size in tier_slices(tiers))

@@ -1,9 +1,10 @@
 """Bits by feature: reverse water-filling under one budget over all sites (ours; arXiv 2411.07942 has two tiers, Int4
 and BF16, in every layer alike).
 
-A code of b bits of a feature with squared range w has the squared error w / (12 (2^b - 1)^2). Of all features of all
-sites the one whose next bits lower the weighted error most, per bit, gets them, until the budget is spent. The error is
-convex in b, so taking the steps in the order of their gain is the same as taking them one by one.
+The squared error of a code of b bits is the feature's weight (its squared range or standard deviation) times error(b):
+1 / (12 (2^b - 1)^2) with static ranges, and as measured with rank-1 scales, whose steps are not all alike. Of all
+features of all sites the one whose next bits lower the weighted error most, per bit, gets them, until the budget is
+spent. The error is convex in b, so taking the steps in the order of their gain is the same as taking them one by one.
 
 Tiers other than the narrowest hold whole words of codes (packing.py), so that no bits are lost in padding.
 """
@@ -18,18 +19,22 @@ from torch import Tensor
 from megatron_lowbit.kernels import codes_per_word
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
+STATIC = tuple((2.0**bits - 1) ** -2 for bits in WIDTHS)  # up to a factor, which changes nothing
+RANK1 = tuple(10 ** (-sqnr / 10) for sqnr in (9.5, 15.0, 20.9, 26.3, 31.8, 42.5))  # dB on partial sums of two models
 
 
-def allocate_bits(weights: Mapping[str, Tensor], budget: float) -> dict[str, Tensor]:
-    """weights: {site: float64 [E], what an error of the feature costs}; budget: bits of a token at all sites together.
+def allocate_bits(weights: Mapping[str, Tensor], budget: float, error: tuple[float, ...] = STATIC) -> dict[str, Tensor]:
+    """weights: {site: float64 [E], what an error of the feature costs}; budget: bits of a token at all sites together;
+    error: of each of WIDTHS.
 
     Returns {site: uint8 [E] of WIDTHS}; at least the narrowest width for every feature, whatever the budget.
     """
     names, sizes = list(weights), [len(weight) for weight in weights.values()]
     every = torch.cat([weight.double() for weight in weights.values()])
-    error = torch.tensor([(2.0**bits - 1) ** -2 for bits in WIDTHS], dtype=torch.float64)
     cost = torch.tensor(WIDTHS, dtype=torch.float64).diff()
-    gain = every[:, None] * (-error.diff() / cost)  # [features, steps], of one bit in each step
+    gain = every[:, None] * (
+        -torch.tensor(error, dtype=torch.float64).diff() / cost
+    )  # [features, steps], of one bit in each step
     order = torch.sort(gain.flatten(), descending=True, stable=True).indices
     spent = cost.repeat(len(every))[order].cumsum(0)
     taken = order[spent <= budget - WIDTHS[0] * len(every)] // len(cost)

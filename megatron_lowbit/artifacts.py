@@ -115,14 +115,16 @@ def check_fingerprint(what: str, artifact: Fingerprint, model: Fingerprint) -> N
 class FeatureRange:
     """What calibration knows of the partial sums at one site, per rank and feature: float32 [tp_size, features] each.
 
-    min_vals, max_vals: the moving averages of the ranges; mean, std: over all tokens, for rank-1 scales; clipped:
-    float32 [tp_size, widths, 2, features], low and high of least error for each of clipping.WIDTHS, if recorded.
+    min_vals, max_vals: the moving averages of the ranges; mean, std: over all tokens, for rank-1 scales; crest: float32
+    [tp_size], the root mean square of the tokens' sizes, in standard deviations; clipped: float32 [tp_size, widths, 2,
+    features], low and high of least error for each of clipping.WIDTHS, if recorded.
     """
 
     min_vals: Tensor
     max_vals: Tensor
     mean: Tensor | None = None
     std: Tensor | None = None
+    crest: Tensor | None = None
     clipped: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:

@@ -9,7 +9,9 @@ and likewise for the full sum (recorded as tp_size 1); besides, mean and standar
 rank-1 scales are made. A token whose root mean square is above LARGE times the window's median is scaled down to that
 before it counts there: its own size travels with it, and the attention sink that every window begins with would else
 decide on the features' proportions for all tokens. (On stories260K with that token 100 times as large, SQNR of the
-others at TP=4 is 20.2 dB instead of 7.9; where there is no such token nothing changes.)
+others at TP=4 is 20.2 dB instead of 7.9; where there is no such token nothing changes.) In the same units, the mean of
+the tokens' squared sizes s_t (kernels/hybrid.py), which is what an error of their codes is proportional to: the squared
+crest factor.
 
 One window is one step of the average however many go through the model at once, so calibration.batch_size changes the
 speed, not the ranges. (A step over 16 windows takes their common, wider range, at a cost of 1.8 dB on stories260K.)
@@ -37,13 +39,15 @@ from megatron_lowbit.artifacts import CalibrationStats, FeatureRange, Fingerprin
 from megatron_lowbit.clipping import WIDTHS, RunningHistogram
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.distributed import all_gather_stack, start_all_gather, world_size
+from megatron_lowbit.kernels import squared_sizes
 
 LARGE = 4.0  # times the median of the tokens' sizes; 2 does as well, and without a limit one token counts for 10,000
 
 
 def window_statistics(y: Tensor, mask: Tensor) -> Tensor:
-    """y [windows, length, features], mask bool [windows, length] -> float64 [windows, 5, features]: minimum and maximum
-    of the real tokens; sum and sum of squares of them, none of them above LARGE times the median; their number.
+    """y [windows, length, features], mask bool [windows, length] -> float64 [windows, 6, features]: minimum and maximum
+    of the real tokens; sum and sum of squares of them, none of them above LARGE times the median; their number; the sum
+    of the squares of their sizes, in the window's own standard deviations.
 
     Window by window: one of a small model stays in the cache, all of a batch do not.
     """
@@ -52,16 +56,20 @@ def window_statistics(y: Tensor, mask: Tensor) -> Tensor:
 
 
 def _statistics(values: Tensor) -> Tensor:
-    """float32 [tokens, features] -> float64 [5, features]; zeros where there are no tokens."""
+    """float32 [tokens, features] -> float64 [6, features]; zeros where there are no tokens."""
     if len(values) == 0:
-        return values.new_zeros(5, values.shape[1], dtype=torch.float64)
+        return values.new_zeros(6, values.shape[1], dtype=torch.float64)
     low, high, usual = values.amin(0), values.amax(0), values.double()
     size = torch.linalg.vector_norm(usual, dim=1)
     limit = LARGE * size.median()
     large = (size > limit) & (limit > 0)
     usual[large] *= (limit / size[large]).unsqueeze(1)
-    total, square = usual.sum(0), usual.square_().sum(0)
-    return torch.stack([low.double(), high.double(), total, square, torch.full_like(total, len(values))])
+    total, square, count = usual.sum(0), usual.square().sum(0), len(values)
+    mean = total / count
+    spread = (square / count - mean.square()).clamp_min(0).sqrt()
+    sizes = squared_sizes(usual, mean, spread).sum()
+    rows = low.double(), high.double(), total, square, torch.full_like(total, count), sizes.expand_as(total)
+    return torch.stack(rows)
 
 
 class RangeObserver:
@@ -75,7 +83,8 @@ class RangeObserver:
         self.steps = 0
         self.min_vals = torch.zeros(ranks, features, device=device)
         self.max_vals = torch.zeros(ranks, features, device=device)
-        self.moments = torch.zeros(ranks, 3, features, dtype=torch.float64, device=device)  # sum, of squares, tokens
+        # Sum, sum of squares, tokens, sum of the tokens' squared sizes.
+        self.moments = torch.zeros(ranks, 4, features, dtype=torch.float64, device=device)
         self.histograms = [RunningHistogram(features, device) for _ in range(ranks)] if histograms else []
 
     def count(self, parts: Sequence[Tensor], mask: Tensor) -> None:
@@ -84,7 +93,7 @@ class RangeObserver:
             histogram.update(y[mask])
 
     def step(self, windows: Tensor) -> None:
-        """Window after window, float64 [windows, ranks, 5, features]; one of padding only counts for nothing."""
+        """Window after window, float64 [windows, ranks, 6, features]; one of padding only counts for nothing."""
         low, high = windows[:, :, 0].float(), windows[:, :, 1].float()
         for number, tokens in enumerate(windows[:, 0, 4, 0].tolist()):
             if tokens == 0:
@@ -113,10 +122,11 @@ class RangeObserver:
         self, tp_group: dist.ProcessGroup | None = None, dp_group: dist.ProcessGroup | None = None
     ) -> FeatureRange:
         """What was seen, of all ranks of tp_group, on the CPU. A collective call."""
-        total, square, count = self.moments.unbind(1)
+        total, square, count, sizes = self.moments.unbind(1)
         mean = total / count
         std = (square / count - mean.square()).clamp_min(0).sqrt()
-        local = [self.min_vals, self.max_vals, mean.float(), std.float()]
+        crest = (sizes / count)[:, 0].sqrt()
+        local = [self.min_vals, self.max_vals, mean.float(), std.float(), crest.float()]
         if self.histograms:
             local.append(torch.stack([self._clipped(histogram, dp_group) for histogram in self.histograms]))
         return FeatureRange(*(all_gather_stack(t.contiguous(), tp_group).flatten(0, 1).cpu() for t in local))
@@ -146,7 +156,7 @@ class SharedSteps:
     ) -> None:
         """A collective call. parts: for every observer its ranks' y [windows, length, features]; mask: bool [windows,
         length], True on real tokens. Here or later raises LowBitError where parts[0] has NaN or Inf on any rank."""
-        shares = torch.stack([window_statistics(y, mask) for ys in parts for y in ys], 1)  # [windows, all, 5, features]
+        shares = torch.stack([window_statistics(y, mask) for ys in parts for y in ys], 1)  # [windows, all, 6, features]
         work, gathered = None, shares.unsqueeze(0)
         if self.dp_group is not None:
             work, gathered = start_all_gather(shares, self.dp_group)

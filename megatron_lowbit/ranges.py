@@ -21,12 +21,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_lowbit.allocation import allocate_bits
+from megatron_lowbit.allocation import RANK1, STATIC, allocate_bits
 from megatron_lowbit.artifacts import CalibrationStats, CommPlan, FeatureRange, SitePlan
 from megatron_lowbit.clipping import WIDTHS
 from megatron_lowbit.codec import Codec
 from megatron_lowbit.config import CommConfig, LowBitError
-from megatron_lowbit.kernels import BF16_BITS, header_bytes
+from megatron_lowbit.kernels import BF16_BITS, header_bytes, squared_sizes
 from megatron_lowbit.quantizer import qparams_from_range
 
 
@@ -90,7 +90,9 @@ def synthetic_plan(partials: Tensor, config: CommConfig) -> SitePlan:
 def _observed(x: Tensor) -> FeatureRange:
     exact = x.double()
     std = exact.std(1, correction=0) if x.shape[1] else exact.new_zeros(x.shape[0], x.shape[2])
-    return FeatureRange(x.amin(1).float(), x.amax(1).float(), exact.mean(1).float(), std.float())
+    mean = exact.mean(1)
+    sizes = [(squared_sizes(*own).sum() / max(x.shape[1], 1)).sqrt() for own in zip(exact, mean, std, strict=True)]
+    return FeatureRange(x.amin(1).float(), x.amax(1).float(), mean.float(), std.float(), torch.stack(sizes).float())
 
 
 def codec_of(ranges: FeatureRange, config: CommConfig, bits: Tensor) -> Codec:
@@ -133,10 +135,13 @@ def adaptive_bits(
     ranges: Mapping[str, FeatureRange], sums: Mapping[str, FeatureRange], config: CommConfig, num_bits: int
 ) -> dict[str, Tensor]:
     """{site: uint8 [E]} of all sites under one budget: what `num_bits` and `bf16_fraction` would send."""
-    weights, budget, header = {}, 0.0, 8 * header_bytes([num_bits, 1], config.scale == "rank1")
+    rank1 = config.scale == "rank1"
+    weights, budget, header = {}, 0.0, 8 * header_bytes([num_bits, 1], rank1)
     for name, r in ranges.items():
         features = r.min_vals.shape[1]
-        spread = r.std if config.scale == "rank1" and r.std is not None else r.max_vals - r.min_vals
+        spread = r.max_vals - r.min_vals
+        if rank1 and r.std is not None:
+            spread = r.std if r.crest is None else r.std * r.crest.unsqueeze(1)
         total = sums.get(name)
         # A site's error counts by the energy of its sum: what the layers after it hear is the ratio.
         energy = 1.0
@@ -144,7 +149,7 @@ def adaptive_bits(
             energy = (total.std.double().square() + total.mean.double().square()).sum().item() or 1.0
         weights[name] = spread.double().square().sum(0) / energy
         budget += num_bits * features + (BF16_BITS - num_bits) * num_bf16(features, config) - header
-    return allocate_bits(weights, budget)
+    return allocate_bits(weights, budget, RANK1 if rank1 else STATIC)
 
 
 def num_bf16(features: int, config: CommConfig) -> int:
