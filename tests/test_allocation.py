@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 
-from megatron_lowbit.allocation import WIDTHS, allocate_bits
+from megatron_lowbit.allocation import RANK1, WIDTHS, allocate_bits
 from megatron_lowbit.artifacts import CalibrationStats, FeatureRange
 from megatron_lowbit.config import CommConfig
-from megatron_lowbit.kernels import codes_per_word, hybrid_row_bytes
+from megatron_lowbit.kernels import codes_per_word, hybrid_pack, hybrid_row_bytes, hybrid_unpack_reduce
 from megatron_lowbit.ranges import build_plan
 
 
@@ -98,6 +98,30 @@ def test_a_plan_of_adaptive_bits(scale, hop):
     assert most - 24 <= sent <= most
     assert len({tuple(codec.tiers()) for codec in codecs}) == 2, "both sites got the same tiers"
     assert plan.description == ("rank-1 tiered int4" if scale == "rank1" else "tiered int4")
+
+
+def test_the_error_of_rank1_codes():
+    """What a further bit gains, against codes of Gaussian values: within 0.7 dB, as those of real ones are that far."""
+    x = torch.randn(1024, 256, generator=torch.Generator().manual_seed(0))
+    measured = []
+    for bits in WIDTHS:
+        format = torch.ones(256), torch.zeros(256), torch.arange(256), [bits, 256], True
+        message = hybrid_pack(x, *format)[0][None]
+        y = hybrid_unpack_reduce(message, *(t[None] for t in format[:2]), *format[2:], torch.float32)
+        measured.append(10 * ((x - y).square().sum() / x.square().sum()).log10())
+    table = 10 * torch.tensor(RANK1).log10()
+    assert ((torch.stack(measured).diff() - table.diff()).abs() < 0.7).all()
+
+
+def test_a_site_of_large_tokens_gets_more_bits():
+    """Two sites alike but that the tokens of one are four times as large for their standard deviation: two bits."""
+    ones = torch.ones(2, 64)
+    sums = {f"site{n}": FeatureRange(-3 * ones[:1], 3 * ones[:1], 0 * ones[:1], ones[:1]) for n in range(2)}
+    ranges = {f"site{n}": FeatureRange(-3 * ones, 3 * ones, 0 * ones, ones, torch.full((2,), 4.0**n)) for n in range(2)}
+    stats = CalibrationStats({1: sums, 2: ranges}, {})
+    sites = build_plan(stats, 2, CommConfig(preset="paper", scale="rank1", allocation="adaptive")).sites
+    usual, large = (sites[name].first.bits.double().mean() for name in ("site0", "site1"))
+    assert 1.5 <= large - usual <= 2.5
 
 
 def test_an_error_counts_by_the_energy_of_its_sites_sum():

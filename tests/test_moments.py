@@ -41,6 +41,22 @@ def test_a_token_counts_for_at_most_four_times_the_median():
     assert torch.equal(r.max_vals[0], y[0].amax(0).lerp(y[1].amax(0), 0.1).lerp(y[2].amax(0), 0.1))  # ranges: as it is
 
 
+def test_the_crest_is_the_root_mean_square_of_the_tokens_sizes():
+    """Window by window, in its own standard deviations: groups of 64, 64 and 2 features, their mean in eighths."""
+    y = torch.randn(WINDOWS, LENGTH, 130, generator=torch.Generator().manual_seed(1))
+    y *= torch.exp(torch.randn(WINDOWS, LENGTH, 1, generator=torch.Generator().manual_seed(2)) / 4)
+    squares = []
+    for window in y.double().numpy():
+        v = abs(window - window.mean(0)) / window.std(0)
+        largest = np.stack([v[:, :64].max(1), v[:, 64:128].max(1), v[:, 128:].max(1)])
+        eighths = np.floor(np.round(8 * np.log2(largest)).mean(0) + 0.5)
+        least = np.round(8 * np.log2(largest.max(0))) - 1  # of 130 coded features
+        squares.append(4 ** (np.maximum(eighths, least) / 8))
+    crest = observed(y).crest
+    assert crest is not None and crest.shape == (1,)
+    np.testing.assert_allclose(crest.item(), np.sqrt(np.mean(squares)), rtol=1e-6)
+
+
 def test_usual_tokens_count_as_they_are():
     y = partial_sums(1.0)
     r = observed(y)
