@@ -6,7 +6,8 @@ The squared error of a code of b bits is the feature's weight (its squared range
 features of all sites the one whose next bits lower the weighted error most, per bit, gets them, until the budget is
 spent. The error is convex in b, so taking the steps in the order of their gain is the same as taking them one by one.
 
-Tiers other than the narrowest hold whole words of codes (packing.py), so that no bits are lost in padding.
+Tiers other than the narrowest hold whole words of codes (packing.py), so that no bits are lost in padding; what that
+leaves of the budget is given out again.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_lowbit.kernels import codes_per_word
+from megatron_lowbit.kernels import codes_per_word, packed_bytes
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 STATIC = tuple((2.0**bits - 1) ** -2 for bits in WIDTHS)  # up to a factor, which changes nothing
+MOST_LEFT = 7 * 2 * 5  # bits of a site that rounding to words may leave: 7 codes of each tier, 2 bits each
+HALVINGS = 8
 RANK1 = tuple(10 ** (-sqnr / 10) for sqnr in (9.5, 15.0, 20.9, 26.3, 31.8, 42.5))  # dB on partial sums of two models
 
 
@@ -32,18 +35,32 @@ def allocate_bits(weights: Mapping[str, Tensor], budget: float, error: tuple[flo
     names, sizes = list(weights), [len(weight) for weight in weights.values()]
     every = torch.cat([weight.double() for weight in weights.values()])
     cost = torch.tensor(WIDTHS, dtype=torch.float64).diff()
-    gain = every[:, None] * (
-        -torch.tensor(error, dtype=torch.float64).diff() / cost
-    )  # [features, steps], of one bit in each step
+    falls = -torch.tensor(error, dtype=torch.float64).diff() / cost
+    gain = every[:, None] * falls  # [features, steps], of one bit in each step
     order = torch.sort(gain.flatten(), descending=True, stable=True).indices
-    spent = cost.repeat(len(every))[order].cumsum(0)
-    taken = order[spent <= budget - WIDTHS[0] * len(every)] // len(cost)
-    level = torch.bincount(taken, minlength=len(every))
-    bits = torch.tensor(WIDTHS, dtype=torch.uint8)[level]
-    return {
-        name: _whole_words(own, weight)
-        for name, own, weight in zip(names, bits.split(sizes), weights.values(), strict=True)
-    }
+    spent = cost.repeat(len(every))[order].cumsum(0) + WIDTHS[0] * len(every)
+
+    def allotted(limit: float) -> dict[str, Tensor]:
+        taken = order[spent <= limit] // len(cost)
+        level = torch.bincount(taken, minlength=len(every))
+        bits = torch.tensor(WIDTHS, dtype=torch.uint8)[level].split(sizes)
+        return {name: _whole_words(own, weights[name]) for name, own in zip(names, bits, strict=True)}
+
+    best, low, high = allotted(budget), budget, budget + MOST_LEFT * len(names)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        more = allotted(middle)
+        if _size(more) <= budget:
+            best, low = more, middle
+        else:
+            high = middle
+    return best
+
+
+def _size(bits: Mapping[str, Tensor]) -> int:
+    """Bits of a token's codes at all sites, in whole bytes."""
+    counts = (torch.bincount(own.int()).tolist() for own in bits.values())
+    return sum(8 * packed_bytes(n, width) for own in counts for width, n in enumerate(own) if n)
 
 
 def _whole_words(bits: Tensor, weight: Tensor) -> Tensor:

@@ -49,8 +49,8 @@ def test_the_budget_over_all_sites(average, spread):
     weight = weights(1, 256, 64, 100, spread=spread)
     bits = allocate_bits(weight, average * 420)
     total = sum(int(own.sum()) for own in bits.values())
-    # Moving what is left over of a tier narrows at most 7 features of each tier by at most 2 bits.
-    assert average * 420 - 3 * 5 * 7 * 2 - 8 <= total <= average * 420 + 1e-9
+    # What rounding to words leaves, up to 3 * 5 * 7 * 2 bits, is given out again, but for the last words that fit.
+    assert min(average * 420, 8 * 420) - 24 <= total <= average * 420 + 1e-9
     assert all(own.dtype == torch.uint8 and set(own.tolist()) <= set(WIDTHS) for own in bits.values())
     for own in bits.values():
         for width in WIDTHS[1:]:
@@ -95,7 +95,7 @@ def test_a_plan_of_adaptive_bits(scale, hop):
     plan = build_plan(stats, 2, CommConfig(preset="paper", scale=scale, allocation="adaptive"))
     codecs, of_two_tiers = ([getattr(site, hop) for site in p.sites.values()] for p in (plan, plain))
     sent, most = (sum(hybrid_row_bytes(c.tiers(), c.rank1) for c in both) for both in (codecs, of_two_tiers))
-    assert most - 24 <= sent <= most
+    assert most - 4 <= sent <= most
     assert len({tuple(codec.tiers()) for codec in codecs}) == 2, "both sites got the same tiers"
     assert plan.description == ("rank-1 tiered int4" if scale == "rank1" else "tiered int4")
 
