@@ -43,7 +43,7 @@ class Decoder {
     struct Codes {
       Floats table[kTable];
       const uint8_t* from;
-      float middle, span, scale;
+      float middle, span, scale = 1;
     };
     Buffer<Word> sums;
     std::vector<Codes> codes;

@@ -1,8 +1,8 @@
 // Rows of `Type` to messages. A block of 64 features goes through the arithmetic in the row's own order, each with the
 // qparams of its own width, as four vectors; its codes, a byte each, are then dealt out to their tiers and packed there.
 //
-// With AVX-512, the quick path leaves out the search for NaN and Inf and the clamping of what is beyond an int32: 8 of
-// some 40 instructions for 64 values. It sees from the codes that a token holds such a value; that token is done again.
+// With AVX-512, the quick path leaves out the search for NaN and Inf and the clamping of what is beyond an int32: 8
+// instructions for 64 values. It sees from the codes that a token holds such a value; that token is done again.
 
 #pragma once
 

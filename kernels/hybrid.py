@@ -1,6 +1,6 @@
 """The wire format of partial sums, in plain torch: the oracle of the faster kernels, and what runs without them.
 
-One token row (arXiv 2411.07942; tiers of other widths and the token's own range are ours):
+One token row (arXiv 2411.07942; tiers of other widths and the token's own size are ours):
 
     [ header | tier 0 | tier 1 | ... ]     a tier: `count` features of `bits` each; 16 bits are bf16, fewer are codes
 
@@ -15,7 +15,7 @@ static   code = clamp(round(v)), v^ = code                      scale_f, zero_f:
 rank-1   u = v (1 / s_t), w = u + clip(u, K); code = clamp(round(w (L / 2 a_b) + L / 2))
          w^ = (code - L / 2) (2 a_b / L), u^ = w^ - clip(w^ / 2, K), v^ = u^ s_t        clip(u, K) = clamp(u, -K, K)
          scale_f: the feature's calibrated standard deviation, zero_f: minus its mean over that; s_t: the token's own
-         size, 2^(j / 8), so that a header of one byte, j + 128, says it. 0: s_t = 0; 255: it holds NaN or Inf.
+         size, 2^(j / 8), so that a header of one byte, j + 128, says it. 0: s_t = 0; 255: a v is NaN or Inf.
 
 The size s_t is the geometric mean of the largest |v| of every GROUP neighbouring features. The largest of all would
 grow with their number and with every outlier: 4096 Gaussian values have 20.0 dB in 4 bits with the mean, 18.4 with the
@@ -24,7 +24,7 @@ largest |v| / (1 + n / 1280), about where clipping that one costs as much as the
 
 Beyond K a step is twice as wide, since large values are rare: the slopes 2 and 1 of u -> w are all that is left of the
 companding that is best for them. a_b = LOADING[b] is where the codes end. (K and a_b: of least error on partial sums of
-two models, Gaussian and Laplacian ones; the optimum is flat.)
+two small Llamas, on Gaussian and Laplacian ones; the optimum is flat.)
 
 Arithmetic is float32, multiplying by reciprocals, one operation at a time (no fused multiply-add), rounding half to
 even, and a token's size is found in integers: so every backend makes the same codes and the same sums. A token with NaN
@@ -125,9 +125,10 @@ def pack_reference(
 ) -> tuple[Tensor, Tensor]:
     """Encode one rank's partial sums.
 
-    x: float [tokens, E]; scale, zero_point: float32 [E] in the features' own order, inf and 0 for those in bf16; order:
-    int64 [E]. Returns (uint8 [tokens, hybrid_row_bytes(tiers, rank1)], int64 [1]: values that lay beyond their static
-    range by more than half a step (rank-1: more than FAR standard deviations from their mean), or were NaN).
+    x: float [tokens, E]; scale, zero_point: float32 [E] in the features' own order, inf and 0 for those in bf16 (Triton
+    relies on it); order: int64 [E]. Returns (uint8 [tokens, hybrid_row_bytes(tiers, rank1)], int64 [1]: values that lay
+    beyond their static range by more than half a step (rank-1: more than FAR standard deviations from their mean), or
+    were NaN).
     """
     values = x.float()
     broken = (0 * values).sum(1, keepdim=True)  # NaN for a token that holds NaN or Inf, else 0

@@ -84,6 +84,7 @@ inline V iota() {
 }
 
 inline Floats splat(float value) { return Floats{} + value; }
+
 // clamp(v, -limit, limit); of NaN, AVX-512 has the limit.
 inline Floats clip(Floats v, float limit) {
 #ifdef LOWBIT_AVX512

@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_lowbit import kernels
-from megatron_lowbit.codec import Codec
+from megatron_lowbit.codec import Codec, WireFormat
 from megatron_lowbit.config import LowBitError, load_config
 from megatron_lowbit.kernels import cpu, exact, hybrid
 from megatron_lowbit.launch import runner
@@ -116,7 +116,8 @@ def cases(config: BenchmarkKernelsConfig, x: Tensor) -> Iterator[Case]:
     features, most = config.features, max(config.ranks)
     for format in SHARES:
         first, second = codec(format, features, most, 1.0), codec("paper", features, 1, float(most))
-        qparams = [(c.scale, c.zero_point, c.order(), c.tiers(), c.rank1) for c in (first, second)]
+        formats = [WireFormat(c) for c in (first, second)]
+        qparams = [(f.scale, f.zero_point, f.order, f.tiers, f.rank1) for f in formats]
         scale, zero_point, *rest = qparams[0]
         own = x, scale[0], zero_point[0], *rest
         yield format, "pack", 1, kernels.hybrid_pack, hybrid.pack_reference, own

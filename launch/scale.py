@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from megatron_lowbit.calibrate import window_statistics
+from megatron_lowbit.calibrate import STATISTICS, window_statistics
 from megatron_lowbit.config import QuantizeConfig, RatesConfig
 from megatron_lowbit.distributed import device
 from megatron_lowbit.quantizer import fake_quantize
@@ -139,7 +139,7 @@ def stages(shape: Shape, tokens: int, windows: int, config: QuantizeConfig, size
         correction += Work(network=(dp - 1) * each * 4 * shape.trained) * (epochs * steps)
     shares = 2 * shape.hidden * (1 + sum(sizes))  # values of partial sums per token
     observed = Work(observed=shares) * mine
-    exchanged = Work(network=(1 - 1 / dp) * 5 * 8 * shares * windows)
+    exchanged = Work(network=(1 - 1 / dp) * STATISTICS * 8 * shares * windows)
     names = {
         "load": Work(disk=shape.weights * shape.stored),
         "full precision": forward * mine,
@@ -165,7 +165,7 @@ def calibrate_stage(shape: Shape, tokens: int, windows: int, config: QuantizeCon
     shares = 2 * shape.hidden * (1 + sum(sizes) / tp)
     ring = 2 * 2 * (1 - 1 / tp) * shape.hidden * shape.value
     work = Work(flops=flops, observed=shares, network=ring) * mine
-    work += Work(network=(1 - 1 / config.dp) * 5 * 8 * shares * windows, disk=shape.weights * shape.stored)
+    work += Work(network=(1 - 1 / config.dp) * STATISTICS * 8 * shares * windows, disk=shape.weights * shape.stored)
     return work * shape.depth
 
 

@@ -9,9 +9,9 @@ and likewise for the full sum (recorded as tp_size 1); besides, mean and standar
 rank-1 scales are made. A token whose root mean square is above LARGE times the window's median is scaled down to that
 before it counts there: its own size travels with it, and the attention sink that every window begins with would else
 decide on the features' proportions for all tokens. (On stories260K with that token 100 times as large, SQNR of the
-others at TP=4 is 20.2 dB instead of 7.9; where there is no such token nothing changes.) In the same units, the mean of
-the tokens' squared sizes s_t (kernels/hybrid.py), which is what an error of their codes is proportional to: the squared
-crest factor.
+others at TP=4 is 20.2 dB instead of 7.9; where there is no such token nothing changes.)
+Their crest is recorded too, the root mean square of the tokens' sizes s_t (kernels/hybrid.py), each in the standard
+deviations of its own window: the error of rank-1 codes is proportional to it.
 
 One window is one step of the average however many go through the model at once, so calibration.batch_size changes the
 speed, not the ranges. (A step over 16 windows takes their common, wider range, at a cost of 1.8 dB on stories260K.)
@@ -41,6 +41,7 @@ from megatron_lowbit.config import LowBitError
 from megatron_lowbit.distributed import all_gather_stack, start_all_gather, world_size
 from megatron_lowbit.kernels import squared_sizes
 
+STATISTICS = 6  # numbers per feature that window_statistics makes of a window
 LARGE = 4.0  # times the median of the tokens' sizes; 2 does as well, and without a limit one token counts for 10,000
 
 

@@ -8,7 +8,7 @@ The k widest features travel in bf16, all others as num_bits codes whose scale a
 from m_ij and M_ij, are known to every rank and never travel. bits per value = b + (16 - b) k / E: 4.1875 at b = 4,
 k = E / 64.
 
-comm.scale=rank1 takes a feature's standard deviation for its scale and sends the token's own range (kernels/hybrid.py).
+comm.scale=rank1 takes a feature's standard deviation for its scale and sends the token's own size (kernels/hybrid.py).
 comm.allocation=adaptive gives every feature of every site its own bits (allocation.py), of the same total size.
 The sum has ranges of its own, for the second hop of two_shot.
 """
@@ -89,9 +89,9 @@ def synthetic_plan(partials: Tensor, config: CommConfig) -> SitePlan:
 
 def _observed(x: Tensor) -> FeatureRange:
     exact = x.double()
-    std = exact.std(1, correction=0) if x.shape[1] else exact.new_zeros(x.shape[0], x.shape[2])
+    std = exact.std(1, correction=0)
     mean = exact.mean(1)
-    sizes = [(squared_sizes(*own).sum() / max(x.shape[1], 1)).sqrt() for own in zip(exact, mean, std, strict=True)]
+    sizes = [squared_sizes(*own).mean().sqrt() for own in zip(exact, mean, std, strict=True)]
     return FeatureRange(x.amin(1).float(), x.amax(1).float(), mean.float(), std.float(), torch.stack(sizes).float())
 
 
@@ -136,12 +136,14 @@ def adaptive_bits(
 ) -> dict[str, Tensor]:
     """{site: uint8 [E]} of all sites under one budget: what `num_bits` and `bf16_fraction` would send."""
     rank1 = config.scale == "rank1"
+    with_crest = all(r.crest is not None for r in ranges.values())  # a calibration of an earlier version has none
     weights, budget, header = {}, 0.0, 8 * header_bytes([num_bits, 1], rank1)
     for name, r in ranges.items():
         features = r.min_vals.shape[1]
         spread = r.max_vals - r.min_vals
         if rank1 and r.std is not None:
-            spread = r.std if r.crest is None else r.std * r.crest.unsqueeze(1)
+            # A code's error grows with the size of its token.
+            spread = r.std * r.crest.unsqueeze(1) if with_crest and r.crest is not None else r.std
         total = sums.get(name)
         # A site's error counts by the energy of its sum: what the layers after it hear is the ratio.
         energy = 1.0

@@ -40,6 +40,7 @@ from megatron_lowbit.preemption import Preempted
 
 # These may differ when a run is resumed.
 _FREE_KEYS = ("output_dir", "wandb", "dry_run", "architecture", *(f"rates.{key}" for key in RatesConfig.model_fields))
+STATE = 2  # counts the changes of what a state holds
 SAVE_EVERY = 60.0  # seconds of a calibration pass; more where saving itself takes long
 
 
@@ -50,7 +51,7 @@ class State:
         self.output = Path(config.output_dir)
         self.folder = self.output / "resume"
         values = {key: value for key, value in defaults(config).items() if key not in _FREE_KEYS}
-        self.settings: dict[str, Any] = json.loads(json.dumps({"stage": stage, **values, **inputs}))
+        self.settings: dict[str, Any] = json.loads(json.dumps({"stage": stage, "state": STATE, **values, **inputs}))
 
     def found(self, *keys: str) -> dict[str, Any] | None:
         """state.json of an unfinished run; None, and an empty folder, where there is none.

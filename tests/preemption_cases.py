@@ -62,7 +62,7 @@ def calibrate_with_a_signal(rank: int, size: int, folder: str) -> tuple[list[int
             f"{s}.{field}": zlib.crc32(getattr(found, field).numpy().tobytes())
             for s, by_site in stats.ranges.items()
             for found in by_site.values()
-            for field in ("min_vals", "max_vals", "mean", "std", "clipped")
+            for field in ("min_vals", "max_vals", "mean", "std", "crest", "clipped")
         }
 
     whole, stops = one_pass(None), []

@@ -10,7 +10,7 @@ import torch
 from megatron_lowbit.allocation import RANK1, WIDTHS, allocate_bits
 from megatron_lowbit.artifacts import CalibrationStats, FeatureRange
 from megatron_lowbit.config import CommConfig
-from megatron_lowbit.kernels import codes_per_word, hybrid_pack, hybrid_row_bytes, hybrid_unpack_reduce
+from megatron_lowbit.kernels import codes_per_word, hybrid_pack, hybrid_row_bytes, hybrid_unpack_reduce, packed_bytes
 from megatron_lowbit.ranges import build_plan
 
 
@@ -20,6 +20,10 @@ def weights(seed: int, *features: int, spread: float = 1.0) -> dict[str, torch.T
         f"site{n}": torch.exp(spread * torch.randn(size, generator=generator).double())
         for n, size in enumerate(features)
     }
+
+
+def tiers_of(bits: torch.Tensor) -> list[int]:
+    return [number for width in bits.unique().tolist() for number in (width, int((bits == width).sum()))]
 
 
 def error(weight: dict[str, torch.Tensor], bits: dict[str, torch.Tensor]) -> float:
@@ -50,7 +54,9 @@ def test_the_budget_over_all_sites(average, spread):
     bits = allocate_bits(weight, average * 420)
     total = sum(int(own.sum()) for own in bits.values())
     # What rounding to words leaves, up to 3 * 5 * 7 * 2 bits, is given out again, but for the last words that fit.
-    assert min(average * 420, 8 * 420) - 24 <= total <= average * 420 + 1e-9
+    assert average * 420 - 24 <= total <= average * 420 + 1e-9
+    narrowest = sum(8 * packed_bytes(len(own), 2) for own in bits.values())
+    assert sum(8 * hybrid_row_bytes(tiers_of(own), False) - 8 for own in bits.values()) <= max(average * 420, narrowest)
     assert all(own.dtype == torch.uint8 and set(own.tolist()) <= set(WIDTHS) for own in bits.values())
     for own in bits.values():
         for width in WIDTHS[1:]:

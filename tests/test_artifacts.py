@@ -36,7 +36,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def make_stats() -> CalibrationStats:
     def ranges(size: int) -> dict[str, FeatureRange]:
         return {
-            SITE: FeatureRange(*(normal(size, 5, seed=seed) for seed in range(4))),
+            SITE: FeatureRange(*(normal(size, 5, seed=seed) for seed in range(4)), normal(size)),
             "model.tp2.o_proj": FeatureRange(normal(size, 5), normal(size, 5, seed=1)),
         }
 
@@ -80,7 +80,7 @@ def test_calibration_stats_round_trip(tmp_path):
     for size, sites in stats.ranges.items():
         for site, ranges in sites.items():
             found = loaded.ranges[size][site].tensors()
-            assert found.keys() == ranges.tensors().keys() and len(found) == (4 if site == SITE else 2)
+            assert found.keys() == ranges.tensors().keys() and len(found) == (5 if site == SITE else 2)
             for name, tensor in ranges.tensors().items():
                 assert_same(found[name], tensor)
 

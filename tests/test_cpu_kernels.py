@@ -27,6 +27,7 @@ TIERS = [  # as lists of bits and counts; the first of each width alone, with wh
     [16, 2, 4, 7],
     [16, 7, 4, 36],
     [16, 4, 4, 252],
+    [16, 4, 4, 114],  # a large value may be 1 / 8 octave above its token's scale of 118 codes, not of 114
     [8, 5, 3, 2],
     [16, 3, 8, 40, 7, 33, 6, 35, 5, 37, 4, 34, 3, 31, 2, 38],
     [4, 20, 16, 5, 2, 9],  # bf16 not in front
@@ -49,8 +50,10 @@ class Plan:
         levels = 2.0 ** bits.clamp(max=8) - 1
         self.scale = 4 / levels * (0.5 + torch.rand(ranks, features, generator=g))  # some values lie beyond 2 scales
         self.zero_point = (levels / 2).round() + torch.randint(0, 2, (ranks, features), generator=g) / 2
+        self.scale[:, bits == 16], self.zero_point[:, bits == 16] = torch.inf, 0.0
         x = torch.randn(ranks, tokens, features, generator=g)
-        x[:, 1::7] = 0.25 * self.scale[:, None]  # halfway between codes, now and then
+        x[:, :, features // 2 :] *= 4  # groups are unlike
+        x[:, 1::7] = 0.25 * self.scale[:, None].nan_to_num(posinf=1.0)  # halfway between codes, now and then
         x[:, 2::7] = -0.0
         x[:, :, features // 2] = 0.5  # a constant feature
         if tokens > 8:

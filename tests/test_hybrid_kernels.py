@@ -225,10 +225,10 @@ def test_where_no_bf16_feature_carries_it_the_header_does(bad, widths, rank1):
     assert y[2].isnan().all() and y[[0, 1, 3, 4]].isfinite().all()
 
 
-# Tiers of other widths, and the token's own range
+# Tiers of other widths, and the token's own size
 
 
-TIERS = [[8, 4, 5, 8, 4, 5, 3, 8, 2, 3], [16, 3, 6, 8, 4, 17], [3, 8, 2, 20], [8, 28], [16, 28]]
+TIERS = [[8, 4, 5, 8, 4, 5, 3, 8, 2, 3], [16, 3, 6, 8, 4, 17], [3, 8, 2, 20], [8, 28], [16, 28], [16, 4, 4, 114]]
 
 
 def tiered(seed: int, widths: list[int], ranks: int = 3, tokens: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
@@ -323,7 +323,7 @@ def test_a_tokens_scale_is_the_mean_of_its_groups(device, monkeypatch):
         ([None, 3] + [None] * 19, 3),
         ([2, 3] + [None] * 19, 3),  # half up
         ([-3, -2] + [None] * 19, -2),
-        ([0] * 20 + [32], 24),  # the mean is 1.5
+        ([32] + [0] * 20, 24),  # the mean is 1.5
         ([-100] * 20 + [0], -8),
     ]
     x = torch.zeros(len(cases) + 3, 1300)
@@ -333,8 +333,13 @@ def test_a_tokens_scale_is_the_mean_of_its_groups(device, monkeypatch):
                 x[token, 64 * group + token % 20] = (-1) ** group * 2 ** (eighths / 8)
     x[-3] = x[1]  # a token alone, after whole blocks of four
     x[-2, 7], x[-1, 700] = 1e-30, 3e38
-    message, _ = kernels.hybrid_pack(x, torch.ones(1300), torch.zeros(1300), torch.arange(1300), [4, 1300], True)
+    ones, zeros, order = torch.ones(1300), torch.zeros(1300), torch.arange(1300)
+    message, _ = kernels.hybrid_pack(x, ones, zeros, order, [4, 1300], True)
     assert message[:, 0].tolist() == [128 + j for _, j in cases] + [132, 1, 254]
+    # The last 100 in bf16: of 1200 codes at most 7, and the last two groups have no say.
+    ones[1200:], order = torch.inf, order.roll(100)
+    message, _ = kernels.hybrid_pack(x, ones, zeros, order, [16, 100, 4, 1200], True)
+    assert message[:9, 0].tolist() == [128 + j for j in (0, 3, 3, -128, 3, 3, -2, 25, -100)]
 
 
 @pytest.mark.parametrize(("spread", "least"), [("gaussian", 19.7), ("laplacian", 16.5), ("one outlier", 12.2)])

@@ -139,7 +139,7 @@ def test_a_signal_before_anything_is_imported(model, tmp_path):
     with started(*COMMAND, "evaluate", *arguments) as process:
         until(lambda: has_handler(process.pid), process)
         process.send_signal(signal.SIGTERM)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=180)
         assert process.returncode == preemption.REQUEUE, stderr
     assert stderr.splitlines() == ["megatron-lowbit: stopped by SIGTERM: it starts over when it is run again"]
     assert not (tmp_path / "evaluate.json").exists()

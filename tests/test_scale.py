@@ -119,7 +119,7 @@ def test_ranks_share_the_windows_of_calibrate(tmp_path):
     one, two = (CalibrationStats.load(tmp_path / name) for name in ("one", "two"))
     for size, sites in one.ranges.items():
         for name, ranges in sites.items():
-            for field in ("min_vals", "max_vals", "mean", "std"):
+            for field in ("min_vals", "max_vals", "mean", "std", "crest"):
                 assert torch.equal(getattr(ranges, field), getattr(two.ranges[size][name], field)), (size, name, field)
 
 

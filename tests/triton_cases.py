@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_lowbit.kernels import hybrid, triton_hybrid
 
 TILE = (2, 8)  # several tiles of tokens and blocks of features even in small tensors
+WIDE_TILE = (2, 128)  # of rows with more groups than one; two of them at a time
 PLANS = [  # tiers
     [4, 1],
     [16, 1],
@@ -23,7 +24,8 @@ PLANS = [  # tiers
     [8, 17],
     [16, 2, 8, 3, 7, 9, 6, 5, 5, 1, 4, 7, 3, 11, 2, 6],
     *([bits, 21] for bits in (2, 3, 5, 6, 7)),
-    [16, 2, 4, 198],  # more than three groups of a token's scale
+    [16, 4, 4, 114],  # more groups than one
+    [4, 700],
 ]
 
 
@@ -40,8 +42,11 @@ def plan(tiers: list[int], senders: int, seed: int, device: str) -> tuple[Tensor
 
 def inputs(tokens: int, features: int, kind: str, dtype: torch.dtype, seed: int) -> Tensor:
     x = torch.randn(tokens, features, generator=torch.Generator().manual_seed(seed))
+    x[:, features // 2 :] *= 4
     if kind == "constant":
         x[:] = 0.75
+    elif kind == "zeros" and tokens:
+        x[0], x[1:, 64 : features // 2] = 0.0, 0.0
     elif kind == "saturated":
         x *= 1e4
     elif kind == "broken" and tokens:
@@ -70,16 +75,18 @@ def check_message(ours: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], 
 def check(tiers: list[int], rank1: bool, tokens: int, ranks: int, kind: str, dtype: torch.dtype, device: str) -> None:
     case = (tiers, rank1, tokens, ranks, kind, dtype)
     scale, zero_point, order = plan(tiers, ranks, 1, device)
+    zero_point *= kind != "zeros"
+    tile = TILE if len(order) < 64 else WIDE_TILE
     sent = []
     for rank in range(ranks):
         x = inputs(tokens, len(order), kind if rank == 0 else "plain", dtype, rank).to(device)
         arguments = (x, scale[rank], zero_point[rank], order, tiers, rank1)
         expected = hybrid.pack_reference(*arguments)
-        check_message(triton_hybrid.pack(*arguments, tile=TILE), expected, tiers, rank1, case)
+        check_message(triton_hybrid.pack(*arguments, tile=tile), expected, tiers, rank1, case)
         sent.append(expected[0])
     first = (torch.stack(sent), scale, zero_point, order, tiers, rank1)
     ours = torch.empty(tokens, len(order), dtype=dtype, device=device)
-    triton_hybrid.unpack_reduce(*first, ours, tile=TILE)
+    triton_hybrid.unpack_reduce(*first, ours, tile=tile)
     total = hybrid.unpack_reduce_reference(*first, dtype)
     assert torch.equal(ours.isnan(), total.isnan()) and torch.equal(ours.nan_to_num(), total.nan_to_num()), case
     features = len(order)
@@ -87,7 +94,7 @@ def check(tiers: list[int], rank1: bool, tokens: int, ranks: int, kind: str, dty
     second = plan(second_tiers, 1, 2, device)
     second_format = (second[0][0], second[1][0], second[2], second_tiers, not rank1)
     # One program takes all tiles, so that its scratch rows are used again.
-    again = triton_hybrid.requantize(*first, *second_format, tile=TILE, programs=1)
+    again = triton_hybrid.requantize(*first, *second_format, tile=tile, programs=1)
     check_message(again, hybrid.requantize_reference(*first, *second_format), second_tiers, not rank1, case)
 
 
@@ -126,6 +133,7 @@ def main(device: str) -> None:
     if device == "compile":
         return print(compile_all())
     cases = [(tiers, rank1, 3, 2, "plain", torch.float32) for tiers in PLANS for rank1 in (False, True)]
+    cases += [([4, 700], True, 3, 1, "zeros", torch.float32)]
     for tiers in ([16, 3, 4, 19], [4, 13]):
         for rank1 in (False, True):
             cases += [(tiers, rank1, 3, 1, kind, torch.float32) for kind in ("constant", "saturated", "broken")]
