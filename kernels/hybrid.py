@@ -44,8 +44,8 @@ from megatron_lowbit.kernels.packing import pack_bits, packed_bytes, unpack_bits
 
 BF16_BITS = 16
 LOADING = {2: 1.1, 3: 1.5, 4: 1.6, 5: 1.7, 6: 1.9, 7: 2.0, 8: 2.2}
-KNEE = 0.6
-GROUP = 64
+KNEE = 0.6  # K, in a token's sizes
+GROUP = 64  # features; the C++ kernels' blocks are as many
 OCTAVE = 8  # scales of a token from one power of 2 to the next
 BROKEN = 255  # header of a token that holds NaN or Inf
 FAR = 16.0  # calibrated standard deviations, beyond which a value of a rank-1 tier counts as saturated

@@ -32,7 +32,7 @@ from megatron_lowbit.quantizer import fake_quantize
 
 # Bytes of memory traffic per value when the rate is given as memory bandwidth: the passes of fake_quantize and of
 # window_statistics, each reading and writing float32 (or float64).
-ROUNDING_BYTES, OBSERVING_BYTES = 84, 200
+ROUNDING_BYTES, OBSERVING_BYTES = 84, 232
 
 
 @dataclass(frozen=True)
