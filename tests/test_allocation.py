@@ -119,6 +119,19 @@ def test_the_error_of_rank1_codes():
     assert ((torch.stack(measured).diff() - table.diff()).abs() < 0.7).all()
 
 
+def test_rank1_plans_go_by_the_error_of_rank1_codes():
+    std = torch.exp(torch.randn(2, 128, generator=torch.Generator().manual_seed(5)))
+    one, zero = torch.ones(1, 128), torch.zeros(2, 128)
+    stats = CalibrationStats(
+        {1: {"site": FeatureRange(-one, one, zero[:1], one)}, 2: {"site": FeatureRange(-3 * std, 3 * std, zero, std)}},
+        {},
+    )
+    bits = build_plan(stats, 2, CommConfig(scale="rank1", allocation="adaptive")).sites["site"].first.bits
+    weight, budget = {"site": std.double().square().sum(0) / 128}, 4 * 128 + 12 * 2 - 8
+    assert torch.equal(bits, allocate_bits(weight, budget, RANK1)["site"])
+    assert not torch.equal(bits, allocate_bits(weight, budget)["site"]), "the error of static ranges gives others"
+
+
 def test_a_site_of_large_tokens_gets_more_bits():
     """Two sites alike but that the tokens of one are four times as large for their standard deviation: two bits."""
     ones = torch.ones(2, 64)
