@@ -10,8 +10,7 @@ A row whose length is no multiple of the run is padded with zero codes.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 # num_bits: (codes per word, bytes per word, dtype that holds the word)
 _WORDS = {
@@ -36,7 +35,7 @@ def packed_bytes(num_codes: int, num_bits: int) -> int:
     return -(-num_codes // codes) * size
 
 
-@custom_op("megatron_lowbit::pack_bits", mutates_args=())
+@library.custom_op("megatron_lowbit::pack_bits", mutates_args=())
 def pack_bits(codes: Tensor, num_bits: int) -> Tensor:
     """codes uint8 [..., n], each below 2^num_bits -> uint8 [..., packed_bytes(n, num_bits)]."""
     per_word, size, dtype = _WORDS[num_bits]
@@ -54,7 +53,7 @@ def _(codes: Tensor, num_bits: int) -> Tensor:
     return codes.new_empty((*codes.shape[:-1], packed_bytes(codes.shape[-1], num_bits)))
 
 
-@custom_op("megatron_lowbit::unpack_bits", mutates_args=())
+@library.custom_op("megatron_lowbit::unpack_bits", mutates_args=())
 def unpack_bits(packed: Tensor, num_bits: int, num_codes: int) -> Tensor:
     """uint8 [..., packed_bytes(num_codes, num_bits)] -> codes uint8 [..., num_codes]."""
     per_word, size, dtype = _WORDS[num_bits]

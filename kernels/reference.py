@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 from torch.nn import functional as F
 
 from megatron_lowbit.kernels.packing import unpack_bits
@@ -38,7 +37,7 @@ def reassemble(x: Tensor, src_idx: Tensor, dst_idx: Tensor, coefficient: Tensor,
     return gathered.to(x.dtype)
 
 
-@custom_op("megatron_lowbit::quant_linear", mutates_args=())
+@library.custom_op("megatron_lowbit::quant_linear", mutates_args=())
 def quant_linear(
     x: Tensor,
     x_scale: Tensor | None,

@@ -59,7 +59,7 @@ def window_statistics(y: Tensor, mask: Tensor) -> Tensor:
 def _statistics(values: Tensor) -> Tensor:
     """float32 [tokens, features] -> float64 [6, features]; zeros where there are no tokens."""
     if len(values) == 0:
-        return values.new_zeros(6, values.shape[1], dtype=torch.float64)
+        return values.new_zeros(STATISTICS, values.shape[1], dtype=torch.float64)
     low, high, usual = values.amin(0), values.amax(0), values.double()
     size = torch.linalg.vector_norm(usual, dim=1)
     limit = LARGE * size.median()

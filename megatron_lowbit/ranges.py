@@ -136,14 +136,13 @@ def adaptive_bits(
 ) -> dict[str, Tensor]:
     """{site: uint8 [E]} of all sites under one budget: what `num_bits` and `bf16_fraction` would send."""
     rank1 = config.scale == "rank1"
-    with_crest = all(r.crest is not None for r in ranges.values())  # a calibration of an earlier version has none
     weights, budget, header = {}, 0.0, 8 * header_bytes([num_bits, 1], rank1)
     for name, r in ranges.items():
         features = r.min_vals.shape[1]
         spread = r.max_vals - r.min_vals
         if rank1 and r.std is not None:
-            # A code's error grows with the size of its token.
-            spread = r.std * r.crest.unsqueeze(1) if with_crest and r.crest is not None else r.std
+            # A code's error grows with the size of its token. A calibration of an earlier version has no crest.
+            spread = r.std if r.crest is None else r.std * r.crest.unsqueeze(1)
         total = sums.get(name)
         # A site's error counts by the energy of its sum: what the layers after it hear is the ratio.
         energy = 1.0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_lowbit import kernels
@@ -290,18 +291,18 @@ def test_registered_ops():
     plan = Plan([16, 2, 4, 7], 5, True, torch.float32, 2)
     messages, all_ranks = plan.messages(), plan.qparams(slice(None))
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(kernels.hybrid_pack, (plan.x[0], *plan.qparams(0)), test_utils=checks)
+    library.opcheck(kernels.hybrid_pack, (plan.x[0], *plan.qparams(0)), test_utils=checks)
     into = messages, *all_ranks, torch.empty(messages.shape[1], len(plan.order), dtype=torch.bfloat16)
-    torch.library.opcheck(kernels.hybrid_unpack_reduce_into, into, test_utils=checks)
+    library.opcheck(kernels.hybrid_unpack_reduce_into, into, test_utils=checks)
     version = into[-1]._version
     kernels.hybrid_unpack_reduce_into(*into)
     assert into[-1]._version == version + 1, "autograd has to know that it was overwritten"
     encoded = plan.x[0], plan.scale[0], plan.scale[0], 63, 16
-    torch.library.opcheck(kernels.exact_encode, encoded, test_utils=checks)
+    library.opcheck(kernels.exact_encode, encoded, test_utils=checks)
     decoded = kernels.exact_encode(*encoded)[0], plan.scale[0], plan.scale[0], 16, torch.bfloat16
-    torch.library.opcheck(kernels.exact_decode, decoded, test_utils=checks)
+    library.opcheck(kernels.exact_decode, decoded, test_utils=checks)
     arguments = (messages, *all_ranks, *plan.qparams(0))
-    torch.library.opcheck(kernels.hybrid_unpack_reduce_requantize, arguments, test_utils=checks)
+    library.opcheck(kernels.hybrid_unpack_reduce_requantize, arguments, test_utils=checks)
     with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
         assert kernels.hybrid_pack(fakes.from_tensor(plan.x[0]), *plan.qparams(0))[0].shape == messages.shape[1:]
 

@@ -6,6 +6,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from torch import library
 
 from megatron_lowbit import kernels
 
@@ -78,7 +79,7 @@ OPS = torch.ops.megatron_lowbit
 
 def check_op(op, *args):
     """Schema, fake against real (shapes, strides, dtypes), and tracing with dynamic shapes."""
-    result = torch.library.opcheck(op.default, args, raise_exception=True)
+    result = library.opcheck(op.default, args, raise_exception=True)
     assert set(result.values()) == {"SUCCESS"}
 
 

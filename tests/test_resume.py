@@ -233,6 +233,13 @@ def test_other_settings_are_refused(model, whole, tmp_path, capsys):
         assert line.startswith("megatron-lowbit: ") and "unfinished run" in line
         assert all(part in line for part in said), line
         assert state() == before, change
+    path = tmp_path / "resume" / "state.json"
+    earlier = json.loads(before["state.json"])
+    del earlier["settings"]["state"]  # as an earlier version wrote it, with other statistics
+    path.write_text(json.dumps(earlier))
+    assert run_here(*command) == 2
+    assert "state None there" in capsys.readouterr().err
+    path.write_bytes(before["state.json"])
     other = save_text(tmp_path.parent / "other.txt")
     assert run_here(*command, f"calibration.data={other}") == 2
     assert "calibration.data " in capsys.readouterr().err

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_lowbit.codec import Codec, WireFormat
+
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
@@ -44,6 +46,14 @@ def test_they_compile_for_a_gpu(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_same_bits_as_the_reference_on_a_gpu():
     assert int(run("cuda", TRITON_INTERPRET="0")) >= 40
+
+
+def test_scales_of_bf16_features_are_infinite():
+    """Triton knows them by that."""
+    bits = torch.tensor([4, 16, 4, 16], dtype=torch.uint8)
+    format = WireFormat(Codec(torch.ones(2, 4), torch.ones(2, 4), bits, rank1=True))
+    assert format.scale.tolist() == 2 * [[1.0, float("inf"), 1.0, float("inf")]]
+    assert format.zero_point.tolist() == 2 * [[1.0, 0.0, 1.0, 0.0]]
 
 
 def test_importing_the_package_does_not_import_triton():
