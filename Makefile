@@ -1,15 +1,18 @@
-# make demo   the whole pipeline on the embedded model, two ranks, no network      make test    all tests
-# make check  ruff and mypy                                                          make bench   timings (BENCHMARKS.md)
-# make test-slurm   jobs on a real Slurm of two nodes, on this machine; installs it with apt as root
-# Each creates .venv and installs what it needs; a second run reuses it.
+# make demo       the whole pipeline on the embedded model, two ranks, no network
+# make test       the tests                    make test-all   the slow ones too: long fuzz runs, and what asks a package index
+# make check      ruff and mypy                make bench      timings (BENCHMARKS.md)
+# make test-slurm jobs on a real Slurm of two nodes, on this machine; installs it with apt as root
+# Each creates .venv and installs what it needs; a second run reuses it. On a machine without a GPU,
+# TORCH_INDEX=URL takes torch from that package index first: PyTorch's for CPU builds spares gigabytes of CUDA.
 
 PYTHON ?= python3
 VENV ?= .venv
+TORCH_INDEX ?=
 BIN := $(VENV)/bin
 export DS_BUILD_OPS := 0
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test test-slurm slurm-packages check bench clean
+.PHONY: demo test test-all test-slurm slurm-packages check bench clean
 
 demo: $(VENV)/.run
 	$(BIN)/megatron-lowbit demo
@@ -19,6 +22,9 @@ bench: $(VENV)/.run
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest -m "slow or not slow"
 
 test-slurm: slurm-packages $(VENV)/.test
 	EVERY_LAUNCHER=1 $(BIN)/python -m pytest -s -rs tests/test_slurm.py tests/test_slurm_jobs.py
@@ -44,6 +50,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "megatron-lowbit needs Python 3.11 or newer; set PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --constraint constraints.txt --index-url $(TORCH_INDEX) torch)
 
 $(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed]'

@@ -54,11 +54,11 @@ def run(config: BenchmarkConfig, logger: MetricLogger) -> dict[str, Any]:
     ids = torch.randint(
         vocab, (max(1, config.tokens // length), length), generator=torch.Generator().manual_seed(config.seed)
     )
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, (artifact, comm) in artifacts.items():
         pairs = time_pairs(engine, artifact, comm, ids, config.repeats, name)
         ratios = sorted(patched / unpatched for unpatched, patched in pairs)
-        row = {
+        row: dict[str, Any] = {
             "name": name,
             "tp": size,
             "tokens": ids.numel(),

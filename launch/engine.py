@@ -82,9 +82,10 @@ class Engine:
     dp_group: dist.ProcessGroup | None = None
     pp_group: dist.ProcessGroup | None = None
 
-    def __call__(self, input_ids: torch.Tensor, **options: Any) -> Any:
+    def __call__(self, input_ids: torch.Tensor, logits_to_keep: int = 0) -> Any:
         """An object with logits [windows, length, vocab], on every rank; logits_to_keep=1: where nobody reads them."""
-        return self.module(input_ids=input_ids.to(device()), use_cache=False, **options)
+        keep = {"logits_to_keep": logits_to_keep} if logits_to_keep else {}  # a few families do not know it
+        return self.module(input_ids=input_ids.to(device()), use_cache=False, **keep)
 
     def sites(self) -> Mapping[str, Any]:
         """{fqn: row-parallel linear} of the unpatched model, as calibrate wants them."""

@@ -87,7 +87,7 @@ def full_precision_row(
     with SiteTraffic(engine.sites() if real_ranks else {}) as traffic:
         quality = measure_quality(engine, _batches(windows, section, "full precision"), _kl_tokens(section))
     dtype = _dtype(engine)
-    row = {
+    row: dict[str, Any] = {
         "name": "full precision",
         "tp": engine.tp_size,
         "weights": dtype,
