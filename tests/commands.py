@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import warm
 
 from megatron_lowbit.launch import main
 
@@ -34,8 +35,10 @@ COMMAND = [sys.executable, "-m", "megatron_lowbit.launch"]
 
 
 def run_here(*argv: object) -> int:
-    """`megatron-lowbit ARGV` in this process; its exit code."""
-    return main([str(argument) for argument in argv])
+    """`megatron-lowbit ARGV` in this process, its ranks in warm ones; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", warm.python())
+        return main([str(argument) for argument in argv])
 
 
 @contextmanager
@@ -60,7 +63,9 @@ def started(*argv: object, **environment: str) -> Iterator[subprocess.Popen[str]
 
 
 def run_there(*argv: object, timeout: float = 300, **environment: str) -> tuple[int, str, str]:
-    """(exit code, standard output, standard error) of a whole command line."""
+    """(exit code, standard output, standard error) of a whole command line; warm where it is `python -m ...`."""
+    if [*map(str, argv[:2])] == [sys.executable, "-m"] and "PYTHONPATH" not in environment:
+        argv = (warm.python(), *argv[1:])
     with started(*argv, **environment) as process:
         stdout, stderr = process.communicate(timeout=timeout)
         return process.returncode, stdout, stderr

@@ -1,4 +1,4 @@
-"""Real gloo ranks for tests: worker processes that stay up between tests, since importing deepspeed takes 12 s each.
+"""Real gloo ranks for tests: worker processes that start warm (warm.py) and stay up between tests.
 
     pool = RankPool(2)
     results = pool.run(rank_cases.some_case, argument)      # [some_case(0, 2, argument), some_case(1, 2, argument)]
@@ -9,7 +9,6 @@ may be left inside a collective; the next `run` starts a new one.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import socket
@@ -17,8 +16,10 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from typing import Any
+
+import warm
 
 PATIENCE = 3.0  # seconds that the other ranks get after one has failed, to say whether they failed by themselves
 
@@ -26,7 +27,7 @@ PATIENCE = 3.0  # seconds that the other ranks get after one has failed, to say 
 class RankPool:
     def __init__(self, size: int):
         self.size = size
-        self._ranks: list[tuple[SpawnProcess, Connection]] = []
+        self._ranks: list[tuple[ForkServerProcess, Connection]] = []
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
         """Call `function(rank, size, *args)`, a module-level function, on every rank; its results in rank order.
@@ -70,13 +71,12 @@ class RankPool:
         return outcomes
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, port, theirs), daemon=True)
+            ours, theirs = warm.context().Pipe()
+            process = warm.context().Process(target=_serve, args=(rank, self.size, port, theirs), daemon=True)
             process.start()
             theirs.close()  # so that a dead worker reads as the end of its pipe
             self._ranks.append((process, ours))
