@@ -16,11 +16,9 @@ cache where they fit. So small models take longer than this says.
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -29,6 +27,7 @@ from megatron_lowbit.calibrate import STATISTICS, window_statistics
 from megatron_lowbit.config import QuantizeConfig, RatesConfig
 from megatron_lowbit.distributed import device
 from megatron_lowbit.quantizer import fake_quantize
+from megatron_lowbit.temporary import scratch_folder
 
 # Bytes of memory traffic per value when the rate is given as memory bandwidth: the passes of fake_quantize and of
 # window_statistics, each reading and writing float32 (or float64).
@@ -214,9 +213,9 @@ def _observing(rows: int, hidden: int) -> float:
 def _disk() -> float:
     """Bytes per second of writing to the temporary folder and flushing it."""
     data = bytes(32 * 2**20)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         start = time.perf_counter()
-        with open(Path(folder) / "probe", "wb", buffering=0) as file:
+        with open(folder / "probe", "wb", buffering=0) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -429,12 +429,6 @@ def verify_files(folder: Path, part: PartMeta) -> None:
             raise LowBitError(f"{str(folder / name)!r} is missing or corrupt (its checksum differs)")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed run left half written."""
-    for file in folder.glob(".lowbit*.tmp"):
-        discard(file)
-
-
 def remove_plans(folder: str | Path) -> None:
     """Delete the folder's communication plans: they belong to a checkpoint that is about to be replaced."""
     for size in _plan_sizes(Path(folder)):

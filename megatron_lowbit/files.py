@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_lowbit.config import LowBitError, one_line
+from megatron_lowbit.temporary import beside, remove
 
 FORMAT = 3
 
@@ -26,10 +27,10 @@ FORMAT = 3
 def ensure_writable(folder: str | Path) -> Path:
     """Create the folder and prove that files can be written there; raises LowBitError."""
     folder = Path(folder)
-    probe = folder / f".write-probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+        probe = beside(folder / "write-probe")
+        probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
         raise LowBitError(f"output_dir {str(folder)!r} is not writable ({error.strerror}); choose another") from None
@@ -43,13 +44,14 @@ def write_json(path: str | Path, value: Any) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write atomically: a reader sees the old file or the new one."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = beside(path)
     try:
         temporary.write_text(text)
         os.replace(temporary, path)
     except OSError as error:
-        discard(temporary)
         raise LowBitError(f"cannot write {str(path)!r}: {error.strerror}") from None
+    finally:
+        discard(temporary)
 
 
 def save_pair(stem: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -60,15 +62,18 @@ def save_pair(stem: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> N
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write a safetensors file atomically; returns its sha256."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder = beside(path)  # safetensors itself writes to a temporary file, which a kill leaves behind: in here
+    temporary = folder / path.name
     try:
+        folder.mkdir()
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
         temporary.chmod(0o644)  # safetensors leaves files that only their owner can read
         checksum = sha256(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        discard(temporary)
         raise LowBitError(f"cannot write {str(path)!r}: {one_line(error)}") from None
+    finally:
+        remove(folder)
     return checksum
 
 

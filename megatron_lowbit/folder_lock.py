@@ -3,7 +3,8 @@
 The file is linked into place whole, which only one process can do. A lock whose owner is dead is taken over: on the
 same host (same boot, same namespace of process ids) where no such process runs; from another host where nobody has
 refreshed it for PATIENCE, or where it is this Slurm job's before it was requeued. Only the holder of a second file of
-the same kind may remove a dead lock, and looks again before it does, so of two that come at once one wins.
+the same kind may remove a dead lock, and looks again before it does, so of two that come at once one wins. Whoever
+takes the folder deletes what dead owners left half written in it.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from typing import Any
 
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.files import discard
+from megatron_lowbit.temporary import PATIENCE, beside, remove_dead, start_of, where
 
 NAME = ".lock"
-REFRESH, PATIENCE = 30.0, 300.0  # seconds
+REFRESH = 30.0  # seconds
 
 
 class FolderLock:
@@ -39,6 +41,7 @@ class FolderLock:
             if self._link(self.path):
                 self._held = True
                 threading.Thread(target=self._refresh, daemon=True).start()
+                self._clean()
                 return
             found = _read(self.path)
             if found is None:  # released between two looks
@@ -61,7 +64,7 @@ class FolderLock:
 
     def _link(self, path: Path) -> bool:
         """Make `path`, holding who we are; False where it exists."""
-        whole = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        whole = beside(path)
         try:
             whole.write_text(json.dumps(self.owner) + "\n")
             try:
@@ -83,24 +86,44 @@ class FolderLock:
         """Remove a dead owner's lock; False where another process does."""
         guard = self.path.with_name(f"{NAME}-takeover")
         if not self._link(guard):
-            with contextlib.suppress(OSError):
-                if time.time() - guard.stat().st_mtime > PATIENCE:  # its maker died in the middle
-                    discard(guard)
+            self._remove_guard(guard)
             return False
         try:
             if _read(self.path) != dead:
                 return False
-            discard(self.path)
+            self.path.unlink()
             return True
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise LowBitError(f"cannot remove {str(self.path)!r}: {error.strerror}; remove it") from None
         finally:
             discard(guard)
 
-    def _age(self) -> float:
-        """Seconds since the lock was refreshed, by the clock of its file system."""
-        probe = self.path.with_name(f"{NAME}.{os.getpid()}.probe")
+    def _remove_guard(self, guard: Path) -> None:
+        """Remove a guard whose maker died in the middle. Only one process can rename it, and it looks again."""
+        found = _read(guard)
+        if found is None or not _dead(found, self.owner, self._age(guard)):
+            return
+        aside = beside(guard)
+        with contextlib.suppress(OSError):
+            os.rename(guard, aside)
+            if _read(aside) != found:  # a living one's, made since
+                os.link(aside, guard)
+        discard(aside)
+
+    def _clean(self) -> None:
+        folder = self.path.parent
+        folders = [folder, folder / "artifact", folder / "resume", *folder.glob("resume/ranges-*")]
+        with contextlib.suppress(OSError):
+            remove_dead(folders, self.path.stat().st_mtime)
+
+    def _age(self, path: Path | None = None) -> float:
+        """Seconds since the lock (or `path`) was refreshed, by the clock of its file system."""
+        probe = beside(self.path)
         try:
             probe.touch()
-            return probe.stat().st_mtime - self.path.stat().st_mtime
+            return probe.stat().st_mtime - (path or self.path).stat().st_mtime
         except OSError:
             return 0.0
         finally:
@@ -116,45 +139,34 @@ class FolderLock:
 def _myself() -> dict[str, Any]:
     job = os.environ.get("SLURM_JOB_ID")
     slurm = {"job": job, "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0"))} if job else {}
-    return {"host": socket.gethostname(), "where": _where(), "pid": os.getpid(), "start": _start(os.getpid()), **slurm}
-
-
-def _where() -> str:
-    """What makes a process id unique: this boot of this machine, and the namespace."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return socket.gethostname()
-
-
-def _start(pid: int) -> str | None:
-    """When a process was started, in ticks of the machine; None where there is no such process, or only its zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
+    return {"host": socket.gethostname(), "where": where(), "pid": os.getpid(), "start": start_of(os.getpid()), **slurm}
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """Who a lock names: an empty dict where that cannot be read, None where there is no lock."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_bytes()[:65536])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         found = None
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    kinds = {"host": str, "where": str, "pid": int, "start": str, "job": str, "restarts": int}
+    return found if all(type(found[key]) is kind for key, kind in kinds.items() if key in found) else {}
 
 
 def _dead(found: dict[str, Any], me: dict[str, Any], age: float) -> bool:
-    if found.get("where") == me["where"]:
-        start = _start(int(found.get("pid", 0)))
-        return found.get("pid") == me["pid"] or start is None or start != found.get("start")
+    """Whether the owner is known to be gone. One that cannot be read is taken for another host's."""
+    if found.get("where") == me["where"] and "pid" in found:
+        start = start_of(found["pid"])
+        return found["pid"] == me["pid"] or start is None or start != found.get("start")
     if "job" in me and found.get("job") == me["job"] and found.get("restarts", 0) < me["restarts"]:
         return True
     return age > PATIENCE
 
 
 def _named(owner: dict[str, Any]) -> str:
-    job = f", Slurm job {owner['job']}" if owner.get("job") else ""
-    return f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')}{job}"
+    job = f", Slurm job {owner['job'][:80]}" if owner.get("job") else ""
+    name = f"process {str(owner.get('pid', '?'))[:20]} on {owner.get('host', 'an unknown host')[:80]}{job}"
+    return " ".join(name.encode("ascii", "replace").decode().split())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from commands import COMMAND, free_port, run_here, started
+from forked import forked
 from test_resume import artifact_files, done, kill_when, metrics, quantize
 from tiny_models import save_model
 
@@ -84,6 +85,55 @@ def test_an_owner_on_another_host(tmp_path):
     assert take(tmp_path) == "taken", "nobody refreshes it"
     (tmp_path / ".lock").write_text("{")
     assert "an unknown host" in take(tmp_path)
+
+
+MALFORMED = [
+    '{"pid": "abc"}',
+    '{"pid": 1.5}',
+    '{"pid": true}',
+    '{"pid": [1]}',
+    "[]",
+    "7",
+    '"x"',
+    "",
+    "{",
+    "\0",
+    "{" * 10**5,
+]
+MALFORMED += ["[" * 100_000, '{"restarts": "x", "job": "88"}', '{"job": 88}', '{"host": {}}', '{"host": "\\ud800\\nx"}']
+MALFORMED += ['{"pid": 1e999}', '{"pid": %s}' % (10**5 * "9"), '{"host": "%s"}' % (10**5 * "h")]
+
+
+@pytest.mark.parametrize("text", MALFORMED, ids=lambda text: text[:24])
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_lock_that_says_nothing_sensible(text, ours, tmp_path, monkeypatch):
+    """One line while somebody may own it, taken over once nobody has refreshed it for long enough."""
+    monkeypatch.setenv("SLURM_JOB_ID", "88")
+    if ours and text.startswith("{") and text.endswith("}"):
+        text = json.dumps({"where": folder_lock.where(), **json.loads(text)}) if "999" not in text else text
+    (tmp_path / ".lock").write_text(text)
+    said = take(tmp_path)
+    assert (said.startswith("output_dir ") and "\n" not in said and len(said) < 600) or (said == "taken" and ours), said
+    said.encode()
+    (tmp_path / ".lock").write_text(text)
+    os.utime(tmp_path / ".lock", (time.time() - PATIENCE - 60,) * 2)
+    assert take(tmp_path) == "taken"
+
+
+def test_a_lock_that_is_a_folder(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    assert "belongs to" in take(tmp_path)
+    os.utime(tmp_path / ".lock", (time.time() - PATIENCE - 60,) * 2)
+    assert "cannot remove" in take(tmp_path) and (tmp_path / ".lock").is_dir()
+
+
+def test_killed_while_it_takes_over(tmp_path):
+    """The guard of a takeover goes with its maker: the next one need not wait until it is old."""
+    elsewhere(tmp_path, age=PATIENCE + 60)
+    with forked(lambda: FolderLock(tmp_path)._link(tmp_path / ".lock-takeover") and None) as child:
+        assert child.finish() == (0, "")
+    assert take(tmp_path) == "taken"
+    assert {path.name for path in tmp_path.iterdir()} == {".lock"}
 
 
 def test_it_is_refreshed(tmp_path, monkeypatch):
