@@ -22,6 +22,7 @@ from megatron_lowbit.artifacts import SitePlan
 from megatron_lowbit.collectives import LOW_BIT, HybridReducer
 from megatron_lowbit.config import CommMode, LowBitError
 from megatron_lowbit.cost import CostTable
+from megatron_lowbit.distributed import all_gather_values
 from megatron_lowbit.evaluate import sqnr_db
 from megatron_lowbit.files import write_json
 from megatron_lowbit.launch import runner
@@ -163,9 +164,7 @@ def partial_sums(seed: int, rank: int, tokens: int, features: int) -> Tensor:
 
 def _check_equal(name: str, result: Tensor, group: dist.ProcessGroup) -> None:
     digest = hashlib.sha256(result.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-    digests = [""] * dist.get_world_size(group)
-    dist.all_gather_object(digests, digest, group)
-    if len(set(digests)) > 1:
+    if len(set(all_gather_values(digest, group))) > 1:
         raise RuntimeError(f"{name}: the ranks ended with different bits")
 
 

@@ -16,7 +16,15 @@ from megatron_lowbit.adapters import huggingface, patching
 from megatron_lowbit.adapters.blocks import skeleton
 from megatron_lowbit.artifacts import Artifact, Fingerprint, fingerprint_fields
 from megatron_lowbit.config import CommConfig, CommMode, StageConfig, WeightsConfig
-from megatron_lowbit.distributed import all_gather_stack, device, group_rank, launched, on_rank_zero, world_size
+from megatron_lowbit.distributed import (
+    all_gather_stack,
+    all_gather_values,
+    device,
+    group_rank,
+    launched,
+    on_rank_zero,
+    world_size,
+)
 from megatron_lowbit.launch.engine import (
     Engine,
     GenerateOptions,
@@ -223,9 +231,7 @@ class MegatronEngine(Engine):
     def all_stages(self, sites: dict[str, float]) -> dict[str, float]:
         if self.pp_group is None:
             return sites
-        stages: list[Any] = [None] * world_size(self.pp_group)
-        dist.all_gather_object(stages, sites, group=self.pp_group)
-        return {name: value for stage in stages for name, value in stage.items()}
+        return {name: value for stage in all_gather_values(sites, self.pp_group) for name, value in stage.items()}
 
     def fingerprint(self) -> Fingerprint:
         """Of the whole model, on every rank."""
@@ -233,9 +239,7 @@ class MegatronEngine(Engine):
 
         mine = megatron.fingerprint(self.model, self.names)["weights"]
         if self.pp_group is not None:
-            stages: list[Any] = [None] * world_size(self.pp_group)
-            dist.all_gather_object(stages, mine, group=self.pp_group)
-            mine = {name: value for stage in stages for name, value in stage.items()}
+            mine = {name: value for stage in all_gather_values(mine, self.pp_group) for name, value in stage.items()}
         return {**fingerprint_fields(self.text_config), "weights": mine}
 
     def apply(self, artifact: Artifact, comm_mode: CommMode | CommConfig | None = None) -> None:

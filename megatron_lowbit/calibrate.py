@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from megatron_lowbit.artifacts import CalibrationStats, FeatureRange, Fingerprint
 from megatron_lowbit.clipping import WIDTHS, RunningHistogram
 from megatron_lowbit.config import LowBitError
-from megatron_lowbit.distributed import all_gather_stack, start_all_gather, world_size
+from megatron_lowbit.distributed import all_gather_stack, all_gather_values, start_all_gather, world_size
 from megatron_lowbit.kernels import squared_sizes
 
 STATISTICS = 6  # numbers per feature that window_statistics makes of a window
@@ -284,7 +284,10 @@ def calibrate(
         for name, observer in by_site.items():
             ranges[size][name] = observer.feature_range(tp_group if size > 1 else None, dp_group)
     if pp_group is not None:
-        stages: list[Any] = [None] * world_size(pp_group)
-        dist.all_gather_object(stages, ranges, group=pp_group)
-        ranges = {size: {name: r for stage in stages for name, r in stage[size].items()} for size in observers}
+        mine = {str(size): {name: vars(r) for name, r in by_site.items()} for size, by_site in ranges.items()}
+        stages = all_gather_values(mine, pp_group)
+        ranges = {
+            size: {name: FeatureRange(**r) for stage in stages for name, r in stage[str(size)].items()}
+            for size in observers
+        }
     return CalibrationStats(ranges, fingerprint)

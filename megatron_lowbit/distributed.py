@@ -11,7 +11,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import distributed as dist
 
 from megatron_lowbit import preemption
 from megatron_lowbit.config import LowBitError
+from megatron_lowbit.messages import decode, encode
 from megatron_lowbit.preemption import Preempted
 
 T = TypeVar("T")
@@ -73,25 +74,41 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+_steps = 0
+
+
+def steps() -> int:
+    """Return how many meetings of all ranks this one has come to: the same on all of them, unless one is late."""
+    return _steps
+
+
+def _came() -> None:
+    global _steps
+    _steps += 1
+
+
 class ToldError(LowBitError):
     """A LowBitError that all ranks share and rank 0 reports."""
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 of the world only; all ranks return its value, or raise its LowBitError."""
+    """Run `action` on rank 0 of the world only; all ranks return its value, or raise its LowBitError.
+
+    The value is one of those that messages.py takes.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return action()
-    outcome: list[tuple[T | None, str | None]] = [(None, None)]
+    value, message = None, None
     if dist.get_rank() == 0:
         try:
-            outcome = [(action(), None)]
+            value = action()
         except LowBitError as error:
-            outcome = [(None, str(error))]
-    dist.broadcast_object_list(outcome, src=0, device=device())
-    value, message = outcome[0]
-    if message is not None:
-        raise _shared(message)
-    return value  # type: ignore[return-value]
+            message = str(error)
+    _came()
+    told = _broadcast([value, message])
+    if told[1] is not None:
+        raise _shared(told[1])
+    return value if dist.get_rank() == 0 else told[0]  # type: ignore[return-value]
 
 
 def on_every_rank(action: Callable[[], T]) -> T:
@@ -103,9 +120,8 @@ def on_every_rank(action: Callable[[], T]) -> T:
         value = action()
     except LowBitError as error:
         mine = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, mine)
-    for rank, message in enumerate(messages):
+    _came()
+    for rank, message in enumerate(all_gather_values(mine, dist.group.WORLD)):
         if message is not None:
             raise _shared(f"rank {rank}: {message}" if rank else message)
     return value  # type: ignore[return-value]
@@ -113,6 +129,48 @@ def on_every_rank(action: Callable[[], T]) -> T:
 
 def _shared(message: str) -> LowBitError:
     return LowBitError(message) if dist.get_rank() == 0 else ToldError(message)
+
+
+def all_gather_values(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """The value of every rank, one of those that messages.py takes, in rank order."""
+    if group is None:
+        return [value]
+    mine = encode(value).to(_device_of(group))
+    lengths = all_gather_stack(mine.new_tensor([len(mine)], dtype=torch.int64), group).flatten().tolist()
+    padded = mine.new_zeros(max(lengths))
+    padded[: len(mine)] = mine
+    messages = all_gather_stack(padded, group)
+    return [decode(message[:length]) for message, length in zip(messages, lengths, strict=True)]
+
+
+def gather_values(value: Any, group: dist.ProcessGroup) -> list[Any] | None:
+    """As all_gather_values, for large values: only the first rank of the group has them, the others get None."""
+    mine, first = encode(value).to(_device_of(group)), dist.get_global_rank(group, 0)
+    lengths = all_gather_stack(mine.new_tensor([len(mine)], dtype=torch.int64), group).flatten().tolist()
+    if dist.get_rank(group):
+        dist.send(mine, first, group)
+        return None
+    values = [value]
+    for rank, length in enumerate(lengths[1:], 1):
+        message = mine.new_empty(length)
+        dist.recv(message, dist.get_global_rank(group, rank), group)
+        values.append(decode(message))
+    return values
+
+
+def _broadcast(value: Any) -> Any:
+    """Rank 0's value, on all ranks of the world."""
+    mine = encode(value if dist.get_rank() == 0 else None).to(_device_of(dist.group.WORLD))
+    length = mine.new_tensor([len(mine)], dtype=torch.int64)
+    dist.broadcast(length, 0)
+    message = mine if dist.get_rank() == 0 else mine.new_empty(int(length))
+    dist.broadcast(message, 0)
+    return decode(message)
+
+
+def _device_of(group: dist.ProcessGroup | None) -> torch.device:
+    """Where the group's backend takes tensors from."""
+    return torch.device("cpu") if dist.get_backend(group) == "gloo" else device()
 
 
 class Watch:
@@ -138,6 +196,7 @@ class Watch:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             answer = wish
         else:
+            _came()
             value = torch.tensor([wish])
             work = dist.all_reduce(value, dist.ReduceOp.MAX, self._group, async_op=True)
             self._pending.append((work, value))  # type: ignore[arg-type]

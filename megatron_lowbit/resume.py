@@ -30,11 +30,10 @@ from megatron_lowbit.artifacts import (
     CheckpointPart,
     FeatureRange,
     merge_parts,
-    remove_leftovers,
     verify_files,
 )
 from megatron_lowbit.config import CalibrateConfig, LowBitError, QuantizeConfig, RatesConfig, defaults
-from megatron_lowbit.distributed import Watch, env_rank, on_every_rank, on_rank_zero
+from megatron_lowbit.distributed import Watch, all_gather_values, env_rank, on_every_rank, on_rank_zero
 from megatron_lowbit.files import discard, ensure_writable, read_json, read_tensors, write_json, write_tensors
 from megatron_lowbit.preemption import Preempted
 
@@ -100,7 +99,6 @@ class RunState(State):
         """
         found = self.found("parts", "bit_sums", "results")
         if found is None:
-            remove_leftovers(self.output)
             return {"done": 0}
         try:
             verify_files(self.output, merge_parts(found["parts"]))
@@ -173,10 +171,7 @@ class PassState(State):
 
     def _save(self, tensors: dict[str, Tensor]) -> None:
         mine = {self._path().name: on_every_rank(lambda: write_tensors(self._path(), tensors))}
-        every: list[dict[str, str]] = [mine]
-        if dist.is_initialized():
-            every = [{}] * dist.get_world_size()
-            dist.all_gather_object(every, mine)
+        every = all_gather_values(mine, dist.group.WORLD if dist.is_initialized() else None)
         files = {name: checksum for part in every for name, checksum in part.items()}
         state = {"settings": self.settings, "done": self.done, "files": files}
         on_rank_zero(lambda: write_json(self.folder / "state.json", state))

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from megatron_lowbit.channels import ReassemblyPlan
 from megatron_lowbit.collectives import VirtualReducer
 from megatron_lowbit.config import LowBitError, WeightsConfig
-from megatron_lowbit.distributed import all_gather_stack, group_rank, world_size
+from megatron_lowbit.distributed import all_gather_stack, all_gather_values, group_rank, world_size
 from megatron_lowbit.kernels import pack_bits
 from megatron_lowbit.quantizer import (
     LowRank,
@@ -227,9 +227,8 @@ class ShardedLinear(nn.Module):
             return None
         plans = [plan.to("cpu") for plan in self.plans]
         if self.kind == "row" and self.tp_group is not None:
-            gathered: list[list[ReassemblyPlan]] = [[] for _ in range(world_size(self.tp_group))]
-            dist.all_gather_object(gathered, plans, group=self.tp_group)
-            plans = [plan for part in gathered for plan in part]
+            gathered = all_gather_values([vars(plan) for plan in plans], self.tp_group)
+            plans = [ReassemblyPlan(**fields) for part in gathered for fields in part]
         return ReassemblyPlan.join(plans)
 
     def _whole(self, parts: Sequence[Tensor], dim: int) -> Tensor:

@@ -13,7 +13,6 @@ import contextlib
 import io
 import logging
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,8 +41,9 @@ from megatron_lowbit.channels import ReassemblyPlan
 from megatron_lowbit.codec import Codec
 from megatron_lowbit.collectives import HybridReducer
 from megatron_lowbit.config import LowBitError, one_line
-from megatron_lowbit.distributed import on_rank_zero
+from megatron_lowbit.distributed import all_gather_values, on_rank_zero
 from megatron_lowbit.linear import DenseShard, QuantRowParallelLinear
+from megatron_lowbit.temporary import beside, remove_dead
 
 
 def save_checkpoint(model: Any, folder: str | Path) -> None:
@@ -51,17 +51,18 @@ def save_checkpoint(model: Any, folder: str | Path) -> None:
 
     Raises LowBitError where it exists, and where a rank's inputs end inside a packed byte.
     """
-    folder = Path(folder)
-    whole, partial = folder, folder.with_name(f".{folder.name}.partial")
+    whole = Path(folder)
 
-    def prepare() -> None:
+    def prepare() -> str:
         if whole.exists():
             raise LowBitError(f"{str(whole)!r} exists; choose another folder for the checkpoint")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        remove_dead([whole.parent], prefix=f".{whole.name}.")
+        folder = beside(whole)
+        folder.mkdir(parents=True)
+        return str(folder)
 
     state = _sharded(model, not _alike(model))  # what it refuses leaves no folder behind
-    on_rank_zero(prepare)
+    partial = Path(on_rank_zero(prepare))
     with _quiet():
         dist_checkpointing.save(state, str(partial))
     dist.barrier()
@@ -130,13 +131,12 @@ def _is_checkpoint(folder: Path) -> bool:
 
 def _alike(model: Any) -> bool:
     """Whether all layers of the model have tensors of the same names and shapes, so that Megatron can stack them."""
-    seen: set[Any] = set()
+    seen: set[str] = set()
     for chunk in megatron.model_chunks(model):
         for layer in chunk.decoder.layers:
             shapes = [(name, tuple(t.shape)) for name, t in layer.state_dict().items() if isinstance(t, torch.Tensor)]
-            seen.add(tuple(shapes))
-    stages: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(stages, seen)
+            seen.add(str(shapes))
+    stages = all_gather_values(sorted(seen), dist.group.WORLD)
     return len(set().union(*stages)) == 1
 
 
