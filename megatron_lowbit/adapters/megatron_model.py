@@ -19,7 +19,6 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
 
 from megatron_lowbit.adapters import huggingface, megatron, megatron_cpu
@@ -28,8 +27,9 @@ from megatron_lowbit.adapters.megatron_layers import full_weight
 from megatron_lowbit.adapters.megatron_layout import COLUMN, NORMS, Layout, find_prefix, norm_name, parts
 from megatron_lowbit.artifacts import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
-from megatron_lowbit.distributed import all_gather_stack, group_rank, world_size
+from megatron_lowbit.distributed import all_gather_stack, gather_values, group_rank, world_size
 from megatron_lowbit.hf_weights import HFWeights
+from megatron_lowbit.rendezvous import collective_limit
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 Read = Callable[[str, tuple[int, ...]], Tensor]
@@ -37,7 +37,8 @@ Read = Callable[[str, tuple[int, ...]], Tensor]
 
 def initialize(tp: int, pp: int, seed: int) -> None:
     """Megatron's parallel groups, over the ranks of an initialized torch.distributed; the rest are data-parallel."""
-    parallel_state.initialize_model_parallel(tp, pp)
+    minutes = collective_limit().total_seconds() / 60
+    parallel_state.initialize_model_parallel(tp, pp, distributed_timeout_minutes=minutes)
     megatron_cpu.enable()
     if torch.cuda.is_available():
         model_parallel_cuda_manual_seed(seed)
@@ -330,9 +331,7 @@ def to_huggingface(model: Any, hf_config: Any) -> nn.Module | None:
         state |= _export(chunk, hf_config)
     group = chunks[0].pg_collection.pp
     if world_size(group) > 1:
-        first = group_rank(group) == 0
-        stages: list[Any] | None = [None] * world_size(group) if first else None
-        dist.gather_object(state, stages, dst=dist.get_global_rank(group, 0), group=group)
+        stages = gather_values(state, group)
         state = {name: tensor for stage in stages or [] for name, tensor in stage.items()}
     if group_rank(group) or group_rank(chunks[0].pg_collection.tp):
         return None
