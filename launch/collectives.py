@@ -26,7 +26,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from importlib import import_module
@@ -54,6 +53,8 @@ from megatron_lowbit.launch.collectives_rank import (
 )
 from megatron_lowbit.launch.netlab import network, no_namespaces, uninterrupted
 from megatron_lowbit.metrics import MetricLogger, progress, require
+from megatron_lowbit.rendezvous import on_loopback
+from megatron_lowbit.temporary import scratch_folder
 
 CONFIG = BenchmarkCollectivesConfig
 NOT_IN_COMM = ("mode", "cost_table", "drift_threshold", "selection", "gather", "tp_sizes")
@@ -74,8 +75,6 @@ def main(argv: list[str]) -> int:
         return runner.run_rank("benchmark", sys.modules[__name__], config)
     except LowBitError as error:
         return runner.fail(str(error))
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -139,17 +138,17 @@ def run(config: BenchmarkCollectivesConfig, logger: MetricLogger) -> dict[str, A
 def measure(config: BenchmarkCollectivesConfig, ranks: int) -> Iterator[list[dict[str, Any]]]:
     """The rows of each of `sizes`, in order, as they are done. Whatever happens, no rank and no namespace is left."""
     with (
-        tempfile.TemporaryDirectory(prefix="lowbit-") as folder,
+        scratch_folder() as folder,
         network(config.rate, ranks) as host,
-        started(config, ranks, Path(folder), host) as workers,
+        started(config, ranks, folder, host) as workers,
     ):
         for number, size in enumerate(config.sizes):
             deadline = (
                 time.monotonic() + cell_limit(config, ranks, size) + (0 if number else start_limit(config, ranks))
             )
-            result = Path(folder) / f"{number}.json"
+            result = folder / f"{number}.json"
             while not result.exists():
-                _raise_if_failed(workers, Path(folder))
+                _raise_if_failed(workers, folder)
                 if time.monotonic() > deadline:
                     raise LowBitError(
                         f"ranks={ranks} sizes={size} did not finish in time; set a smaller size, a lower cell_seconds "
@@ -166,6 +165,8 @@ def started(
     """The worker processes; they are killed at the end. Rank r's output goes to <folder>/r.log."""
     environ = {**os.environ, "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}
     environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
+    if config.rate is None:
+        environ |= on_loopback(environ)
     command = [
         sys.executable,
         "-m",

@@ -10,9 +10,11 @@ they travel as bf16 or low-bit.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,18 +128,33 @@ def outcomes_of(config: ParityConfig, engine: str, size: int) -> dict[str, Outco
     }
     command = [sys.executable, "-m", "megatron_lowbit.launch", "parity"]
     command += [f"{key}={value}" for key, value in arguments.items()]
-    environ = without_launch(os.environ)
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=TIMEOUT, check=False)
-    except subprocess.TimeoutExpired:
-        raise LowBitError(f"engine={engine} tp={size} took more than {TIMEOUT} s; give fewer prompts") from None
-    if done.returncode == REQUEUE or preemption.asked():
+    code, stderr = _run(command, preemption.child_of(without_launch(os.environ)))
+    if code is None:
+        raise LowBitError(f"engine={engine} tp={size} took more than {TIMEOUT} s; give fewer prompts")
+    if code == REQUEUE or preemption.asked():
         raise Preempted("it starts over when it is run again")
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    if code:
+        last = (stderr.strip().splitlines() or ["no message"])[-1]
         raise LowBitError(f"engine={engine} tp={size} failed: {last.removeprefix('megatron-lowbit: ')}")
     wanted = modes(Artifact.load(config.artifact or ""), size)
     return {str(mode): load_file(folder / f"{mode}.safetensors") for mode in wanted}
+
+
+def _run(command: list[str], environ: dict[str, str]) -> tuple[int | None, str]:
+    """(exit code, standard error), the code None after TIMEOUT; the signals of this process are passed on."""
+    deadline, told = time.monotonic() + TIMEOUT, 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ) as process:
+        try:
+            while time.monotonic() < deadline:
+                for number in preemption.received[told:]:
+                    told += 1
+                    process.send_signal(number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    _, stderr = process.communicate(timeout=0.2)
+                    return process.returncode, stderr
+            return None, ""
+        finally:
+            process.kill()
 
 
 def compare(outcome: Outcome, reference: Outcome) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import math
 import os
@@ -14,17 +15,15 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import yaml
 
-from megatron_lowbit import launcher_env, preemption
+from megatron_lowbit import launcher_env, preemption, presence
 from megatron_lowbit.config import LowBitError, StageConfig, defaults, load_config, one_line
 from megatron_lowbit.distributed import ToldError, env_rank, env_world_size, launched, on_every_rank, on_rank_zero
 from megatron_lowbit.files import ensure_writable, write_json, write_text
@@ -34,6 +33,7 @@ from megatron_lowbit.launch.netlab import FIRST_HOST, network, no_namespaces
 from megatron_lowbit.metrics import MetricLogger, environment, require
 from megatron_lowbit.preemption import REQUEUE, Preempted
 from megatron_lowbit.rendezvous import join
+from megatron_lowbit.temporary import scratch_folder
 
 BAD_INPUT = 2
 
@@ -41,8 +41,18 @@ BAD_INPUT = 2
 def fail(message: str) -> int:
     """Print one line on standard error; returns the exit code."""
     rank = f"rank {env_rank()}: " if env_rank() else ""
-    print(f"megatron-lowbit: {rank}{' '.join(message.split())}", file=sys.stderr, flush=True)
+    line = f"megatron-lowbit: {rank}{' '.join(message.split())}"
+    print(line, file=sys.stderr, flush=True)
+    _tell_torchrun(line)
     return BAD_INPUT
+
+
+def _tell_torchrun(line: str) -> None:
+    """Let torchrun's own report of the failure end with this line, where it else advises to enable tracebacks."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        record = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError), open(file, "x") as report:  # the first line counts
+            json.dump({"message": record}, report)
 
 
 def run_stage(name: str, argv: list[str]) -> int:
@@ -188,7 +198,11 @@ def run_rank(name: str, stage: Any, config: StageConfig) -> int:
     except RuntimeError as error:
         if not _of_a_collective(error):
             raise
-        fail(f"a collective failed: another rank has ended; see what it says ({one_line(error)})")
+        who = presence.suspects() or "another rank has ended"
+        fail(f"a collective failed: {who}; see what it says ({one_line(error)})")
+    except SystemExit as ended:  # SIGINT, or a second SIGTERM
+        code = int(ended.code or 0)
+        raise
     except Preempted as stop:
         code = REQUEUE
         if rank == 0:
@@ -213,6 +227,7 @@ def _leave_groups(code: int) -> None:
     """Without this a rank ends with SIGABRT. Ranks meet first where all leave: after an error a peer may be gone."""
     from torch import distributed as dist
 
+    presence.stop()
     if dist.is_initialized():
         try:
             if code in (0, REQUEUE):
@@ -249,22 +264,23 @@ def _start_ranks(name: str, argv: list[str], size: int, rate: str | None = None)
         print(f"{size} ranks, {torch.cuda.device_count()} GPUs: running on the CPU", file=sys.stderr)
         base |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     base |= {"WORLD_SIZE": str(size), "MASTER_ADDR": FIRST_HOST if rate else "127.0.0.1", "MASTER_PORT": str(port)}
+    base = preemption.child_of(base)
     command = [sys.executable, "-m", f"megatron_lowbit.launch.{name}", *argv]
-    with tempfile.TemporaryDirectory() as logs, network(rate, size) as host:
+    with scratch_folder() as logs, network(rate, size) as host:
         ranks: list[subprocess.Popen[bytes]] = []
         # A rank holds back the signals that it inherits as blocked, until it has handlers for them.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, preemption.HELD_BACK)
         try:
             for rank in range(size):
                 environ = {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                with open(Path(logs) / str(rank), "wb") as log:
+                with open(logs / str(rank), "wb") as log:
                     to = None if rank == 0 else log
                     ranks.append(subprocess.Popen([*host[rank], *command], env=environ, stderr=to, stdout=to))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         failed = _wait(ranks)
         if failed:  # rank 0 printed its own error; of the others the first that failed by itself is shown
-            print((Path(logs) / str(failed)).read_text(errors="replace"), end="", file=sys.stderr)
+            print((logs / str(failed)).read_text(errors="replace"), end="", file=sys.stderr)
     code = ranks[failed or 0].returncode
     return code if code >= 0 else 1
 
@@ -289,6 +305,10 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
             if deadline is not None and time.monotonic() > deadline:
                 break
             time.sleep(0.05)
+    except SystemExit:  # SIGINT, which a terminal sends to the ranks too
+        for rank in ranks:
+            rank.send_signal(signal.SIGINT)
+        raise
     finally:
         for rank in ranks:
             if rank.poll() is None:

@@ -3,24 +3,35 @@
 The handler only notes the signal. Ranks look at each step (`Watch`, in distributed.py), agree, and all leave at the
 same one with exit code 99, which asks the scheduler to run the job again. `install` comes before all slow imports,
 because a SIGUSR1 without a handler kills the process; this file imports nothing slow. A second SIGTERM ends the process
-at once.
+at once, and so does SIGINT: with one line and exit code 130. A process that another of ours has started (`child_of`)
+leaves that line to its parent, and does not outlive it.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import ctypes
+import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 REQUEUE = 99
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+HELD_BACK = (*SIGNALS, signal.SIGINT)  # from a rank of ours until it has handlers for them
 ECHO = 5.0  # seconds in which a second SIGTERM is the first one again, passed on by a launcher
+INTERRUPTED = 128 + signal.SIGINT
+PARENT = "MEGATRON_LOWBIT_PARENT"
+_PR_SET_PDEATHSIG = 1
 
 received: list[signal.Signals] = []
 _first_term: float | None = None
+_first_int: float | None = None
+_parent_speaks = False
 
 
 class Preempted(Exception):
@@ -34,17 +45,26 @@ def asked() -> bool:
 
 def install() -> dict[signal.Signals, Any]:
     """Note the signals from now on; returns the handlers before, for `restore`. Main thread only, else does nothing."""
-    global _first_term
+    global _first_term, _first_int
     if threading.current_thread() is not threading.main_thread():
         return {}
     if signal.getsignal(signal.SIGUSR1) is _note:
         return {}
     received.clear()
-    _first_term = None
+    _first_term = _first_int = None
     before = {number: signal.signal(number, _note) for number in SIGNALS}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # whoever started this rank may have held them back
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell's background job has it
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, _interrupt)
+    if parent := os.environ.pop(PARENT, None):
+        _end_with(int(parent))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)  # whoever started this rank may have held them back
     atexit.register(_ignore)
     return before
+
+
+def child_of(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables for a process of ours that is to end with this one."""
+    return {**environ, PARENT: str(os.getpid())}
 
 
 def restore(before: dict[signal.Signals, Any]) -> None:
@@ -60,6 +80,29 @@ def _ignore() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+
+
+def _end_with(parent: int) -> None:
+    """Die with the parent, however it dies: its ranks would hold the output folder, and wait for nobody. Linux only."""
+    global _parent_speaks
+    _parent_speaks = True
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before that
+            os._exit(1)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    global _first_int
+    now = time.monotonic()
+    if _first_int is not None:
+        if now - _first_int > ECHO:
+            os._exit(INTERRUPTED)
+        return
+    _first_int = now
+    if not _parent_speaks:
+        print("megatron-lowbit: interrupted", file=sys.stderr, flush=True)
+    sys.exit(INTERRUPTED)  # through the `finally`s, which end what this process started
 
 
 def _note(number: int, frame: object) -> None:
