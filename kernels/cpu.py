@@ -1,8 +1,7 @@
 """The ops of hybrid.py and exact.py on CPUs, bit for bit, in C++: hybrid.cpp, compiled at first use.
 
-Nothing is built at import. The library is cached in $XDG_CACHE_HOME/megatron_lowbit (~/.cache by default) under a name
-that says what it was built from, by what and for which CPU. Without a compiler, or where the build fails, the torch
-reference runs, and one line says so.
+Nothing is built at import; build.py says where the library is kept. Without a compiler, or where the build fails, the
+torch reference runs, and one line says so.
 
 $MEGATRON_LOWBIT_KERNELS   auto, the default: as above
                            reference: the torch reference
@@ -12,23 +11,17 @@ $CXX                       the compiler; else c++, else g++
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import hashlib
 import logging
 import os
-import platform
-import shlex
-import shutil
 import subprocess
-import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from megatron_lowbit.kernels import build
 from megatron_lowbit.kernels.exact import (
     carrier_words,
     decode_reference,
@@ -50,11 +43,6 @@ from megatron_lowbit.kernels.ops import kernel, written
 
 logger = logging.getLogger("megatron_lowbit")
 
-SOURCE = Path(__file__).with_name("hybrid.cpp")
-HEADERS = sorted(SOURCE.parent.glob("*.h"))
-# No fast-math and no fused multiply-add: results are those of the torch reference.
-FLAGS = ["-std=c++17", "-O2", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
-FLAGS += ["-shared", "-fPIC", "-w"]
 MODES = ("auto", "reference", "triton", "cpu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as in hybrid.cpp
 
@@ -292,83 +280,7 @@ _ARGUMENTS = {
 
 def _load() -> ctypes.CDLL:
     """The library, with its functions' arguments declared."""
-    library = _cached()
+    library = build.load()
     for name, types in _ARGUMENTS.items():
         getattr(library, name).argtypes = types
     return library
-
-
-def _cached() -> ctypes.CDLL:
-    """Load the cached library, built first if need be."""
-    compiler = _compiler()
-    version = _run([*compiler, "--version"])
-    sources = [path.read_text() for path in (SOURCE, *HEADERS)]
-    key = hashlib.sha256("\0".join([*sources, *compiler, version, *FLAGS, _cpu()]).encode()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_lowbit"
-    library = cache / f"hybrid-{key[:24]}.so"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        if not library.exists():
-            with _one_at_a_time(cache):
-                if not library.exists():
-                    _build(compiler, library)
-    except OSError:  # a cache that cannot be written
-        with tempfile.TemporaryDirectory(prefix="megatron-lowbit-") as folder:
-            _build(compiler, Path(folder) / library.name)
-            return ctypes.CDLL(folder + "/" + library.name)  # stays mapped when its file is gone
-    return ctypes.CDLL(str(library))
-
-
-def _compiler() -> list[str]:
-    if chosen := os.environ.get("CXX"):
-        return shlex.split(chosen)
-    for name in ("c++", "g++"):
-        if found := shutil.which(name):
-            return [found]
-    raise RuntimeError("no C++ compiler is installed (c++ or g++)")
-
-
-def _build(compiler: list[str], library: Path) -> None:
-    """Compile to a name of its own, then rename: another process sees the whole library or none."""
-    handle, unfinished = tempfile.mkstemp(suffix=".so", prefix=library.stem, dir=library.parent)
-    os.close(handle)
-    try:
-        _run([*compiler, *FLAGS, str(SOURCE), "-o", unfinished])
-        os.replace(unfinished, library)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(unfinished)
-
-
-def _run(command: list[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
-    except OSError as error:  # not to be taken for a cache that cannot be written
-        raise RuntimeError(f"{command[0]} does not run ({error.strerror})") from error
-    if done.returncode:
-        raise RuntimeError(f"{command[0]} failed with status {done.returncode} {done.stderr.strip()}".strip())
-    return done.stdout
-
-
-@contextlib.contextmanager
-def _one_at_a_time(cache: Path) -> Iterator[None]:
-    """Of the processes that start together, one builds and the others wait; without locks, each builds its own."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with open(cache / "lock", "w") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _cpu() -> str:
-    """What -march=native looks at: a cache may be shared by machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    wanted = ("model name", "cpu family", "model", "stepping", "flags", "Features", "CPU part", "CPU implementer")
-    return "\n".join(sorted({line for line in lines if line.partition(":")[0].strip() in wanted}))

@@ -14,7 +14,7 @@ from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_lowbit import kernels
-from megatron_lowbit.kernels import cpu, exact, hybrid
+from megatron_lowbit.kernels import build, cpu, exact, hybrid
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -148,7 +148,7 @@ def test_older_processors(monkeypatch, tmp_path):
     """Without AVX-512: what the compiler makes of the same source."""
     if platform.machine() != "x86_64":
         pytest.skip("of another kind")
-    monkeypatch.setattr(cpu, "FLAGS", ["-march=x86-64-v3" if "march" in flag else flag for flag in cpu.FLAGS])
+    monkeypatch.setattr(build, "FLAGS", ["-march=x86-64-v3" if "march" in flag else flag for flag in build.FLAGS])
     monkeypatch.setattr(cpu, "_loaded", [])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for tiers in (TIERS[8], TIERS[9]):

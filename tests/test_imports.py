@@ -20,12 +20,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import those of its own tier and of earlier ones. A new module has to be given its place here.
 TIERS = [
     {
-        *("config", "embedded", "kernels", "kernels.cpu", "kernels.exact", "kernels.gpu", "kernels.hybrid"),
-        *("kernels.ops", "kernels.packing", "kernels.reference", "kernels.triton_hybrid", "launcher_env", "preemption"),
+        *("config", "embedded", "launcher_env", "messages", "preemption", "temporary", "kernels", "kernels.build"),
+        *("kernels.cpu", "kernels.exact", "kernels.gpu", "kernels.hybrid", "kernels.ops", "kernels.packing"),
+        *("kernels.reference", "kernels.triton_hybrid"),
     },
     {"quantizer", "agreement", "allocation", "clipping", "channels", "files", "distributed", "hf_weights", "streams"},
     {"wandb_run"},
-    {"codec", "data", "folder_lock", "metrics", "reassembly", "rendezvous", "sharding"},
+    {"codec", "data", "folder_lock", "metrics", "presence", "reassembly", "rendezvous", "sharding"},
     {"artifacts"},
     {"calibrate", "exact_sum", "ranges", "rounding"},
     {"cost", "drift", "exchange"},
