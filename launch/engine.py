@@ -42,6 +42,7 @@ from megatron_lowbit.distributed import (
     seed_everything,
     world_size,
 )
+from megatron_lowbit.hf_weights import check_safetensors
 from megatron_lowbit.metrics import MetricLogger, progress
 from megatron_lowbit.ranges import build_plan
 from megatron_lowbit.rendezvous import join
@@ -262,7 +263,7 @@ def load_windows(engine: Engine, section: Any, key: str) -> Windows:
             f"stdlib:{key.replace('evaluation', 'validation')}"
         )
     arguments = (section.data, section.samples, section.sequence_length, engine.context, key)
-    return on_rank_zero(lambda: token_windows(engine.tokenizer, *arguments))
+    return Windows(**on_rank_zero(lambda: vars(token_windows(engine.tokenizer, *arguments))))
 
 
 def calibrate_engine(
@@ -405,10 +406,10 @@ def load_config_and_tokenizer(config: StageConfig, checkpoint: LowBitCheckpoint 
         raise LowBitError("model is not set; name a folder, a hub id or `embedded`")
     name = model_name(config.model or config.artifact or "")
     with _loading(name):
-        hf_config = AutoConfig.from_pretrained(name)
+        hf_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if not any("CausalLM" in a or "LMHead" in a for a in hf_config.architectures or ["CausalLM"]):
             raise LowBitError(f"{name!r} is a {hf_config.architectures[0]}, not a causal LM")
-        return hf_config, AutoTokenizer.from_pretrained(name)
+        return hf_config, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def load_model(config: StageConfig, hf_config: Any, checkpoint: LowBitCheckpoint | None) -> Any:
@@ -419,7 +420,9 @@ def load_model(config: StageConfig, hf_config: Any, checkpoint: LowBitCheckpoint
     with _loading(name):
         if config.model is None and checkpoint is not None:
             return _from_checkpoint(hf_config, checkpoint, dtype)
-        stored: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        check_safetensors(name)
+        options = {"use_safetensors": True, "trust_remote_code": False}  # what is loaded runs no code of its own
+        stored: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
         model, info = stored
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])

@@ -59,7 +59,7 @@ def quantize_qllm(
     context = getattr(text_config, "max_position_embeddings", None) or 2048
     section = config.calibration
     arguments = (section.samples, section.sequence_length, context, "calibration")
-    windows = _aligned(on_rank_zero(lambda: token_windows(tokenizer, section.data or "", *arguments)))
+    windows = _aligned(Windows(**on_rank_zero(lambda: vars(token_windows(tokenizer, section.data or "", *arguments)))))
     source = BlockSource(folder, hf_config, config, compute_dtype(config), device(), tp_group)
     source.check_widths()
     walk = Walk(source, windows, config, plan_sizes(source, config) if plans else [], dp_group, logger)
@@ -179,6 +179,6 @@ def _read(what: str, folder: Path, loader: Any) -> Any:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(None):
             warnings.simplefilter("ignore")
-            return loader.from_pretrained(folder)
+            return loader.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever transformers and tokenizers raise
         raise LowBitError(f"cannot read the {what} of {str(folder)!r}: {one_line(error)}") from None

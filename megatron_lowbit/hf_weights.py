@@ -12,12 +12,27 @@ from torch import Tensor
 
 from megatron_lowbit.config import LowBitError, one_line
 
+PICKLES = ("pytorch_model*.bin", "model*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def check_safetensors(folder: str | Path) -> None:
+    """Raise LowBitError for a folder that holds its weights as pickles only: reading those can run any code."""
+    folder = Path(folder)
+    found = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if found and not any(folder.glob("*.safetensors")):
+        raise LowBitError(
+            f"{str(folder)!r} holds its weights as pickles ({found[0]}), which can run any code when they are read; "
+            "where you trust their author, load the model with transformers and save_pretrained it, which writes "
+            "safetensors"
+        )
+
 
 class HFWeights:
     """The safetensors file(s) of a model folder. Every error is a LowBitError that names the file or tensor."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        check_safetensors(self.folder)
         index = self.folder / "model.safetensors.index.json"
         single = self.folder / "model.safetensors"
         try:
