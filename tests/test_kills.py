@@ -1,0 +1,42 @@
+"""Commands that are killed and run again: the results of an undisturbed run, and nothing left behind (kill_matrix.py)."""
+
+from __future__ import annotations
+
+import json
+
+import kill_matrix
+import pytest
+
+
+def faults(names: list[str], kills: int, tmp_path) -> list[str]:
+    said: list[str] = []
+    tallies = kill_matrix.campaign(names, kills, 7, tmp_path, said.append)
+    assert sum(tally.kills for tally in tallies.values()) >= kills
+    return [fault for tally in tallies.values() for fault in tally.faults]
+
+
+def test_a_few(tmp_path):
+    assert faults(["quantize rtn", "calibrate"], 6, tmp_path) == []
+
+
+@pytest.mark.slow
+def test_two_hundred(tmp_path):
+    names = [*kill_matrix.OF_ONE_PROCESS]
+    for part in ("one", "several"):
+        (tmp_path / part).mkdir()
+    assert faults(names, 180, tmp_path / "one") == []
+    assert faults([*kill_matrix.OF_SEVERAL_PROCESSES], 21, tmp_path / "several") == []
+
+
+def test_what_counts_as_the_same(tmp_path):
+    """An oracle that sees a changed file, a changed figure and a file that is left."""
+    record = {"rows": [{"kl": 0.5, "seconds": 3.0}], "environment": {}, "config": {}}
+    (tmp_path / "evaluate.json").write_text(json.dumps(record))
+    (tmp_path / "lowbit.json").write_text("{}")
+    before = kill_matrix.results(tmp_path)
+    (tmp_path / "evaluate.json").write_text(json.dumps({**record, "rows": [{"kl": 0.5, "seconds": 4.0}]}))
+    assert kill_matrix.results(tmp_path) == before
+    (tmp_path / "evaluate.json").write_text(json.dumps({**record, "rows": [{"kl": 0.6, "seconds": 3.0}]}))
+    assert kill_matrix.results(tmp_path) != before
+    (tmp_path / ".x.tmp").write_text("")
+    assert ".x.tmp" in kill_matrix.results(tmp_path)
