@@ -9,10 +9,9 @@ each field says what it does; these comments are the reference of every command'
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
+import reprlib
 from typing import Any, Literal, TypeVar, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -21,6 +20,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from megatron_lowbit.plain_yaml import DEEPEST, LONGEST, parse_yaml
 
 SchemeName = Literal["none", "W4A16", "W4A8", "W4A4", "W6A6", "W8A8"]
 EngineName = Literal["huggingface", "deepspeed", "megatron"]
@@ -326,41 +327,85 @@ StageT = TypeVar("StageT", bound=BaseModel)
 
 
 def load_config(stage: type[StageT], file: str | None, overrides: list[str]) -> StageT:
-    """The stage's config from a YAML file, then `key.path=value` overrides (values read as YAML)."""
+    """The stage's config from a YAML file, then `key.path=value` overrides (values read as YAML).
+
+    Raises LowBitError, one line, for a file that cannot be read and for keys and values that the stage does not take.
+    """
     tree = stage().model_dump()  # a section that is given in part keeps the stage's other defaults
-    given: Any = {}
-    if file is not None:
-        try:
-            given = yaml.safe_load(Path(file).read_text()) or {}
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise LowBitError(f"cannot read config file {file!r}: {one_line(error)}") from None
-        if not isinstance(given, dict):
-            raise LowBitError(f"config file {file!r} must hold keys and values, not {type(given).__name__}")
+    given = {} if file is None else _read_file(stage, file)
     _choose_preset(tree, given, overrides)
     _merge(tree, given)
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise LowBitError(f"override {override!r} is not of the form key.path=value")
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise LowBitError(f"override {override!r}: {parent!r} is a value, not a section")
-        try:
-            node[leaf] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            node[leaf] = text  # a prompt may hold any characters
-        kind = _annotation(stage, key.split("."))
-        if kind is str or str in get_args(kind):
-            node[leaf] = text  # prompt=123 and model=007 stay what was typed
-        if type(None) in get_args(kind) and text in ("null", "none", ""):
-            node[leaf] = None
+        _override(stage, tree, override)
     try:
-        return stage.model_validate(tree)
+        config = stage.model_validate(tree)
     except ValidationError as error:
         raise LowBitError(_explain(stage, error)) from None
+    _check_values(config.model_dump(), "")
+    return config
+
+
+def _read_file(stage: type[BaseModel], file: str) -> dict[str, Any]:
+    try:
+        with open(file, encoding="utf-8-sig") as opened:  # a byte order mark is no part of the first key
+            given = parse_yaml(opened.read(LONGEST + 1), lambda path: _text_kind(_annotation(stage, list(path))))
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+        raise LowBitError(f"cannot read config file {shown(file)}: {one_line(error)}") from None
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise LowBitError(f"config file {shown(file)} must hold keys and values, not {type(given).__name__}")
+    return given
+
+
+def _override(stage: type[BaseModel], tree: dict[str, Any], override: str) -> None:
+    """Put one `key.path=value` into the tree of values."""
+    key, equals, text = override.partition("=")
+    path = key.split(".")
+    if not equals or not key or len(path) > DEEPEST:
+        raise LowBitError(f"override {shown(override)} is not of the form key.path=value")
+    node = tree
+    for parent in path[:-1]:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise LowBitError(f"override {shown(override)}: {shown(parent)} is a value, not a section")
+    annotation, leaf = _annotation(stage, path), path[-1]
+    if type(None) in get_args(annotation) and text in ("null", "none", ""):
+        node[leaf] = None
+    elif _text_kind(annotation) is not None:
+        node[leaf] = text  # prompt=123 and model=007 stay what was typed
+    else:
+        try:
+            node[leaf] = parse_yaml(text)
+        except ValueError:
+            node[leaf] = text  # no YAML: whether it is a value, the stage's model says
+
+
+def _text_kind(annotation: Any) -> type | None:
+    """`str` for a field that is text, type(None) for text that may be unset, None for all other fields."""
+    if annotation is str:
+        return str
+    return type(None) if set(get_args(annotation)) == {str, type(None)} else None
+
+
+def _check_values(value: Any, key: str) -> None:
+    """Refuse what no path, model or counter can hold: NUL characters, halves of characters, integers beyond 64 bits."""
+    if isinstance(value, dict):
+        for name, below in value.items():
+            _check_values(name, f"{key}, a key")
+            _check_values(below, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_values(item, key)
+    elif isinstance(value, str):
+        if "\0" in value:
+            raise LowBitError(f"{key}={shown(value)}: holds a NUL character; leave it out")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise LowBitError(f"{key}={shown(value)}: holds bytes that are not UTF-8; write it in UTF-8") from None
+    elif isinstance(value, int) and value.bit_length() > 64:
+        raise LowBitError(f"{key}={shown(value)}: is beyond 64 bits; give a smaller number")
 
 
 def _choose_preset(tree: dict[str, Any], given: dict[str, Any], overrides: list[str]) -> None:
@@ -381,9 +426,26 @@ def _merge(tree: dict[str, Any], given: dict[str, Any]) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The first non-empty line of an error's message."""
+    """The first non-empty line of an error's message, cut where it is very long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return _cut(lines[0], 500) if lines else type(error).__name__
+
+
+def shown(value: Any) -> str:
+    """The repr of a value that somebody gave, for a message: cut where it is long, whatever the value is."""
+    try:
+        return _cut(_REPR.repr(value), 200)
+    except ValueError:  # Python writes out no integer of more than 4,300 digits
+        return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 20]} ... ({len(text):,} characters)"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 150
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 20
 
 
 def _annotation(stage: type[BaseModel], path: list[str]) -> Any:
@@ -416,20 +478,28 @@ def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _explain(stage: type[BaseModel], error: ValidationError) -> str:
-    """One line for the first problem: the key, the value, and the nearest valid name where there is one."""
+    """One line for the first problem: the key, the value, and the nearest valid name where one is near."""
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         valid = _keys(stage)
         leaves = {name.rpartition(".")[2]: name for name in valid}
-        near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5) or [
-            leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], list(leaves), n=1, cutoff=0.5)
-        ]
-        hint = f"; did you mean {near[0]!r}?" if near else f"; valid keys: {', '.join(valid)}"
-        return f"unknown config key {key!r}{hint}"
-    value = problem["input"]
+        near = _nearest(key, valid) or leaves.get(_nearest(key.rpartition(".")[2], list(leaves)) or "")
+        hint = f"; did you mean {near!r}?" if near else f"; valid keys: {', '.join(valid)}"
+        return f"unknown config key {shown(key)}{hint}"
+    key, value = _cut(key, 200), problem["input"]
     if problem["type"] == "literal_error":
         choices = [part.strip("' ") for part in str(problem["ctx"]["expected"]).replace(" or ", ", ").split(", ")]
-        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0)
-        return f"{key}={value!r} is not one of {', '.join(choices)}; did you mean {near[0]!r}?"
-    return f"{key}={value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        near = _nearest(str(value), choices) if isinstance(value, str) else None
+        hint = f"; did you mean {near!r}?" if near else ""
+        return f"{key}={shown(value)} is not one of {', '.join(choices)}{hint}"
+    message = _cut(problem["msg"], 300)
+    return f"{key}={shown(value)}: {message[:1].lower()}{message[1:]}"
+
+
+def _nearest(name: str, choices: list[str]) -> str | None:
+    """The choice that a name is a slip of; None where it could be several, or is no slip at all."""
+    if len(name) > 100:
+        return None
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    return near[0] if near else None

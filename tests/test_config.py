@@ -110,7 +110,7 @@ def test_a_key_of_another_stage_is_unknown():
         ),
         ("dtype=bf16", "dtype='bf16' is not one of auto, float32, bfloat16; did you mean"),
         ("comm.selection=tops", "did you mean 'top'?"),
-        ("weights.method=3", "weights.method=3 is not one of rtn, qllm; did you mean 'rtn'?"),
+        ("weights.method=3", "weights.method=3 is not one of rtn, qllm"),
     ],
 )
 def test_literal_names_the_nearest(override, message):

@@ -23,6 +23,8 @@ TIERS = [
         *("config", "embedded", "launcher_env", "messages", "preemption", "temporary", "kernels", "kernels.build"),
         *("kernels.cpu", "kernels.exact", "kernels.gpu", "kernels.hybrid", "kernels.ops", "kernels.packing"),
         *("kernels.reference", "kernels.triton_hybrid"),
+        *("config", "embedded", "plain_yaml", "kernels", "kernels.cpu", "kernels.exact", "kernels.gpu", "kernels.hybrid"),
+        *("kernels.ops", "kernels.packing", "kernels.reference", "kernels.triton_hybrid", "launcher_env", "preemption"),
     },
     {"quantizer", "agreement", "allocation", "clipping", "channels", "files", "distributed", "hf_weights", "streams"},
     {"wandb_run"},
