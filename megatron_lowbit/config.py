@@ -38,7 +38,11 @@ class _Config(BaseModel):
 
 class CalibrationConfig(_Config):
     data: str | None = None
-    # text that the ranges are measured on: hub id[:config[:split]], .txt, .json, .jsonl, or stdlib:calibration
+    # text that the ranges are measured on: hub id[:config[:split]], a text file, records (.json, .jsonl, .csv, .tsv,
+    # .parquet), each also .gz or .zst, a folder of datasets.save_to_disk, or stdlib:calibration
+    text_column: str | None = None
+    # column of records to read; none: one that is named text, content, ..., or the longest; conversations by the
+    # tokenizer's chat template
     samples: int = Field(128, ge=1)
     # windows (or documents) taken from it
     sequence_length: int | None = Field(None, ge=2)
@@ -52,6 +56,8 @@ class CalibrationConfig(_Config):
 class EvaluationConfig(_Config):
     data: str | None = None
     # text that perplexity is measured on; same forms as calibration.data
+    text_column: str | None = None
+    # column of records to read, as calibration.text_column
     samples: int = Field(128, ge=1)
     # windows (or documents) taken from it
     sequence_length: int | None = Field(None, ge=2)

@@ -1,33 +1,30 @@
-"""Text -> token windows for calibration and evaluation, through the `datasets` library.
+"""Text -> token windows for calibration and evaluation.
 
 A source is one of
 
     stdlib:train | stdlib:calibration | stdlib:validation    the Python standard library's own sources (embedded model)
-    FILE.txt (or any other file)                             one long text
-    FILE.json | FILE.jsonl                                   documents: strings, or records with a text column
-    HUB_ID[:CONFIG[:SPLIT]]                                  a dataset of the hub; rows are joined by blank lines
+    a text file, a file of records, a dataset                as texts.py reads them
 
 A long text is tokenized whole and cut into windows of `sequence_length` (the protocol of GPTQ, QLLM and their peers),
 evenly spaced over it; where the tokenizer starts a text with a beginning-of-text token, so does every window, because
 every prompt will (Gemma 2 is lost without it). Documents stay apart: each is one window, cut at `sequence_length` and
-padded on the right. A hub dataset is streamed, no further than `samples` windows can need; its split is train for
-calibration and test for evaluation unless named.
+padded on the right. So do conversations, which the tokenizer's chat template writes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_lowbit.config import LowBitError, one_line
+from megatron_lowbit.config import LowBitError
+from megatron_lowbit.texts import Texts, read_texts
 
 # Modules that every Python from 3.11 on has. The embedded model is trained on all but the validation ones.
 _CALIBRATION = "ast dataclasses functools inspect mailbox smtplib subprocess tarfile threading typing"
@@ -63,45 +60,81 @@ class Windows:
 
 
 def token_windows(
-    tokenizer: Any, source: str, samples: int, sequence_length: int | None, context: int, key: str
+    tokenizer: Any,
+    source: str,
+    samples: int,
+    sequence_length: int | None,
+    context: int,
+    key: str,
+    text_column: str | None = None,
+    tell: Callable[[dict[str, Any]], None] = lambda about: None,
 ) -> Windows:
-    """At most `samples` windows of `source`; `key` (calibration or evaluation) names the config section in errors.
+    """Read a source and cut it into token windows.
 
-    sequence_length None means the model's `context`, at most 2048. Raises LowBitError for a longer one, and for text
-    that is missing, empty or shorter than one window.
+    Args:
+        tokenizer: Hugging Face tokenizer of the model.
+        source: What to read, as listed above.
+        samples: The most windows that are wanted.
+        sequence_length: Tokens of a window; None: the model's `context`, at most 2048.
+        context: Tokens that the model can read.
+        key: Config section, calibration or evaluation: for errors, and for a dataset's split.
+        text_column: Column of records to read; None chooses one.
+        tell: Called with what was read (texts.Texts.about), once there are windows.
+
+    Raises:
+        LowBitError: For a length beyond the context, and for text that is missing, empty or shorter than one window.
     """
     length = sequence_length or min(context, 2048)
     if length > context:
         raise LowBitError(f"{key}.sequence_length={length} is beyond the model's context of {context} tokens")
-    documents, separate = _load_text(source, key, samples * length * _CHARACTERS_PER_TOKEN)
-    if separate:
-        windows = [tokenizer(text, verbose=False)["input_ids"][:length] for text in documents[:samples]]
-        windows = [ids for ids in windows if len(ids) > 1]
-    else:
-        ids = tokenizer(documents[0], verbose=False)["input_ids"]
-        bos = getattr(tokenizer, "bos_token_id", None)
-        start = ids[:1] if ids and ids[0] == bos else []
-        body, step = ids[len(start) :], length - len(start)
-        count = len(body) // step
-        if count == 0 and len(ids) > 1 and sequence_length is None:
-            windows = [ids]
-        else:
-            chosen = range(count) if count <= samples else [i * count // samples for i in range(samples)]
-            windows = [start + body[i * step : (i + 1) * step] for i in chosen]
-        if not windows or len(windows[0]) < 2:
-            raise LowBitError(
-                f"{key}.data={source!r} is too short: {len(ids)} tokens, {length} are one window; give more text or "
-                f"a smaller {key}.sequence_length"
-            )
-    if not windows:
-        raise LowBitError(f"{key}.data={source!r} is too short: no document has two tokens; give more text")
+    texts = _read(tokenizer, source, key, samples, samples * length * _CHARACTERS_PER_TOKEN, text_column)
+    windows = _windows(tokenizer, texts, samples, length, sequence_length is None, f"{key}.data={source!r}", key)
     longest = max(len(ids) for ids in windows)
     padded = torch.zeros(len(windows), longest, dtype=torch.int64)
     mask = torch.zeros(len(windows), longest, dtype=torch.bool)
     for row, ids in enumerate(windows):
         padded[row, : len(ids)] = torch.tensor(ids)
         mask[row, : len(ids)] = True
+    tell({**texts.about, "windows": len(windows)})
     return Windows(padded, mask)
+
+
+def _windows(
+    tokenizer: Any, texts: Texts, samples: int, length: int, short: bool, what: str, key: str
+) -> list[list[int]]:
+    """Token ids of each window. short: whether a text below one window is one all the same."""
+    if texts.apart:
+        special = {"add_special_tokens": False} if texts.special else {}
+        ids = [tokenizer(text, verbose=False, **special)["input_ids"][:length] for text in texts.documents[:samples]]
+        windows = [window for window in ids if len(window) > 1]
+        if not windows:
+            raise LowBitError(f"{what} is too short: no document has two tokens; give more text")
+        return windows
+    ids = tokenizer(texts.documents[0], verbose=False)["input_ids"]
+    bos = getattr(tokenizer, "bos_token_id", None)
+    start = ids[:1] if ids and ids[0] == bos else []
+    body, step = ids[len(start) :], length - len(start)
+    count = len(body) // step
+    if count == 0 and len(ids) > 1 and short:
+        return [ids]
+    chosen = range(count) if count <= samples else [i * count // samples for i in range(samples)]
+    windows = [start + body[i * step : (i + 1) * step] for i in chosen]
+    if not windows or len(windows[0]) < 2:
+        raise LowBitError(
+            f"{what} is too short: {len(ids)} tokens, {length} are one window; give more text or "
+            f"a smaller {key}.sequence_length"
+        )
+    return windows
+
+
+def _read(tokenizer: Any, source: str, key: str, samples: int, characters: int, text_column: str | None) -> Texts:
+    if not source.startswith("stdlib:"):
+        return read_texts(source, key, tokenizer, samples, characters, text_column)
+    if text_column is not None:
+        raise LowBitError(f"{key}.text_column={text_column!r}: {key}.data={source!r} is one text, no records")
+    text = stdlib_text(source.removeprefix("stdlib:"))
+    about = {"source": source, "read_as": "text", "column": None, "documents": 1, "left_out": 0, "first": text[:80]}
+    return Texts([text], False, False, about)
 
 
 def stdlib_text(split: str) -> str:
@@ -122,55 +155,3 @@ def stdlib_text(split: str) -> str:
         return "\n".join(file.read_text(encoding="utf-8", errors="ignore") for file in files)
     except OSError as error:
         raise LowBitError(f"this Python has no library sources ({error.filename}); name a text file instead") from None
-
-
-def _load_text(source: str, key: str, enough: int) -> tuple[list[str], bool]:
-    """(texts, whether they are documents); a joined text is a list of one, from the hub of `enough` characters."""
-    if source.startswith("stdlib:"):
-        return [stdlib_text(source.removeprefix("stdlib:"))], False
-    import datasets
-
-    path = Path(source)
-    suffix = path.suffix.lower()
-    separate = suffix in (".json", ".jsonl")
-    datasets.disable_progress_bars()
-    try:
-        if separate or suffix == ".txt" or path.is_file():
-            if not path.is_file():
-                raise LowBitError(f"{key}.data: file {source!r} does not exist")
-            if path.stat().st_size == 0:
-                raise LowBitError(f"{key}.data: file {source!r} is empty")
-            if separate:
-                rows = datasets.load_dataset("json", data_files=str(path), split="train")
-            else:
-                rows = datasets.load_dataset("text", data_files=str(path), split="train", sample_by="document")
-        else:
-            name, _, rest = source.partition(":")
-            config, _, split = rest.partition(":")
-            split = split or ("test" if key == "evaluation" else "train")
-            stream = datasets.load_dataset(name, config or None, split=split, streaming=True)
-            rows = _first_rows(stream, enough)
-    except LowBitError:
-        raise
-    except Exception as error:  # the library raises whatever its builders, the hub client and pyarrow raise
-        raise LowBitError(f"{key}.data={source!r} cannot be loaded: {one_line(error.__cause__ or error)}") from None
-    columns = [name for row in islice(rows, 100) for name, value in row.items() if isinstance(value, str)]
-    if not columns:
-        found = ", ".join(rows[0]) if len(rows) else "no rows"
-        raise LowBitError(f"{key}.data={source!r} has no text column (columns: {found})")
-    column = "text" if "text" in columns else columns[0]
-    texts = [row[column] for row in rows if row[column] and row[column].strip()]
-    if not texts:
-        raise LowBitError(f"{key}.data={source!r} holds no text")
-    return (texts, True) if separate else (["\n\n".join(texts)], False)
-
-
-def _first_rows(rows: Iterable[dict[str, Any]], characters: int) -> list[dict[str, Any]]:
-    """The first rows that together hold that many characters of text."""
-    taken = []
-    for row in rows:
-        taken.append(row)
-        characters -= sum(len(value) for value in row.values() if isinstance(value, str))
-        if characters <= 0:
-            break
-    return taken

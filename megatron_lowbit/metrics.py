@@ -54,6 +54,7 @@ class MetricLogger:
         self.stage = stage
         self.active = rank == 0
         self.labels: dict[str, Any] = {}
+        self.data: dict[str, dict[str, Any]] = {}
         self._run: WandbRun | None = None
         if not self.active:
             return
@@ -84,6 +85,14 @@ class MetricLogger:
         name = "/".join([*map(str, self.labels.values()), name])
         values: dict[str, Any] = {"table": name, "columns": columns, "rows": rows}
         self._tell({**values, "plot": plot} if plot else values)
+
+    def read(self, key: str, about: dict[str, Any]) -> None:
+        """Say in one line what text was read for a config section (texts.Texts.about), and keep it for the result."""
+        self.data[key] = about
+        what = {"text": "one text", "chat template": f"column {about['column']} by the tokenizer's chat template"}
+        how = what.get(about["read_as"], f"column {about['column']}")
+        left = f", {about['left_out']} rows left out by the template" if about["left_out"] else ""
+        print(f"{key}.data={about['source']}: {how}, {about['windows']} windows{left}; it begins {about['first']!r}")
 
     def artifact(self, kind: str, files: Iterable[str | Path]) -> None:
         """Tell W&B of files that were written: references, not copies."""
