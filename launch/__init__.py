@@ -6,12 +6,13 @@ SIGTERM, to be run again.
 from __future__ import annotations
 
 import sys
+from importlib import import_module, metadata
 
+import megatron_lowbit
 from megatron_lowbit import preemption
 
 if sys.argv[:1] == ["-m"]:  # Python is on its way to a stage of ours: no signal may find us without a handler
     preemption.install()
-
 STAGES = {
     "demo": "the whole pipeline on the embedded model, two ranks, no network",
     "calibrate": "measure the ranges that the collective quantizes with; writes CommPlans",
@@ -22,6 +23,9 @@ STAGES = {
     "slurm": "stages as jobs of a Slurm cluster: `slurm render FILE` writes the scripts, `slurm submit` sends them",
     "benchmark": "time patched against unpatched engines; `benchmark collectives`, `benchmark kernels`: these alone",
 }
+
+
+VERSION = ("-V", "--version")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,20 +45,50 @@ def _main(argv: list[str] | None) -> int:
         lines = [f"  {name:{width}}  {what}" for name, what in STAGES.items()]
         print("usage: megatron-lowbit STAGE [options] [key.path=value ...]\n\n" + "\n".join(lines))
         return 0
-    if argv[:2] == ["benchmark", "collectives"]:
-        from megatron_lowbit.launch import collectives
+    if argv[0] in VERSION:
+        print(f"megatron-lowbit {version()}")
+        return 0
+    if argv[0] == "benchmark" and argv[1:2] in (["collectives"], ["kernels"]):
+        from megatron_lowbit.launch import benchmark_arguments
 
-        return collectives.main(argv[2:])
-    if argv[:2] == ["benchmark", "kernels"]:
-        from megatron_lowbit.launch import kernels
-
-        return kernels.main(argv[2:])
+        code = benchmark_arguments.told(argv[1], argv[2:])
+        return import_module(f"megatron_lowbit.launch.{argv[1]}").main(argv[2:]) if code is None else code
     if argv[0] == "slurm":
         from megatron_lowbit.launch import slurm
 
         return slurm.main(argv[1:])
-    from megatron_lowbit.launch.runner import fail, run_stage
+    from megatron_lowbit.config import shown
+    from megatron_lowbit.launch.arguments import fail, told
 
     if argv[0] not in STAGES:
-        return fail(f"unknown stage {argv[0]!r}; choose one of {', '.join(STAGES)}")
+        return fail(f"unknown stage {shown(argv[0])}; choose one of {', '.join(STAGES)}")
+    code = told(argv[0], argv[1:])
+    if code is not None:
+        return code
+    from megatron_lowbit.launch.runner import run_stage  # and with it torch
+
     return run_stage(argv[0], argv[1:])
+
+
+def version() -> str:
+    """The version that is installed; of a bare checkout, the source's own."""
+    try:
+        return metadata.version("megatron-lowbit")
+    except metadata.PackageNotFoundError:
+        return megatron_lowbit.__version__
+
+
+def _on_the_way() -> None:
+    """Check a stage's arguments before `python -m megatron_lowbit.launch.STAGE` imports its module, and torch."""
+    module = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
+    stage = module.removeprefix(f"{__name__}.")
+    if stage in STAGES and stage != "slurm" and module != stage:
+        from megatron_lowbit.launch.arguments import told
+
+        code = told(stage, sys.argv[1:])
+        if code is not None:
+            raise SystemExit(code)
+
+
+if sys.argv[:1] == ["-m"]:
+    _on_the_way()

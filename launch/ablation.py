@@ -48,8 +48,8 @@ def run_ablation(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]
             "--ablation makes its own artifacts in one process; leave artifact, engine and virtual_tp out"
         )
     engine = start_engine(config)
-    windows = load_windows(engine, config.evaluation, "evaluation")
-    calibration = load_windows(engine, config.calibration, "calibration")
+    windows = load_windows(engine, config.evaluation, "evaluation", logger)
+    calibration = load_windows(engine, config.calibration, "calibration", logger)
     text = hashlib.sha256(calibration.ids.numpy().tobytes()).hexdigest()
     row, reference = full_precision_row(engine, windows, config.evaluation, logger)
     rows = [{**row, "name": "full"}]

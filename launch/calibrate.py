@@ -12,6 +12,7 @@ from megatron_lowbit.artifacts import CalibrationStats
 from megatron_lowbit.config import CalibrateConfig, CommConfig, LowBitError
 from megatron_lowbit.distributed import env_rank, on_rank_zero
 from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
+from megatron_lowbit.launch.layout import calibrating_ranks
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.metrics import MetricLogger
 from megatron_lowbit.ranges import aggregated_range, build_plan
@@ -20,15 +21,9 @@ from megatron_lowbit.resume import State
 CONFIG = CalibrateConfig
 
 
-def ranks(config: CalibrateConfig) -> int | None:
-    """Processes that share the windows, each with a whole model (engine=huggingface); None: as every stage."""
-    alone = config.tp == config.pp == 1 and not config.sequence_parallel
-    return config.dp if config.engine == "huggingface" and config.dp > 1 and alone else None
-
-
 def run(config: CalibrateConfig, logger: MetricLogger) -> dict[str, Any]:
     dp_group = None
-    if ranks(config) is not None:
+    if calibrating_ranks(config) is not None:
         from megatron_lowbit.launch.qllm import start_groups  # which imports this module
 
         dp_group = start_groups(config)[1]

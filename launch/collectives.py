@@ -19,7 +19,6 @@ does on the slowest rank.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -35,15 +34,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_lowbit.config import (
-    LowBitError,
-    load_config,
-)
-from megatron_lowbit.config import defaults as defaults_of
+from megatron_lowbit.config import LowBitError
 from megatron_lowbit.cost import CostTable
 from megatron_lowbit.distributed import Watch
 from megatron_lowbit.launch import runner
-from megatron_lowbit.launch.benchmark_config import UNUSED, BenchmarkCollectivesConfig, refuse_unused
+from megatron_lowbit.launch.arguments import BAD_INPUT, fail
+from megatron_lowbit.launch.benchmark_arguments import parse_collectives
+from megatron_lowbit.launch.benchmark_config import BenchmarkCollectivesConfig
 from megatron_lowbit.launch.collectives_rank import (
     FEATURES,
     cell_limit,
@@ -51,14 +48,12 @@ from megatron_lowbit.launch.collectives_rank import (
     size_text,
     start_limit,
 )
-from megatron_lowbit.launch.netlab import network, no_namespaces, uninterrupted
+from megatron_lowbit.launch.netlab import network, uninterrupted
 from megatron_lowbit.metrics import MetricLogger, progress, require
 from megatron_lowbit.rendezvous import on_loopback
 from megatron_lowbit.temporary import scratch_folder
 
 CONFIG = BenchmarkCollectivesConfig
-NOT_IN_COMM = ("mode", "cost_table", "drift_threshold", "selection", "gather", "tp_sizes")
-NOT_HERE = [*UNUSED, *(f"comm.{key}" for key in NOT_IN_COMM)]
 
 
 # The command
@@ -69,48 +64,14 @@ def main(argv: list[str]) -> int:
     # Through all `finally`s, which end the ranks and remove the namespaces.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        config = parse(argv)
+        config = parse_collectives(argv)
         if config.wandb != "off":
             require("wandb", "wandb")
         return runner.run_rank("benchmark", sys.modules[__name__], config)
     except LowBitError as error:
-        return runner.fail(str(error))
+        return fail(str(error))
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def parse(argv: list[str]) -> BenchmarkCollectivesConfig:
-    keys = [
-        f"  {key}={'none' if value is None else value}"
-        for key, value in defaults_of(CONFIG()).items()
-        if key not in NOT_HERE
-    ]
-    parser = runner.Parser(
-        prog="megatron-lowbit benchmark collectives",
-        description="time all-reduces over real processes, on loopback or behind links of a given rate",
-        epilog="config keys and their defaults (explained in megatron_lowbit.launch.benchmark_config):\n"
-        + "\n".join(keys),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", help="YAML file of config keys")
-    for key, what in {
-        "ranks": "numbers of processes, such as 2,4,8",
-        "sizes": "of the bf16 tensor, such as 64KiB,1MiB",
-        "rate": "of every link, such as 1gbit; without it the ranks talk over loopback",
-        "output-dir": "folder of the results",
-        "wandb": "off, offline or online",
-    }.items():
-        parser.add_argument(f"--{key}", help=f"{what}; same as {key.replace('-', '_')}=...")
-    parser.add_argument("--tune", action="store_const", const="true", help="same as tune=true")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    args = vars(parser.parse_intermixed_args(argv))
-    file, overrides = args.pop("config"), args.pop("overrides")
-    config = load_config(CONFIG, file, [*overrides, *(f"{key}={v}" for key, v in args.items() if v is not None)])
-    refuse_unused(config, NOT_HERE)
-    if config.rate is not None and (reason := no_namespaces()):
-        raise LowBitError(f"rate={config.rate} {reason}; leave rate out to measure on loopback")
-    runner.check_alone("benchmark collectives")
-    return config
 
 
 def run(config: BenchmarkCollectivesConfig, logger: MetricLogger) -> dict[str, Any]:
@@ -205,7 +166,7 @@ def _raise_if_failed(workers: list[subprocess.Popen[bytes]], folder: Path) -> No
     if not failed:
         return
     log = (folder / f"{failed[0]}.log").read_text(errors="replace").strip()
-    if workers[failed[0]].returncode == runner.BAD_INPUT:
+    if workers[failed[0]].returncode == BAD_INPUT:
         raise LowBitError(log.splitlines()[-1].removeprefix("megatron-lowbit: ") if log else "a rank failed")
     raise RuntimeError(f"rank {failed[0]} of {len(workers)} ended with code {workers[failed[0]].returncode}:\n{log}")
 

@@ -25,7 +25,7 @@ from megatron_lowbit.cost import CostTable
 from megatron_lowbit.distributed import all_gather_values
 from megatron_lowbit.evaluate import sqnr_db
 from megatron_lowbit.files import write_json
-from megatron_lowbit.launch import runner
+from megatron_lowbit.launch.arguments import fail
 from megatron_lowbit.launch.benchmark_config import BenchmarkCollectivesConfig
 from megatron_lowbit.launch.peers import GroupInt4, StockAllReduce
 from megatron_lowbit.ranges import synthetic_plan
@@ -215,4 +215,4 @@ if __name__ == "__main__":
         config = BenchmarkCollectivesConfig.model_validate_json(sys.argv[4])
         work(int(sys.argv[2]), Path(sys.argv[3]), config, int(sys.argv[5]))
     except LowBitError as problem:
-        sys.exit(runner.fail(str(problem)))
+        sys.exit(fail(str(problem)))

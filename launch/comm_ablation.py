@@ -59,7 +59,7 @@ ON_SYNTHETIC = ("paper", "rank-1 adaptive", "group-32", "group-32 two hops")
 def run_comm_ablation(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:
     _check(config)
     engine = start_engine(config)
-    windows = load_windows(engine, config.evaluation, "evaluation")
+    windows = load_windows(engine, config.evaluation, "evaluation", logger)
     ranks = [config.virtual_tp]
     stats = calibrate_engine(engine, config.calibration, ranks, logger, CLIPPED)
     row, reference = full_precision_row(engine, windows, config.evaluation, logger)

@@ -48,7 +48,7 @@ def run(config: DemoConfig, logger: MetricLogger) -> dict[str, Any]:
     engine = start_engine(config, [WeightsConfig(scheme=scheme) for scheme in sorted(schemes)])
     size = engine.tp_size
     stats = calibrate_engine(engine, config.calibration, [size], logger, TIERED)
-    windows = load_windows(engine, config.evaluation, "evaluation")
+    windows = load_windows(engine, config.evaluation, "evaluation", logger)
     row, reference = full_precision_row(engine, windows, config.evaluation, logger)
     rows = [row]
     text = {"prompt": config.prompt, "full precision": continue_text(engine, config.prompt, config.max_new_tokens)}

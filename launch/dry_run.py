@@ -21,8 +21,9 @@ from megatron_lowbit.adapters.huggingface import check_divides, decoder_blocks, 
 from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.distributed import env_rank
 from megatron_lowbit.kernels import packed_bytes
-from megatron_lowbit.launch.engine import compute_dtype, model_name
+from megatron_lowbit.launch.engine import compute_dtype
 from megatron_lowbit.launch.evaluate import number
+from megatron_lowbit.launch.inputs import model_name
 from megatron_lowbit.launch.qllm import download, read_config
 from megatron_lowbit.launch.scale import Rates, Shape, Work, calibrate_stage, find_rates, stages
 from megatron_lowbit.linear import activation_groups

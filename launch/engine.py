@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -43,6 +42,7 @@ from megatron_lowbit.distributed import (
     world_size,
 )
 from megatron_lowbit.hf_weights import check_safetensors
+from megatron_lowbit.launch.inputs import model_name, no_data
 from megatron_lowbit.metrics import MetricLogger, progress
 from megatron_lowbit.ranges import build_plan
 from megatron_lowbit.rendezvous import join
@@ -255,15 +255,13 @@ def round_weights(model: nn.Module, weights: WeightsConfig, dtype: torch.dtype |
     return quantize_model(model, linears, weights, huggingface.fingerprint(model), dtype)
 
 
-def load_windows(engine: Engine, section: Any, key: str) -> Windows:
-    """The section's token windows, read and tokenized by rank 0."""
+def load_windows(engine: Engine, section: Any, key: str, logger: MetricLogger) -> Windows:
+    """The section's token windows, read and tokenized by rank 0, which also says what it has read."""
     if section.data is None:
-        raise LowBitError(
-            f"{key}.data is not set; name a text file, a hub dataset or "
-            f"stdlib:{key.replace('evaluation', 'validation')}"
-        )
-    arguments = (section.data, section.samples, section.sequence_length, engine.context, key)
-    return Windows(**on_rank_zero(lambda: vars(token_windows(engine.tokenizer, *arguments))))
+        raise LowBitError(no_data(key))
+    arguments = (section.data, section.samples, section.sequence_length, engine.context, key, section.text_column)
+    tell = partial(logger.read, key)
+    return Windows(**on_rank_zero(lambda: vars(token_windows(engine.tokenizer, *arguments, tell=tell))))
 
 
 def calibrate_engine(
@@ -278,7 +276,7 @@ def calibrate_engine(
     """One calibration pass of the unpatched engine over calibration.data; with comm.gather also of what column-parallel
     linears read. sites: other than the engine's own. resumed: the config of a pass whose state is kept in its
     output_dir, and continued from there; without, a pass that is told to stop starts over."""
-    windows = load_windows(engine, section, "calibration")
+    windows = load_windows(engine, section, "calibration", logger)
     count, fingerprint = windows.num_batches(section.batch_size), engine.fingerprint()
     lag, state = world_size(engine.pp_group) - 1, None
     if resumed is not None:
@@ -372,22 +370,6 @@ def _init_deepspeed() -> int:
     join()
     package.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return dist.get_world_size()
-
-
-def model_name(name: str) -> str:
-    """The folder or hub id that `model` names. Raises LowBitError for a folder that is not there or holds no model."""
-    if name == "embedded":
-        from megatron_lowbit import embedded
-
-        return str(Path(embedded.__file__).parent)
-    path = Path(name)
-    if not path.is_dir() and (
-        path.is_absolute() or name.startswith((".", "~")) or (name.count("/") != 1 and "/" in name)
-    ):
-        raise LowBitError(f"model folder {name!r} does not exist")
-    if path.is_dir() and not (path / "config.json").exists():
-        raise LowBitError(f"{name!r} holds no config.json; it is not a Hugging Face model folder")
-    return name
 
 
 def compute_dtype(config: StageConfig) -> torch.dtype:

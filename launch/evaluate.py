@@ -34,7 +34,7 @@ def run(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:
         return run_comm_ablation(config, logger)
     check_unused(config)
     engine = start_engine(config, [config.weights])
-    windows = load_windows(engine, config.evaluation, "evaluation")
+    windows = load_windows(engine, config.evaluation, "evaluation", logger)
     artifact = prepare_artifact(engine, config, logger)
     rows, reference = [], None
     if engine.full_precision:

@@ -6,13 +6,13 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from megatron_lowbit.config import GenerateConfig, LowBitError, one_line
+from megatron_lowbit.config import GenerateConfig, LowBitError, shown
 from megatron_lowbit.distributed import Watch, env_rank, on_rank_zero
 from megatron_lowbit.launch.engine import Engine, GenerateOptions, prepare_artifact, start_engine
 from megatron_lowbit.launch.evaluate import row_name
+from megatron_lowbit.launch.inputs import read_prompts
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.metrics import MetricLogger
 
@@ -57,17 +57,6 @@ def run(config: GenerateConfig, logger: MetricLogger) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def read_prompts(path: str) -> list[str]:
-    """The lines of a text file that are not empty."""
-    try:
-        lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise LowBitError(f"cannot read prompts={path!r}: {one_line(error)}") from None
-    if not lines:
-        raise LowBitError(f"prompts={path!r} holds no prompts; write one per line")
-    return lines
-
-
 def encode(engine: Engine, prompt: str) -> list[int]:
     """Token ids of a prompt.
 
@@ -77,11 +66,11 @@ def encode(engine: Engine, prompt: str) -> list[int]:
     encoded = tokenizer(prompt, verbose=False)
     ids, vocab = encoded["input_ids"], engine.text_config.vocab_size
     if not [token for token in ids if token != tokenizer.bos_token_id]:
-        raise LowBitError(f"prompt {prompt!r} has no tokens; give some text")
+        raise LowBitError(f"prompt {shown(prompt)} has no tokens; give some text")
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown in ids and str(tokenizer.unk_token) not in prompt:
         span = encoded.token_to_chars(ids.index(unknown)) if tokenizer.is_fast else None
-        what = repr(prompt[span.start : span.end]) if span is not None else f"a part of {prompt!r}"
+        what = repr(prompt[span.start : span.end]) if span is not None else f"a part of {shown(prompt)}"
         raise LowBitError(f"the tokenizer has no token for {what}; leave it out of the prompt")
     beyond = [token for token in ids if token >= vocab]
     if beyond:

@@ -12,7 +12,6 @@ is there, `clone_share` with one that is new. Shares are of bytes read and writt
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
@@ -28,10 +27,12 @@ from torch import Tensor
 
 from megatron_lowbit import kernels
 from megatron_lowbit.codec import Codec, WireFormat
-from megatron_lowbit.config import LowBitError, load_config
+from megatron_lowbit.config import LowBitError
 from megatron_lowbit.kernels import cpu, exact, hybrid
 from megatron_lowbit.launch import runner
-from megatron_lowbit.launch.benchmark_config import UNUSED, BenchmarkKernelsConfig, refuse_unused
+from megatron_lowbit.launch.arguments import fail
+from megatron_lowbit.launch.benchmark_arguments import parse_kernels
+from megatron_lowbit.launch.benchmark_config import BenchmarkKernelsConfig
 from megatron_lowbit.metrics import MetricLogger
 
 CONFIG = BenchmarkKernelsConfig
@@ -44,16 +45,11 @@ Case = tuple[str, str, int, Callable[..., Any], Callable[..., Any], tuple[Any, .
 
 def main(argv: list[str]) -> int:
     """`megatron-lowbit benchmark kernels ARGV`; the exit code."""
-    parser = runner.Parser(prog="megatron-lowbit benchmark kernels", description=(__doc__ or "").splitlines()[0])
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     try:
-        config = load_config(CONFIG, None, parser.parse_args(argv).overrides)
-        refuse_unused(config, UNUSED)
-        runner.check_alone("benchmark kernels")
+        config = parse_kernels(argv)
         return runner.run_rank("benchmark", sys.modules[__name__], config)
     except LowBitError as error:
-        return runner.fail(str(error))
+        return fail(str(error))
 
 
 def run(config: BenchmarkKernelsConfig, logger: MetricLogger) -> dict[str, Any]:

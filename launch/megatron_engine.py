@@ -31,9 +31,9 @@ from megatron_lowbit.launch.engine import (
     compute_dtype,
     load_config_and_tokenizer,
     load_model,
-    model_name,
     take_checkpoints,
 )
+from megatron_lowbit.launch.inputs import model_name
 from megatron_lowbit.rendezvous import join
 
 

@@ -31,8 +31,9 @@ from megatron_lowbit.config import CommMode, LowBitError, ParityConfig
 from megatron_lowbit.distributed import on_rank_zero
 from megatron_lowbit.files import write_tensors
 from megatron_lowbit.launch.engine import GenerateOptions, start_engine
-from megatron_lowbit.launch.generate import encode, read_prompts
-from megatron_lowbit.launch.runner import check_alone, run_stage
+from megatron_lowbit.launch.generate import encode
+from megatron_lowbit.launch.inputs import read_prompts
+from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.launcher_env import without_launch
 from megatron_lowbit.metrics import MetricLogger
 from megatron_lowbit.preemption import REQUEUE, Preempted
@@ -42,14 +43,6 @@ TIMEOUT = 3600  # seconds of one engine at one size
 
 Outcome = dict[str, Tensor]  # logits.<prompt> [tokens, vocab] and tokens.<prompt> [new tokens]
 SAME_SIZE = ("bf16", "one_shot")  # compared with as many virtual ranks
-
-
-def ranks(config: ParityConfig) -> int | None:
-    """The comparison itself needs one process, and starts the others; those are as many as in every stage (None)."""
-    if config.outcomes:
-        return None
-    check_alone("parity")
-    return 1
 
 
 def run(config: ParityConfig, logger: MetricLogger) -> dict[str, Any]:

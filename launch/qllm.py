@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from megatron_lowbit.distributed import (
     seed_everything,
 )
 from megatron_lowbit.launch.calibrate import write_plans
-from megatron_lowbit.launch.engine import compute_dtype, model_name
+from megatron_lowbit.launch.engine import compute_dtype
+from megatron_lowbit.launch.inputs import model_name
 from megatron_lowbit.linear import activation_groups
 from megatron_lowbit.metrics import MetricLogger
 from megatron_lowbit.rendezvous import join
@@ -58,8 +60,10 @@ def quantize_qllm(
     check_divides(text_config, config.tp, "tp")
     context = getattr(text_config, "max_position_embeddings", None) or 2048
     section = config.calibration
-    arguments = (section.samples, section.sequence_length, context, "calibration")
-    windows = _aligned(Windows(**on_rank_zero(lambda: vars(token_windows(tokenizer, section.data or "", *arguments)))))
+    arguments = (section.samples, section.sequence_length, context, "calibration", section.text_column)
+    tell = partial(logger.read, "calibration")
+    read = on_rank_zero(lambda: vars(token_windows(tokenizer, section.data or "", *arguments, tell=tell)))
+    windows = _aligned(Windows(**read))
     source = BlockSource(folder, hf_config, config, compute_dtype(config), device(), tp_group)
     source.check_widths()
     walk = Walk(source, windows, config, plan_sizes(source, config) if plans else [], dp_group, logger)

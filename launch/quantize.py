@@ -14,6 +14,7 @@ from megatron_lowbit.distributed import env_rank, on_rank_zero
 from megatron_lowbit.launch.calibrate import usable_sizes, write_plans, written
 from megatron_lowbit.launch.dry_run import dry_run
 from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
+from megatron_lowbit.launch.layout import quantize_method
 from megatron_lowbit.launch.qllm import quantize_qllm
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.linear import activation_groups
@@ -27,7 +28,7 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
         return dry_run(config)
     if config.weights.scheme == "none":
         raise LowBitError("weights.scheme=none quantizes nothing; choose W4A16, W4A8, W4A4, W6A6 or W8A8")
-    if method(config) == "qllm":
+    if quantize_method(config) == "qllm":
         return {"rows": run_qllm(config, logger)}
     for key in ("reassembly", "correction", "dp"):
         if key == "dp" and config.engine == "megatron":
@@ -55,18 +56,6 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
             on_rank_zero(partial(plan.save, config.output_dir))
     on_rank_zero(lambda: save_checkpoint(engine, checkpoint, config.output_dir))
     return {"rows": [size_row(checkpoint, config.output_dir, logger), *rows]}
-
-
-def method(config: QuantizeConfig) -> str:
-    """qllm where there is text to calibrate it on, unless weights.method says otherwise."""
-    return config.weights.method or ("rtn" if config.calibration.data is None else "qllm")
-
-
-def ranks(config: QuantizeConfig) -> int | None:
-    """Processes that method qllm runs in; None: as every stage."""
-    if config.dry_run:
-        return 1
-    return config.tp * config.dp if method(config) == "qllm" else None
 
 
 def run_qllm(config: QuantizeConfig, logger: MetricLogger) -> list[dict[str, Any]]:

@@ -1,15 +1,13 @@
 """What every stage shares: arguments, its own ranks outside a launcher, result files, exit codes.
 
 A stage is a module of this package with CONFIG, its config class, and run(config, logger) -> {"rows": [...], ...}.
+What can be told of its arguments without torch is told by arguments.py, layout.py and inputs.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import logging
-import math
 import os
 import signal
 import socket
@@ -18,41 +16,24 @@ import sys
 import time
 import warnings
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
 
 from megatron_lowbit import launcher_env, preemption, presence
-from megatron_lowbit.config import LowBitError, StageConfig, defaults, load_config, one_line
-from megatron_lowbit.distributed import ToldError, env_rank, env_world_size, launched, on_every_rank, on_rank_zero
+from megatron_lowbit.config import LowBitError, StageConfig, one_line
+from megatron_lowbit.distributed import ToldError, env_rank, launched, on_every_rank, on_rank_zero
 from megatron_lowbit.files import ensure_writable, write_json, write_text
 from megatron_lowbit.folder_lock import FolderLock
-from megatron_lowbit.launch import STAGES
+from megatron_lowbit.launch.arguments import BAD_INPUT, fail, parse
+from megatron_lowbit.launch.inputs import check_inputs
+from megatron_lowbit.launch.layout import check_layout, world_of
 from megatron_lowbit.launch.netlab import FIRST_HOST, network, no_namespaces
-from megatron_lowbit.metrics import MetricLogger, environment, require
+from megatron_lowbit.metrics import MetricLogger, environment
 from megatron_lowbit.preemption import REQUEUE, Preempted
 from megatron_lowbit.rendezvous import join
 from megatron_lowbit.temporary import scratch_folder
-
-BAD_INPUT = 2
-
-
-def fail(message: str) -> int:
-    """Print one line on standard error; returns the exit code."""
-    rank = f"rank {env_rank()}: " if env_rank() else ""
-    line = f"megatron-lowbit: {rank}{' '.join(message.split())}"
-    print(line, file=sys.stderr, flush=True)
-    _tell_torchrun(line)
-    return BAD_INPUT
-
-
-def _tell_torchrun(line: str) -> None:
-    """Let torchrun's own report of the failure end with this line, where it else advises to enable tracebacks."""
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        record = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
-        with contextlib.suppress(OSError), open(file, "x") as report:  # the first line counts
-            json.dump({"message": record}, report)
 
 
 def run_stage(name: str, argv: list[str]) -> int:
@@ -61,114 +42,14 @@ def run_stage(name: str, argv: list[str]) -> int:
         launcher_env.adopt()
         stage = import_module(f"megatron_lowbit.launch.{name}")
         config, nproc = parse(name, stage.CONFIG, argv)
-        if config.wandb != "off":
-            require("wandb", "wandb")
-        own = stage.ranks(config) if hasattr(stage, "ranks") else None
-        if own is not None:
-            check_own(name, own, env_world_size() if launched() else nproc or own)
-            if launched() or own == 1:
-                return run_rank(name, stage, config)
-            ensure_writable(config.output_dir)
-            return _start_ranks(name, argv, own)
-        if launched():
-            check_world(config, env_world_size())
+        own = check_layout(name, config, nproc)
+        check_inputs(name, config)
+        if launched() or own == 1 or (own is None and config.engine == "huggingface"):
             return run_rank(name, stage, config)
-        if config.engine == "huggingface":
-            check_world(config, nproc or 1)
-            return run_rank(name, stage, config)
-        check_world(config, nproc or world_of(config))
         ensure_writable(config.output_dir)
-        return _start_ranks(name, argv, world_of(config), getattr(config, "rate", None))
+        return _start_ranks(name, argv, own or world_of(config), getattr(config, "rate", None))
     except LowBitError as error:
         return fail(str(error))
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise LowBitError(f"{message} (see {self.prog} --help)")
-
-
-def parse(name: str, config_class: type[StageConfig], argv: list[str]) -> tuple[StageConfig, int | None]:
-    keys = "\n".join(f"  {key}={'none' if value is None else value}" for key, value in defaults(config_class()).items())
-    parser = Parser(
-        prog=f"megatron-lowbit {name}",
-        description=STAGES[name],
-        epilog=f"config keys and their defaults (explained in {config_class.__module__}):\n{keys}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", help="YAML file of config keys")
-    parser.add_argument("--model", help="same as model=...")
-    parser.add_argument("--output-dir", help="same as output_dir=...")
-    parser.add_argument("--engine", help="huggingface, deepspeed or megatron; same as engine=...")
-    parser.add_argument("--wandb", help="off, offline or online; same as wandb=...")
-    parser.add_argument("--nproc", type=int, help="ranks to start outside a launcher; must equal tp x pp x dp")
-    parser.add_argument(
-        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
-    )  # the deepspeed launcher passes it
-    flags = [flag for flag in ("ablation", "comm_ablation", "dry_run") if flag in config_class.model_fields]
-    for flag in flags:
-        parser.add_argument(f"--{flag.replace('_', '-')}", action="store_true", help=f"same as {flag}=true")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    args = parser.parse_intermixed_args(argv)
-    named = [
-        f"{key}={value}"
-        for key in ("model", "engine", "output_dir", "wandb")
-        if (value := getattr(args, key)) is not None
-    ]
-    named += [f"{flag}=true" for flag in flags if getattr(args, flag)]
-    return load_config(config_class, args.config, [*args.overrides, *named]), args.nproc
-
-
-def check_alone(command: str) -> None:
-    """For a command that is one process. Raises LowBitError where a launcher has started several."""
-    launch = launcher_env.adopt()
-    if launch is not None and launch.world_size > 1:
-        raise LowBitError(
-            f"{command} is one process, which starts the ranks it needs, but a launcher has started "
-            f"{launch.world_size}: run it without one (in a Slurm job: by itself or with srun -n1)"
-        )
-
-
-def check_own(name: str, own: int, world: int) -> None:
-    """For a stage that says how many processes it runs in (its `ranks`)."""
-    if world != own:
-        needed = f"tp x dp = {own} processes" if own > 1 else "one process"
-        raise LowBitError(f"{name} needs {needed}, there are {world}; start that many")
-
-
-def check_world(config: StageConfig, world: int) -> None:
-    if config.engine == "huggingface" and config.tp > 1:
-        raise LowBitError(
-            f"engine=huggingface runs in one process, not tp={config.tp}: set virtual_tp or engine=deepspeed"
-        )
-    if config.engine == "deepspeed" and config.virtual_tp > 1:
-        raise LowBitError(
-            f"virtual_tp={config.virtual_tp} needs engine=huggingface; engine=deepspeed runs real ranks (tp)"
-        )
-    if config.engine == "megatron" and config.virtual_tp > 1:
-        raise LowBitError(
-            f"virtual_tp={config.virtual_tp} needs engine=huggingface; engine=megatron runs real ranks (tp)"
-        )
-    given = {"pp": config.pp > 1, "sequence_parallel": config.sequence_parallel, "dp": getattr(config, "dp", 1) > 1}
-    for key, used in given.items():
-        if used and config.engine != "megatron":
-            raise LowBitError(f"{key}={getattr(config, key)} needs engine=megatron")
-    needed = world_of(config)
-    if world != needed:
-        product = " x ".join(f"{key}={n}" for key, n in _sizes(config).items())
-        other = f" or set tp={world}" if needed == config.tp else ""
-        raise LowBitError(f"{product} needs {needed} processes, there are {world}; start that many{other}")
-
-
-def _sizes(config: StageConfig) -> dict[str, int]:
-    """{key: size} of the kinds of parallelism in use; tp always."""
-    sizes = {"tp": config.tp, "pp": config.pp, "dp": getattr(config, "dp", 1)}
-    return {key: size for key, size in sizes.items() if key == "tp" or size > 1}
-
-
-def world_of(config: StageConfig) -> int:
-    """Processes that a stage runs in."""
-    return math.prod(_sizes(config).values())
 
 
 def run_rank(name: str, stage: Any, config: StageConfig) -> int:
@@ -187,7 +68,13 @@ def run_rank(name: str, stage: Any, config: StageConfig) -> int:
         if rank == 0:
             seconds = time.perf_counter() - start
             write_text(output / f"{name}.yaml", yaml.safe_dump(resolved, sort_keys=False))
-            record = {"config": resolved, **results, "seconds": seconds, "environment": environment()}
+            record = {
+                "config": resolved,
+                **results,
+                "data": logger.data,
+                "seconds": seconds,
+                "environment": environment(),
+            }
             write_json(output / f"{name}.json", record)
             logger.summary(seconds=seconds, rows=results["rows"])
         code = 0

@@ -14,14 +14,15 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping
-from importlib import import_module, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from megatron_lowbit.config import LowBitError, load_config
 from megatron_lowbit.files import ensure_writable, write_text
 from megatron_lowbit.launch import STAGES
-from megatron_lowbit.launch.runner import Parser, check_own, check_world, fail, parse
+from megatron_lowbit.launch.arguments import CONFIGS, Parser, fail, parse
+from megatron_lowbit.launch.layout import check_own, check_world, own_ranks
 from megatron_lowbit.launch.slurm_config import SlurmConfig, StageJob
 
 VARIABLE = re.compile(r"\{\{(\w+)\}\}")
@@ -147,9 +148,8 @@ def _check_stage(name: str, command: str, arguments: list[str], nodes: int, task
     if command not in STAGES or command == "slurm":
         raise LowBitError(f"stages.{name}: unknown stage {command!r}; choose one of {', '.join(STAGES)}")
     try:
-        stage = import_module(f"megatron_lowbit.launch.{command}")
-        stage_config, _ = parse(command, stage.CONFIG, arguments)
-        own = stage.ranks(stage_config) if hasattr(stage, "ranks") else None
+        stage_config, _ = parse(command, CONFIGS[command], arguments)
+        own = own_ranks(command, stage_config)
         if own is None:
             check_world(stage_config, nodes * tasks)
         else:

@@ -20,23 +20,13 @@ from torch import distributed as dist
 
 from megatron_lowbit import preemption
 from megatron_lowbit.config import LowBitError
+from megatron_lowbit.launcher_env import env_rank as env_rank
+from megatron_lowbit.launcher_env import env_world_size as env_world_size
+from megatron_lowbit.launcher_env import launched as launched
 from megatron_lowbit.messages import decode, encode
 from megatron_lowbit.preemption import Preempted
 
 T = TypeVar("T")
-
-
-def launched() -> bool:
-    """Whether a launcher started this process as one of several ranks (or as the only one)."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def env_rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def env_world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def group_rank(group: dist.ProcessGroup | None) -> int:

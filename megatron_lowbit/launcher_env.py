@@ -41,6 +41,19 @@ class Launch:
     master_port: int
 
 
+def launched() -> bool:
+    """Whether a launcher started this process as one of several ranks (or as the only one)."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def env_rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def env_world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def adopt(environ: MutableMapping[str, str] | None = None) -> Launch | None:
     """Find the launch and set the five variables; None, and nothing set, for a process that stands alone.
 

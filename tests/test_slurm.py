@@ -86,6 +86,15 @@ def test_shellcheck_sees_every_launcher_and_container(tmp_path, launcher, runtim
     assert ("apptainer exec --nv" in text) == (runtime == "apptainer")
 
 
+def test_a_time_needs_no_quotes(tmp_path):
+    """YAML 1.1 alone would read 04:00:00 as the number 14400."""
+    file = config(tmp_path)
+    file.write_text(file.read_text().replace("01:00:00", "04:00:00").replace("'", ""))
+    assert "time: 04:00:00\n" in file.read_text()
+    assert run_here("slurm", "render", file) == 0
+    assert directives((tmp_path / "o" / "evaluate.sbatch").read_text())["time"] == "04:00:00"
+
+
 def test_shellcheck_would_find_something(tmp_path):
     """A setup line that it complains about, so that its silence means something."""
     if SHELLCHECK is None:
@@ -213,7 +222,6 @@ BAD = {
     "unset variable": (["time=none"], {}, "{{time}} in line 7 of stage.sbatch is not set; set time=..."),
     "no stages": ([], {"stages": {}}, "name at least one"),
     "no such stage": ([], {"stages": {"evaluat": {}}}, "unknown stage 'evaluat'"),
-    "time as YAML reads it": ([], {"time": 14400}, "in quotes"),
     "time": (["time=soon"], {}, "time='soon'"),
     "launcher": (["launcher=torchrn"], {}, "did you mean 'torchrun'?"),
     "container without image": (["container.runtime=pyxis"], {}, "need each other"),

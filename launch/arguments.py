@@ -1,0 +1,110 @@
+"""The arguments of every command, and what can be told of them without torch, whose import takes seconds.
+
+`told(stage, argv)` is called before a stage's module is imported: a slip of the pen is answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from typing import NoReturn
+
+from megatron_lowbit import launcher_env
+from megatron_lowbit.config import (
+    CalibrateConfig,
+    DemoConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    LowBitError,
+    ParityConfig,
+    QuantizeConfig,
+    StageConfig,
+    defaults,
+    load_config,
+)
+from megatron_lowbit.launch import STAGES
+from megatron_lowbit.launch.benchmark_config import BenchmarkConfig
+from megatron_lowbit.launch.inputs import check_inputs
+from megatron_lowbit.launch.layout import check_layout
+
+BAD_INPUT = 2
+CONFIGS: dict[str, type[StageConfig]] = {
+    "demo": DemoConfig,
+    "calibrate": CalibrateConfig,
+    "quantize": QuantizeConfig,
+    "evaluate": EvaluateConfig,
+    "generate": GenerateConfig,
+    "parity": ParityConfig,
+    "benchmark": BenchmarkConfig,
+}
+
+
+def told(name: str, argv: list[str]) -> int | None:
+    """The exit code after one line on standard error, where something is wrong with a stage's arguments; else None."""
+    try:
+        launcher_env.adopt()
+        config, nproc = parse(name, CONFIGS[name], argv)
+        check_layout(name, config, nproc)
+        check_inputs(name, config)
+    except LowBitError as error:
+        return fail(str(error))
+    return None
+
+
+def fail(message: str) -> int:
+    """Print one line on standard error, without control characters; returns the exit code."""
+    rank = os.environ.get("RANK", "0")
+    line = " ".join(message.split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    line = f"megatron-lowbit: {'' if rank in ('', '0') else f'rank {rank}: '}{line}"
+    print(line, file=sys.stderr, flush=True)
+    _tell_torchrun(line)
+    return BAD_INPUT
+
+
+def _tell_torchrun(line: str) -> None:
+    """Let torchrun's own report of the failure end with this line, where it else advises to enable tracebacks."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        record = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError), open(file, "x") as report:  # the first line counts
+            json.dump({"message": record}, report)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise LowBitError(f"{message} (see {self.prog} --help)")
+
+
+def parse(name: str, config_class: type[StageConfig], argv: list[str]) -> tuple[StageConfig, int | None]:
+    keys = "\n".join(f"  {key}={'none' if value is None else value}" for key, value in defaults(config_class()).items())
+    parser = Parser(
+        prog=f"megatron-lowbit {name}",
+        description=STAGES[name],
+        epilog=f"config keys and their defaults (explained in {config_class.__module__}):\n{keys}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", help="YAML file of config keys")
+    parser.add_argument("--model", help="same as model=...")
+    parser.add_argument("--output-dir", help="same as output_dir=...")
+    parser.add_argument("--engine", help="huggingface, deepspeed or megatron; same as engine=...")
+    parser.add_argument("--wandb", help="off, offline or online; same as wandb=...")
+    parser.add_argument("--nproc", type=int, help="ranks to start outside a launcher; must equal tp x pp x dp")
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher passes it
+    flags = [flag for flag in ("ablation", "comm_ablation", "dry_run") if flag in config_class.model_fields]
+    for flag in flags:
+        parser.add_argument(f"--{flag.replace('_', '-')}", action="store_true", help=f"same as {flag}=true")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    args = parser.parse_intermixed_args(argv)
+    named = [
+        f"{key}={value}"
+        for key in ("model", "engine", "output_dir", "wandb")
+        if (value := getattr(args, key)) is not None
+    ]
+    named += [f"{flag}=true" for flag in flags if getattr(args, flag)]
+    return load_config(config_class, args.config, [*args.overrides, *named]), args.nproc

@@ -1,0 +1,96 @@
+"""Whether what a config names is there: packages, the model, the artifact, text, prompts. Needs no torch.
+
+Files are looked for in a single process only: of the ranks of a launched job, rank 0 alone reads text, prompts and
+tables, and the others may be on machines that do not have them.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from megatron_lowbit.config import LowBitError, QuantizeConfig, StageConfig, one_line, shown
+from megatron_lowbit.launcher_env import launched
+from megatron_lowbit.texts import check_source
+
+PACKAGES = {"deepspeed": "deepspeed", "megatron": "megatron.core", "wandb": "wandb"}  # by the extra that installs them
+NEED_A_MODEL = ("calibrate", "evaluate", "generate", "quantize")
+
+
+def check_inputs(name: str, config: StageConfig) -> None:
+    """Raise LowBitError for a package, model, artifact, text or file that a stage's config names and is not there."""
+    for engine in getattr(config, "engines", (config.engine,)):
+        if engine in PACKAGES and not (isinstance(config, QuantizeConfig) and config.dry_run):
+            check_package(engine)
+    if config.wandb != "off":
+        check_package("wandb")
+    if launched():
+        return
+    if config.model is not None:
+        model_name(config.model)
+    elif config.artifact is None and name in NEED_A_MODEL and not getattr(config, "architecture", None):
+        raise LowBitError("model is not set; name a folder, a hub id or `embedded`")
+    if config.artifact is not None:
+        artifact_folder(config.artifact)
+    for key in ("calibration", "evaluation"):
+        section = getattr(config, key, None)
+        if section is not None and section.data is not None:
+            check_source(section.data, key)
+        elif section is not None and key == {"calibrate": "calibration", "evaluate": "evaluation"}.get(name):
+            raise LowBitError(no_data(key))
+    if getattr(config, "prompts", None) is not None:
+        read_prompts(config.prompts)  # type: ignore[attr-defined]
+
+
+def check_package(extra: str) -> None:
+    """Raise LowBitError, with the pip command that installs it, where an optional package is not there."""
+    module = PACKAGES[extra]
+    try:
+        spec = None if module in sys.modules and sys.modules[module] is None else find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None:  # a folder of that name on the path is found as an empty package
+        raise LowBitError(f"{module.replace('.', '-')} is not installed; pip install 'megatron-lowbit[{extra}]'")
+
+
+def no_data(key: str) -> str:
+    """What to say where a section has no text."""
+    known = key.replace("evaluation", "validation")
+    return f"{key}.data is not set; name a text file, a hub dataset or stdlib:{known}"
+
+
+def model_name(name: str) -> str:
+    """The folder or hub id that `model` names. Raises LowBitError for a folder that is not there or holds no model."""
+    if name == "embedded":
+        from megatron_lowbit import embedded
+
+        return str(Path(embedded.__file__).parent)
+    path = Path(name)
+    if not path.is_dir() and (
+        path.is_absolute() or name.startswith((".", "~")) or (name.count("/") != 1 and "/" in name)
+    ):
+        raise LowBitError(f"model folder {shown(name)} does not exist")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise LowBitError(f"{shown(name)} holds no config.json; it is not a Hugging Face model folder")
+    return name
+
+
+def artifact_folder(name: str) -> Path:
+    """The folder that `artifact` names. Raises LowBitError where there is none."""
+    if not Path(name).is_dir():
+        raise LowBitError(f"artifact folder {shown(name)} does not exist; write one with calibrate or quantize")
+    return Path(name)
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a text file that are not empty."""
+    try:
+        lines = [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise LowBitError(f"cannot read prompts={shown(path)}: {one_line(error)}") from None
+    if not lines:
+        raise LowBitError(f"prompts={shown(path)} holds no prompts; write one per line")
+    if any("\0" in line for line in lines):
+        raise LowBitError(f"prompts={shown(path)} holds NUL characters; write text in UTF-8")
+    return lines
