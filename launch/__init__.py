@@ -6,6 +6,7 @@ SIGTERM, to be run again.
 from __future__ import annotations
 
 import sys
+import textwrap
 from importlib import import_module, metadata
 
 import megatron_lowbit
@@ -42,8 +43,10 @@ def _main(argv: list[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, STAGES))
-        lines = [f"  {name:{width}}  {what}" for name, what in STAGES.items()]
-        print("usage: megatron-lowbit STAGE [options] [key.path=value ...]\n\n" + "\n".join(lines))
+        print("usage: megatron-lowbit STAGE [options] [key.path=value ...]\n")
+        for name, what in STAGES.items():
+            print(textwrap.fill(what, 80, initial_indent=f"  {name:{width}}  ", subsequent_indent=" " * (width + 4)))
+        print("\nmegatron-lowbit STAGE --help lists the stage's keys; megatron-lowbit --version tells the version")
         return 0
     if argv[0] in VERSION:
         print(f"megatron-lowbit {version()}")

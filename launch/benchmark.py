@@ -15,8 +15,6 @@ import time
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import distributed as dist
 
 from megatron_lowbit.adapters import patching
@@ -27,6 +25,7 @@ from megatron_lowbit.launch.benchmark_config import BenchmarkConfig
 from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
 from megatron_lowbit.launch.netlab import on_a_host
 from megatron_lowbit.launch.runner import run_stage
+from megatron_lowbit.launch.tables import print_table
 from megatron_lowbit.metrics import MetricLogger, progress
 from megatron_lowbit.ranges import build_plan, describe
 
@@ -72,17 +71,18 @@ def run(config: BenchmarkConfig, logger: MetricLogger) -> dict[str, Any]:
         logger.log(row=name, ratio=row["ratio"])
     if env_rank() == 0:
         where = "loopback" if config.rate is None else f"links of {config.rate}"
-        table = Table(
-            title=f"{config.model}, {config.engine}, tp={size}, {ids.numel()} tokens, {config.dtype}, {where}"
-        )
-        for column in ("name", "unpatched (ms)", "patched (ms)", "ratio", "quartiles"):
-            table.add_column(column, justify="left" if column == "name" else "right")
-        for row in rows:
-            low, high = row["ratio_quartiles"]
-            milliseconds = (f"{1e3 * row[key]:.1f}" for key in ("unpatched_seconds", "patched_seconds"))
-            table.add_row(row["name"], *milliseconds, f"{row['ratio']:.3f}", f"{low:.3f} .. {high:.3f}")
-        Console(width=None if Console().is_terminal else 110).print(table)
+        title = f"{config.model}, {config.engine}, tp={size}, {ids.numel()} tokens, {config.dtype}, {where}"
+        print_rows(rows, title)
     return {"rows": rows}
+
+
+def print_rows(rows: list[dict[str, Any]], title: str) -> None:
+    cells = []
+    for row in rows:
+        low, high = row["ratio_quartiles"]
+        milliseconds = (f"{1e3 * row[key]:.1f}" for key in ("unpatched_seconds", "patched_seconds"))
+        cells.append((row["name"], *milliseconds, f"{row['ratio']:.3f}", f"{low:.3f} .. {high:.3f}"))
+    print_table(("name", "unpatched\n(ms)", "patched\n(ms)", "ratio", "quartiles"), cells, title)
 
 
 def time_pairs(

@@ -31,9 +31,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.cost import CostTable
 from megatron_lowbit.distributed import Watch
@@ -49,6 +46,7 @@ from megatron_lowbit.launch.collectives_rank import (
     start_limit,
 )
 from megatron_lowbit.launch.netlab import network, uninterrupted
+from megatron_lowbit.launch.tables import print_table
 from megatron_lowbit.metrics import MetricLogger, progress, require
 from megatron_lowbit.rendezvous import on_loopback
 from megatron_lowbit.temporary import scratch_folder
@@ -83,7 +81,7 @@ def run(config: BenchmarkCollectivesConfig, logger: MetricLogger) -> dict[str, A
         watch.check()
         rows += cell
         logger.log(ranks=ranks, bytes=size, **{f"{row['algorithm']}_seconds": row["seconds"] for row in cell})
-    print_table(config, rows)
+    print_rows(config, rows)
     if config.tune:
         print_choices(config)
     try:
@@ -174,19 +172,16 @@ def _raise_if_failed(workers: list[subprocess.Popen[bytes]], folder: Path) -> No
 # What is shown
 
 
-def print_table(config: BenchmarkCollectivesConfig, rows: list[dict[str, Any]]) -> None:
+def print_rows(config: BenchmarkCollectivesConfig, rows: list[dict[str, Any]]) -> None:
     where = "loopback" if config.rate is None else f"links of {config.rate}"
-    table = Table(
-        title=f"all-reduce of tokens x {FEATURES} bf16 values over {where}: median ms (speed-up against bf16)"
-    )
-    for column in ("ranks", "size", *config.algorithms):
-        table.add_column(column, justify="right")
+    title = f"all-reduce of tokens x {FEATURES} bf16 values over {where}: median ms, and speed-up against bf16"
+    cells = []
     for ranks in config.ranks:
         for size in config.sizes:
             cell = {row["algorithm"]: row["seconds"] for row in rows if (row["ranks"], row["bytes"]) == (ranks, size)}
-            figures = (f"{1e3 * cell[name]:.2f} ({cell['bf16'] / cell[name]:.2f}x)" for name in config.algorithms)
-            table.add_row(str(ranks), size_text(size), *figures)
-    Console(width=None if Console().is_terminal else 132).print(table)
+            figures = (f"{1e3 * cell[name]:.2f}\n{cell['bf16'] / cell[name]:.2f}x" for name in config.algorithms)
+            cells.append((str(ranks), size_text(size), *figures))
+    print_table(dict.fromkeys(("ranks", "size", *config.algorithms), "right"), cells, title)
 
 
 def print_choices(config: BenchmarkCollectivesConfig) -> None:

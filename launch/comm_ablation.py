@@ -20,16 +20,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from megatron_lowbit.adapters import patching
 from megatron_lowbit.artifacts import Artifact, CalibrationStats
 from megatron_lowbit.config import CommConfig, EvaluateConfig, LowBitError, WeightsConfig
 from megatron_lowbit.launch.engine import calibrate_engine, load_windows, start_engine
-from megatron_lowbit.launch.evaluate import applied_row, check_unused, full_precision_row, number
+from megatron_lowbit.launch.evaluate import applied_row, check_unused, explained, full_precision_row
 from megatron_lowbit.launch.peers import VirtualGroupInt4
 from megatron_lowbit.launch.synthetic import MakeReducer, synthetic_rows
+from megatron_lowbit.launch.tables import Justify, number, print_table
 from megatron_lowbit.metrics import MetricLogger
 from megatron_lowbit.ranges import build_plan
 
@@ -130,21 +128,26 @@ def _completed(row: dict[str, Any], perplexity: float) -> dict[str, Any]:
 
 def _print(rows: list[dict[str, Any]], config: EvaluateConfig) -> None:
     injected = "" if config.inject_outliers is None else f", injected outliers {config.inject_outliers:g}x"
-    table = Table(title=f"{config.model}, virtual_tp={config.virtual_tp}{injected}")
     columns = {
-        "bits/value": ("bits_per_value", ".3f"),
-        "perplexity": ("perplexity", ".3f"),
-        "change %": ("perplexity_change_percent", "+.2f"),
-        "KL (nats)": ("kl", ".5f"),
-        "SQNR (dB)": ("sqnr_db", ".1f"),
+        "bits/\nvalue": ("bits_per_value", ".3f"),
+        "perplex-\nity": ("perplexity", ".3f"),
+        "change\n%": ("perplexity_change_percent", "+.2f"),
+        "KL\n(nats)": ("kl", ".5f"),
+        "SQNR\n(dB)": ("sqnr_db", ".1f"),
         "worst": ("worst_sqnr_db", ".1f"),
-        "unscaled": ("unscaled_sqnr_db", ".1f"),
+        "un-\nscaled": ("unscaled_sqnr_db", ".1f"),
     }
-    table.add_column("name")
-    for column in columns:
-        table.add_column(column, justify="right")
-    table.add_column("worst site")
-    for row in rows:
-        cells = [number(row.get(key), form) for key, form in columns.values()]
-        table.add_row(row["name"], *cells, (row["worst_site"] or "-").removeprefix("model.layers."))
-    Console(width=None if Console().is_terminal else 160).print(table)
+    cells = [
+        (row["name"], *(number(row.get(key), form) for key, form in columns.values()), _short(row["worst_site"]))
+        for row in rows
+    ]
+    named: dict[str, Justify] = {"name": "left", **dict.fromkeys(columns, "right"), "worst\nsite": "left"}
+    print_table(named, cells, f"{config.model}, virtual_tp={config.virtual_tp}{injected}", explained(rows))
+
+
+def _short(site: str | None) -> str:
+    """model.layers.5.self_attn.o_proj -> 5.o_proj; - for None."""
+    if site is None:
+        return "-"
+    layer, _, rest = site.removeprefix("model.layers.").partition(".")
+    return f"{layer}.{rest.rpartition('.')[2]}" if rest else site

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from megatron_lowbit.adapters.blocks import skeleton
@@ -22,10 +20,10 @@ from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.distributed import env_rank
 from megatron_lowbit.kernels import packed_bytes
 from megatron_lowbit.launch.engine import compute_dtype
-from megatron_lowbit.launch.evaluate import number
 from megatron_lowbit.launch.inputs import model_name
 from megatron_lowbit.launch.qllm import download, read_config
 from megatron_lowbit.launch.scale import Rates, Shape, Work, calibrate_stage, find_rates, stages
+from megatron_lowbit.launch.tables import number, print_table
 from megatron_lowbit.linear import activation_groups
 from megatron_lowbit.quantizer import Scheme
 
@@ -176,13 +174,14 @@ def _widest_group(rows: list[dict[str, Any]]) -> int:
 
 
 def _print(rows: list[dict[str, Any]], totals: dict[str, Any], config: QuantizeConfig) -> None:
-    table = Table(title=f"{config.model or 'model'}, {config.weights.scheme}, tp={config.tp}, dp={config.dp}")
-    for column in ("linear of a block", "parallel", "shape", "shards", "shape per rank", "packed bytes per rank"):
-        table.add_column(column, justify="left" if column == "linear of a block" else "right")
+    columns = ("linear of a block", "parallel", "shape", "shards", "shape\nper rank", "packed bytes\nper rank")
+    cells = []
     for row in rows:
         shape, mine = (" x ".join(map(str, row[key])) for key in ("shape", "shape_per_rank"))
-        table.add_row(row["name"], row["parallel"], shape, str(row["shard_groups"]), mine, f"{row['bytes_per_rank']:,}")
-    Console(width=None if Console().is_terminal else 110).print(table)
+        cells.append(
+            (row["name"], row["parallel"], shape, str(row["shard_groups"]), mine, f"{row['bytes_per_rank']:,}")
+        )
+    print_table(columns, cells, f"{config.model or 'model'}, {config.weights.scheme}, tp={config.tp}, dp={config.dp}")
     gib = 2**30
     print(f"{totals['groups']} groups of {totals['blocks_per_group']} blocks")
     packed, rest = totals["packed_bytes_per_rank"] / gib, totals["other_bytes"] / gib
@@ -206,15 +205,18 @@ UNITS = {"flops": "FLOP/s", "rounded": "values/s", "observed": "values/s", "netw
 
 def _print_stages(totals: dict[str, Any], config: QuantizeConfig) -> None:
     """Work and seconds of every stage, the rates and where they come from, and what most of the time goes into."""
-    table = Table(title=f"one of {config.tp * config.dp} ranks: seconds by what they are spent on")
-    for column in ("stage", "FLOP", "received", "disk", *RESOURCES.values(), "seconds"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
+    work, spent = [], []
     for name, stage in {**totals["stages"], "calibrate, alone": totals["calibrate"]}.items():
         seconds = stage["seconds"]
-        cells = [number(seconds.get(resource), ",.1f") for resource in RESOURCES]
-        received, disk = (f"{stage[key] / 2**30:,.2f} GiB" for key in ("network", "disk"))
-        table.add_row(name, f"{stage['flops']:.2e}", received, disk, *cells, f"{sum(seconds.values()):,.1f}")
-    Console(width=None if Console().is_terminal else 150).print(table)
+        received, disk = (f"{stage[key] / 2**30:,.2f}" for key in ("network", "disk"))
+        work.append((name, f"{stage['flops']:.2e}", received, disk))
+        spent.append(
+            (name, *(number(seconds.get(resource), ",.1f") for resource in RESOURCES), f"{sum(seconds.values()):,.1f}")
+        )
+    one = f"one of {config.tp * config.dp} ranks"
+    print_table(("stage", "FLOP", "received (GiB)", "disk (GiB)"), work, f"{one}: work of every stage")
+    headers = [what.replace(" ", "\n") for what in RESOURCES.values()]
+    print_table(("stage", *headers, "seconds"), spent, f"{one}: seconds by what they are spent on")
     rates = totals["rates"]
     told = [
         f"{what} {rates[key]:.3g} {UNITS[key]} ({'given' if key in rates['given'] else 'measured here'})"
@@ -224,9 +226,9 @@ def _print_stages(totals: dict[str, Any], config: QuantizeConfig) -> None:
     print(f"rates per rank: {', '.join(told)}")
     if rates["network"] is None and config.tp * config.dp > 1:
         print("the network's seconds are left out: give rates.network in bytes per second")
-    spent = {key: sum(stage["seconds"].get(key, 0.0) for stage in totals["stages"].values()) for key in RESOURCES}
-    most, total = max(spent, key=lambda key: spent[key]), totals["estimated_seconds"]
+    by_resource = {key: sum(stage["seconds"].get(key, 0.0) for stage in totals["stages"].values()) for key in RESOURCES}
+    most, total = max(by_resource, key=lambda key: by_resource[key]), totals["estimated_seconds"]
     print(
         f"estimated time: {total:,.0f} s, {totals['estimated_seconds_per_group']:,.1f} s per group; "
-        f"{spent[most] / total:.0%} of it is {RESOURCES[most]}"
+        f"{by_resource[most] / total:.0%} of it is {RESOURCES[most]}"
     )

@@ -43,6 +43,7 @@ from megatron_lowbit.distributed import (
 )
 from megatron_lowbit.hf_weights import check_safetensors
 from megatron_lowbit.launch.inputs import model_name, no_data
+from megatron_lowbit.launch.tokenizer import check_tokenizer, load_tokenizer
 from megatron_lowbit.metrics import MetricLogger, progress
 from megatron_lowbit.ranges import build_plan
 from megatron_lowbit.rendezvous import join
@@ -259,6 +260,7 @@ def load_windows(engine: Engine, section: Any, key: str, logger: MetricLogger) -
     """The section's token windows, read and tokenized by rank 0, which also says what it has read."""
     if section.data is None:
         raise LowBitError(no_data(key))
+    check_tokenizer(engine.tokenizer)
     arguments = (section.data, section.samples, section.sequence_length, engine.context, key, section.text_column)
     tell = partial(logger.read, key)
     return Windows(**on_rank_zero(lambda: vars(token_windows(engine.tokenizer, *arguments, tell=tell))))
@@ -380,7 +382,7 @@ def compute_dtype(config: StageConfig) -> torch.dtype:
 def load_config_and_tokenizer(config: StageConfig, checkpoint: LowBitCheckpoint | None) -> tuple[Any, Any]:
     """(config, tokenizer) of the model or, without one, of the artifact. Raises LowBitError for what is wrong there."""
     import transformers
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -391,7 +393,7 @@ def load_config_and_tokenizer(config: StageConfig, checkpoint: LowBitCheckpoint 
         hf_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if not any("CausalLM" in a or "LMHead" in a for a in hf_config.architectures or ["CausalLM"]):
             raise LowBitError(f"{name!r} is a {hf_config.architectures[0]}, not a causal LM")
-        return hf_config, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return hf_config, load_tokenizer(name)
 
 
 def load_model(config: StageConfig, hf_config: Any, checkpoint: LowBitCheckpoint | None) -> Any:

@@ -1,12 +1,16 @@
-"""megatron-lowbit evaluate: the full-precision model, then the low-bit one, on the same text."""
+"""megatron-lowbit evaluate: the full-precision model, then the low-bit one, on the same text.
+
+perplexity, KL      over all tokens of evaluation.data (KL: of the first evaluation.kl_tokens)
+SQNR                of every row-parallel site's output against what it replaced, on the first SQNR_TOKENS tokens
+bits/value,         what one rank hands to the collective, each message once. one_shot's all-gather delivers it to
+bytes/token         all N - 1 others, so N - 1 times as much crosses a rank's link (see `benchmark collectives`)
+"""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from megatron_lowbit.adapters.patching import site_saturated, site_traffic
@@ -17,6 +21,7 @@ from megatron_lowbit.distributed import Watch, env_rank
 from megatron_lowbit.evaluate import SiteTraffic, measure_quality, measure_sqnr
 from megatron_lowbit.launch.engine import Engine, load_windows, prepare_artifact, start_engine
 from megatron_lowbit.launch.runner import run_stage
+from megatron_lowbit.launch.tables import number, print_table
 from megatron_lowbit.metrics import MetricLogger, progress
 
 CONFIG = EvaluateConfig
@@ -166,25 +171,33 @@ def sqnr_windows(windows: Windows) -> Windows:
 
 
 def print_rows(rows: list[dict[str, Any]], title: str | None = None) -> None:
-    table = Table(title=title)
-    for column in ("name", "tp", "perplexity", "KL (nats)", "SQNR (dB)", "bits/value", "bytes/token"):
-        table.add_column(column, justify="left" if column == "name" else "right")
-    for row in rows:
-        table.add_row(
+    columns = ("name", "tp", "perplexity", "KL\n(nats)", "SQNR\n(dB)", "bits/\nvalue", "bytes/\ntoken")
+    cells = [
+        (
             row["name"],
             str(row["tp"]),
-            f"{row['perplexity']:.3f}",
+            number(row["perplexity"], ".3f"),
             number(row["kl"], ".5f"),
             number(row["sqnr_db"], ".1f"),
             number(row["bits_per_value"], ".4f"),
             number(row["bytes_per_token"], ",.0f"),
         )
-    Console(width=None if Console().is_terminal else 110).print(table)
+        for row in rows
+    ]
+    print_table(columns, cells, title, explained(rows))
 
 
-def number(value: float | None, form: str) -> str:
-    """A table's cell: - for None."""
-    return "-" if value is None else format(value, form)
+def explained(rows: list[dict[str, Any]]) -> str | None:
+    """What the columns of SQNR and of bits and bytes hold, where they hold anything."""
+    told = []
+    if any(row["sqnr_db"] is not None for row in rows):
+        told.append(f"SQNR: mean of the sites, on the first {SQNR_TOKENS:,} tokens.")
+    if any(row["bits_per_value"] is not None for row in rows):
+        told.append(
+            "bits/value, bytes/token: what a rank hands over, each message once; in one_shot every one of the other "
+            "N - 1 ranks gets a copy."
+        )
+    return " ".join(told) or None
 
 
 def _kl_tokens(section: EvaluationConfig) -> int:

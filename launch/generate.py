@@ -1,7 +1,11 @@
-"""megatron-lowbit generate: continue a prompt; the text is streamed to standard output as it comes."""
+"""megatron-lowbit generate: continue a prompt; the text is streamed to standard output as it comes.
+
+Of a file of prompts every line of output is a JSON object {"prompt": ..., "text": ...}.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +18,7 @@ from megatron_lowbit.launch.engine import Engine, GenerateOptions, prepare_artif
 from megatron_lowbit.launch.evaluate import row_name
 from megatron_lowbit.launch.inputs import read_prompts
 from megatron_lowbit.launch.runner import run_stage
+from megatron_lowbit.launch.tokenizer import check_tokenizer
 from megatron_lowbit.metrics import MetricLogger
 
 CONFIG = GenerateConfig
@@ -63,6 +68,7 @@ def encode(engine: Engine, prompt: str) -> list[int]:
     Raises LowBitError for one that is empty, holds what the model has no token for, or leaves no room in its context.
     """
     tokenizer = engine.tokenizer
+    check_tokenizer(tokenizer)
     encoded = tokenizer(prompt, verbose=False)
     ids, vocab = encoded["input_ids"], engine.text_config.vocab_size
     if not [token for token in ids if token != tokenizer.bos_token_id]:
@@ -84,25 +90,28 @@ def encode(engine: Engine, prompt: str) -> list[int]:
 
 
 class Streams:
-    """Text on standard output: of one prompt as its tokens come, of several when all are done, in their order."""
+    """Text on standard output: the answer to one prompt as its tokens come; of several prompts, when all are done, one
+    line each, a JSON object with the prompt and its answer, in their order."""
 
     def __init__(self, tokenizer: Any, prompts: Sequence[str]):
-        self.tokenizer, self.many = tokenizer, len(prompts) > 1
+        self.tokenizer, self.prompts = tokenizer, prompts
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.told = ""
 
     def put(self, number: int, token: int) -> None:
         self.tokens[number].append(token)
+        if len(self.prompts) > 1:
+            return
         text = self._text(number)
-        if self.many or text.endswith("\ufffd"):  # half a character: the next token completes it
+        if text.endswith("\ufffd"):  # half a character: the next token completes it
             return
         print(text[len(self.told) :], end="", flush=True)
         self.told = text
 
     def end(self) -> None:
-        if self.many:
-            for number in range(len(self.tokens)):
-                print(f"[{number}] {self._text(number)}")
+        if len(self.prompts) > 1:
+            for number, prompt in enumerate(self.prompts):
+                print(json.dumps({"prompt": prompt, "text": self._text(number)}, ensure_ascii=False))
         else:
             print(self._text(0)[len(self.told) :])
 

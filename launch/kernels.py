@@ -21,8 +21,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from megatron_lowbit import kernels
@@ -33,6 +31,7 @@ from megatron_lowbit.launch import runner
 from megatron_lowbit.launch.arguments import fail
 from megatron_lowbit.launch.benchmark_arguments import parse_kernels
 from megatron_lowbit.launch.benchmark_config import BenchmarkKernelsConfig
+from megatron_lowbit.launch.tables import Justify, print_table
 from megatron_lowbit.metrics import MetricLogger
 
 CONFIG = BenchmarkKernelsConfig
@@ -88,7 +87,7 @@ def run(config: BenchmarkKernelsConfig, logger: MetricLogger) -> dict[str, Any]:
             row[f"{name}_speedup"] = median[name] / median["kernel"] if name in median else None
         rows.append(row | {"median_seconds": median})
         logger.log(format=format, op=op, ranks=ranks, kernel_seconds=median["kernel"])
-    print_table(config, rows)
+    print_rows(config, rows)
     return {"rows": rows}
 
 
@@ -150,18 +149,25 @@ def codec(format: str, features: int, ranks: int, spread: float) -> Codec:
     return Codec(scale, zero_point, bits[torch.randperm(features)], rank1)
 
 
-def print_table(config: BenchmarkKernelsConfig, rows: list[dict[str, Any]]) -> None:
+def print_rows(config: BenchmarkKernelsConfig, rows: list[dict[str, Any]]) -> None:
     median = rows[0]["median_seconds"]
     speed = 4e-9 * config.tokens * config.features / median["copy"]
     title = f"bf16 [{config.tokens}, {config.features}], one thread; copy {speed:.1f} GB/s read and written"
-    table = Table(title=title)
-    for column in ("format", "op", "ranks", "ms", "of copy", "of clone", "eager", "torch.compile"):
-        table.add_column(column, justify="left" if column in ("format", "op") else "right")
+    columns: dict[str, Justify] = {
+        "format": "left",
+        "op": "left",
+        "ranks": "right",
+        "ms": "right",
+        "of\ncopy": "right",
+        "of\nclone": "right",
+        "eager": "right",
+        "torch.\ncompile": "right",
+    }
+    cells = []
     for row in rows:
-        faster = (
-            "-" if row[f"{name}_speedup"] is None else f"{row[f'{name}_speedup']:.1f}x" for name in ("eager", "compile")
-        )
+        speedups = (row["eager_speedup"], row["compile_speedup"])
+        faster = ("-" if speedup is None else f"{speedup:.1f}x" for speedup in speedups)
         shares = (f"{100 * row[f'{name}_share']:.0f} %" for name in ("copy", "clone"))
         milliseconds = f"{1e3 * row['median_seconds']['kernel']:.2f}"
-        table.add_row(row["format"], row["op"], str(row["ranks"]), milliseconds, *shares, *faster)
-    Console(width=None if Console().is_terminal else 110).print(table)
+        cells.append((row["format"], row["op"], str(row["ranks"]), milliseconds, *shares, *faster))
+    print_table(columns, cells, title)

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,6 +32,7 @@ from megatron_lowbit.launch.engine import GenerateOptions, start_engine
 from megatron_lowbit.launch.generate import encode
 from megatron_lowbit.launch.inputs import read_prompts
 from megatron_lowbit.launch.runner import run_stage
+from megatron_lowbit.launch.tables import Justify, print_table
 from megatron_lowbit.launcher_env import without_launch
 from megatron_lowbit.metrics import MetricLogger
 from megatron_lowbit.preemption import REQUEUE, Preempted
@@ -174,20 +173,28 @@ def _common(new: list[int], want: list[int]) -> int:
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    table = Table(title="against Hugging Face in one process (bf16, hybrid: with as many virtual ranks)")
-    for column in ("name", "engine", "tp", "max rel. difference", "argmax equal", "tokens equal", "prompts equal"):
-        table.add_column(column, justify="left" if column in ("name", "engine") else "right")
-    for row in rows:
-        table.add_row(
+    columns: dict[str, Justify] = {
+        "name": "left",
+        "engine": "left",
+        "tp": "right",
+        "largest\nrelative\ndifference": "right",
+        "argmax\nequal": "right",
+        "tokens\nequal": "right",
+        "prompts\nequal": "right",
+    }
+    cells = [
+        (
             row["name"],
             row["engine"],
             str(row["tp"]),
             f"{row['max_relative_difference']:.1e}",
-            f"{row['argmax_equal']} / {row['prompt_tokens']}",
-            f"{row['tokens_equal']} / {row['new_tokens']}",
-            f"{row['prompts_equal']} / {row['prompts']}",
+            f"{row['argmax_equal']}/{row['prompt_tokens']}",
+            f"{row['tokens_equal']}/{row['new_tokens']}",
+            f"{row['prompts_equal']}/{row['prompts']}",
         )
-    Console(width=None if Console().is_terminal else 120).print(table)
+        for row in rows
+    ]
+    print_table(columns, cells, "against Hugging Face in one process (bf16, hybrid: with as many virtual ranks)")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from megatron_lowbit.distributed import (
 from megatron_lowbit.launch.calibrate import write_plans
 from megatron_lowbit.launch.engine import compute_dtype
 from megatron_lowbit.launch.inputs import model_name
+from megatron_lowbit.launch.tokenizer import check_tokenizer, load_tokenizer
 from megatron_lowbit.linear import activation_groups
 from megatron_lowbit.metrics import MetricLogger
 from megatron_lowbit.rendezvous import join
@@ -61,6 +62,7 @@ def quantize_qllm(
     context = getattr(text_config, "max_position_embeddings", None) or 2048
     section = config.calibration
     arguments = (section.samples, section.sequence_length, context, "calibration", section.text_column)
+    check_tokenizer(tokenizer)
     tell = partial(logger.read, "calibration")
     read = on_rank_zero(lambda: vars(token_windows(tokenizer, section.data or "", *arguments, tell=tell)))
     windows = _aligned(Windows(**read))
@@ -167,13 +169,11 @@ def download(name: str) -> str:
 def read_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    return _read("config", folder, AutoConfig)
+    return _read("config", folder, partial(AutoConfig.from_pretrained, trust_remote_code=False))
 
 
 def read_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return _read("tokenizer", folder, AutoTokenizer)
+    return _read("tokenizer", folder, load_tokenizer)
 
 
 def _read(what: str, folder: Path, loader: Any) -> Any:
@@ -183,6 +183,8 @@ def _read(what: str, folder: Path, loader: Any) -> Any:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(None):
             warnings.simplefilter("ignore")
-            return loader.from_pretrained(folder, trust_remote_code=False)
+            return loader(folder)
+    except LowBitError:
+        raise
     except Exception as error:  # whatever transformers and tokenizers raise
         raise LowBitError(f"cannot read the {what} of {str(folder)!r}: {one_line(error)}") from None

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lowbit.config import LowBitError, load_config
-from megatron_lowbit.files import ensure_writable, write_text
 from megatron_lowbit.launch import STAGES
 from megatron_lowbit.launch.arguments import CONFIGS, Parser, fail, parse
 from megatron_lowbit.launch.layout import check_own, check_world, own_ranks
@@ -47,6 +46,8 @@ def main(argv: list[str]) -> int:
         if args.action == "submit" and shutil.which("sbatch") is None:
             raise LowBitError("there is no sbatch on this machine; submit from a login node, or use slurm render")
         scripts = render(config)
+        from megatron_lowbit.files import ensure_writable, write_text  # and with it torch
+
         folder = ensure_writable(Path(config.output_dir).absolute())
         ensure_writable(folder / "logs")
         for name, text in scripts.items():

@@ -1,18 +1,44 @@
-"""Low-bit tensor-parallel LLM inference: quantized linears and Int4/BF16 hybrid collectives.
+"""Run large language models in few bits under tensor parallelism: quantized linears, and collectives that send Int4.
+
+An artifact is a folder that `megatron-lowbit calibrate` and `megatron-lowbit quantize` write. Applied to a model, it
+replaces the linears by quantized ones (LowBitCheckpoint), and the all-reduce after row-parallel linears by messages of
+few bits (CommPlan):
 
     import megatron_lowbit as lowbit
+
+    model = lowbit.apply_to_huggingface(hf_model, "artifact/")   # one process, TP=1
+    model = lowbit.apply_to_huggingface(hf_model, "artifact/", virtual_tp=8)   # as eight ranks would compute it
     engine = lowbit.apply_to_deepspeed(engine, "artifact/")      # after deepspeed.init_inference (AutoTP)
-    model = lowbit.apply_to_huggingface(hf_model, "artifact/")   # one process, TP=1 or virtual TP
     model = lowbit.apply_to_megatron(gpt_model, "artifact/")     # a GPTModel of Megatron-Core, or its pipeline chunks
     lowbit.remove(model)                                         # restores what was there
-    y = lowbit.HybridReducer(site_plan, tp_group).all_reduce(x)
 
-Names are imported when they are first used, so that `import megatron_lowbit` stays light.
+What an artifact holds can be read, and a plan used by itself:
+
+    artifact = lowbit.Artifact.load("artifact/")
+    artifact.checkpoint.scheme_name                              # "W4A8"
+    site = artifact.plan(2).sites["model.layers.0.mlp.down_proj"]
+    y = lowbit.HybridReducer(site, tp_group).all_reduce(x)       # x [tokens, features], bf16 or float32
+
+Names:
+
+    apply_to_huggingface, apply_to_deepspeed, apply_to_megatron  put an artifact into a model, in place
+    remove                                                       take it out again
+    Artifact                                                     a folder: .checkpoint and .plans by number of ranks
+    LowBitCheckpoint                                             packed weights of a model, unsharded
+    CommPlan                                                     what N ranks send at every site
+    CalibrationStats                                             the ranges that plans are made from
+    HybridReducer                                                the low-bit all-reduce of one site
+    VirtualReducer                                               the same for ranks inside one process
+    LowBitError                                                  bad input: one line with the value and the fix
+
+Every name has a docstring: `help(megatron_lowbit.apply_to_huggingface)`. Names are imported when they are first used,
+so that `import megatron_lowbit` stays light.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,6 +65,7 @@ _HOMES = {
     "apply_to_megatron": "adapters.megatron",
     "remove": "adapters.patching",
 }
+_NEEDS = {"apply_to_megatron": "megatron.core"}  # its module subclasses Megatron's layers
 __all__ = [
     "Artifact",
     "CalibrationStats",
@@ -58,3 +85,16 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"megatron_lowbit.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, without those whose package is not there: help() imports all that this lists."""
+    missing = {name for name, package in _NEEDS.items() if not _is_there(package)}
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__} - missing)
+
+
+def _is_there(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):  # the package around it is missing
+        return False

@@ -30,6 +30,10 @@ def folder(tmp_path_factory) -> Path:
     save_model("llama", root / "one-kv-head", num_key_value_heads=1)
     save_model("llama", root / "nan")
     _poison(root / "nan")
+    for name, architecture in {"no-tokenizer": "llama", "empty-tokenizer": "qwen2"}.items():
+        save_model(architecture, root / name)
+        for file in (root / name).glob("tokenizer*"):
+            file.unlink()
     (root / "no-config").mkdir()
     (root / "no-weights").mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -134,6 +138,22 @@ CASES = {
     "broken config.json": (["evaluate", "model={folder}/broken-config", *EVALUATION], ["broken-config"]),
     "no weights": (["evaluate", "model={folder}/no-weights", *EVALUATION], ["no-weights"]),
     "half the weights": (["evaluate", "model={folder}/half-weights", *EVALUATION], ["half-weights"]),
+    "no tokenizer": (
+        ["evaluate", "model={folder}/no-tokenizer", *EVALUATION],
+        ["no-tokenizer' has no tokenizer; copy"],
+    ),
+    "no tokenizer for qllm": (
+        ["quantize", "model={folder}/no-tokenizer", *CALIBRATION],
+        ["no-tokenizer' has no tokenizer; copy"],
+    ),
+    "an empty tokenizer": (
+        ["evaluate", "model={folder}/empty-tokenizer", *EVALUATION],
+        ["empty-tokenizer' has no tokenizer; copy"],
+    ),
+    "a prompt for an empty tokenizer": (
+        ["generate", "model={folder}/empty-tokenizer"],
+        ["empty-tokenizer' has no tokenizer; copy"],
+    ),
     "not a causal LM": (["evaluate", "model={folder}/bert", *EVALUATION], ["bert", "BertModel", "causal LM"]),
     "NaN in a weight": (
         ["quantize", "model={folder}/nan", *CALIBRATION, "weights.method=rtn"],

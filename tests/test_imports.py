@@ -193,6 +193,51 @@ def test_public_names():
         _ = megatron_lowbit.nothing
 
 
+def test_what_an_interactive_user_sees():
+    """dir() lists the public names alone, and help() explains them, without Megatron too."""
+    assert {name for name in dir(megatron_lowbit) if not name.startswith("__")} == set(megatron_lowbit.__all__)
+    for name in megatron_lowbit.__all__:
+        assert name in (megatron_lowbit.__doc__ or ""), "the package's docstring lists every name"
+        assert getattr(megatron_lowbit, name).__doc__, name
+    code = """
+import pydoc, sys
+sys.modules["megatron"] = None
+import megatron_lowbit
+print("apply_to_megatron" in dir(megatron_lowbit))
+text = pydoc.render_doc(megatron_lowbit, renderer=pydoc.plaintext)
+print(all(f"{name}(" in text for name in ("apply_to_huggingface", "apply_to_deepspeed", "remove", "class Artifact")))
+"""
+    assert run_python(code, PYTHONSAFEPATH="1").split() == ["False", "True"]
+
+
+def test_bad_arguments_are_told_before_torch_is_imported():
+    """Each in a fresh interpreter would cost seconds: all in one that may not import any of these."""
+    code = """
+import sys
+for name in ("torch", "transformers", "datasets", "deepspeed", "wandb", "numpy"):
+    sys.modules[name] = None
+from megatron_lowbit.launch import main
+calls = ["--version", "nothing", "evaluate --help", "evaluate model=embedded", "evaluate model=/no/where x=1",
+         "generate model=/no/where", "generate model=embedded prompts=/no/where", "quantize model=embedded tp=two",
+         "calibrate model=embedded calibration.data=/no/where", "demo engine=vllm", "parity artifact=/no/where",
+         "evaluate model=embedded evaluation.data=a.csv", "evaluate engine=deepspeed", "generate wandb=offline",
+         "generate model=embedded tp=2", "benchmark collectives ranks=1", "benchmark kernels tokens=0",
+         "slurm render /no/where", "benchmark repeats=0"]
+for call in calls:
+    try:
+        print(main(call.split()), file=sys.stderr)
+    except SystemExit as end:
+        print(end.code, file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if not line.startswith("megatron-lowbit: ")] == ["0", "2", "0", *["2"] * 16]
+    assert len(lines) == 19 + 17, "one line for each that is wrong"
+
+
 # transformers does `from kernels import ...` where the Hugging Face package `kernels` is installed, and ours is a
 # folder of that name. `python -c` and `python -m` put the working directory first on the path, unless PYTHONSAFEPATH
 # is set.

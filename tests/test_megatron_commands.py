@@ -218,8 +218,8 @@ def test_generate_the_same_tokens_everywhere(ranks, generation, tmp_path, engine
     written = record(tmp_path, "generate")["rows"]
     assert [row["tokens"] for row in written] == expected
     assert [row["name"] for row in written] == [LOW_BIT] * 4 and [row["prompt"] for row in written] == PROMPTS
-    for number, row in enumerate(written):
-        assert f"[{number}] {row['text']}" in out
+    records = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert records == [{"prompt": row["prompt"], "text": row["text"]} for row in written]
 
 
 # Bad input: exit code 2, one line, nothing written
