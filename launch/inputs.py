@@ -1,11 +1,13 @@
 """Whether what a config names is there: packages, the model, the artifact, text, prompts. Needs no torch.
 
 Files are looked for in a single process only: of the ranks of a launched job, rank 0 alone reads text, prompts and
-tables, and the others may be on machines that do not have them.
+tables, and the others may be on machines that do not have them. os.path says of a name that no system takes (too long,
+with a NUL) that nothing is there, where pathlib raises.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,18 +69,18 @@ def model_name(name: str) -> str:
 
         return str(Path(embedded.__file__).parent)
     path = Path(name)
-    if not path.is_dir() and (
+    if not os.path.isdir(name) and (
         path.is_absolute() or name.startswith((".", "~")) or (name.count("/") != 1 and "/" in name)
     ):
         raise LowBitError(f"model folder {shown(name)} does not exist")
-    if path.is_dir() and not (path / "config.json").exists():
+    if os.path.isdir(name) and not (path / "config.json").exists():
         raise LowBitError(f"{shown(name)} holds no config.json; it is not a Hugging Face model folder")
     return name
 
 
 def artifact_folder(name: str) -> Path:
     """The folder that `artifact` names. Raises LowBitError where there is none."""
-    if not Path(name).is_dir():
+    if not os.path.isdir(name):
         raise LowBitError(f"artifact folder {shown(name)} does not exist; write one with calibrate or quantize")
     return Path(name)
 
@@ -87,7 +89,7 @@ def read_prompts(path: str) -> list[str]:
     """The lines of a text file that are not empty."""
     try:
         lines = [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise LowBitError(f"cannot read prompts={shown(path)}: {one_line(error)}") from None
     if not lines:
         raise LowBitError(f"prompts={shown(path)} holds no prompts; write one per line")

@@ -3,12 +3,15 @@
     render   fills in slurm/stage.sbatch for every stage and slurm/chain.sh for all, in output_dir
     submit   renders, then runs chain.sh: each stage starts when the one before has succeeded
 
+A relative --config in FILE is looked for beside FILE, then in the working folder.
+
 Scripts are plain bash that can be read, changed and submitted by hand. A stage that Slurm tells to make way saves its
 state, exits with 99, and its job goes back into the queue; so does a job whose node fails. Both go on where they were.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -18,7 +21,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from megatron_lowbit.config import LowBitError, load_config
+from megatron_lowbit.config import LowBitError, load_config, shown
 from megatron_lowbit.launch import STAGES
 from megatron_lowbit.launch.arguments import CONFIGS, Parser, fail, parse
 from megatron_lowbit.launch.layout import check_own, check_world, own_ranks
@@ -42,7 +45,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="keys: launch/slurm_config.py")
     try:
         args = parser.parse_intermixed_args(argv)
-        config = load_config(SlurmConfig, args.file, args.overrides)
+        config = with_files_found(load_config(SlurmConfig, args.file, args.overrides), Path(args.file).parent)
         if args.action == "submit" and shutil.which("sbatch") is None:
             raise LowBitError("there is no sbatch on this machine; submit from a login node, or use slurm render")
         scripts = render(config)
@@ -67,6 +70,47 @@ def _submit(folder: Path) -> None:
         cancelled = f"; cancelled again: {before}" if before else ""
         raise LowBitError(f"not submitted: {' '.join(done.stderr.split()) or 'chain.sh failed'}{cancelled}")
     print(done.stdout, end="")
+
+
+def with_files_found(config: SlurmConfig, folder: Path) -> SlurmConfig:
+    """The config with the template and every stage's --config file as the jobs will find them, in the working folder.
+
+    A relative path is looked for beside the pipeline file (in `folder`), then in the working folder, which is said.
+    Raises LowBitError for one that is in neither.
+    """
+
+    def found(name: str, what: str = "config file") -> str:
+        here, file = Path.cwd(), Path(name)
+        for place in (folder, here):
+            path = Path(os.path.abspath(place / file))
+            if os.path.isfile(path):  # False for a name that no system takes
+                if place == here and not file.is_absolute() and here != folder.absolute():
+                    print(f"{name} is not beside the pipeline file; taken from the working folder {here}")
+                return str(path.relative_to(here) if path.is_relative_to(here) else path)
+        if file.is_absolute():
+            return name  # whoever reads it says what is wrong
+        raise LowBitError(
+            f"cannot read {what} {shown(name)}: it is neither in the pipeline file's folder {folder} nor in {here}"
+        )
+
+    def arguments(given: tuple[str, ...]) -> tuple[str, ...]:
+        before = ("", *given)
+        named = (
+            found(argument) if option == "--config" else argument
+            for option, argument in zip(before, given, strict=False)
+        )
+        return tuple(
+            f"--config={found(argument.removeprefix('--config='))}" if argument.startswith("--config=") else argument
+            for argument in named
+        )
+
+    stages = {
+        name: job.model_copy(update={"arguments": arguments(job.arguments), "array": tuple(map(arguments, job.array))})
+        for name, job in config.stages.items()
+    }
+    template = None if config.template is None else found(config.template, "template")
+    update = {"arguments": arguments(config.arguments), "stages": stages, "template": template}
+    return config.model_copy(update=update)
 
 
 def render(config: SlurmConfig) -> dict[str, str]:

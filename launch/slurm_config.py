@@ -67,7 +67,7 @@ class StageJob(Resources):
     command: str | None = None
     # stage of megatron-lowbit; none: the entry's own name
     arguments: tuple[str, ...] = ()
-    # as on the command line: --config FILE, key.path=value
+    # as on the command line: --config FILE (beside the pipeline file, or else in the working folder), key.path=value
     array: tuple[tuple[str, ...], ...] = ()
     # a job array: further arguments, one list per task; the next stage's task i follows task i if it has as many
 

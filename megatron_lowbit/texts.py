@@ -12,6 +12,7 @@ split named, calibration reads `train` and evaluation `test`. columns.py chooses
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -116,14 +117,14 @@ def read_texts(
 def check_source(source: str, key: str) -> None:
     """Raise LowBitError for what is no source at a glance: a missing or empty file, an archive, zstandard missing."""
     path = Path(source)
-    if source.startswith("stdlib:") or path.is_dir():
+    if source.startswith("stdlib:") or os.path.isdir(source):
         return
-    if not path.is_file():
+    if not os.path.isfile(source):
         if _format(path) in (*RECORDS, "txt"):
-            raise LowBitError(f"{key}.data: file {source!r} does not exist")
+            raise LowBitError(f"{key}.data: file {shown(source)} does not exist")
         name = source.partition(":")[0]
-        if not Path(name).is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
-            raise LowBitError(f"{key}.data: file or folder {name!r} does not exist")
+        if not os.path.isdir(name) and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+            raise LowBitError(f"{key}.data: file or folder {shown(name)} does not exist")
         return
     try:
         with path.open("rb") as file:

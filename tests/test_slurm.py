@@ -57,8 +57,9 @@ def checked(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_examples(example, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+@pytest.mark.parametrize("where", ["root", "elsewhere"])
+def test_examples(example, where, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT if where == "root" else tmp_path)
     assert run_here("slurm", "render", example, f"output_dir={tmp_path}") == 0
     for path in checked(tmp_path):
         assert "{{" not in path.read_text()
@@ -84,6 +85,37 @@ def test_shellcheck_sees_every_launcher_and_container(tmp_path, launcher, runtim
     )
     assert ("'--container-image=a b.sif'" in text) == (runtime == "pyxis")
     assert ("apptainer exec --nv" in text) == (runtime == "apptainer")
+
+
+@pytest.mark.parametrize("form", ["--config FILE", "--config=FILE"])
+def test_where_a_relative_config_is_looked_for(tmp_path, monkeypatch, capsys, form):
+    """Beside the pipeline file first, then in the working folder; the job, which starts in that, finds it too."""
+    beside, here = tmp_path / "beside", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+
+    def rendered() -> str:
+        arguments = form.replace("FILE", "run.yaml").split()
+        file = config(tmp_path, stages={"evaluate": {"arguments": arguments}}, tasks_per_node=1)
+        assert run_here("slurm", "render", file.rename(beside / "jobs.yaml")) == 0
+        return re.search(r"^stage=\(megatron_lowbit.launch.evaluate (.*)\)$", script_of(tmp_path), flags=re.M)[1]
+
+    def script_of(folder: Path) -> str:
+        return (folder / "o" / "evaluate.sbatch").read_text()
+
+    settings = "model: embedded\nevaluation: {data: 'stdlib:validation'}\n"
+    beside.mkdir()
+    (here / "run.yaml").write_text(settings)
+    assert rendered() == form.replace("FILE", "run.yaml")
+    assert "run.yaml is not beside the pipeline file; taken from the working folder" in capsys.readouterr().out
+    (beside / "run.yaml").write_text(settings)
+    assert rendered() == form.replace("FILE", str(beside / "run.yaml"))
+    assert "working folder" not in capsys.readouterr().out
+    (beside / "run.yaml").unlink()
+    (here / "run.yaml").unlink()
+    assert run_here("slurm", "render", beside / "jobs.yaml") == 2
+    line = capsys.readouterr().err
+    assert "'run.yaml': it is neither in the pipeline file's folder" in line and len(line.splitlines()) == 1
 
 
 def test_a_time_needs_no_quotes(tmp_path):
