@@ -76,7 +76,8 @@ def _tell_torchrun(line: str) -> None:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise LowBitError(f"{message} (see {self.prog} --help)")
+        said = message if len(message) <= 500 else f"{message[:480]} ..."
+        raise LowBitError(f"{said} (see {self.prog} --help)")
 
 
 def parse(name: str, config_class: type[StageConfig], argv: list[str]) -> tuple[StageConfig, int | None]:

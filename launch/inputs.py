@@ -41,8 +41,9 @@ def check_inputs(name: str, config: StageConfig) -> None:
             check_source(section.data, key)
         elif section is not None and key == {"calibrate": "calibration", "evaluate": "evaluation"}.get(name):
             raise LowBitError(no_data(key))
-    if getattr(config, "prompts", None) is not None:
-        read_prompts(config.prompts)  # type: ignore[attr-defined]
+    prompts = getattr(config, "prompts", None)
+    if prompts is not None and (os.path.isfile(prompts) or not os.path.exists(prompts)):
+        read_prompts(prompts)  # not a pipe, which can be read once
 
 
 def check_package(extra: str) -> None:

@@ -9,7 +9,9 @@ each field says what it does; these comments are the reference of every command'
 from __future__ import annotations
 
 import difflib
+import os
 import reprlib
+from functools import cache
 from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import (
@@ -353,8 +355,8 @@ def load_config(stage: type[StageT], file: str | None, overrides: list[str]) -> 
 
 def _read_file(stage: type[BaseModel], file: str) -> dict[str, Any]:
     try:
-        with open(file, encoding="utf-8-sig") as opened:  # a byte order mark is no part of the first key
-            given = parse_yaml(opened.read(LONGEST + 1), lambda path: _text_kind(_annotation(stage, list(path))))
+        text = _text_of(file) if os.path.isfile(file) else _text_of_pipe(file)
+        given = parse_yaml(text, lambda path: _text_kind(_annotation(stage, list(path))))
     except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
         raise LowBitError(f"cannot read config file {shown(file)}: {one_line(error)}") from None
     if given is None:
@@ -362,6 +364,14 @@ def _read_file(stage: type[BaseModel], file: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise LowBitError(f"config file {shown(file)} must hold keys and values, not {type(given).__name__}")
     return given
+
+
+def _text_of(file: str) -> str:
+    with open(file, encoding="utf-8-sig") as opened:  # a byte order mark is no part of the first key
+        return opened.read(LONGEST + 1)
+
+
+_text_of_pipe = cache(_text_of)  # arguments are parsed twice, and --config <(...) can be read once
 
 
 def _override(stage: type[BaseModel], tree: dict[str, Any], override: str) -> None:

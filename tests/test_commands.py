@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib import metadata
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from read_wandb import read_run
 from tiny_models import embedded_folder, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import megatron_lowbit
 from megatron_lowbit.artifacts import Artifact
 from megatron_lowbit.config import DemoConfig, QuantizeConfig, load_config
-from megatron_lowbit.data import token_windows
+from megatron_lowbit.data import stdlib_text, token_windows
 
 SITES = {f"model.layers.{layer}.{site}" for layer in range(6) for site in ("self_attn.o_proj", "mlp.down_proj")}
 
@@ -240,6 +242,27 @@ def test_seeded_runs_repeat(tmp_path):
         assert run_here("evaluate", *use, f"seed={seed}", f"output_dir={tmp_path / folder}") == 0
     a, b, c = (rows(tmp_path / folder)["full precision + random int4/bf16"]["kl"] for folder in "abc")
     assert a == b != c
+
+
+def test_the_result_says_what_was_read(chain, tmp_path, capsys):
+    """Of every section with text: in the JSON, and in a line of output."""
+    assert results(chain / "plans", "calibrate")["data"]["calibration"]["first"] == stdlib_text("calibration")[:80]
+    assert results(chain / "generate", "generate")["data"] == {}
+    rows = [{"url": "x" * 99, "content": f"def f{number}(): pass"} for number in range(3)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"evaluation.data={tmp_path / 'data.jsonl'}"
+    assert run_here("evaluate", "model=embedded", data, f"output_dir={tmp_path}") == 0
+    about = results(tmp_path, "evaluate")["data"]["evaluation"]
+    assert (about["column"], about["first"], about["windows"]) == ("content", "def f0(): pass", 3)
+    assert f"{data}: column content, 3 windows; it begins 'def f0(): pass'\n" in capsys.readouterr().out
+    assert run_here("evaluate", "model=embedded", data, "evaluation.text_column=url", f"output_dir={tmp_path}") == 0
+    assert results(tmp_path, "evaluate")["data"]["evaluation"]["first"] == "x" * 80
+
+
+def test_version(capsys):
+    assert run_here("--version") == run_here("-V") == 0
+    assert capsys.readouterr().out == f"megatron-lowbit {metadata.version('megatron-lowbit')}\n" * 2
+    assert megatron_lowbit.__version__ == metadata.version("megatron-lowbit"), "what a bare checkout says"
 
 
 def test_usage_names_every_stage(capsys):

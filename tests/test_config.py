@@ -1,5 +1,8 @@
 """Configuration: where a value comes from, and one line for everything that can be wrong with it."""
 
+import os
+import threading
+
 import pytest
 
 from megatron_lowbit.config import (
@@ -208,6 +211,120 @@ def test_missing_file(tmp_path):
 def test_text_stays_what_was_typed(text):
     config = load_config(GenerateConfig, None, [f"prompt={text}", f"model={text}", f"calibration.data={text}"])
     assert config.prompt == config.model == config.calibration.data == text
+
+
+AS_TYPED = [
+    "2024-02-30",
+    "null",
+    "yes",
+    "a: b: c",
+    "!!timestamp x",
+    "9" * 5000,
+    "0x" + "f" * 5000,
+    "[" * 2000,
+    "é 物語",
+]
+
+
+@pytest.mark.parametrize("text", AS_TYPED, ids=lambda text: text[:12])
+def test_a_prompt_is_never_read_as_yaml(text):
+    """Dates that do not exist, numbers of 5,000 digits and deep brackets made PyYAML raise what nobody caught."""
+    assert load_config(GenerateConfig, None, [f"prompt={text}"]).prompt == text
+
+
+@pytest.mark.parametrize("text", ["123", "007", "yes", "2024-02-30", "1:30", "1e3", "null"])
+def test_text_in_a_file_is_text_without_quotes(tmp_path, text):
+    (tmp_path / "run.yaml").write_text(f"prompt: {text}\nmax_new_tokens: 3\n")
+    config = load_config(GenerateConfig, str(tmp_path / "run.yaml"), [])
+    assert (config.prompt, config.max_new_tokens) == (text, 3)
+    (tmp_path / "run.yaml").write_text(f"model: {text}\n")
+    model = load_config(GenerateConfig, str(tmp_path / "run.yaml"), []).model
+    assert model == (None if text == "null" else text)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed=2024-02-30", "seed='2024-02-30': input should be a valid integer"),
+        ("seed=1:30", "seed='1:30': input should be a valid integer"),  # YAML 1.1: 90
+        ("seed=!!timestamp x", "input should be a valid integer"),
+        ("seed=!!bool x", "input should be a valid integer"),
+        ("seed=" + "9" * 5000, "exceeded maximum size"),
+        ("tp=0x" + "f" * 5000, "tp=an integer of 20000 bits: is beyond 64 bits"),
+        ("tp=" + "9" * 30, "is beyond 64 bits; give a smaller number"),
+        ("tp=" + "[" * 3000, "input should be a valid integer"),
+        ("tp={a: 1, a: 2}", "input should be a valid integer"),
+        ("prompt=a\0b", "prompt='a\\x00b': holds a NUL character"),
+        ("model=a\0b", "model='a\\x00b': holds a NUL character"),
+        ("prompt=\udcff", "prompt='\\udcff': "),
+        ("output_dir=\ud800", "output_dir='\\ud800': "),
+        ("a" * 10_000 + "=1", "valid keys: "),
+        ("a" * 10_000, "is not of the form key.path=value"),
+        ("tp" + ".a" * 5000 + "=1", "is not of the form key.path=value"),
+    ],
+    ids=lambda text: text[:16].encode("unicode_escape").decode(),
+)
+def test_values_that_broke_their_readers(override, said):
+    message = refused(override, stage=GenerateConfig)
+    assert said in message and len(message) < 2500
+    message.encode()
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (BOMB, "with its aliases it holds more than 20,000 values"),
+        ("architecture:\n  " + BOMB.replace("\n", "\n  "), "with its aliases it holds more than 20,000 values"),
+        ("architecture: &a {b: *a}", "an alias in line 1 contains itself"),
+        ("architecture: " + "[" * 40 + "]" * 40, "nested more than 32 levels deep"),
+        ("[" * 5000, "it is nested too deeply"),
+        ("# " + "x" * 2**18, "it is longer than 262,144 characters"),
+        ("tp: 2\nseed: 1\ntp: 4\n", "key 'tp' is given twice, again in line 3"),
+        ("comm: {bits: 4, bits: 5}", "key 'bits' is given twice, again in line 1"),
+        ("tp: !!int x", "not a value of YAML: invalid literal for int"),
+        ("tp: [1", "in line 1, column 7"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_files_that_broke_their_reader(tmp_path, content, said):
+    (tmp_path / "run.yaml").write_text(content)
+    message = refused(stage=QuantizeConfig, file=str(tmp_path / "run.yaml"))
+    assert message.startswith("cannot read config file ") and said in message
+
+
+def test_aliases_within_bounds(tmp_path):
+    (tmp_path / "run.yaml").write_text("calibration: &text {data: a.txt, samples: 3}\nevaluation: *text\n")
+    config = load_config(EvaluateConfig, str(tmp_path / "run.yaml"), [])
+    assert config.calibration.samples == config.evaluation.samples == 3
+    assert config.evaluation.data == "a.txt"
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "a\0b", "x" * 5000])
+def test_a_config_that_is_no_file(path):
+    assert refused(file=path).startswith("cannot read config file ")
+
+
+def test_a_pipe_can_be_read_once_but_is_parsed_twice(tmp_path):
+    """As --config <(...): the arguments are checked before the imports, and parsed again after them."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("tp: 2\n",), daemon=True)
+    writer.start()
+    assert [load_config(EvaluateConfig, str(pipe), []).tp for _ in range(2)] == [2, 2]
+    writer.join(10)
+
+
+@pytest.mark.parametrize(
+    "override", ["weights.scheme=W3A3", "engine=vllm", "comm.mode=ring", "comm.selection=x", "dtype=int8"]
+)
+def test_nothing_is_suggested_for_what_is_no_slip(override):
+    message = refused(override)
+    assert "is not one of" in message and "did you mean" not in message
 
 
 @pytest.mark.parametrize("text", ["null", "none", ""])
