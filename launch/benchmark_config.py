@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from megatron_lowbit.config import CalibrationConfig, CommConfig, EngineName, LowBitError, StageConfig, defaults
+from megatron_lowbit.config import CalibrationConfig, CommConfig, EngineName, LowBitError, StageConfig, defaults, shown
 
 
 def _rate(value: Any) -> Any:
@@ -134,7 +134,9 @@ def refuse_unused(config: StageConfig, unused: list[str]) -> None:
     for key in unused:
         if given[key] != usual[key]:
             other = "set algorithms=" if key == "comm.mode" else "leave it out"
-            raise LowBitError(f"{key}={given[key]} changes nothing here, where no model runs; {other}")
+            value = str(given[key])
+            value = value if len(value) <= 100 else shown(value)
+            raise LowBitError(f"{key}={value} changes nothing here, where no model runs; {other}")
 
 
 SHARED_KEYS = ("seed", "output_dir", "wandb")  # that all commands have and benchmarks without a model use
