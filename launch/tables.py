@@ -27,10 +27,13 @@ def print_table(
         rows: One text per column.
         title, caption: Lines above and below, wrapped.
     """
-    if not isinstance(columns, Mapping):
-        columns = {name: "right" if number else "left" for number, name in enumerate(columns)}
+    sides: Mapping[str, Justify] = (
+        columns
+        if isinstance(columns, Mapping)
+        else {name: "right" if place else "left" for place, name in enumerate(columns)}
+    )
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=0, caption_justify="left")
-    for name, justify in columns.items():
+    for name, justify in sides.items():
         # Words may be cut anywhere only where they do not fit otherwise.
         table.add_column(name, justify=justify, no_wrap=justify == "right", overflow="fold")
     for row in rows:
