@@ -41,7 +41,7 @@ from megatron_lowbit.distributed import (
     seed_everything,
     world_size,
 )
-from megatron_lowbit.hf_weights import check_safetensors
+from megatron_lowbit.hf_weights import HFWeights, check_safetensors
 from megatron_lowbit.launch.inputs import model_name, no_data
 from megatron_lowbit.launch.tokenizer import check_tokenizer, load_tokenizer
 from megatron_lowbit.metrics import MetricLogger, progress
@@ -408,6 +408,9 @@ def load_model(config: StageConfig, hf_config: Any, checkpoint: LowBitCheckpoint
         options = {"use_safetensors": True, "trust_remote_code": False}  # what is loaded runs no code of its own
         stored: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
         model, info = stored
+        if Path(name).is_dir():
+            linears = huggingface.find_linears(model)
+            HFWeights(name).check_dtypes(f"{linear}.weight" for linear in linears)
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise LowBitError(f"{name!r} lacks {len(missing)} weights, the first {missing[0]}; download it again")

@@ -1,7 +1,8 @@
 """Reading and writing files: JSON objects, and safetensors with a JSON beside them.
 
-Each file is written under a temporary name and renamed, the JSON last: a pair exists when its JSON does, and its JSON
-holds the checksum of the tensors it belongs to. Whatever is wrong with a file is one LowBitError that names it.
+Each file is written under a temporary name and renamed, the JSON last: a pair exists when its JSON does. The JSON holds
+the checksum of the tensors it belongs to, and a seal, the checksum of itself: the sha256 of its other keys, sorted and
+without white space. Whatever is wrong with a file is one LowBitError that names it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,12 @@ from torch import Tensor
 from megatron_lowbit.config import LowBitError, one_line
 from megatron_lowbit.temporary import beside, remove
 
-FORMAT = 3
+logger = logging.getLogger("megatron_lowbit")
+
+FORMAT = 4
+WITHOUT_SEAL = 3  # the format before, which still loads
+SEAL = "json_sha256"
+_told: set[Path] = set()  # folders whose lack of seals was logged
 
 
 def ensure_writable(folder: str | Path) -> Path:
@@ -57,7 +65,18 @@ def write_text(path: str | Path, text: str) -> None:
 def save_pair(stem: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Write tensors, then the JSON that makes them count."""
     checksum = write_tensors(stem.with_suffix(".safetensors"), tensors)
-    write_json(stem.with_suffix(".json"), {"format": FORMAT, "sha256": checksum, **meta})
+    write_sealed(stem.with_suffix(".json"), {"format": FORMAT, "sha256": checksum, **meta})
+
+
+def write_sealed(path: Path, meta: dict[str, Any]) -> None:
+    """Write a JSON object with its seal."""
+    write_json(path, {**meta, SEAL: seal_of(meta)})
+
+
+def seal_of(meta: dict[str, Any]) -> str:
+    """The sha256 of a JSON object without its seal, in canonical form: keys sorted, no white space, ASCII."""
+    rest = {key: value for key, value in meta.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
@@ -84,18 +103,38 @@ def load_pair(stem: Path, *keys: str) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def read_meta(stem: Path, *keys: str) -> dict[str, Any]:
-    meta = read_json(stem.with_suffix(".json"))
-    if "format" in meta and meta["format"] != FORMAT:
-        raise LowBitError(f"{str(stem)!r} has format {meta['format']}; this version reads {FORMAT}: write it again")
+    path = stem.with_suffix(".json")
+    meta = read_json(path)
+    known = (WITHOUT_SEAL, FORMAT)
+    if "format" in meta and (type(meta["format"]) is not int or meta["format"] not in known):
+        raise LowBitError(
+            f"{str(stem)!r} has format {str(meta['format'])[:20]}; this version reads {FORMAT} and {WITHOUT_SEAL}: "
+            "write it again"
+        )
     if not {"format", *keys} <= set(meta):
         raise LowBitError(f"cannot read {str(stem)!r}: its JSON is incomplete; write it again")
+    if SEAL in meta or meta["format"] == FORMAT:
+        check_seal(path, meta)
+    elif path.parent not in _told:
+        _told.add(path.parent)
+        logger.warning(
+            "%r was written by an earlier version, without checksums of its JSON files: a change in them may go "
+            "unnoticed; write it again to have them checked",
+            str(path.parent),
+        )
     return meta
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises LowBitError."""
+def check_seal(path: Path, meta: dict[str, Any]) -> None:
+    """Raise LowBitError where the JSON object `meta` of the file `path` is not what was written."""
+    if meta.get(SEAL) != seal_of(meta):
+        raise LowBitError(f"{str(path)!r} was changed or is corrupt (its checksum differs); write it again")
+
+
+def read_json(path: Path, nan: bool = False) -> dict[str, Any]:
+    """A JSON object; raises LowBitError. nan: whether NaN and Infinity, which JSON does not have, are let through."""
     try:
-        value = json.loads(path.read_text())
+        value = parse_json(path.read_text(), nan)
         if not isinstance(value, dict):
             raise ValueError("its JSON is incomplete")
         return value
@@ -103,22 +142,46 @@ def read_json(path: Path) -> dict[str, Any]:
         raise LowBitError(f"cannot read {str(path.with_suffix(''))!r}: {one_line(error)}; write it again") from None
 
 
+def parse_json(text: str | bytes, nan: bool = False) -> Any:
+    """Any JSON value. Raises ValueError for what is no JSON, a key that comes twice, too deep nesting, and NaN unless
+    `nan`."""
+    try:
+        constant = None if nan else _no_constant
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=constant)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"its JSON has the key {twice[:60]!r} twice")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"its JSON holds {name}, which is no number")
+
+
 def read_tensors(path: Path, checksum: str) -> dict[str, Tensor]:
     try:
         if sha256(path) != checksum:
             raise LowBitError(f"{str(path)!r} is truncated or corrupt (its checksum differs); write it again")
         return load_file(path)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise LowBitError(f"cannot read {str(path.with_suffix(''))!r}: {one_line(error)}; write it again") from None
 
 
 @contextlib.contextmanager
-def complete(stem: Path) -> Iterator[None]:
-    """Around the use of loaded tensors: JSON and safetensors that do not belong together are one clear error."""
+def complete(file: Path) -> Iterator[None]:
+    """Around the use of what was read from `file`: a missing tensor, a wrong shape or value is one LowBitError."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise LowBitError(f"{str(stem)!r} is incomplete ({one_line(error)}); write it again") from None
+    except KeyError as error:
+        raise LowBitError(f"{str(file)!r} is incomplete: it lacks {error.args[0]}; write it again") from None
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        raise LowBitError(f"{str(file)!r}: {one_line(error)}; write it again") from None
 
 
 def discard(temporary: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,6 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_lowbit.config import LowBitError, one_line
+from megatron_lowbit.files import parse_json
+
+FULL_PRECISION = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 PICKLES = ("pytorch_model*.bin", "model*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -38,7 +41,7 @@ class HFWeights:
         try:
             if index.exists():
                 self.files = {
-                    name: self.folder / file for name, file in json.loads(index.read_text())["weight_map"].items()
+                    name: self.folder / file for name, file in parse_json(index.read_text())["weight_map"].items()
                 }
             elif single.exists():
                 with safe_open(single, "pt") as file:
@@ -80,9 +83,28 @@ class HFWeights:
                     tensor = stored[tuple([slice(None)] * dim + [slice(start, stop)])]
         except (OSError, SafetensorError) as error:
             raise LowBitError(f"cannot read {name} from {str(self.files[name])!r}: {one_line(error)}") from None
-        if not tensor.is_floating_point():
-            kind = str(tensor.dtype).removeprefix("torch.")
+        self._check_dtype(name, tensor.dtype)
+        return tensor
+
+    def check_dtypes(self, names: Iterable[str]) -> None:
+        """Raise LowBitError where one of these tensors is no full-precision one. Names that are not stored are skipped.
+
+        The values in the files count, whatever dtype config.json declares: a float32 checkpoint whose config says
+        bfloat16 is quantized from its float32 values, as transformers loads it. Eight bits or integers are the codes
+        of a model that was quantized before, and no weights without the scales beside them.
+        """
+        for name in names:
+            if name in self.files:
+                try:
+                    with safe_open(self.files[name], "pt") as file:
+                        stored = file.get_slice(name)
+                        self._check_dtype(name, stored[:0].dtype if stored.get_shape() else file.get_tensor(name).dtype)
+                except (OSError, SafetensorError) as error:
+                    raise LowBitError(f"cannot read {name} from {str(self.files[name])!r}: {one_line(error)}") from None
+
+    def _check_dtype(self, name: str, dtype: torch.dtype) -> None:
+        if dtype not in FULL_PRECISION:
+            kind = str(dtype).removeprefix("torch.")
             raise LowBitError(
                 f"{name} in {self.files[name].name} is stored as {kind}; a full-precision model is needed"
             )
-        return tensor

@@ -33,6 +33,10 @@ def of(model: str) -> list[str]:
     return ["quantize", f"model={{folder}}/{model}", "weights.scheme=W4A4", *TEXT]
 
 
+def rtn(model: str) -> list[str]:
+    return ["quantize", f"model={{folder}}/{model}", "weights.scheme=W4A4", "weights.method=rtn"]
+
+
 def _rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -60,7 +64,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "other shape": lambda f: _rewrite(f, lambda t: t.update({DOWN: t[DOWN][:, :100].clone()})),
     "other norm shape": lambda f: _rewrite(f, lambda t: t.update({"model.norm.weight": torch.ones(32)})),
     "int8": lambda f: _rewrite(f, lambda t: t.update({DOWN: t[DOWN].to(torch.int8)})),
-    "float16": lambda f: _rewrite(f, lambda t: t.update({DOWN: t[DOWN].half()})),
+    "float8": lambda f: _rewrite(f, lambda t: t.update({DOWN: t[DOWN].to(torch.float8_e4m3fn)})),
     "truncated": lambda f: _cut(f / "model.safetensors"),
     "truncated in its header": lambda f: _cut(f / "model.safetensors", 0.001),
     "empty file": lambda f: (f / "model.safetensors").write_bytes(b""),
@@ -151,7 +155,9 @@ CASES = {
     "other shape": (of("other shape"), [DOWN, "[64, 100]", "[64, 172]"]),
     "other norm shape": (of("other norm shape"), ["model.norm.weight", "[32]", "[64]"]),
     "int8": (of("int8"), [DOWN, "int8"]),
-    "float16": (of("float16"), [DOWN, "float16", "float32"]),
+    "float8": (of("float8"), [DOWN, "float8_e4m3fn", "full-precision"]),
+    "int8, rtn": (rtn("int8"), [DOWN, "int8", "full-precision"]),
+    "float8, rtn": (rtn("float8"), [DOWN, "float8_e4m3fn", "full-precision"]),
     "truncated": (of("truncated"), ["truncated"]),
     "truncated in its header": (of("truncated in its header"), ["truncated in its header"]),
     "empty file": (of("empty file"), ["empty file"]),
@@ -172,6 +178,20 @@ def only_line(stderr: str) -> str:
 def assert_no_artifact(output: Path) -> None:
     found = {file.name for file in output.iterdir() if file.is_file()} if output.is_dir() else set()
     assert not found & {"lowbit.json", "quantize.json", "config.json"}, found
+
+
+@pytest.mark.parametrize("command", (rtn, of), ids=("rtn", "qllm"))
+def test_the_stored_values_count_whatever_dtype_is_declared(command, folder, tmp_path):
+    """One weight in float16, where config.json says float32: both methods take its values, as transformers does."""
+    half = tmp_path / "half"
+    shutil.copytree(folder / "llama", half)
+    _rewrite(half, lambda t: t.update({DOWN: t[DOWN].half()}))
+    arguments = [argument.format(folder=tmp_path) for argument in command("half")]
+    assert run_here(*arguments, f"output_dir={tmp_path / 'out'}") == 0
+    rounded = load_file(half / "model.safetensors")[DOWN].bfloat16()
+    rounded = torch.where(rounded.abs() < 2.0**-14, 0, rounded)
+    weights = LowBitCheckpoint.load(tmp_path / "out").fingerprint["weights"]
+    assert weights[DOWN.removesuffix(".weight")] == int(rounded.view(torch.int16).long().sum())
 
 
 @pytest.mark.parametrize("case", CASES)

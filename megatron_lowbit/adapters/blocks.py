@@ -57,7 +57,8 @@ def skeleton(hf_config: Any, dtype: torch.dtype) -> Any:
 class BlockSource:
     """The blocks of the model in `folder`, this rank's shards of them, on `device` in `dtype`.
 
-    Raises LowBitError for weights that are missing, damaged or of another shape or dtype than the config says.
+    Raises LowBitError for weights that are missing, damaged, quantized already, or of another shape than the
+    config says.
     """
 
     def __init__(
@@ -261,12 +262,6 @@ class BlockSource:
         linear: bool = False,
     ) -> Tensor:
         tensor = self.weights.read(name, shape, dim, start, stop)
-        declared = self.stored_dtype
-        if linear and declared is not None and tensor.dtype != declared:
-            kind, want = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, declared))
-            raise LowBitError(
-                f"{name} is stored as {kind}, config.json says {want}; download or convert the model again"
-            )
         # Linears are quantized from float32; the rest has to agree with the activations' dtype.
         return tensor.to(self.device, torch.float32 if linear else self.dtype, copy=True)
 
