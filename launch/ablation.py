@@ -115,11 +115,19 @@ def _quantized(
     )
     done = folder / "row.json"
     wanted = json.loads(json.dumps({"settings": settings.model_dump(mode="json"), "text": text}))
-    if not (done.exists() and (folder / "lowbit.json").exists() and read_json(done) == wanted):
+    if not ((folder / "lowbit.json").exists() and _is(done, wanted)):
         done.unlink(missing_ok=True)
         quantize_qllm(settings, logger, plans=False)
         write_json(done, wanted)
     return LowBitCheckpoint.load(folder)
+
+
+def _is(file: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the file holds this; one that is damaged is as if it were not there."""
+    try:
+        return file.exists() and read_json(file) == wanted
+    except LowBitError:
+        return False
 
 
 def _row(

@@ -20,7 +20,6 @@ does on the slowest rank.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -34,6 +33,7 @@ from typing import Any
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.cost import CostTable
 from megatron_lowbit.distributed import Watch
+from megatron_lowbit.files import read_json
 from megatron_lowbit.launch import runner
 from megatron_lowbit.launch.arguments import BAD_INPUT, fail
 from megatron_lowbit.launch.benchmark_arguments import parse_collectives
@@ -114,7 +114,7 @@ def measure(config: BenchmarkCollectivesConfig, ranks: int) -> Iterator[list[dic
                         "or a higher rate"
                     )
                 time.sleep(0.02)
-            yield json.loads(result.read_text())["rows"]
+            yield read_json(result, nan=True)["rows"]
 
 
 @contextlib.contextmanager

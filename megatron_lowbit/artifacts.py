@@ -6,13 +6,15 @@
     <folder>/config.json, tokenizer...          so that the folder loads without the original model
 
 Each file is written under a temporary name and renamed, the JSON last: an artifact exists when its JSON does. The JSON
-holds the model's fingerprint, so an artifact of another model is refused with the differing values named.
+holds the checksums of the tensor files and of itself, and the model's fingerprint, so an artifact that was changed, or
+of another model, is refused. What a file holds is checked when it is read, tensor by tensor, also where all checksums
+agree: shapes, dtypes and indices that do not go together are one LowBitError that names the tensor and the file.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_lowbit.channels import ReassemblyPlan
+from megatron_lowbit.clipping import WIDTHS
 from megatron_lowbit.codec import Codec
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.files import (
@@ -33,10 +36,12 @@ from megatron_lowbit.files import (
     read_tensors,
     save_pair,
     sha256,
-    write_json,
+    write_sealed,
     write_tensors,
 )
+from megatron_lowbit.manifest import CheckpointManifest, Manifest, PlanManifest, checked
 from megatron_lowbit.quantizer import LowRank, QuantizedWeight, Scheme
+from megatron_lowbit.tensors import check_tensor, one_value, short_repr
 
 _FINGERPRINT_FIELDS = (
     "model_type",
@@ -127,6 +132,20 @@ class FeatureRange:
     crest: Tensor | None = None
     clipped: Tensor | None = None
 
+    __repr__ = short_repr
+
+    def validate(self, name: str, tp_size: int) -> None:
+        """Raise ValueError, naming the tensor, where these are no ranges of tp_size ranks."""
+        check_tensor(f"{name}.min_vals", self.min_vals, torch.float32, (tp_size, None), finite=True)
+        features = self.min_vals.shape[1]
+        shapes: dict[str, tuple[int | None, ...]] = {
+            "crest": (tp_size,),
+            "clipped": (tp_size, len(WIDTHS), 2, features),
+        }
+        for leaf, tensor in self.tensors().items():
+            shape = shapes.get(leaf, (tp_size, features))
+            check_tensor(f"{name}.{leaf}", tensor, torch.float32, shape, finite=True)
+
     def tensors(self) -> dict[str, Tensor]:
         return {f.name: t for f in fields(self) if (t := getattr(self, f.name)) is not None}
 
@@ -138,24 +157,53 @@ class CalibrationStats:
     ranges: dict[int, dict[str, FeatureRange]]
     fingerprint: Fingerprint
 
+    __repr__ = short_repr
+
     def save(self, folder: str | Path) -> None:
-        tensors: dict[str, Tensor] = {}
-        for size, sites in self.ranges.items():
-            for site, r in sites.items():
-                tensors |= {f"tp{size}.{site}.{name}": tensor for name, tensor in r.tensors().items()}
-        save_pair(Path(folder) / "calibration", tensors, {"fingerprint": self.fingerprint})
+        save_pair(Path(folder) / "calibration", range_tensors(self.ranges), {"fingerprint": self.fingerprint})
 
     @classmethod
     def load(cls, folder: str | Path) -> CalibrationStats:
-        tensors, meta = load_pair(Path(folder) / "calibration", "fingerprint")
-        ranges: dict[int, dict[str, FeatureRange]] = {}
-        with complete(Path(folder) / "calibration"):
-            for key in tensors:
-                if key.endswith(".min_vals"):
-                    stem = key.removesuffix("min_vals")
-                    size, site = stem.removesuffix(".").removeprefix("tp").split(".", 1)
-                    ranges.setdefault(int(size), {})[site] = FeatureRange(**_below(tensors, stem))
-        return cls(ranges, meta["fingerprint"])
+        """Raises LowBitError for files that are missing, damaged, or hold no statistics."""
+        stem = Path(folder) / "calibration"
+        tensors, meta = load_pair(stem, "fingerprint")
+        with complete(stem.with_suffix(".json")):
+            checked(Manifest, meta)
+        with complete(stem.with_suffix(".safetensors")):
+            return cls(ranges_of(tensors), meta["fingerprint"])
+
+
+Ranges = dict[int, dict[str, FeatureRange]]
+
+
+def range_tensors(ranges: Ranges) -> dict[str, Tensor]:
+    """{tp<size>.<site>.<field>: tensor}."""
+    return {
+        f"tp{size}.{site}.{name}": tensor
+        for size, sites in ranges.items()
+        for site, r in sites.items()
+        for name, tensor in r.tensors().items()
+    }
+
+
+def ranges_of(tensors: Mapping[str, Tensor]) -> Ranges:
+    """The inverse of range_tensors. Raises ValueError for tensors that are no such ranges."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        stem, _, leaf = key.rpartition(".")
+        found.setdefault(stem, {})[leaf] = tensor
+    ranges: Ranges = {}
+    for stem, leaves in found.items():
+        match = re.fullmatch(r"tp([0-9]{1,5})\.(.+)", stem)
+        unknown = leaves.keys() - {field.name for field in fields(FeatureRange)}
+        if match is None or unknown or not {"min_vals", "max_vals"} <= leaves.keys():
+            raise ValueError(
+                f"{stem}.{min(unknown or leaves)} is no tensor of a site's ranges, or one of them is missing"
+            )
+        size, site = int(match.group(1)), match.group(2)
+        ranges.setdefault(size, {})[site] = FeatureRange(**leaves)
+        ranges[size][site].validate(stem, size)
+    return ranges
 
 
 @dataclass(frozen=True)
@@ -173,6 +221,19 @@ class SitePlan:
     half_range: Tensor
     carrier_bits: int = 8
 
+    __repr__ = short_repr
+
+    def validate(self, name: str, tp_size: int) -> None:
+        """Raise ValueError, naming the tensor, where this is no plan of tp_size ranks."""
+        self.first.validate(f"{name}.first", tp_size)
+        features = len(self.first.bits)
+        if self.second is not None:
+            self.second.validate(f"{name}.second", 1, features)
+        check_tensor(f"{name}.center", self.center, torch.float32, (tp_size, features), finite=True)
+        check_tensor(f"{name}.half_range", self.half_range, torch.float32, (features,), finite=True)
+        if self.carrier_bits not in (8, 16):
+            raise ValueError(f"{name}.carrier_bits is {self.carrier_bits}, not 8 or 16")
+
     @property
     def tp_size(self) -> int:
         return self.first.senders
@@ -186,10 +247,10 @@ class SitePlan:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> SitePlan:
-        """The inverse of `tensors`."""
+        """The inverse of `tensors`. Raises KeyError where one is missing."""
         second = _below(tensors, "second.")
         first, again = Codec.of(_below(tensors, "first.")), Codec.of(second) if second else None
-        return cls(first, again, tensors["center"], tensors["half_range"], int(tensors["carrier_bits"]))
+        return cls(first, again, tensors["center"], tensors["half_range"], one_value("carrier_bits", tensors))
 
 
 @dataclass(frozen=True)
@@ -206,9 +267,9 @@ class CommPlan:
     description: str = "hybrid"
     gathers: dict[str, Codec] = field(default_factory=dict)
 
+    __repr__ = short_repr
+
     def save(self, folder: str | Path) -> None:
-        both: dict[str, SitePlan | Codec] = {**self.sites, **self.gathers}
-        tensors = {f"{site}.{name}": t for site, plan in both.items() for name, t in plan.tensors().items()}
         meta = {
             "fingerprint": self.fingerprint,
             "tp_size": self.tp_size,
@@ -216,7 +277,22 @@ class CommPlan:
             "sites": list(self.sites),
             "gathers": list(self.gathers),
         }
-        save_pair(Path(folder) / f"comm_plan_tp{self.tp_size}", tensors, meta)
+        save_pair(Path(folder) / f"comm_plan_tp{self.tp_size}", self.tensors(), meta)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What an artifact stores."""
+        both: dict[str, SitePlan | Codec] = {**self.sites, **self.gathers}
+        return {f"{site}.{name}": t for site, plan in both.items() for name, t in plan.tensors().items()}
+
+    def validate(self) -> None:
+        """Raise ValueError, naming the tensor or site, where the parts do not fit together."""
+        for name, site in self.sites.items():
+            site.validate(name, self.tp_size)
+        for name, codec in self.gathers.items():
+            codec.validate(name, 1)
+        strange = [name for name in (*self.sites, *self.gathers) if name not in self.fingerprint["weights"]]
+        if strange or self.sites.keys() & self.gathers.keys():
+            raise ValueError(f"the fingerprint and the sites do not agree on {(strange or list(self.gathers))[0]}")
 
     @classmethod
     def load(cls, folder: str | Path, tp_size: int) -> CommPlan:
@@ -234,10 +310,15 @@ class CommPlan:
             raise LowBitError(
                 f"{str(stem)!r} was calibrated for tp_size {meta['tp_size']}, not {tp_size}; calibrate again"
             )
-        with complete(stem):
+        with complete(stem.with_suffix(".json")):
+            checked(PlanManifest, meta)
+        with complete(stem.with_suffix(".safetensors")):
             sites = {site: SitePlan.of(_below(tensors, f"{site}.")) for site in meta["sites"]}
             gathers = {name: Codec.of(_below(tensors, f"{name}.")) for name in meta["gathers"]}
-        return cls(sites, tp_size, meta["fingerprint"], meta["description"], gathers)
+            plan = cls(sites, tp_size, meta["fingerprint"], meta["description"], gathers)
+            _refuse_unused(tensors.keys() - plan.tensors().keys())
+            plan.validate()
+        return plan
 
 
 @dataclass
@@ -252,6 +333,8 @@ class CheckpointPart:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     reassembly: dict[str, ReassemblyPlan] = field(default_factory=dict)
     low_rank: dict[str, LowRank] = field(default_factory=dict)
+
+    __repr__ = short_repr
 
     def save(self, path: Path) -> PartMeta:
         """Write the file; returns what lowbit.json has to say about it."""
@@ -300,6 +383,8 @@ class LowBitCheckpoint:
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     attention_bits: int = 16
 
+    __repr__ = short_repr
+
     def save(self, folder: str | Path) -> None:
         part = CheckpointPart(self.linears, self.tensors, self.reassembly, self.low_rank)
         meta = part.save(Path(folder) / "lowbit.safetensors")
@@ -320,33 +405,58 @@ class LowBitCheckpoint:
             "low_rank",
         )
         meta = read_meta(stem, *keys)
+        with complete(stem.with_suffix(".json")):
+            checked(CheckpointManifest, meta)
+        tensors: dict[str, Tensor] = {}
+        where: dict[str, Path] = {}
+        for file, checksum in meta["files"].items():
+            path = Path(folder) / file
+            found = read_tensors(path, checksum)
+            with complete(path):
+                _refuse_unused(found.keys() & tensors.keys())
+            tensors |= found
+            where |= dict.fromkeys(found, path)
         scheme = Scheme.parse(meta["scheme"])
-        with complete(stem):
-            tensors: dict[str, Tensor] = {}
-            for file, checksum in meta["files"].items():
-                tensors |= read_tensors(Path(folder) / file, checksum)
-            linears = {
-                name: QuantizedWeight(
-                    **_pop(tensors, name, _WEIGHT), num_bits=scheme.weight_bits, in_features=in_features
-                )
-                for name, in_features in meta["in_features"].items()
-            }
-            plans = {
-                name: ReassemblyPlan(**_pop(tensors, name, _PLAN), in_features=in_features, width=width)
-                for name, (in_features, width) in meta["reassembly"].items()
-            }
-            low_rank = {name: LowRank(**_pop(tensors, name, _LOW_RANK)) for name in meta["low_rank"]}
-        return cls(
-            linears,
-            tensors,
-            scheme,
-            meta["scheme"],
-            meta["shard_groups"],
-            meta["fingerprint"],
-            plans,
-            low_rank,
-            meta["attention_bits"],
-        )
+
+        def take(name: str, leaves: tuple[str, ...]) -> dict[str, Tensor]:
+            return {leaf: tensors.pop(f"{name}.{leaf}") for leaf in leaves}
+
+        linears: dict[str, QuantizedWeight] = {}
+        plans: dict[str, ReassemblyPlan] = {}
+        low_rank: dict[str, LowRank] = {}
+        for name, in_features in meta["in_features"].items():
+            with complete(where.get(f"{name}.packed_weight", stem)):
+                weight = QuantizedWeight(**take(name, _WEIGHT), num_bits=scheme.weight_bits, in_features=in_features)
+                weight.validate(name)
+                linears[name] = weight
+        for name, (in_features, width) in meta["reassembly"].items():
+            with complete(where.get(f"{name}.src_idx", stem)):
+                plans[name] = ReassemblyPlan(**take(name, _PLAN), in_features=in_features, width=width)
+                plans[name].validate(name)
+        for name in meta["low_rank"]:
+            with complete(where.get(f"{name}.lora_a", stem)):
+                low_rank[name] = LowRank(**take(name, _LOW_RANK))
+                low_rank[name].validate(name, linears[name].in_features, len(linears[name].packed_weight))
+        bits, fingerprint = meta["attention_bits"], meta["fingerprint"]
+        names = (scheme, meta["scheme"], meta["shard_groups"], fingerprint)
+        checkpoint = cls(linears, tensors, *names, plans, low_rank, bits)
+        with complete(stem.with_suffix(".json")):
+            checkpoint.validate()
+        return checkpoint
+
+    def validate(self) -> None:
+        """Raise ValueError where the parts, each of which is valid by itself, do not fit together."""
+        strange = [name for name in self.linears if name not in self.fingerprint["weights"]]
+        if strange:
+            raise ValueError(f"its fingerprint lacks the linear {strange[0]}")
+        if self.attention_bits not in (16, self.scheme.act_bits):
+            raise ValueError(f"attention_bits is {self.attention_bits}, not 16 or those of {self.scheme_name}")
+        for name, plan in self.reassembly.items():
+            readers = [self.linears[name]] if name in self.linears else self.linears.values()
+            if not any(weight.in_features == plan.width for weight in readers):
+                raise ValueError(f"{name} is reassembled to {plan.width} channels, which no linear reads")
+        leaves = {*_WEIGHT, *_PLAN, *_LOW_RANK} - {"scale"}  # a model may have a tensor of that name
+        _refuse_unused(name for name in self.tensors if name.rpartition(".")[2] in leaves)
 
     def nbytes(self) -> int:
         """Bytes of all tensors, packed."""
@@ -376,7 +486,7 @@ def write_checkpoint(
         "attention_bits": attention_bits,
         **part,
     }
-    write_json(folder / "lowbit.json", meta)
+    write_sealed(folder / "lowbit.json", meta)
     for file in folder.glob("lowbit*.safetensors"):
         if file.name not in part["files"]:
             discard(file)
@@ -387,8 +497,10 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _pop(tensors: dict[str, Tensor], name: str, leaves: tuple[str, ...]) -> dict[str, Any]:
-    return {leaf: tensors.pop(f"{name}.{leaf}") for leaf in leaves}
+def _refuse_unused(names: Iterable[str]) -> None:
+    """Raise ValueError for a tensor that nothing reads: what its JSON says of it was lost."""
+    for name in sorted(names):
+        raise ValueError(f"the tensor {name} belongs to nothing, or is there twice")
 
 
 @dataclass(frozen=True)
@@ -399,12 +511,21 @@ class Artifact:
     plans: dict[int, CommPlan] = field(default_factory=dict)
     folder: Path | None = None
 
+    __repr__ = short_repr
+
     @classmethod
     def load(cls, folder: str | Path) -> Artifact:
-        """Whatever of the two the folder holds. Raises LowBitError if it holds neither."""
+        """Whatever of the two the folder holds. Raises LowBitError if it holds neither, or only half of one."""
         folder = Path(folder)
         if not folder.is_dir():
             raise LowBitError(f"artifact folder {str(folder)!r} does not exist; write one with calibrate or quantize")
+        for file in sorted([*folder.glob("lowbit*.safetensors"), *folder.glob("comm_plan_tp*.safetensors")]):
+            described = "lowbit.json" if file.name.startswith("lowbit") else f"{file.stem}.json"
+            if not (folder / described).exists():
+                raise LowBitError(
+                    f"{str(folder)!r} holds {file.name} without {described}: its writing was interrupted, or the file "
+                    "is lost; run that command again, or delete what is there"
+                )
         checkpoint = LowBitCheckpoint.load(folder) if (folder / "lowbit.json").exists() else None
         sizes = _plan_sizes(folder)
         if checkpoint is None and not sizes:
@@ -431,9 +552,9 @@ def verify_files(folder: Path, part: PartMeta) -> None:
 
 def remove_plans(folder: str | Path) -> None:
     """Delete the folder's communication plans: they belong to a checkpoint that is about to be replaced."""
-    for size in _plan_sizes(Path(folder)):
-        for suffix in (".json", ".safetensors"):
-            discard(Path(folder) / f"comm_plan_tp{size}{suffix}")
+    for suffix in (".json", ".safetensors"):  # a plan is gone when its JSON is
+        for file in Path(folder).glob(f"comm_plan_tp*{suffix}"):
+            discard(file)
 
 
 def _plan_sizes(folder: Path) -> list[int]:

@@ -21,7 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_lowbit.config import LowBitError
 from megatron_lowbit.kernels import reassemble
+from megatron_lowbit.tensors import check_index, check_tensor, short_repr
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,19 @@ class ReassemblyPlan:
     coefficient: Tensor
     in_features: int
     width: int
+
+    __repr__ = short_repr
+
+    def validate(self, name: str) -> None:
+        """Raise ValueError, naming the tensor, where this is no plan from in_features channels to `width`."""
+        entries = len(self.src_idx) if self.src_idx.ndim == 1 else None
+        check_tensor(f"{name}.src_idx", self.src_idx, torch.int64, (None,))
+        check_tensor(f"{name}.dst_idx", self.dst_idx, torch.int64, (entries,))
+        check_tensor(f"{name}.coefficient", self.coefficient, torch.float32, (entries,), finite=True)
+        check_index(f"{name}.src_idx", self.src_idx, self.in_features)
+        check_index(f"{name}.dst_idx", self.dst_idx, self.width)
+        if not torch.equal(self.dst_idx[: self.width], torch.arange(self.width, device=self.dst_idx.device)):
+            raise ValueError(f"{name}.dst_idx does not begin with the {self.width} channels in their order")
 
     @classmethod
     def identity(cls, in_features: int) -> ReassemblyPlan:
@@ -73,6 +88,12 @@ class ReassemblyPlan:
         inputs, width = self.in_features // size, self.width // size
         mine = (self.dst_idx >= rank * width) & (self.dst_idx < (rank + 1) * width)
         src, dst = self.src_idx[mine] - rank * inputs, self.dst_idx[mine] - rank * width
+        crosses = bool(((src < 0) | (src >= inputs)).any())
+        if self.in_features % size or self.width % size or crosses:
+            raise LowBitError(
+                f"a reassembly from {self.in_features} to {self.width} channels crosses the shards of {size} ranks; "
+                "quantize again with a weights.shard_groups that they divide"
+            )
         return ReassemblyPlan(src, dst, self.coefficient[mine], inputs, width)
 
     def dense(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_lowbit.config import LowBitError
 from megatron_lowbit.kernels import (
     BF16_BITS,
     hybrid_pack,
@@ -24,6 +25,7 @@ from megatron_lowbit.kernels import (
     hybrid_unpack_reduce_requantize,
 )
 from megatron_lowbit.quantizer import Float32QParams
+from megatron_lowbit.tensors import check_scale, check_tensor, one_value, short_repr
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,18 @@ class Codec:
     zero_point: Tensor
     bits: Tensor
     rank1: bool = False
+
+    __repr__ = short_repr
+
+    def validate(self, name: str, senders: int, features: int | None = None) -> None:
+        """Raise ValueError, naming the tensor, where this is no plan of so many senders and features (None: any)."""
+        check_tensor(f"{name}.scale", self.scale, torch.float32, (senders, features), finite=True)
+        check_tensor(f"{name}.zero_point", self.zero_point, torch.float32, self.scale.shape, finite=True)
+        check_tensor(f"{name}.bits", self.bits, torch.uint8, self.scale.shape[1:])
+        check_scale(f"{name}.scale", self.scale)
+        unknown = [bits for bits in self.bits.unique().tolist() if not (2 <= bits <= 8 or bits == BF16_BITS)]
+        if unknown:
+            raise ValueError(f"{name}.bits holds {unknown[0]}, not 2..8 or {BF16_BITS}")
 
     @property
     def senders(self) -> int:
@@ -67,8 +81,9 @@ class Codec:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Codec:
-        """The inverse of `tensors`."""
-        return cls(tensors["scale"], tensors["zero_point"], tensors["bits"], bool(tensors["rank1"]))
+        """The inverse of `tensors`. Raises KeyError where one is missing."""
+        rank1 = bool(one_value("rank1", tensors))
+        return cls(tensors["scale"], tensors["zero_point"], tensors["bits"], rank1)
 
 
 class WireFormat(Float32QParams):
@@ -100,6 +115,11 @@ class WireFormat(Float32QParams):
     def pack(self, x: Tensor, sender: int) -> Tensor:
         """x float [tokens, E] -> uint8 [tokens, row_bytes]."""
         self._follow(x)
+        if x.shape[-1] != len(self.order):
+            raise LowBitError(
+                f"a message of {x.shape[-1]} features, where the communication plan has {len(self.order)}: "
+                "it belongs to another model; calibrate this one"
+            )
         qparams = self.scale[sender], self.zero_point[sender]
         message, saturated = hybrid_pack(x, *qparams, self.order, self.tiers, self.rank1)
         self.saturated[sender : sender + 1] += saturated

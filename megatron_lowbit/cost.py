@@ -77,7 +77,7 @@ class CostTable:
             return cls.of(value)
         except LowBitError as error:
             raise LowBitError(f"{str(path)!r}: {error}") from None
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise LowBitError(
                 f"{str(path)!r} is no cost table ({type(error).__name__}: {error}); "
                 "write one with benchmark collectives --tune"
@@ -85,5 +85,12 @@ class CostTable:
 
     @classmethod
     def of(cls, value: Mapping[str, Any]) -> CostTable:
-        rows = {str(mode): tuple((int(b), float(t)) for b, t in points) for mode, points in value["rows"].items()}
-        return cls(int(value["tp_size"]), int(value["features"]), rows)
+        """From JSON. Raises KeyError, TypeError, ValueError or LowBitError for what is no table."""
+        rows = {mode: tuple((_whole(b), float(t)) for b, t in points) for mode, points in value["rows"].items()}
+        return cls(_whole(value["tp_size"]), _whole(value["features"]), rows)
+
+
+def _whole(number: Any) -> int:
+    if type(number) is not int or not 1 <= number < 2**63:
+        raise ValueError(f"{str(number)[:40]!r} is no whole number above 0")
+    return number

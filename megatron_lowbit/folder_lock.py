@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lowbit.config import LowBitError
-from megatron_lowbit.files import discard
+from megatron_lowbit.files import discard, parse_json
 from megatron_lowbit.temporary import PATIENCE, beside, remove_dead, start_of, where
 
 NAME = ".lock"
@@ -145,10 +145,10 @@ def _myself() -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any] | None:
     """Who a lock names: an empty dict where that cannot be read, None where there is no lock."""
     try:
-        found = json.loads(path.read_bytes()[:65536])
+        found = parse_json(path.read_bytes()[:65536])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         found = None
     if not isinstance(found, dict):
         return {}

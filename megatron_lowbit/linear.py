@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from megatron_lowbit.channels import ReassemblyPlan
 from megatron_lowbit.collectives import HybridReducer, VirtualReducer
+from megatron_lowbit.config import LowBitError
 from megatron_lowbit.kernels import dequantize, quant_linear, reassemble, unpack_bits
 from megatron_lowbit.quantizer import (
     Float32QParams,
@@ -61,6 +62,16 @@ class QuantColumnParallelLinear(Float32QParams):
         low_rank: LowRank | None = None,
     ):
         super().__init__()
+        if weight.in_features % act_groups:
+            raise LowBitError(
+                f"{act_groups} activation shard groups do not divide {weight.in_features} inputs; "
+                "quantize again with another weights.shard_groups"
+            )
+        if plan is not None and plan.width != weight.in_features:
+            raise LowBitError(
+                f"a reassembly to {plan.width} channels before a weight of {weight.in_features} inputs: "
+                "the checkpoint does not fit together; quantize again"
+            )
         self.in_features, self.out_features = weight.in_features, weight.packed_weight.shape[0]
         self.weight_bits, self.act_bits, self.act_groups = weight.num_bits, act_bits, act_groups
         self.register_buffer("packed_weight", weight.packed_weight)
@@ -75,6 +86,7 @@ class QuantColumnParallelLinear(Float32QParams):
         """dtype: of the result; None: x's."""
         if self.reassembly is not None:
             x = self.reassembly(x)
+        _check_width(x, self.in_features)
         rows = x.reshape(-1, self.in_features)
         codes, act_scale, act_zero_point = rows.detach(), None, None
         if self.act_bits < 16:
@@ -131,6 +143,7 @@ class Reassembly(Float32QParams):
         return ReassemblyPlan(self.src_idx, self.dst_idx, self.coefficient, self.in_features, self.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_width(x, self.in_features)
         return reassemble(x, self.src_idx, self.dst_idx, self.coefficient, self.width)
 
 
@@ -146,10 +159,15 @@ class ReassembledNorm(Float32QParams):
 
     def __init__(self, norm: nn.Module, plan: ReassemblyPlan):
         super().__init__()
+        weight: Any = getattr(norm, "weight", None)
+        if weight is not None and weight.shape[-1] != plan.in_features:
+            raise LowBitError(
+                f"a reassembly of {plan.in_features} channels after a norm of {weight.shape[-1]}: "
+                "the checkpoint belongs to another model; quantize this one"
+            )
         rms = rms_gain(norm)
         self.eps, self.offset = 0.0, 0.0
         if rms is not None:
-            weight: Any = norm.weight
             self.eps = rms[1]
             self.offset = round(
                 (rms[0] - weight.detach().float()).mean().item()
@@ -244,6 +262,43 @@ def activation_groups(in_features: int, shard_groups: int) -> int:
     while in_features % shard_groups:
         shard_groups //= 2
     return max(shard_groups, 1)
+
+
+def check_fits(name: str, linear: nn.Module, replaced: nn.Module) -> None:
+    """Raise LowBitError where a quantized linear has other widths than the linear that it replaces.
+
+    name: the linear's name in the model, for the error. Other modules, and linears without a weight of two
+    dimensions, are not looked at.
+    """
+    weight = getattr(replaced, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        return
+    outputs, inputs = weight.shape
+    found, read = [outputs], inputs
+    if isinstance(linear, QuantColumnParallelLinear):  # what it reads may be the output of a reassembling norm
+        found = [linear.out_features]
+    elif isinstance(linear, QuantRowParallelLinear):
+        shards = [shard for shard in linear.shards if isinstance(shard, QuantColumnParallelLinear)]
+        found = [shard.out_features for shard in shards]
+        if shards:
+            read = sum(s.in_features if s.reassembly is None else s.reassembly.in_features for s in shards)
+        plan = None if linear.reducer is None else linear.reducer.plan
+        if plan is not None:
+            found.append(len(plan.first.bits))
+    if read != inputs or any(width != outputs for width in found):
+        width = next((w for w in found if w != outputs), outputs)
+        raise LowBitError(
+            f"{name} is [{outputs}, {inputs}] in the model and [{width}, {read}] in the artifact, which belongs to "
+            "another model; calibrate and quantize this one"
+        )
+
+
+def _check_width(x: Tensor, features: int) -> None:
+    if x.shape[-1] != features:
+        raise LowBitError(
+            f"a linear or norm of the artifact reads {features} channels and was given {x.shape[-1]}: the artifact "
+            "does not fit this model; quantize this one"
+        )
 
 
 def _frozen(tensor: Tensor | None) -> nn.Parameter | None:

@@ -30,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.distributed import env_world_size
+from megatron_lowbit.files import parse_json
 from megatron_lowbit.wandb_run import WandbRun
 
 T = TypeVar("T")
@@ -139,7 +140,7 @@ class MetricLogger:
 def _about(record: dict[str, Any]) -> tuple[Any, ...]:
     """What a record is about and which figures it holds: the same when a killed run does something again."""
     figures = record.keys() - {"stage", "run", "step", "time", "plot"}
-    return (*sorted(figures), *((label, record.get(label)) for label in _LABELS))
+    return (*sorted(figures), *((label, str(record.get(label))) for label in _LABELS))
 
 
 def _digest(settings: dict[str, Any]) -> str:
@@ -150,10 +151,10 @@ def _continued(path: Path, stage: str, settings: str) -> tuple[str, list[dict[st
     """(id, records with a step so far) of the stage's last run if that has not finished and had these settings."""
     mine = [record for record in read_metrics(path) if record.get("stage") == stage]
     starts = [record for record in mine if record.get("event") == "start"]
-    if starts and starts[-1]["settings"] == settings:
-        run = [record for record in mine if record.get("run") == starts[-1]["run"]]
-        if not any(record.get("event") == "end" and record["exit_code"] == 0 for record in run):
-            return starts[-1]["run"], [record for record in run if "step" in record]
+    if starts and starts[-1].get("settings") == settings:
+        run = [record for record in mine if record.get("run") == starts[-1].get("run")]
+        if not any(record.get("event") == "end" and record.get("exit_code") == 0 for record in run):
+            return str(starts[-1].get("run")), [record for record in run if type(record.get("step")) is int]
     return f"{stage}-{uuid.uuid4().hex[:10]}", []
 
 
@@ -162,7 +163,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
+            records.append(parse_json(line, nan=True))
     return [record for record in records if isinstance(record, dict)]
 
 

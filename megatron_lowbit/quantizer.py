@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lowbit.config import LowBitError
-from megatron_lowbit.kernels import dequantize, pack_bits, unpack_bits
+from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, unpack_bits
+from megatron_lowbit.tensors import check_scale, check_tensor, short_repr
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,20 @@ class QuantizedWeight:
     num_bits: int
     in_features: int
 
+    __repr__ = short_repr
+
+    def validate(self, name: str) -> None:
+        """Raise ValueError, naming the tensor, where dtypes, shapes or scales cannot be those of a weight."""
+        row_bytes = packed_bytes(self.in_features, self.num_bits)
+        check_tensor(f"{name}.packed_weight", self.packed_weight, torch.uint8, (None, row_bytes))
+        rows = self.packed_weight.shape[0]
+        check_tensor(f"{name}.scale", self.scale, torch.float32, (rows, None), finite=True)
+        check_tensor(f"{name}.zero_point", self.zero_point, torch.float32, self.scale.shape, finite=True)
+        check_scale(f"{name}.scale", self.scale)
+        if self.in_features % self.scale.shape[1]:
+            groups = self.scale.shape[1]
+            raise ValueError(f"{name}.scale has {groups} groups, which do not divide {self.in_features} inputs")
+
     @classmethod
     @torch.no_grad()
     def from_float(
@@ -192,6 +207,14 @@ class LowRank:
 
     lora_a: Tensor
     lora_b: Tensor
+
+    __repr__ = short_repr
+
+    def validate(self, name: str, in_features: int, out_features: int) -> None:
+        """Raise ValueError, naming the tensor, where the factors do not fit a linear of these widths."""
+        check_tensor(f"{name}.lora_a", self.lora_a, torch.bfloat16, (None, in_features), finite=True)
+        rank = self.lora_a.shape[0]
+        check_tensor(f"{name}.lora_b", self.lora_b, torch.bfloat16, (out_features, rank), finite=True)
 
     def shard_out(self, rank: int, size: int) -> LowRank:
         return LowRank(self.lora_a, self.lora_b.chunk(size)[rank].contiguous())

@@ -26,7 +26,10 @@ TIERS = [
         *("config", "embedded", "plain_yaml", "kernels", "kernels.cpu", "kernels.exact", "kernels.gpu", "kernels.hybrid"),
         *("kernels.ops", "kernels.packing", "kernels.reference", "kernels.triton_hybrid", "launcher_env", "preemption"),
     },
-    {"quantizer", "agreement", "allocation", "clipping", "channels", "files", "distributed", "hf_weights", "streams"},
+    {
+        *("quantizer", "agreement", "allocation", "clipping", "channels", "files", "distributed", "hf_weights"),
+        *("manifest", "streams", "tensors"),
+    },
     {"wandb_run"},
     {"codec", "data", "folder_lock", "metrics", "presence", "reassembly", "rendezvous", "sharding"},
         *(

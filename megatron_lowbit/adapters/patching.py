@@ -25,6 +25,7 @@ from megatron_lowbit.linear import (
     QuantRowParallelLinear,
     ReassembledNorm,
     activation_groups,
+    check_fits,
 )
 from megatron_lowbit.tuning import measure_costs
 
@@ -42,6 +43,7 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
     object.__setattr__(model, _PATCH, replaced)
     for name, replacement in replacements.items():
         original = model.get_submodule(name)
+        check_fits(name, replacement, original)
         device = next(chain(original.parameters(), original.buffers())).device
         model.set_submodule(name, replacement.to(device).train(original.training))
         replaced[name] = original
@@ -214,6 +216,11 @@ def norms(model: nn.Module, checkpoint: LowBitCheckpoint) -> dict[str, nn.Module
         if leaf != "weight" or tensor.ndim != 1 or norm is None or not fqn.startswith(blocks):
             continue
         current: Any = norm.weight
+        if tensor.shape != current.shape or not tensor.is_floating_point():
+            raise LowBitError(
+                f"the checkpoint's {name} is {tensor.dtype} {list(tensor.shape)}, the model's {list(current.shape)}: "
+                "it belongs to another model; quantize this one"
+            )
         stored = tensor.to(current.device, current.dtype)
         plan = checkpoint.reassembly.get(fqn)
         if plan is None and torch.equal(stored, current.data):
