@@ -50,11 +50,12 @@ from megatron_lowbit.distributed import (
     on_rank_zero,
     world_size,
 )
+from megatron_lowbit.files import complete
 from megatron_lowbit.linear import ReassembledNorm, rms_gain
 from megatron_lowbit.metrics import MetricLogger, peak_memory, progress
 from megatron_lowbit.quantizer import Scheme
 from megatron_lowbit.ranges import build_plan
-from megatron_lowbit.resume import RunState
+from megatron_lowbit.resume import RunState, of_all_ranks
 from megatron_lowbit.search import Search
 from megatron_lowbit.sharded import PreparedNorm, ShardedLinear
 from megatron_lowbit.sharding import ordered_sum
@@ -102,6 +103,7 @@ class Walk:
         self.parts: list[dict[str, Any]] = []
         self.bit_sums: dict[str, int] = {}
         self.ranges: dict[int, dict[str, FeatureRange]] = {size: {} for size in (1, *tp_sizes)}
+        self.files: dict[str, str] = {}  # {stream that the run continues from: its checksum}
         self.arguments: list[Arguments] = []
         self.watch = Watch()
 
@@ -139,7 +141,8 @@ class Walk:
 
     def _stream(self, name: str, number: int | str, existing: bool = False) -> HiddenStream:
         path = self.state.folder / f"{name}-{number}-rank{env_rank()}.bin"
-        return on_every_rank(lambda: HiddenStream(path, self.shape, self.source.dtype, existing))
+        arguments = (self.shape, self.source.dtype, existing, self.files.get(path.name), name != "scratch")
+        return on_every_rank(lambda: HiddenStream(path, *arguments))
 
     def _group(self, number: int, indices: list[int]) -> None:
         began = time.perf_counter()
@@ -174,7 +177,7 @@ class Walk:
         self.results.append(result)
         told = {"group_seconds": result.seconds, "peak_bytes": result.peak_bytes}
         self.logger.log(group=number, **told)  # before the state, or a kill between them would leave it untold
-        self._save_state(number + 1, part, weights)
+        self._save_state(number + 1, part, weights, [target, following])
         for stream in (self.hp_stream, self.stream, *scratch):
             stream.delete()
         self.hp_stream, self.stream = target, following
@@ -384,21 +387,20 @@ class Walk:
         """Groups that an unfinished run of the same settings has done."""
         found = on_rank_zero(self.state.find)
         if found["done"]:
-            self.results = [GroupResult(**result) for result in found["results"]]
-            self.parts, self.bit_sums = found["parts"], found["bit_sums"]
-            self.ranges = self.state.ranges(found["done"])
+            with complete(self.state.folder / "state.json"):
+                self.results = [GroupResult(**result) for result in found["results"]]
+            self.parts, self.bit_sums, self.files = found["parts"], found["bit_sums"], found["files"]
+            self.ranges = on_every_rank(lambda: self.state.ranges(found))
             if env_rank() == 0:
                 print(f"continuing after {found['done']} of the block groups")
         return found["done"]
 
-    def _save_state(self, done: int, part: CheckpointPart, sums: dict[str, int]) -> None:
+    def _save_state(self, done: int, part: CheckpointPart, sums: dict[str, int], streams: list[HiddenStream]) -> None:
         """Write the group's part and the state, once the streams of all ranks are written."""
-        if dist.is_initialized():
-            dist.barrier()
+        files = of_all_ranks({stream.path.name: stream.checksum() for stream in streams})  # all have written
         self.bit_sums |= sums
-        results = [asdict(result) for result in self.results]
-        save = partial(self.state.save, done, part, self.parts, self.ranges, bit_sums=self.bit_sums, results=results)
-        self.parts = on_rank_zero(save)
+        values = {"files": files, "bit_sums": self.bit_sums, "results": [asdict(result) for result in self.results]}
+        self.parts = on_rank_zero(partial(self.state.save, done, part, self.parts, self.ranges, **values))
 
     def _finish(self, fingerprint: dict[str, Any], save_beside: Callable[[Path], Any]) -> None:
         """The tensors outside the blocks, and lowbit.json over all parts: from here on the artifact is the new one."""

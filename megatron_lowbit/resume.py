@@ -1,6 +1,6 @@
 """What a killed run is continued from: <output_dir>/resume.
 
-    state.json              stage, settings, what is done and which files hold it
+    state.json              stage, settings, what is done, and the checksum of every file that holds it
   of quantize
     ranges-<done>/          CalibrationStats of the groups done
     hp-<done>-rank<r>.bin, lowbit-<done>-rank<r>.bin     the two streams before the next group
@@ -8,16 +8,18 @@
     observers-<done>-rank<r>.safetensors                 what rank r's observers have seen in the batches done
 
 Everything new has a name of its own and is written before state.json, which is replaced at once: whatever the moment of
-a kill, state.json and the files it speaks of belong together.
+a kill, state.json and the files it speaks of belong together. state.json is sealed (files.py), and each rank verifies
+what it goes on from, so a run never continues from anything but what was written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,18 +30,29 @@ from torch import distributed as dist
 from megatron_lowbit.artifacts import (
     CalibrationStats,
     CheckpointPart,
-    FeatureRange,
+    Ranges,
     merge_parts,
     verify_files,
 )
 from megatron_lowbit.config import CalibrateConfig, LowBitError, QuantizeConfig, RatesConfig, defaults
 from megatron_lowbit.distributed import Watch, all_gather_values, env_rank, on_every_rank, on_rank_zero
-from megatron_lowbit.files import discard, ensure_writable, read_json, read_tensors, write_json, write_tensors
+from megatron_lowbit.files import (
+    SEAL,
+    check_seal,
+    complete,
+    discard,
+    ensure_writable,
+    read_json,
+    read_tensors,
+    sha256,
+    write_sealed,
+    write_tensors,
+)
 from megatron_lowbit.preemption import Preempted
 
 # These may differ when a run is resumed.
 _FREE_KEYS = ("output_dir", "wandb", "dry_run", "architecture", *(f"rates.{key}" for key in RatesConfig.model_fields))
-STATE = 2  # counts the changes of what a state holds
+STATE = 3  # counts the changes of what a state holds
 SAVE_EVERY = 60.0  # seconds of a calibration pass; more where saving itself takes long
 
 
@@ -61,8 +74,14 @@ class State:
             shutil.rmtree(self.folder, ignore_errors=True)
             ensure_writable(self.folder)
             return None
-        found = read_json(self.folder / "state.json")
+        path = self.folder / "state.json"
+        with self._start_over():
+            found = read_json(path, nan=True)  # a loss may be one
+            if SEAL in found:  # an earlier version wrote none; its settings differ in "state"
+                check_seal(path, found)
         before, here = found.get("settings", {}), self.settings
+        if not isinstance(before, dict):
+            before = {}
         changed = [key for key in {**before, **here} if before.get(key) != here.get(key)]
         if before and changed:
             listed = ", ".join(f"{key} {before.get(key)!r} there, {here.get(key)!r} here" for key in changed[:6])
@@ -70,9 +89,19 @@ class State:
                 f"{str(self.folder)!r} is an unfinished run with other settings ({listed}); "
                 "repeat those to continue it, delete the folder to start over, or choose another output_dir"
             )
-        if not {"settings", "done", *keys} <= set(found):
+        done = found.get("done")
+        if not {"settings", SEAL, *keys} <= set(found) or type(done) is not int or done < 1:
             raise LowBitError(f"{str(self.folder)!r} is damaged; delete the folder to start the run over")
         return found
+
+    @contextlib.contextmanager
+    def _start_over(self) -> Iterator[None]:
+        """Around the reading of the state: what to do is added to a LowBitError."""
+        try:
+            yield
+        except LowBitError as error:
+            what = str(error).removesuffix("; write it again")
+            raise LowBitError(f"{what}; delete {str(self.folder)!r} to start the run over") from None
 
     def forget(self) -> None:
         """Delete the state: all that the run was to write is written."""
@@ -97,37 +126,53 @@ class RunState(State):
 
         Raises LowBitError for a run of other settings, naming them, and for one whose files are gone or damaged.
         """
-        found = self.found("parts", "bit_sums", "results")
+        found = self.found("parts", "bit_sums", "results", "files")
         if found is None:
             return {"done": 0}
-        try:
+        with self._start_over(), complete(self.folder / "state.json"):
             verify_files(self.output, merge_parts(found["parts"]))
-        except LowBitError as error:
-            raise LowBitError(f"{error}; delete {str(self.folder)!r} to start the run over") from None
         keep = tuple(f"{name}-{found['done']}-" for name in ("hp", "lowbit"))
         for stream in self.folder.glob("*.bin"):
             if not stream.name.startswith(keep):
                 stream.unlink()
         return found
 
-    def ranges(self, done: int) -> dict[int, dict[str, FeatureRange]]:
-        return CalibrationStats.load(self.folder / f"ranges-{done}").ranges
+    def ranges(self, found: dict[str, Any]) -> Ranges:
+        """What the groups done have recorded; `found` is what `find` returned."""
+        path = self._ranges_path(found["done"])
+        with self._start_over(), complete(self.folder / "state.json"):
+            verify_files(self.folder, {"files": {_inside(path): found["files"][_inside(path)]}})
+            return CalibrationStats.load(path.parent).ranges
 
     def save(
-        self,
-        done: int,
-        part: CheckpointPart,
-        parts: list[dict[str, Any]],
-        ranges: dict[int, dict[str, FeatureRange]],
-        **values: Any,
+        self, done: int, part: CheckpointPart, parts: list[dict[str, Any]], ranges: Ranges, **values: Any
     ) -> list[dict[str, Any]]:
-        """Write what the group added, then state.json; returns the descriptions of all parts."""
+        """Write what the group added, then state.json; returns the descriptions of all parts.
+
+        values: `files` {stream: its checksum} of all ranks, and what else the run needs.
+        """
         parts = [*parts, part.save(self.part_path(f"{done - 1:03d}"))]
-        CalibrationStats(ranges, {"weights": {}}).save(ensure_writable(self.folder / f"ranges-{done}"))
-        state = {"settings": self.settings, "done": done, "parts": parts, **values}
-        write_json(self.folder / "state.json", state)
-        shutil.rmtree(self.folder / f"ranges-{done - 1}", ignore_errors=True)
+        path = self._ranges_path(done)
+        CalibrationStats(ranges, {"weights": {}}).save(ensure_writable(path.parent))
+        values["files"] = {**values["files"], _inside(path): sha256(path)}
+        write_sealed(self.folder / "state.json", {"settings": self.settings, "done": done, "parts": parts, **values})
+        shutil.rmtree(self._ranges_path(done - 1).parent, ignore_errors=True)
         return parts
+
+    def _ranges_path(self, done: int) -> Path:
+        """The JSON of the ranges, which holds the checksum of their tensors."""
+        return self.folder / f"ranges-{done}" / "calibration.json"
+
+
+def _inside(path: Path) -> str:
+    """A file of a folder of the state, as state.json names it."""
+    return f"{path.parent.name}/{path.name}"
+
+
+def of_all_ranks(mine: dict[str, str]) -> dict[str, str]:
+    """{file: checksum} of every rank's files. A collective call."""
+    every = all_gather_values(mine, dist.group.WORLD if dist.is_initialized() else None)
+    return {name: checksum for part in every for name, checksum in part.items()}
 
 
 class PassState(State):
@@ -164,17 +209,13 @@ class PassState(State):
         return self.folder / f"observers-{self.done}-rank{env_rank()}.safetensors"
 
     def _load(self, files: dict[str, str]) -> dict[str, Tensor]:
-        try:
+        with self._start_over():
             return read_tensors(self._path(), files.get(self._path().name, ""))
-        except LowBitError as error:
-            raise LowBitError(f"{error}; delete {str(self.folder)!r} to start the run over") from None
 
     def _save(self, tensors: dict[str, Tensor]) -> None:
-        mine = {self._path().name: on_every_rank(lambda: write_tensors(self._path(), tensors))}
-        every = all_gather_values(mine, dist.group.WORLD if dist.is_initialized() else None)
-        files = {name: checksum for part in every for name, checksum in part.items()}
+        files = of_all_ranks({self._path().name: on_every_rank(lambda: write_tensors(self._path(), tensors))})
         state = {"settings": self.settings, "done": self.done, "files": files}
-        on_rank_zero(lambda: write_json(self.folder / "state.json", state))
+        on_rank_zero(lambda: write_sealed(self.folder / "state.json", state))
         for old in self.folder.glob(f"observers-*-rank{env_rank()}.safetensors"):
             if old.name not in files:
                 discard(old)
