@@ -1,4 +1,4 @@
-"""Commands that are killed and run again: the results of an undisturbed run, and nothing left behind (kill_matrix.py)."""
+"""Commands that are killed and run again: an undisturbed run's results, and nothing left behind (kill_matrix.py)."""
 
 from __future__ import annotations
 
