@@ -43,6 +43,7 @@ from megatron_lowbit.distributed import (
     world_size,
 )
 from megatron_lowbit.hf_weights import HFWeights, check_safetensors
+from megatron_lowbit.launch.generation import load_generation_config
 from megatron_lowbit.launch.inputs import model_name, no_data
 from megatron_lowbit.launch.tokenizer import check_tokenizer, load_tokenizer
 from megatron_lowbit.metrics import MetricLogger, progress
@@ -404,7 +405,9 @@ def load_model(config: StageConfig, hf_config: Any, checkpoint: LowBitCheckpoint
     name, dtype = model_name(config.model or config.artifact or ""), compute_dtype(config)
     with _loading(name):
         if config.model is None and checkpoint is not None:
-            return _from_checkpoint(hf_config, checkpoint, dtype)
+            model = _from_checkpoint(hf_config, checkpoint, dtype)
+            model.generation_config = load_generation_config(name) or model.generation_config
+            return model
         check_safetensors(name)
         options = {"use_safetensors": True, "trust_remote_code": False}  # what is loaded runs no code of its own
         stored: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)

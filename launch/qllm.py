@@ -28,6 +28,7 @@ from megatron_lowbit.distributed import (
 )
 from megatron_lowbit.launch.calibrate import write_plans
 from megatron_lowbit.launch.engine import compute_dtype
+from megatron_lowbit.launch.generation import copy_generation_config
 from megatron_lowbit.launch.inputs import model_name
 from megatron_lowbit.launch.tokenizer import check_tokenizer, load_tokenizer
 from megatron_lowbit.linear import activation_groups
@@ -73,6 +74,7 @@ def quantize_qllm(
     def save_beside(output: Path) -> None:
         read_config(folder).save_pretrained(output)
         tokenizer.save_pretrained(output)
+        copy_generation_config(folder, output)
 
     stats, rows = walk.run(save_beside), []
     tell_layers(walk.results, logger)

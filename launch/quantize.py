@@ -14,6 +14,7 @@ from megatron_lowbit.distributed import env_rank, on_rank_zero
 from megatron_lowbit.launch.calibrate import usable_sizes, write_plans, written
 from megatron_lowbit.launch.dry_run import dry_run
 from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
+from megatron_lowbit.launch.generation import copy_generation_config
 from megatron_lowbit.launch.layout import quantize_method
 from megatron_lowbit.launch.qllm import quantize_qllm
 from megatron_lowbit.launch.runner import run_stage
@@ -103,10 +104,11 @@ def check_shard_groups(engine: Engine, checkpoint: LowBitCheckpoint, tp_sizes: l
 
 
 def save_checkpoint(engine: Engine, checkpoint: LowBitCheckpoint, folder: str | Path) -> None:
-    """The checkpoint with the model's config and tokenizer beside it, so that the folder loads by itself."""
+    """The checkpoint, and the model's config, generation config and tokenizer, so that the folder loads by itself."""
     try:
         engine.hf_config.save_pretrained(folder)
         engine.tokenizer.save_pretrained(folder)
+        copy_generation_config(engine.hf_config.name_or_path, folder)
     except OSError as error:
         raise LowBitError(f"cannot write to {str(folder)!r}: {one_line(error)}") from None
     checkpoint.save(folder)  # last: its JSON says that the artifact is whole

@@ -3,7 +3,8 @@
     <folder>/calibration.{safetensors,json}     per-feature ranges of every row-parallel site, per tensor-parallel size
     <folder>/comm_plan_tp<N>.{safetensors,json} what N ranks send at every site
     <folder>/lowbit*.safetensors, lowbit.json   packed weights under Hugging Face names, whole (unsharded) tensors
-    <folder>/config.json, tokenizer...          so that the folder loads without the original model
+    <folder>/config.json, tokenizer...          and generation_config.json, where the model has one, so that the folder
+                                                loads without the original model
 
 Each file is written under a temporary name and renamed, the JSON last: an artifact exists when its JSON does. The JSON
 holds the checksums of the tensor files and of itself, and the model's fingerprint, so an artifact that was changed, or
