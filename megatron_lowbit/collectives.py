@@ -23,8 +23,10 @@ order in which a stock all-reduce adds, and rounds, is the backend's own.)
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ from torch import distributed as dist
 from megatron_lowbit.agreement import Agreement
 from megatron_lowbit.artifacts import SitePlan
 from megatron_lowbit.codec import Codec, WireFormat
-from megatron_lowbit.config import CommMode, LowBitError
+from megatron_lowbit.config import CommMode, LowBitError, check_mode
 from megatron_lowbit.cost import CostTable
 from megatron_lowbit.distributed import all_gather_stack, reduce_scatter
 from megatron_lowbit.drift import DriftGuard
@@ -80,6 +82,11 @@ class _Reducer(nn.Module):
         costs: CostTable | None = None,
     ):
         super().__init__()
+        check_mode("mode", mode)
+        if plan is not None and not isinstance(plan, SitePlan):
+            raise LowBitError(
+                f"a reducer takes the SitePlan of one site, not a {type(plan).__name__}; give plan.sites[name]"
+            )
         self.mode: CommMode = mode or ("bf16" if plan is None else "one_shot")
         self.plan = plan
         self.tp_rank, self.costs = 0, costs
@@ -162,7 +169,25 @@ class _Reducer(nn.Module):
         return x.dtype if self.native or x.element_size() == 2 else torch.bfloat16
 
 
-class HybridReducer(_Reducer):
+class _OverRanks(nn.Module):
+    """A module that holds the process group `tp_group`: a copy shares it, and a file cannot keep it."""
+
+    tp_group: dist.ProcessGroup
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _OverRanks:
+        twin = type(self).__new__(type(self))
+        memo[id(self)], memo[id(self.tp_group)] = twin, self.tp_group
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise LowBitError(
+            "a model whose ranks communicate cannot be pickled, because a process group lives in its process; "
+            "call save_pretrained, or state_dict, instead"
+        )
+
+
+class HybridReducer(_OverRanks, _Reducer):
     """All-reduce over the ranks of `tp_group` at one site.
 
     plan: the site's SitePlan, which bf16 and native do without. Raises LowBitError where the plan is for another number
@@ -311,7 +336,7 @@ class HybridReducer(_Reducer):
         return self.first.unpack_reduce(received, x.dtype).view(shape)
 
 
-class HybridGather(nn.Module):
+class HybridGather(_OverRanks):
     """All-gather of activations at one site: the other half of sequence parallelism, before a column-parallel linear.
 
     codec: of one sender, the activation itself, whose ranges are the same on every rank.

@@ -34,8 +34,26 @@ class LowBitError(Exception):
     """Bad input: one line that names the value and the fix. Commands print it and exit with code 2."""
 
 
+def check_mode(name: str, mode: Any) -> None:
+    """Raise LowBitError where `mode` is neither None nor a CommMode; name: of the argument."""
+    modes = get_args(CommMode)
+    if mode is not None and mode not in modes:
+        near = difflib.get_close_matches(str(mode), modes, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise LowBitError(f"{name}={mode!r} is not one of {', '.join(modes)}{hint}")
+
+
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise LowBitError(_explain(type(self), error)) from None
+
+    # Sections inside a config are validated as part of it, so that messages name the whole key.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
 class CalibrationConfig(_Config):

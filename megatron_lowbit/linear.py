@@ -77,7 +77,7 @@ class QuantColumnParallelLinear(Float32QParams):
         self.register_buffer("packed_weight", weight.packed_weight)
         self.register_buffer("scale", weight.scale)
         self.register_buffer("zero_point", weight.zero_point)
-        self.register_parameter("bias", _frozen(bias))
+        self.register_parameter("bias", _parameter(bias))
         self.reassembly = None if plan is None else Reassembly(plan)
         self.register_buffer("lora_a", None if low_rank is None else low_rank.lora_a)
         self.register_buffer("lora_b", None if low_rank is None else low_rank.lora_b)
@@ -206,16 +206,22 @@ def rms_gain(norm: nn.Module) -> tuple[Tensor, float] | None:
 
 
 class DenseShard(nn.Module):
-    """Full-precision x_r W_r^T of one rank, for a row-parallel linear whose communication alone is low-bit."""
+    """Full-precision x_r W_r^T of one rank, for a row-parallel linear whose communication alone is low-bit.
+
+    weight: the rank's own; or with `size` virtual ranks the whole one, which they share, so that it can be trained.
+    """
 
     weight: nn.Parameter
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, rank: int = 0, size: int = 1):
         super().__init__()
-        self.register_parameter("weight", weight if isinstance(weight, nn.Parameter) else _frozen(weight))
+        self.rank, self.size = rank, size
+        self.register_parameter("weight", _parameter(weight))
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return F.linear(x, self.weight)
+        if self.size == 1:
+            return F.linear(x, self.weight)
+        return F.linear(x, self.weight.chunk(self.size, dim=1)[self.rank].contiguous())
 
 
 class QuantRowParallelLinear(nn.Module):
@@ -239,7 +245,7 @@ class QuantRowParallelLinear(nn.Module):
         self.sequence_parallel = sequence_parallel
         self.shards = nn.ModuleList(shards)
         self.reducer = reducer
-        self.register_parameter("bias", _frozen(bias))
+        self.register_parameter("bias", _parameter(bias))
 
     def forward(self, x: Tensor) -> Tensor:
         # Float32 partial sums that nothing rounds travel as float64: their sum is then the same for any number of
@@ -301,5 +307,8 @@ def _check_width(x: Tensor, features: int) -> None:
         )
 
 
-def _frozen(tensor: Tensor | None) -> nn.Parameter | None:
-    return None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
+def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    """A host's own parameter as it is, so that what trains it goes on; any other tensor frozen."""
+    if tensor is None or isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor.detach(), requires_grad=False)

@@ -21,9 +21,38 @@ from torch import Tensor, nn
 from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, unpack_bits
 from megatron_lowbit.quantizer import choose_qparams, fake_quantize, quantize
 
+_PREFIX = "lowbit_"  # of the names under which transformers knows the quantizing attention functions
 _BITS = "_lowbit_act_bits"  # on an attention module
 _QUANTIZED = "_lowbit_quantized"  # on a K or V that comes from a PackedLayer
 _QPARAM_BYTES = 8  # a float32 scale and zero point
+
+
+class Quantized:
+    """Have these attention modules quantize Q, K and V to act_bits and keep them packed in caches; call it to undo.
+
+    modules: of the model that owns `config`, each with a layer_idx. It holds what it has changed, so that a copy of
+    the model, or one that was pickled, is undone by its own copy.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], config: Any, act_bits: int):
+        self.modules, self.config = list(modules), config
+        enable(config)
+        set_bits(self.modules, act_bits)
+        self.handles = [
+            module.register_forward_pre_hook(_before_attention, with_kwargs=True) for module in self.modules
+        ]
+
+    def __call__(self) -> None:
+        disable(self.config)
+        for module in self.modules:
+            disable(getattr(module, "config", self.config))
+        set_bits(self.modules, 16)
+        for handle in self.handles:
+            handle.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        register(plain_name(self.config._attn_implementation))  # in a new process it is not known yet
 
 
 def set_bits(modules: Iterable[nn.Module], act_bits: int) -> None:
@@ -32,19 +61,35 @@ def set_bits(modules: Iterable[nn.Module], act_bits: int) -> None:
         setattr(module, _BITS, act_bits)
 
 
+def plain_name(implementation: str | None) -> str:
+    """The attention function's own name, of a name that `enable` may have changed."""
+    return (implementation or "eager").removeprefix(_PREFIX)
+
+
 def enable(config: Any) -> str:
     """Route the attention of the model that owns `config` through this module; returns the function's name before."""
+    before = plain_name(config._attn_implementation)
+    if config._attn_implementation != _PREFIX + before:
+        register(before)
+        config._attn_implementation = _PREFIX + before
+    return before
+
+
+def disable(config: Any) -> None:
+    """Undo `enable`; a function that was chosen since then stays chosen."""
+    if (config._attn_implementation or "").startswith(_PREFIX):
+        config._attn_implementation = plain_name(config._attn_implementation)
+
+
+def register(implementation: str) -> None:
+    """Tell transformers the quantizing twin of one of its attention functions."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    before = config._attn_implementation or "eager"
-    if not before.startswith("lowbit_"):
-        name = f"lowbit_{before}"
-        ALL_ATTENTION_FUNCTIONS.register(name, partial(_attention, before))
-        if before in ALL_MASK_ATTENTION_FUNCTIONS:
-            ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
-        config._attn_implementation = name
-    return before
+    name = _PREFIX + implementation
+    ALL_ATTENTION_FUNCTIONS.register(name, partial(_attention, implementation))
+    if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
 
 
 def _attention(implementation: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options):
@@ -61,25 +106,25 @@ def _attention(implementation: str, module: nn.Module, query: Tensor, key: Tenso
     return attend(module, query, key, value, mask, **options)
 
 
-def pack_cache(modules: Iterable[nn.Module], act_bits: int) -> list[Any]:
-    """Have these attention modules keep K and V packed; returns the hooks' handles."""
+def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before an attention module runs: quantize whatever attention function has been chosen since the last run
+    (model.set_attn_implementation), and have K and V packed in a cache layer that is still empty."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        from transformers import DynamicCache
-        from transformers.cache_utils import DynamicLayer
-
-        cache, index = kwargs.get("past_key_values"), getattr(module, "layer_idx", None)
-        if not isinstance(cache, DynamicCache) or index is None:
-            return
-        packed = packed_layer_class()
-        if index == len(cache.layers) and cache.layer_class_to_replicate is DynamicLayer:
-            cache.layers.append(packed(act_bits))
-        elif index < len(cache.layers):
-            layer = cache.layers[index]
-            if type(layer) is DynamicLayer and not layer.is_initialized:
-                cache.layers[index] = packed(act_bits)
-
-    return [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+    config: Any = getattr(module, "config", None)
+    if config is not None:
+        enable(config)
+    cache, index = kwargs.get("past_key_values"), getattr(module, "layer_idx", None)
+    if not isinstance(cache, DynamicCache) or index is None:
+        return
+    packed, act_bits = packed_layer_class(), getattr(module, _BITS)
+    if index == len(cache.layers) and cache.layer_class_to_replicate is DynamicLayer:
+        cache.layers.append(packed(act_bits))
+    elif index < len(cache.layers):
+        layer = cache.layers[index]
+        if type(layer) is DynamicLayer and not layer.is_initialized:
+            cache.layers[index] = packed(act_bits)
 
 
 def packed_layer_class() -> type:

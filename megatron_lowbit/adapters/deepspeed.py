@@ -17,7 +17,7 @@ from typing import Any
 from torch import distributed as dist
 from torch import nn
 
-from megatron_lowbit.adapters import huggingface, patching
+from megatron_lowbit.adapters import arguments, huggingface, patching, saving
 from megatron_lowbit.artifacts import Artifact, Fingerprint, check_fingerprint, model_fingerprint
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError, one_line
 from megatron_lowbit.distributed import group_rank, world_size
@@ -58,8 +58,12 @@ def init_engine(model: nn.Module, tp_size: int, dtype: Any) -> Any:
 
 
 def tp_group(engine: Any) -> dist.ProcessGroup | None:
-    """The engine's tensor-parallel group; None for a single rank."""
-    group = engine.mp_group
+    """The tensor-parallel group of an engine, of init_inference or (with AutoTP) initialize; None for a single rank."""
+    group = getattr(engine, "mp_group", None)
+    if group is None and hasattr(engine, "autotp_size") and engine.autotp_size() > 1:
+        from deepspeed.utils import groups
+
+        group = groups.get_tensor_model_parallel_group()
     return group if group is not None and dist.get_world_size(group) > 1 else None
 
 
@@ -95,6 +99,33 @@ def fingerprint(engine: Any) -> Fingerprint:
     return model_fingerprint(huggingface.model_config(engine.module), weights, tp_group(engine))
 
 
+def check_not_trained(engine: Any, artifact: Artifact) -> None:
+    """Raise LowBitError for an engine of deepspeed.initialize that trains what would be packed, or does not hold it."""
+    if any(hasattr(parameter, "ds_id") for parameter in engine.module.parameters()):
+        raise LowBitError(
+            "ZeRO stage 3 spreads every weight over the ranks; call apply_to_huggingface before deepspeed.initialize"
+        )
+    packs = artifact.checkpoint is not None and artifact.checkpoint.scheme.weight_bits < 16
+    if packs and getattr(engine, "optimizer", None) is not None:
+        raise LowBitError(
+            "the engine's optimizer holds the weights that would be packed, and packed weights cannot be trained; call "
+            "apply_to_huggingface before deepspeed.initialize, which then trains what is left, or pass no optimizer"
+        )
+
+
+def refuse_16bit_model(engine: Any) -> None:
+    """Have engine.save_16bit_model, where there is one, say that the model's linears are not in 16 bits."""
+    if hasattr(engine, "save_16bit_model"):
+        object.__setattr__(engine, "save_16bit_model", _no_16bit_model)
+
+
+def _no_16bit_model(*_: Any, **__: Any) -> None:
+    raise LowBitError(
+        "save_16bit_model: the engine's linears are low-bit; call engine.module.save_pretrained, which writes an "
+        "artifact, or megatron_lowbit.remove(engine) first"
+    )
+
+
 def apply_to_deepspeed(
     engine: Any, artifact: str | Path | Artifact, comm_mode: CommMode | CommConfig | None = None
 ) -> Any:
@@ -104,13 +135,21 @@ def apply_to_deepspeed(
     not know stay as they are, with a warning that names them; also raises LowBitError where AutoTP split a linear
     unevenly.
     """
+    arguments.check_model("apply_to_deepspeed", engine, "a DeepSpeed engine")
+    if not isinstance(getattr(engine, "module", None), nn.Module):
+        raise LowBitError(
+            f"apply_to_deepspeed takes the engine that deepspeed.init_inference returns, not {type(engine).__name__}; "
+            "for a model without an engine call apply_to_huggingface"
+        )
+    artifact = arguments.load_artifact("apply_to_deepspeed", artifact)
     import_deepspeed()
+    check_not_trained(engine, artifact)
     group = tp_group(engine)
     if group is None:
         huggingface.apply_to_huggingface(engine.module, artifact, 1, comm_mode)
+        refuse_16bit_model(engine)
         return engine
     patching.remove(engine)
-    artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
     rank, size = group_rank(group), world_size(group)
     reducers = patching.Reducers.of(artifact, size, comm_mode, group)
     here = fingerprint(engine)
@@ -127,14 +166,16 @@ def apply_to_deepspeed(
     if checkpoint is not None and quantized:
         for name, module in columns.items():
             patching.check_equal_shares(name, module._partition_sizes)
-            replacements[name] = patching.column_parallel(checkpoint, name, rank, size, module.bias)
+        replacements = patching.norms_and_columns(engine.module, checkpoint, columns, rank, size)
     for name, module in rows.items():
         patching.check_equal_shares(name, module._partition_sizes)
         shard = patching.row_shard(checkpoint, name, rank, size, module.weight)
         replacements[name] = QuantRowParallelLinear([shard], reducers.real(name, group), module.bias)
     if checkpoint is not None and quantized:
-        replacements |= patching.norms(engine.module, checkpoint)
+        patching.tell_left(engine.module, checkpoint, replacements)
     patching.swap(engine.module, replacements)
+    saving.save_as_artifact(engine.module, artifact)
+    refuse_16bit_model(engine)
     if checkpoint is not None and quantized:
         patching.quantize_attention(engine.module, checkpoint, huggingface.model_config(engine.module))
     return engine

@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from megatron_lowbit.adapters import patching
+from megatron_lowbit.adapters import arguments, patching, readers, saving
 from megatron_lowbit.artifacts import Artifact, Fingerprint, check_fingerprint, model_fingerprint
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
-from megatron_lowbit.linear import QuantRowParallelLinear
+from megatron_lowbit.linear import DenseShard, QuantRowParallelLinear
 
 Kind = Literal["column", "row"]
 
@@ -87,44 +87,22 @@ def input_groups(block: nn.Module, linears: Mapping[str, tuple[Kind, nn.Module]]
     device.
     """
     groups: list[InputGroup] = []
-    outputs: list[tuple[str, Tensor]] = []
-    inputs: list[tuple[str, Tensor]] = []
-
-    def norm_hook(name: str):
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                outputs.append((name, output))
-
-        return hook
-
-    def linear_hook(name: str):
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs.append((name, args[0]))
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(linear_hook(name)) for name, (_, module) in linears.items()]
-    for name, module in block.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim == 1 and not any(module.children()):
-            handles.append(module.register_forward_hook(norm_hook(name)))
-    try:
+    with readers.watch_reads(block, {name: module for name, (_, module) in linears.items()}) as reads:
         yield groups
-    finally:
-        for handle in handles:
-            handle.remove()
     rows = {name.rpartition(".")[0]: name for name, (kind, _) in linears.items() if kind == "row"}
-    readers: list[tuple[Tensor, str, list[str]]] = []
-    for name, tensor in inputs:
+    found: list[tuple[Tensor, str, list[str]]] = []
+    for name, tensor in reads.inputs:
         owner = name.rpartition(".")[0]
-        known = next((names for seen, place, names in readers if seen is tensor and place == owner), None)
+        known = next((names for seen, place, names in found if seen is tensor and place == owner), None)
         if known is None:
-            readers.append((tensor, owner, [name]))
+            found.append((tensor, owner, [name]))
         else:
             known.append(name)
-    for tensor, owner, names in readers:
-        shared = sum(seen is tensor for seen, _, _ in readers) > 1
-        norm = None if shared else next((name for name, output in outputs if output is tensor), None)
+    for tensor, owner, names in found:
+        shared = sum(seen is tensor for seen, _, _ in found) > 1
+        norm = None if shared else reads.norm_of(tensor)
+        if norm is not None and reads.has_others(norm):
+            norm = None
         groups.append(InputGroup(linears[names[0]][0], tuple(names), owner, norm, rows[owner]))
 
 
@@ -189,8 +167,10 @@ def apply_to_huggingface(
     back). Raises LowBitError for an artifact of another model or without a plan for this size; the model is then left
     without low-bit modules.
     """
+    arguments.check_model("apply_to_huggingface", model, "a Hugging Face model")
+    artifact = arguments.load_artifact("apply_to_huggingface", artifact)
+    virtual_tp = arguments.as_ranks("virtual_tp", virtual_tp)
     patching.remove(model)
-    artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
     check_divides(model_config(model), virtual_tp, "virtual_tp")
     reducers = patching.Reducers.of(artifact, virtual_tp, comm_mode)
     here = fingerprint(model)
@@ -200,24 +180,25 @@ def apply_to_huggingface(
     checkpoint = artifact.checkpoint
     quantized = checkpoint is not None and checkpoint.scheme.weight_bits < 16
     replacements: dict[str, nn.Module] = {}
-    for name, (kind, linear) in find_linears(model).items():
+    linears = find_linears(model)
+    if checkpoint is not None and quantized:
+        columns = {name: linear for name, (kind, linear) in linears.items() if kind == "column"}
+        replacements = patching.norms_and_columns(model, checkpoint, columns, 0, 1)
+    for name, (kind, linear) in linears.items():
         if kind == "column":
-            if quantized:
-                assert checkpoint is not None
-                replacements[name] = patching.column_parallel(checkpoint, name, 0, 1, linear.bias)
             continue
-        slices = linear.weight.chunk(virtual_tp, dim=1) if virtual_tp > 1 else (linear.weight,)
         shards = [
-            patching.row_shard(checkpoint, name, rank, virtual_tp, dense.contiguous() if virtual_tp > 1 else dense)
-            for rank, dense in enumerate(slices)
+            patching.row_shard(checkpoint, name, rank, virtual_tp, linear.weight)
+            if quantized
+            else DenseShard(linear.weight, rank, virtual_tp)
+            for rank in range(virtual_tp)
         ]
         reducer = reducers.virtual(name) if virtual_tp > 1 else None
         replacements[name] = QuantRowParallelLinear(shards, reducer, linear.bias)
-    if quantized:
-        assert checkpoint is not None
-        replacements |= patching.norms(model, checkpoint)
+    if checkpoint is not None and quantized:
+        patching.tell_left(model, checkpoint, replacements)
     patching.swap(model, replacements)
-    if quantized:
-        assert checkpoint is not None
+    saving.save_as_artifact(model, artifact, fingerprint)
+    if checkpoint is not None and quantized:
         patching.quantize_attention(model, checkpoint, model_config(model))
     return model

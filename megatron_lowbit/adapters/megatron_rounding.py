@@ -31,7 +31,7 @@ def parse_recipe(quantization_config: Any) -> WeightsConfig:
     if "scheme" not in given:
         raise LowBitError(f"{where} has no scheme; give scheme: W4A16, W4A8, W4A4, W6A6, W8A8 or none")
     try:
-        return WeightsConfig(**given)
+        return WeightsConfig.model_validate(given)
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])

@@ -147,7 +147,9 @@ class Twins:
                 stored = weight.data if stored is None else stored.to(weight.device, weight.dtype)
                 changed = changed or not torch.equal(stored, weight.data)
                 plan = checkpoint.reassembly.get(hf_name)
-                if reader is not None and (number, reader) in linears:
+                if reader is not None and (number, reader) not in linears:
+                    plan = None  # what reads it (a mixture of experts, another linear) stays as it is
+                elif reader is not None:
                     first = self._parts(number, reader)[0]
                     if self._gather(first, linears[number, reader][1]) is not None:
                         plan = None  # the linear carries it out

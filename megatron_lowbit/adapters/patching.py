@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from megatron_lowbit.adapters import attention
+from megatron_lowbit.adapters import arguments, attention, readers, training
 from megatron_lowbit.artifacts import Artifact, CommPlan, LowBitCheckpoint, SitePlan
+from megatron_lowbit.channels import ReassemblyPlan
 from megatron_lowbit.collectives import HybridGather, HybridReducer, Traffic, VirtualReducer
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
 from megatron_lowbit.cost import CostTable
@@ -50,8 +52,9 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
         for part in replacement.modules():
             if isinstance(part, HybridReducer | HybridGather | VirtualReducer):
                 part.at(name)
-        if device.type != "cpu" and not _shares_parameters(original, replacement):
-            original.to("cpu")
+        if device.type != "cpu":
+            _move_to_cpu(original, replacement)
+    training.mark_orphans(model, replaced)
     logger.info("replaced %d linears of %s", len(replaced), type(model).__name__)
 
 
@@ -65,12 +68,18 @@ def remove(model: Any) -> Any:
             remove(chunk)
         return model
     module = model
-    while not (hasattr(module, _PATCH) or hasattr(module, _UNDO)) and hasattr(module, "module"):
+    # vars, because wrappers may answer with their module's attributes as if they were their own.
+    while not vars(module).keys() & {_PATCH, _UNDO} and hasattr(module, "module"):
         module = module.module
+    if vars(module).keys() & {_PATCH, _UNDO}:
+        for part in {id(model): model, id(module): module}.values():
+            for name in ("save_pretrained", "save_16bit_model"):  # as saving.py has set them
+                vars(part).pop(name, None)
     replaced = getattr(module, _PATCH, {})
     for name, original in replaced.items():
         device = _device(module.get_submodule(name))
         module.set_submodule(name, original.to(device))
+    training.unmark_orphans(replaced)
     undo = getattr(module, _UNDO, None)
     if undo is not None:
         undo()
@@ -143,8 +152,7 @@ class Reducers:
 
         group: the real ranks, which mode auto measures on where it has no cost_table: a collective call then.
         """
-        # Falling back makes results depend on the calls before, so only a whole CommConfig asks for it.
-        comm = comm if isinstance(comm, CommConfig) else CommConfig(mode=comm, drift_threshold=None)
+        comm = arguments.as_comm_config(comm)
         plan = choose_plan(artifact, tp_size, comm.mode)
         costs = None
         if comm.mode == "auto" and plan is not None:
@@ -173,12 +181,22 @@ def site_plan(plan: CommPlan | None, name: str) -> SitePlan | None:
     return plan.sites[name]
 
 
-def column_parallel(checkpoint: LowBitCheckpoint, name: str, rank: int, size: int, bias: Tensor | None) -> nn.Module:
-    """Rank `rank`'s quantized replacement of a column-parallel linear; `bias` is the rank's own, already sharded."""
+def column_parallel(
+    checkpoint: LowBitCheckpoint,
+    name: str,
+    rank: int,
+    size: int,
+    bias: Tensor | None,
+    plan: ReassemblyPlan | None = None,
+) -> nn.Module:
+    """Rank `rank`'s quantized replacement of a column-parallel linear; `bias` is the rank's own, already sharded.
+
+    plan: of the norm before it, where that norm leaves the reassembly to the linear (see plain_norms).
+    """
     weight = _quantized(checkpoint, name).shard_out(rank, size)
     low_rank = checkpoint.low_rank.get(name)
     low_rank = None if low_rank is None else low_rank.shard_out(rank, size)
-    plan = checkpoint.reassembly.get(name)  # where no norm carries it out
+    plan = checkpoint.reassembly.get(name, plan)
     return QuantColumnParallelLinear(weight, bias, checkpoint.scheme.act_bits, 1, plan, low_rank)
 
 
@@ -204,8 +222,67 @@ def row_shard(checkpoint: LowBitCheckpoint | None, name: str, rank: int, size: i
     )
 
 
-def norms(model: nn.Module, checkpoint: LowBitCheckpoint) -> dict[str, nn.Module]:
-    """{fqn: replacement} of the norms whose output the checkpoint reassembles, or whose gain it has trained."""
+def norms_and_columns(
+    model: nn.Module, checkpoint: LowBitCheckpoint, columns: Mapping[str, Any], rank: int, size: int
+) -> dict[str, nn.Module]:
+    """{fqn: replacement} of the norms that change, and of `columns`, the column-parallel linears (this rank's shards).
+
+    Reassembly is carried out by the norm, or by the linears that read it where something else reads it too.
+    """
+    plain = plain_norms(model, checkpoint, columns)
+    own = {name: checkpoint.reassembly[norm] for norm, names in plain.items() for name in names}
+    linears = {
+        name: column_parallel(checkpoint, name, rank, size, module.bias, own.get(name))
+        for name, module in columns.items()
+    }
+    return {**linears, **norms(model, checkpoint, plain)}
+
+
+def tell_left(model: nn.Module, checkpoint: LowBitCheckpoint, replaced: Collection[str]) -> None:
+    """Warn of linears that the checkpoint has quantized and the model keeps in full precision.
+
+    Raises LowBitError for a model that was rebuilt from the checkpoint: it has no full-precision weights for them.
+    """
+    left = [name for name in checkpoint.linears if name not in replaced]
+    if not left:
+        return
+    which = f"{left[0]}, and {len(left) - 1} more" if len(left) > 1 else left[0]
+    if hasattr(model, "_lowbit_fingerprint"):
+        raise LowBitError(
+            f"{which}: not a linear that can be quantized here, and the artifact alone has no other weights; set model"
+        )
+    warnings.warn(f"the artifact has quantized weights that find no linear to replace: {which}", stacklevel=3)
+
+
+def plain_norms(
+    model: nn.Module, checkpoint: LowBitCheckpoint, linears: Mapping[str, nn.Module]
+) -> dict[str, tuple[str, ...]]:
+    """{fqn: linears that read it} of the norms that the checkpoint reassembles, but that must not be: something else,
+    a linear in full precision or a router, reads their output too. The linears then reassemble their own input.
+
+    linears: {fqn: column-parallel linear that will be quantized}. Runs the model once, so of a sharded model it is a
+    collective call. Raises LowBitError for a norm that does not run: nobody can tell who reads it.
+    """
+    reassembled = [name for name in checkpoint.reassembly if name not in checkpoint.linears]
+    if not reassembled:
+        return {}
+    reads, found = readers.reads_of_model(model, linears, _device(model)), {}
+    ran = {name for name, _ in reads.outputs}
+    for norm in reassembled:
+        if norm in dict(model.named_modules()) and norm not in ran:
+            raise LowBitError(
+                f"{norm}, whose output the checkpoint reassembles, does not run; quantize this model again"
+            )
+        if reads.has_others(norm):
+            found[norm] = reads.linears_of(norm)
+    return found
+
+
+def norms(model: nn.Module, checkpoint: LowBitCheckpoint, plain: Collection[str]) -> dict[str, nn.Module]:
+    """{fqn: replacement} of the norms whose output the checkpoint reassembles, or whose gain it has trained.
+
+    plain: norms whose output stays as it is (see plain_norms).
+    """
     replacements: dict[str, nn.Module] = {}
     modules = dict(model.named_modules())
     block = re.match(r"(.*?\.)?\d+\.", next(iter(checkpoint.linears)))  # model.layers.0.
@@ -222,13 +299,15 @@ def norms(model: nn.Module, checkpoint: LowBitCheckpoint) -> dict[str, nn.Module
                 "it belongs to another model; quantize this one"
             )
         stored = tensor.to(current.device, current.dtype)
-        plan = checkpoint.reassembly.get(fqn)
+        plan = None if fqn in plain else checkpoint.reassembly.get(fqn)
         if plan is None and torch.equal(stored, current.data):
             continue
         replacement = copy.deepcopy(norm)
-        replacement.weight = nn.Parameter(stored, requires_grad=False)
+        replacement.weight = nn.Parameter(stored)
+        replacement.requires_grad_(False)  # the linears that read it are frozen too
         replacements[fqn] = replacement if plan is None else ReassembledNorm(replacement, plan)
-    missing = [name for name in checkpoint.reassembly if name not in checkpoint.linears and name not in replacements]
+    carried = {*checkpoint.linears, *replacements, *plain}
+    missing = [name for name in checkpoint.reassembly if name not in carried]
     if missing:
         raise LowBitError(
             f"the model has no norm {missing[0]}, which the checkpoint reassembles; quantize this model again"
@@ -242,21 +321,12 @@ def quantize_attention(model: Any, checkpoint: LowBitCheckpoint, config: Any) ->
         return
     owners = {name.rpartition(".")[0] for name in checkpoint.linears}
     modules = [module for name, module in model.named_modules() if name in owners and hasattr(module, "layer_idx")]
-    before = attention.enable(config)
-    attention.set_bits(modules, checkpoint.attention_bits)
-    handles = attention.pack_cache(modules, checkpoint.attention_bits)
-
-    def undo() -> None:
-        config._attn_implementation = before
-        attention.set_bits(modules, 16)
-        for handle in handles:
-            handle.remove()
-
-    undo_with(model, undo)
+    undo_with(model, attention.Quantized(modules, config, checkpoint.attention_bits))
 
 
 def undo_with(model: Any, undo: Callable[[], None]) -> None:
-    """Have `remove` call undo()."""
+    """Have `remove` call undo(). A copy of the model gets a copy of undo, so it should hold what it changes as data,
+    not in a closure, which copies would share."""
     object.__setattr__(model, _UNDO, undo)
 
 
@@ -270,9 +340,16 @@ def _device(module: nn.Module) -> torch.device:
     return next(chain(module.parameters(), module.buffers())).device
 
 
-def _shares_parameters(a: nn.Module, b: nn.Module) -> bool:
-    pointers = {p.data_ptr() for p in a.parameters() if p.ndim > 1}
-    return any(p.data_ptr() in pointers for p in b.parameters() if p.ndim > 1)
+def _move_to_cpu(original: nn.Module, replacement: nn.Module) -> None:
+    """The tensors of `original` that its replacement does not use itself."""
+    used = {t.untyped_storage().data_ptr() for t in chain(replacement.parameters(), replacement.buffers())}
+    for module in original.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.untyped_storage().data_ptr() not in used:
+                parameter.data = parameter.data.to("cpu")
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.untyped_storage().data_ptr() not in used:
+                module._buffers[name] = buffer.to("cpu")
 
 
 def check_equal_shares(name: str, shares: Sequence[int]) -> None:
