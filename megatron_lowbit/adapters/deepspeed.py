@@ -133,7 +133,8 @@ def apply_to_deepspeed(
 
     artifact, comm_mode and errors as in apply_to_huggingface; tensor-parallel layers of types that this adapter does
     not know stay as they are, with a warning that names them; also raises LowBitError where AutoTP split a linear
-    unevenly.
+    unevenly, and for an engine of deepspeed.initialize whose optimizer holds what would be packed, or of ZeRO stage 3.
+    To train what an artifact leaves in full precision, call apply_to_huggingface before deepspeed.initialize.
     """
     arguments.check_model("apply_to_deepspeed", engine, "a DeepSpeed engine")
     if not isinstance(getattr(engine, "module", None), nn.Module):
