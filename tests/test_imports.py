@@ -60,6 +60,7 @@ TIERS = [
         "adapters.megatron_rounding",
         "adapters.megatron_sharding",
         "adapters.megatron_spec",
+        "adapters.megatron_training",
         "adapters.megatron_twins",
     },
     {"evaluate", "search"},

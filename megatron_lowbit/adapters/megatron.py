@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lowbit.adapters import megatron_attention, megatron_core, patching
+from megatron_lowbit.adapters import megatron_attention, megatron_core, megatron_training, patching
 from megatron_lowbit.adapters.megatron_layers import weight_rows
 from megatron_lowbit.adapters.megatron_layout import (
     NORMS,
@@ -111,6 +111,8 @@ def apply_to_megatron(
     reducers = patching.Reducers.of(artifact, size, comm_mode, chunks[0].pg_collection.tp)
     for chunk in chunks:
         check_shapes(chunk, artifact)
+        if artifact.checkpoint is not None and artifact.checkpoint.scheme.weight_bits < 16:
+            megatron_training.check_replaceable(find_linears(chunk).values())
         for what, part in (("the checkpoint", artifact.checkpoint), ("the communication plan", reducers.plan)):
             if part is not None:
                 here = fingerprint(chunk, part.fingerprint["weights"])

@@ -25,11 +25,12 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_lowbit.adapters import megatron, megatron_attention, patching
+from megatron_lowbit.adapters import megatron, megatron_attention, megatron_training, patching
 from megatron_lowbit.adapters.megatron_layers import (
     LowBitColumnParallelLinear,
     LowBitLayerNormColumnParallelLinear,
     LowBitRowParallelLinear,
+    dense_shard,
     full_weight,
     tp_group,
 )
@@ -42,7 +43,7 @@ from megatron_lowbit.codec import Codec
 from megatron_lowbit.collectives import HybridReducer
 from megatron_lowbit.config import LowBitError, one_line
 from megatron_lowbit.distributed import all_gather_values, on_rank_zero
-from megatron_lowbit.linear import DenseShard, QuantRowParallelLinear
+from megatron_lowbit.linear import QuantRowParallelLinear
 from megatron_lowbit.temporary import beside, remove_dead
 
 
@@ -163,6 +164,9 @@ def shape_like(model: Any, folder: str | Path) -> Any:
     chunks = megatron.model_chunks(model)
     for chunk in chunks:
         patching.remove(chunk)
+    if described:
+        for chunk in chunks:
+            megatron_training.check_replaceable(megatron.find_linears(chunk).values())
     replacements = [_empty_modules(chunk, shapes, described) for chunk in chunks]
     for chunk, (modules, bits) in zip(chunks, replacements, strict=True):
         patching.swap(chunk, modules)
@@ -248,7 +252,8 @@ def _empty_modules(
             )
             bits = min(bits, shape.attention_bits)
         else:
-            shard = DenseShard(full_weight(host))
+            full_weight(host)
+            shard = dense_shard(host)
         twin: Any
         if column:
             kind = (

@@ -3,9 +3,11 @@
     column    y_r = Q(x) Q(W_r)^T          x copied to the ranks, or gathered along the sequence (HybridGather or bf16)
     row       y   = sum_r Q(x_r) Q(W_r)^T  all-reduced, or reduce-scattered along the sequence (HybridReducer)
 
-Both subclass Megatron's own layer. As long as `low_bit` is None they are that layer, weights and all, so a ModuleSpec
-can name them and a bf16 checkpoint loads into them; afterwards `low_bit` computes and there is no weight. Activations
-are [tokens, batch, features] as everywhere in Megatron. The gradient is that of Megatron's mappings.
+Both subclass Megatron's own layer. As long as `low_bit` is None they hold that layer's weight, so a ModuleSpec can name
+them and a bf16 checkpoint loads into them. Without a recipe they are that layer. With one they round the weight in
+every forward pass, which trains it straight through the rounding; a checkpoint that is loaded into a model that is not
+trained (megatron_training) is packed instead: then `low_bit` computes and there is no weight. Activations are
+[tokens, batch, features] as everywhere in Megatron. The gradient is that of Megatron's mappings.
 """
 
 from __future__ import annotations
@@ -18,13 +20,21 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
     scatter_to_tensor_model_parallel_region,
 )
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from megatron_lowbit.adapters import megatron_sharding
-from megatron_lowbit.adapters.megatron_rounding import parse_recipe, round_column, round_row
+from megatron_lowbit.adapters import megatron_sharding, megatron_training
+from megatron_lowbit.adapters.megatron_rounding import (
+    StraightThrough,
+    StraightThroughShard,
+    parse_recipe,
+    round_column,
+    round_row,
+)
 from megatron_lowbit.artifacts import SitePlan, row_bit_sums
 from megatron_lowbit.codec import Codec
 from megatron_lowbit.collectives import HybridGather
@@ -52,12 +62,15 @@ class _LowBitLayer:
     stores_reassembly: bool  # some layer of this role reassembles its own input
     plans: dict[int, Any]  # for distributed checkpoints: SitePlans by tp_size; of a column {1: Codec of its gather}
     weight_came = False  # with the state dict that is being loaded
+    held: bool  # a trainer holds the weight of the layer whose place this one has taken
     row_sums: Tensor | None  # row_bit_sums of the weight that was rounded on load: the model's identity
 
     def _full_precision(self, gated: bool = False) -> None:
         """The state before anything is quantized."""
         self.low_bit, self.recipe, self.plans, self.row_sums = None, self.default_recipe, {}, None
         self.gated, self.grouped, self.attention_bits, self.stores_reassembly = gated, False, 16, False
+        self.held = False
+        megatron_training.untold(self)
 
     def adopt(self, host: nn.Module, low_bit: nn.Module, gated: bool = False) -> None:
         """Become the low-bit twin of `host`, a layer of Megatron's or Transformer Engine's, which stays as it is."""
@@ -74,7 +87,7 @@ class _LowBitLayer:
         self.register_parameter("bias", bias if has_bias else None)  # type: ignore[attr-defined]
         self.weight, self.explicit_expert_comm = None, False
         self._full_precision(gated)
-        self.low_bit = low_bit
+        self.low_bit, self.held = low_bit, megatron_training.is_held(source.weight)
         self._register_load_state_dict_pre_hook(  # type: ignore[attr-defined]
             lambda state, prefix, *_: state.setdefault(f"{prefix}_extra_state")
         )
@@ -88,16 +101,29 @@ class _LowBitLayer:
         if quantization_config is not None:
             self.recipe = parse_recipe(quantization_config)
 
+    def rounding(self) -> StraightThrough | None:
+        """How the full-precision weight is rounded in every forward pass; None: it is not, or there is none."""
+        if self.low_bit is not None or self.is_expert or self.recipe is None or self.recipe.scheme == "none":
+            return None
+        return StraightThrough(self.recipe, self.is_row, tp_group(self) if self.is_row else None)
+
     def on_load(self) -> None:
-        """The full-precision weight has been loaded: quantize it as the recipe says (round to nearest)."""
-        if self.recipe is not None and self.recipe.scheme != "none" and self.low_bit is None and not self.is_expert:
+        """The full-precision weight has been loaded: pack it (round to nearest), unless it is trained."""
+        if self.rounding() is not None and not megatron_training.is_trained(self):
             self.quantize_(self.recipe)  # type: ignore[attr-defined]
+
+    def train(self, mode: bool = True) -> Any:
+        """As nn.Module.train. Raises LowBitError for packed weights in the place of weights that a trainer holds."""
+        if mode and self.held and megatron_sharding.quantized_linear(self) is not None:
+            raise LowBitError(megatron_training.held_message("a packed linear"))
+        return super().train(mode)  # type: ignore[misc]
 
     def _rounded(self, low_bit: nn.Module, config: WeightsConfig) -> None:
         """From now on low_bit computes."""
         assert self.weight is not None, "a layer is rounded once"
         self.row_sums, self.grouped = row_bit_sums(self.weight.detach()), config.group_size is not None
         self.weight, self.low_bit = None, low_bit
+        megatron_training.untold(self)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
         """Megatron's own until the layer is low-bit; then packed weights, qparams, reassembly, branch and plans."""
@@ -108,6 +134,7 @@ class _LowBitLayer:
     def _after_load_state_dict(self, *_: Any) -> None:
         if self.weight_came:
             self.on_load()
+            megatron_training.tell_when_loaded()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.weight_came = f"{prefix}weight" in state_dict  # a partial load must not round what is not there yet
@@ -157,9 +184,12 @@ class LowBitColumnParallelLinear(_LowBitLayer, ColumnParallelLinear):
             self.gather = HybridGather(plan, self.tp_group)
 
     def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None):
-        if self.low_bit is None:
+        rounding = self.rounding()
+        megatron_training.tell()
+        if self.low_bit is None and rounding is None:
             return super().forward(input_, weight, runtime_gather_output)
-        output = self.low_bit(self.gathered_input(input_))
+        x = self.gathered_input(input_)
+        output = self.low_bit(x) if rounding is None else rounding(x, self.weight if weight is None else weight)
         if self.gather_output if runtime_gather_output is None else runtime_gather_output:
             output = gather_from_tensor_model_parallel_region(output, group=self.tp_group)
         return _with_bias(output, self.bias, self.skip_bias_add)
@@ -238,11 +268,21 @@ class LowBitRowParallelLinear(_LowBitLayer, RowParallelLinear):
         return layer
 
     def forward(self, input_: Tensor):
-        if self.low_bit is None:
+        rounding = self.rounding()
+        megatron_training.tell()
+        if self.low_bit is None and rounding is None:
             return super().forward(input_)
         if not self.input_is_parallel:
             input_ = scatter_to_tensor_model_parallel_region(input_, group=self.tp_group)
-        return _with_bias(self.low_bit(input_), self.bias, self.skip_bias_add)
+        if rounding is None:
+            return _with_bias(self.low_bit(input_), self.bias, self.skip_bias_add)
+        reduce = (
+            reduce_scatter_to_sequence_parallel_region
+            if self.sequence_parallel
+            else reduce_from_tensor_model_parallel_region
+        )
+        output = reduce(rounding(input_, self.weight), group=self.tp_group)
+        return _with_bias(output, self.bias, self.skip_bias_add)
 
     @torch.no_grad()
     def quantize_(self, config: WeightsConfig) -> None:
@@ -256,6 +296,15 @@ class LowBitRowParallelLinear(_LowBitLayer, RowParallelLinear):
 def weight_rows(layer: Any) -> Tensor:
     """row_bit_sums of a layer's full-precision weight, also of one that has been rounded on load."""
     return row_bit_sums(layer.weight.detach()) if layer.weight is not None else layer.row_sums
+
+
+def dense_shard(host: Any) -> nn.Module:
+    """The matrix product of a layer whose communication alone becomes low-bit: in full precision, rounded in every
+    forward pass, or as it has been packed, whichever the layer does."""
+    if host.weight is None:
+        return host.low_bit.shards[0] if host.is_row else host.low_bit
+    rounding = host.rounding() if isinstance(host, _LowBitLayer) else None
+    return DenseShard(host.weight) if rounding is None else StraightThroughShard(host.weight, rounding)
 
 
 def full_weight(layer: Any) -> Tensor:
@@ -282,6 +331,7 @@ __all__ = [
     "LowBitColumnParallelLinear",
     "LowBitLayerNormColumnParallelLinear",
     "LowBitRowParallelLinear",
+    "dense_shard",
     "full_weight",
     "host_in_features",
     "tp_group",

@@ -13,6 +13,7 @@ from megatron_lowbit.adapters.megatron_layers import (
     LowBitColumnParallelLinear,
     LowBitLayerNormColumnParallelLinear,
     LowBitRowParallelLinear,
+    dense_shard,
     tp_group,
 )
 from megatron_lowbit.adapters.megatron_layout import (
@@ -31,7 +32,7 @@ from megatron_lowbit.channels import ReassemblyPlan
 from megatron_lowbit.codec import Codec
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.distributed import group_rank
-from megatron_lowbit.linear import DenseShard, QuantColumnParallelLinear, QuantRowParallelLinear
+from megatron_lowbit.linear import QuantColumnParallelLinear, QuantRowParallelLinear
 from megatron_lowbit.quantizer import LowRank, QuantizedWeight
 
 
@@ -85,15 +86,14 @@ class Twins:
         return twin
 
     def _dense_column(self, role: Role, host: Any, gather: Codec) -> nn.Module:
-        """In full precision (or as it was rounded on load), with a low-bit all-gather of its input."""
+        """In full precision (or rounded as the host is), with a low-bit all-gather of its input."""
         kind = LowBitLayerNormColumnParallelLinear if hasattr(host, "layer_norm_weight") else LowBitColumnParallelLinear
-        linear = DenseShard(host.weight) if host.weight is not None else host.low_bit
-        return kind.around(host, linear, role == "linear_fc1" and host.config.gated_linear_unit, gather)
+        return kind.around(host, dense_shard(host), role == "linear_fc1" and host.config.gated_linear_unit, gather)
 
     def _row(self, layer: int, role: Role, host: Any) -> nn.Module:
         (name,), group = self._parts(layer, role), tp_group(host)
-        if self.checkpoint is None and host.weight is None:  # rounded on load: only its communication changes
-            shard = host.low_bit.shards[0]
+        if self.checkpoint is None:
+            shard: Any = dense_shard(host)
         else:
             shard = patching.row_shard(self.checkpoint, name, self.rank, self.layout.tp_size, host.weight)
         reducer = None if group is None else self.reducers.real(name, group)
