@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from transformers import GenerationConfig
 
 from megatron_lowbit.adapters import huggingface, patching
 from megatron_lowbit.adapters.blocks import skeleton
@@ -66,7 +67,17 @@ def start_megatron(config: StageConfig, weights: Sequence[WeightsConfig]) -> Eng
     groups = model.pg_collection
     engine.dp_group = groups.dp if world_size(groups.dp) > 1 else None
     engine.pp_group = groups.pp if world_size(groups.pp) > 1 else None
+    engine.end_id = end_id(config.artifact if config.model is None else _folder(config.model), text_config)
     return engine
+
+
+def end_id(folder: str | Path | None, hf_config: Any) -> int | list[int] | None:
+    """The token or tokens that end a text, as transformers' generate knows them: those of generation_config.json; of
+    the model's config where there is no such file."""
+    try:
+        return GenerationConfig.from_pretrained(str(folder), local_files_only=True).eos_token_id
+    except OSError:
+        return GenerationConfig.from_model_config(hf_config).eos_token_id
 
 
 def _folder(name: str) -> Path:
@@ -153,6 +164,8 @@ def gathered(tokens: Tensor, module: Any) -> Tensor:
 @dataclass
 class MegatronEngine(Engine):
     """`model` is this rank's GPTModel: a pipeline stage with its tensor-parallel shards."""
+
+    end_id: int | list[int] | None = None
 
     def __post_init__(self) -> None:
         self.length = Length()
@@ -251,7 +264,5 @@ class MegatronEngine(Engine):
         from megatron_lowbit.adapters.megatron_inference import Request, generate
 
         requests = [Request(prompt, min(options.max_new_tokens, self.context - len(prompt))) for prompt in prompts]
-        ends = self.text_config.eos_token_id
-        end_id = ends[0] if isinstance(ends, list) else ends  # Megatron's engines know one
         arguments = (options.temperature, options.batching, options.max_batch, options.seed, options.on_token)
-        return generate(self.model, requests, end_id, *arguments, options.on_step)
+        return generate(self.model, requests, self.end_id, *arguments, options.on_step)

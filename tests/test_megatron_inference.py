@@ -34,7 +34,9 @@ def prompts(lengths: Sequence[int], seed: int = 0, vocab: int = VOCAB) -> list[l
 
 
 @torch.inference_mode()
-def by_transformers(model, many: list[list[int]], new_tokens: int, end_id: int | None = None) -> list[list[int]]:
+def by_transformers(
+    model, many: list[list[int]], new_tokens: int, end_id: int | list[int] | None = None
+) -> list[list[int]]:
     """Greedy continuations, one prompt at a time."""
     made = []
     for prompt in many:
@@ -79,6 +81,37 @@ def test_greedy_tokens_are_those_of_transformers(pools, kind, ranks):
     for name, (tokens, told) in made.items():
         assert tokens == (free if "free" in name else expected), name
         assert told_in_turn(told, len(many)) == tokens, "on_token was told something else"
+
+
+def test_any_of_several_tokens_ends_a_text(two_ranks):
+    """As in Llama 3.1, whose config has three: here the first of them never comes, and the others end different
+    requests. Transformers takes the same list."""
+    hf, many = build("llama"), prompts(LENGTHS)
+    free = by_transformers(hf, many, 10)
+    never = next(token for token in range(VOCAB) if not any(token in new for new in free))
+    ends = [never, free[0][4], free[1][2]]
+    expected = by_transformers(hf, many, 10, ends)
+    assert {new[-1] for new in expected if len(new) < 10} >= set(ends[1:]), "the case shows nothing"
+    runs = {name: (asked(many, 10), {**how, "max_batch": 4, "end_id": ends}) for name, how in BOTH.items()}
+    made = only(two_ranks.run(cases.generated, TINY, None, runs))
+    for name, (tokens, told) in made.items():
+        assert tokens == expected and told_in_turn(told, len(many)) == tokens, name
+
+
+def test_the_ends_are_those_of_transformers(tmp_path):
+    """generation_config.json decides; the model's config where there is none."""
+    from megatron_lowbit.launch.megatron_engine import end_id
+
+    hf = build("llama", eos_token_id=[2, 7, 9])
+    hf.save_pretrained(tmp_path)
+    assert end_id(tmp_path, hf.config) == [2, 7, 9]
+    hf.generation_config.eos_token_id = [3, 4]
+    hf.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert end_id(tmp_path, hf.config) == loaded.generation_config.eos_token_id == [3, 4]
+    (tmp_path / "generation_config.json").unlink()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert end_id(tmp_path, hf.config) == loaded.generation_config.eos_token_id == [2, 7, 9]
 
 
 def test_ranks_that_share_a_kv_head(two_ranks):

@@ -48,6 +48,7 @@ Batching = Literal["static", "dynamic"]
 OnToken = Callable[[int, int], None]
 _BLOCK = 256  # tokens of a block of the paged cache
 _ROUNDING = DynamicInferenceContext.REQUEST_ROUNDER
+_NO_TOKEN = -1  # Megatron's controllers compare with one id, or with this; ours compare with all that end a text
 _PATIENCE = 1000  # steps without a new token, of which chunked prefill of a long prompt takes some
 
 
@@ -62,7 +63,7 @@ class Request:
 def generate(
     model: Any,
     requests: Sequence[Request],
-    end_id: int | None = None,
+    end_id: int | Sequence[int] | None = None,
     temperature: float = 0.0,
     batching: Batching = "dynamic",
     max_batch: int = 8,
@@ -72,7 +73,8 @@ def generate(
 ) -> list[list[int]]:
     """The new tokens of every request; greedy at temperature 0.
 
-    end_id ends a request, and is its last token then; None: nothing does. max_batch: requests in flight at once.
+    end_id: the token that ends a request, and is its last one then, or several of which each does (Llama 3.1 has three);
+    None: nothing ends it before max_new_tokens. max_batch: requests in flight at once.
     on_token(number of the request, token id) is called as tokens are made, on_step() before each forward step, by all
     ranks equally often; it may raise to stop them. Raises LowBitError for an empty prompt, one
     without room in the model's context, for sequence parallelism with static batching, and for KV heads that
@@ -96,16 +98,17 @@ def generate(
     if not requests:
         return []
     run = _static if batching == "static" else _dynamic
+    ends = [] if end_id is None else [end_id] if isinstance(end_id, int) else list(end_id)
     with megatron_cpu.engines(), torch.inference_mode(), _quiet():
-        return run(model, requests, -1 if end_id is None else end_id, temperature, max_batch, seed, on_token, on_step)
+        return run(model, requests, ends, temperature, max_batch, seed, on_token, on_step)
 
 
 class _NoTokenizer:
-    """Megatron asks for an end and for text; ids are all that is wanted here."""
+    """Megatron asks for an end and for text; ids are all that is wanted here, and our controllers know the ends."""
 
-    def __init__(self, end_id: int, vocab_size: int):
-        self.eod = self.eos_id = end_id
-        self.bos, self.pad, self.vocab_size = -1, 0, vocab_size
+    def __init__(self, vocab_size: int):
+        self.eod = self.eos_id = self.bos = _NO_TOKEN
+        self.pad, self.vocab_size = 0, vocab_size
 
     def tokenize(self, text: str) -> list[int]:
         raise TypeError("prompts are given as ids")
@@ -141,16 +144,30 @@ def _wrapper_config(model: Any, max_batch: int, length: int) -> InferenceWrapper
     )
 
 
-def _sampling(temperature: float, new_tokens: int, end_id: int) -> SamplingParams:
-    if temperature == 0:
-        return SamplingParams(top_k=1, num_tokens_to_generate=new_tokens, termination_id=end_id)
-    return SamplingParams(temperature=temperature, top_k=0, num_tokens_to_generate=new_tokens, termination_id=end_id)
+def _sampling(temperature: float, new_tokens: int) -> SamplingParams:
+    options: dict[str, Any] = {"top_k": 1} if temperature == 0 else {"temperature": temperature, "top_k": 0}
+    return SamplingParams(**options, num_tokens_to_generate=new_tokens, termination_id=_NO_TOKEN)
+
+
+class _DynamicController(TextGenerationController):
+    """Ends a request by any of several tokens."""
+
+    ends: Tensor
+
+    def _dynamic_step_context_bookkeeping(self) -> Any:
+        context = self.inference_wrapped_model.inference_context
+        running = slice(context.paused_request_count, context.total_request_count)
+        end_of_each = self._request_metadata["termination_id"][running]
+        sampled = self._sampled_tokens_cuda[: len(end_of_each)]
+        ended = torch.isin(sampled, self.ends)
+        end_of_each[ended] = sampled[ended].to(end_of_each.dtype)  # the token that Megatron compares this one with
+        return super()._dynamic_step_context_bookkeeping()
 
 
 def _dynamic(
     model: Any,
     requests: Sequence[Request],
-    end_id: int,
+    ends: list[int],
     temperature: float,
     max_batch: int,
     seed: int,
@@ -164,7 +181,8 @@ def _dynamic(
     )
     wrapper = _SteppingWrapper(model, config, context)
     wrapper.on_step = on_step
-    controller = TextGenerationController(wrapper, _NoTokenizer(end_id, model.vocab_size))
+    controller = _DynamicController(wrapper, _NoTokenizer(model.vocab_size))
+    controller.ends = torch.tensor(ends, device=torch.cuda.current_device(), dtype=torch.int64)
     controller.sampling_rng.manual_seed(seed)
     engine = DynamicInferenceEngine(controller, context, enable_cuda_graph=False, random_seed=seed)
     made: list[list[int]] = [[] for _ in requests]
@@ -172,7 +190,7 @@ def _dynamic(
     while waiting or engine.has_unfinished_requests():
         while waiting and len(engine.requests) < max_batch:
             number, request = waiting.pop(0)
-            engine.add_request(number, request.prompt, _sampling(temperature, request.max_new_tokens, end_id))
+            engine.add_request(number, request.prompt, _sampling(temperature, request.max_new_tokens))
         running = {number: entry.record for number, entry in engine.requests.items()}
         before = sum(map(len, made))
         engine.step_modern()
@@ -202,20 +220,37 @@ def _buffer_gb(model: Any, length: int, max_batch: int) -> float:
 
 
 class _StreamingController(TextGenerationController):
-    """Tells every sampled token: Megatron's own streaming runs the model in a second thread."""
+    """Tells every sampled token (Megatron's own streaming runs the model in a second thread), and ends a request by any
+    of several tokens."""
 
     tell: Callable[[list[int], list[bool]], None]
+    ends: Tensor
 
     def sample_from_logits(self, *args: Any, **kwargs: Any) -> Tensor:
         tokens = super().sample_from_logits(*args, **kwargs)
         self.tell(tokens.tolist(), kwargs["generation_started"].tolist())
         return tokens
 
+    def update_generation_status(
+        self,
+        updated_prompts_tokens: Tensor,
+        generation_started: Tensor,
+        current_context_end_position: int,
+        is_generation_done_tensor: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        ended = torch.isin(updated_prompts_tokens[:, current_context_end_position], self.ends) & generation_started
+        done = is_generation_done_tensor | ended
+        return super().update_generation_status(
+            updated_prompts_tokens, generation_started, current_context_end_position, done, *args, **kwargs
+        )
+
 
 def _static(
     model: Any,
     requests: Sequence[Request],
-    end_id: int,
+    ends: list[int],
     temperature: float,
     max_batch: int,
     seed: int,
@@ -224,6 +259,7 @@ def _static(
 ) -> list[list[int]]:
     """Batches of requests that ask for the same number of tokens (the engine takes it from the first of a batch)."""
     made: list[list[int]] = [[] for _ in requests]
+    last = [[end] for end in ends]
     pending = list(range(len(requests)))
     while pending:
         size = requests[pending[0]].max_new_tokens
@@ -232,18 +268,19 @@ def _static(
 
         def tell(tokens: list[int], started: list[bool], batch: list[int] = batch, size: int = size) -> None:
             for number, token, begun in zip(batch, tokens, started, strict=True):
-                if begun and len(made[number]) < size and end_id not in made[number]:
+                if begun and len(made[number]) < size and made[number][-1:] not in last:
                     made[number].append(token)
                     on_token(number, token)
 
         config = _wrapper_config(model, len(batch), max(len(requests[number].prompt) for number in batch) + size)
         wrapper = _SteppingWrapper(model, config, StaticInferenceContext.from_config(config))
         wrapper.on_step = on_step
-        controller = _StreamingController(wrapper, _NoTokenizer(end_id, model.vocab_size))
+        controller = _StreamingController(wrapper, _NoTokenizer(model.vocab_size))
         controller.tell = tell
+        controller.ends = torch.tensor(ends, device=torch.cuda.current_device(), dtype=torch.int64)
         controller.sampling_rng.manual_seed(seed)
         engine = StaticInferenceEngine(controller, len(batch), random_seed=seed, legacy=True)
-        sampling = _sampling(temperature, size, end_id)
+        sampling = _sampling(temperature, size)
         queue = [
             InferenceRequest(
                 request_id=number, prompt="", sampling_params=sampling, prompt_tokens=list(requests[number].prompt)

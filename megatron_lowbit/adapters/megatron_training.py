@@ -86,12 +86,13 @@ def tell() -> None:
     by the load of a checkpoint, or by the first forward pass."""
     if not _untold:
         return
-    packed, trained = Counter[str](), Counter[str]()
+    packed, trained, hint = Counter[str](), Counter[str](), ""
     for layer in _untold:
         if layer.row_sums is not None:
             packed[layer.recipe.scheme] += 1
         elif layer.rounding() is not None:
             trained[layer.recipe.scheme] += 1
+            hint = "" if is_held(layer.weight) else " (to have them packed, call eval() before a checkpoint is loaded)"
     _untold.clear()
     if dist.is_initialized() and dist.get_rank() != 0:
         return
@@ -101,11 +102,11 @@ def tell() -> None:
     if trained:
         said.append(
             f"{_counts(trained)} rounded in every forward pass; their full-precision weights are trained "
-            "straight through (for packed weights, call eval() before the checkpoint is loaded)"
+            f"straight through the rounding{hint}"
         )
     if said:
         # A warning, because Megatron's scripts show nothing below it, and a rounded model computes something else.
-        logger.warning("megatron_lowbit: linears of this rank: %s", "; ".join(said))
+        logger.warning("low-bit linears of this rank: %s", "; ".join(said))
 
 
 def _counts(schemes: Counter[str]) -> str:
