@@ -50,6 +50,9 @@ def start_megatron(config: StageConfig, weights: Sequence[WeightsConfig]) -> Eng
     hf_config, tokenizer = load_config_and_tokenizer(config, folder.checkpoint)
     text_config = getattr(hf_config, "text_config", None) or hf_config
     huggingface.check_divides(text_config, config.tp, "tp", share_kv_heads=True)
+    weights_folder = None if config.model is None else _folder(config.model)
+    stored: Any = weights_folder or (folder.checkpoint.tensors if folder.checkpoint is not None else {})
+    megatron_model.untie_(text_config, stored)
     model = megatron_model.build(text_config, compute_dtype(config), config.sequence_parallel)
     checkpoints = {folder.checkpoint.scheme_name: folder.checkpoint} if folder.checkpoint is not None else {}
     full_precision = config.model is not None
@@ -61,13 +64,14 @@ def start_megatron(config: StageConfig, weights: Sequence[WeightsConfig]) -> Eng
         checkpoints = take_checkpoints(folder.checkpoint, whole, weights, hf_config.dtype)
         megatron_model.load_weights(model, whole.state_dict(), text_config)
     else:
-        megatron_model.load_weights(model, _folder(config.model), text_config)
+        assert weights_folder is not None
+        megatron_model.load_weights(model, weights_folder, text_config)
     context = model.max_sequence_length
     engine = MegatronEngine(model, tokenizer, hf_config, context, config.tp, checkpoints, folder.plans, full_precision)
     groups = model.pg_collection
     engine.dp_group = groups.dp if world_size(groups.dp) > 1 else None
     engine.pp_group = groups.pp if world_size(groups.pp) > 1 else None
-    engine.end_id = end_id(config.artifact if config.model is None else _folder(config.model), text_config)
+    engine.end_id = end_id(weights_folder or config.artifact, text_config)
     return engine
 
 

@@ -63,6 +63,20 @@ def said(action: Any, *args: Any) -> str:
     return "accepted"
 
 
+def own_head(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """A folder whose config ties the lm_head to the embedding and whose file holds another one."""
+    from transformers import AutoConfig
+
+    from megatron_lowbit.adapters import megatron_model
+
+    config = AutoConfig.from_pretrained(folder)
+    with parallel(size):
+        refused = said(megatron_model.load_weights, megatron_model.build(config), folder, config)
+        assert megatron_model.untie_(config, folder) is config
+        model = megatron_model.load_weights(megatron_model.build(config), folder, config)
+        return {"refused": refused, "logits": stage_logits(model, config.vocab_size)}
+
+
 def loaded(rank: int, size: int, tp: int, pp: int, folder: Path, build: tuple[str, dict[str, Any]]) -> dict[str, Any]:
     """The GPTModel of a tiny model's state dict and of its folder, and the way back."""
     from megatron_lowbit.adapters import megatron_model

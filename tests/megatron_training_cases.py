@@ -124,3 +124,223 @@ def trained(rank: int, size: int, artifact: Artifact, sequence_parallel: bool, s
         moved = {name for name, tensor in before.items() if not torch.equal(tensor, model.state_dict()[name])}
         lowbit.remove(model)
         return {"losses": losses, "moved": moved, "all": set(before), "removed": loss_of(model).item()}
+
+
+# Training at a scheme: a model that is built from a low-bit spec, in Megatron's DistributedDataParallel
+
+
+def in_training(scheme: str | None, sequence_parallel: bool, architecture: str = "llama") -> tuple[Any, Any]:
+    """(DistributedDataParallel, Megatron's Adam) of a GPTModel of a spec, into which a checkpoint has been loaded after
+    both were made, as Megatron's scripts do."""
+    import copy
+
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    from megatron_lowbit.adapters import megatron_cpu, megatron_model
+    from megatron_lowbit.adapters.megatron import block_spec, lowbit_spec
+
+    hf = tiny_models.build(architecture)
+    config = megatron_model.transformer_config(hf.config, sequence_parallel=sequence_parallel)
+    spec = block_spec(config)
+    model = megatron_model.build(
+        hf.config, sequence_parallel=sequence_parallel, spec=spec if scheme is None else lowbit_spec(spec, scheme)
+    ).train()
+    state = copy.deepcopy(gpt_model(hf, sequence_parallel).state_dict())
+    options = OptimizerConfig(optimizer="adam", lr=3e-3, weight_decay=0.0, clip_grad=0.0)
+    with megatron_cpu.cuda_is_cpu():
+        wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+        optimizer = get_megatron_optimizer(options, [wrapped])
+    model.load_state_dict(state)
+    return wrapped, optimizer
+
+
+def optimized(optimizer: Any) -> set[int]:
+    """Identities of the parameters that an optimizer of Megatron's updates."""
+    inner = getattr(optimizer, "chained_optimizers", [optimizer])
+    return {id(p) for part in inner for group in part.optimizer.param_groups for p in group["params"]}
+
+
+def step(wrapped: Any, optimizer: Any) -> float:
+    """One step of Megatron's own training: gradients into main_grad, reduced, and Adam's update."""
+    from megatron.core.distributed import finalize_model_grads
+
+    from megatron_lowbit.adapters import megatron_cpu
+
+    with megatron_cpu.cuda_is_cpu():
+        wrapped.zero_grad_buffer()
+        optimizer.zero_grad()
+        loss = loss_of(wrapped)
+        loss.backward()
+        finalize_model_grads([wrapped])
+        assert optimizer.step()[0], "Megatron skipped the step"
+    return loss.item()
+
+
+def straight_through_gradients(rank: int, size: int, scheme: str, sequence_parallel: bool) -> dict[str, Any]:
+    """Of every linear of a spec: input, upstream gradient, output, x.grad, weight.grad, and its weight."""
+    with parallel(size):
+        from megatron_lowbit.adapters.megatron import find_linears
+
+        wrapped, _ = in_training(scheme, sequence_parallel)
+        results: dict[str, Any] = {}
+        for path, layer in find_linears(wrapped.module).values():
+            tokens = 8 // size if sequence_parallel and not layer.is_row else 8
+            seed = 10 + (rank if layer.is_row or sequence_parallel else 0)
+            x = normal(tokens, BATCH, layer.weight.shape[1], seed=seed).requires_grad_()
+            layer.weight.main_grad.zero_()
+            y, _ = layer(x)
+            upstream = normal(*y.shape, seed=20 + (rank if sequence_parallel or not layer.is_row else 0))
+            y.backward(upstream)
+            results[path] = {
+                "row": layer.is_row,
+                "x": x.detach(),
+                "upstream": upstream,
+                "y": y.detach(),
+                "grad": x.grad,
+                "weight": layer.weight.detach().clone(),
+                "weight_grad": layer.weight.main_grad.clone(),
+            }
+        return results
+
+
+def trained_at_a_scheme(
+    rank: int, size: int, scheme: str | None, sequence_parallel: bool, steps: int, folder: Any
+) -> dict[str, Any]:
+    """Losses of a training that is saved after half of its steps, of one that goes on from there, and what moved."""
+    from megatron_checkpoint_cases import writers
+
+    with parallel(size), writers():
+        from megatron.core import dist_checkpointing
+
+        wrapped, optimizer = in_training(scheme, sequence_parallel)
+        model = wrapped.module
+        results: dict[str, Any] = {"orphans": len(optimized(optimizer) - {id(p) for p in model.parameters()})}
+        results["parameters"] = len(optimized(optimizer))
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        losses = [step(wrapped, optimizer) for _ in range(steps // 2)]
+
+        def state(wrapped: Any, optimizer: Any, loading: bool) -> dict[str, Any]:
+            sharded = wrapped.module.sharded_state_dict()
+            return {"model": sharded, "optimizer": optimizer.sharded_state_dict(sharded, is_loading=loading)}
+
+        dist_checkpointing.save(state(wrapped, optimizer, False), str(folder))
+        losses += [step(wrapped, optimizer) for _ in range(steps // 2)]
+        results["losses"] = losses
+        results["moved"] = {name: not torch.equal(p, before[name]) for name, p in model.named_parameters()}
+        again, other = in_training(scheme, sequence_parallel)
+        loaded = dist_checkpointing.load(state(again, other, True), str(folder))
+        again.module.load_state_dict(loaded["model"])
+        other.load_state_dict(loaded["optimizer"])
+        results["resumed"] = [step(again, other) for _ in range(steps // 2)]
+        return results
+
+
+def packed_or_trained(rank: int, size: int) -> dict[str, Any]:
+    """What the load of a checkpoint leaves in a model of a W4A8 spec, and its logits, by what is about to happen."""
+    import sys
+    from types import SimpleNamespace
+
+    from megatron_cases import logits
+
+    with parallel(size):
+        from megatron_lowbit.adapters import megatron_model
+        from megatron_lowbit.adapters.megatron import block_spec, find_linears, lowbit_spec
+
+        hf = tiny_models.build("llama")
+        spec = lowbit_spec(block_spec(megatron_model.transformer_config(hf.config)), "W4A8")
+        state = gpt_model(hf).state_dict()
+
+        def loaded(training: bool, frozen: bool = False, args: Any = None) -> Any:
+            model = megatron_model.build(hf.config, spec=spec).train(training).requires_grad_(not frozen)
+            name = "megatron.training.global_vars"
+            if args is not None:
+                sys.modules[name] = SimpleNamespace(_GLOBAL_ARGS=args)  # type: ignore[assignment]
+            try:
+                model.load_state_dict(state)
+            finally:
+                sys.modules.pop(name, None)
+            kept = [layer.weight is not None for _, layer in find_linears(model).values()]
+            assert len(set(kept)) == 1
+            return kept[0], logits(model)
+
+        wrapped, _ = in_training("W4A8", False)
+        wrapped.eval()
+        wrapped.module.load_state_dict(state)  # Megatron validates in eval mode
+        held = all(layer.weight is not None for _, layer in find_linears(wrapped.module).values())
+        return {
+            "training": loaded(True),
+            "eval": loaded(False),
+            "frozen": loaded(True, frozen=True),
+            "script that trains": loaded(True, args=SimpleNamespace(train_iters=10, train_samples=None)),
+            "script that generates": loaded(True, args=SimpleNamespace(train_iters=None, train_samples=None)),
+            "held by DistributedDataParallel": (held, logits(wrapped.module)),
+        }
+
+
+def said_at_first(rank: int, size: int) -> dict[str, list[str]]:
+    """What is logged while models of specs are loaded, run and run again."""
+    import logging
+
+    with parallel(size):
+        from megatron_lowbit.adapters import megatron_model, megatron_training
+        from megatron_lowbit.adapters.megatron import block_spec, lowbit_spec
+
+        lines: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+        megatron_training.logger.addHandler(handler)
+        found: dict[str, list[str]] = {}
+
+        def heard(name: str) -> None:
+            found[name] = list(lines)
+            lines.clear()
+
+        try:
+            hf = tiny_models.build("llama")
+            config = megatron_model.transformer_config(hf.config)
+            state = gpt_model(hf).state_dict()
+            loss_of(gpt_model(hf))
+            lines.clear()
+            for scheme, name in (("W4A8", "packed"), (None, "no scheme")):
+                model = megatron_model.build(hf.config, spec=lowbit_spec(block_spec(config), scheme))
+                model.load_state_dict(state)
+                heard(name)
+                loss_of(model)
+                heard(f"{name}, run")
+            model = megatron_model.build(hf.config, spec=lowbit_spec(block_spec(config), "W4A16")).train()
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter)
+            loss_of(model)
+            loss_of(model)
+            heard("from scratch")
+            in_training("W4A8", False)
+            heard("wrapped")
+        finally:
+            megatron_training.logger.removeHandler(handler)
+        return found
+
+
+def packed_weights_for_a_trained_model(rank: int, size: int, artifact: Artifact, plans: Artifact) -> dict[str, Any]:
+    """What apply_to_megatron says to a model that DistributedDataParallel holds, and that it is as it was; plans."""
+    from megatron_model_cases import said
+
+    with parallel(size):
+        wrapped, optimizer = in_training("W4A8", False)
+        names = [name for name, _ in wrapped.named_modules()]
+        results: dict[str, Any] = {"training": said(lowbit.apply_to_megatron, wrapped, artifact)}
+        assert names == [name for name, _ in wrapped.named_modules()], "something was replaced"
+        wrapped.eval()
+        results["eval"] = said(lowbit.apply_to_megatron, wrapped, artifact)
+        results["back to training"] = said(wrapped.train)
+        lowbit.remove(wrapped)
+        wrapped.train()
+        own = loss_of(wrapped).item()
+        lowbit.apply_to_megatron(wrapped, plans)
+        results["orphans"] = len(optimized(optimizer) - {id(p) for p in wrapped.parameters()})
+        results["losses"] = [step(wrapped, optimizer) for _ in range(STEPS_OF_PLANS)]
+        results["own"] = own
+        return results
+
+
+STEPS_OF_PLANS = 6

@@ -15,8 +15,9 @@ import pytest
 import tiny_models
 import torch
 from commands import needs_megatron
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import build, make_artifact, save_artifact
+from transformers import AutoModelForCausalLM
 
 from megatron_lowbit.artifacts import Artifact, LowBitCheckpoint
 
@@ -72,6 +73,21 @@ def runs(pools, tmp_path_factory):
 
 def assert_close(logits: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE * expected.abs().max().item())
+
+
+def test_an_lm_head_of_its_own_is_used(two_ranks, tmp_path):
+    """Where the file holds one that is not the embedding, transformers ties nothing, whatever the config says."""
+    hf = build("llama", tie_word_embeddings=True)
+    hf.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.flip(0).contiguous()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    expected = tiny_models.logits(AutoModelForCausalLM.from_pretrained(tmp_path), cases.token_ids(tiny_models.VOCAB))
+    for results in two_ranks.run(cases.own_head, tmp_path):
+        assert_close(results["logits"], expected)
+        assert results["refused"].startswith("tie_word_embeddings=true, but lm_head.weight is not the embedding;")
+        assert len(results["refused"].splitlines()) == 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

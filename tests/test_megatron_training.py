@@ -1,4 +1,5 @@
-"""Gradients of low-bit layers and collectives on real ranks: Megatron's own, or straight through the roundings."""
+"""Gradients of low-bit layers and collectives on real ranks, Megatron's own or straight through the roundings; and
+training at a scheme, in Megatron's DistributedDataParallel with its own optimizer."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import megatron_training_cases as cases
 import oracles
 import pytest
 import torch
+from closeness import assert_equal_but_for_flips
 from commands import needs_megatron
 from megatron_cases import token_ids
 from tiny_models import build, make_artifact, make_stats
@@ -111,3 +113,103 @@ def test_training_around_packed_weights(two_ranks, sequence_parallel):
         others = {"embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight"}
         assert results["moved"] == norms | others
         assert any("packed_weight" in name for name in results["all"])
+
+
+# A model that is built from a low-bit spec
+
+
+def rounded_rows(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """Equation 2 of QLLM in float64: one range per row."""
+    low, high = weight.double().amin(1, keepdim=True), weight.double().amax(1, keepdim=True)
+    scale = (high - low) / (2**bits - 1)
+    zero = -torch.round(low / scale)
+    return ((torch.round(weight.double() / scale) + zero).clamp(0, 2**bits - 1) - zero) * scale
+
+
+@pytest.mark.parametrize("sequence_parallel", LAYOUTS, ids=("all-reduce", "sequence parallel"))
+def test_a_trained_weight_is_rounded_forward_and_passed_straight_through(two_ranks, sequence_parallel):
+    """W4A16, so that the input is its own oracle: y = x Q(W)^T, x.grad = dy Q(W), and main_grad = dy^T x, which is the
+    gradient of the full-precision weight that DistributedDataParallel holds. Q(W) in float64, over both ranks' columns
+    of a row-parallel weight."""
+    ranks = two_ranks.run(cases.straight_through_gradients, "W4A16", sequence_parallel)
+    assert len(ranks[0]) == 8
+    for path, first in ranks[0].items():
+        of_rank = [results[path] for results in ranks]
+        weights = [r["weight"] for r in of_rank]
+        if first["row"]:
+            whole = rounded_rows(torch.cat(weights, 1), 4)
+            rounded = list(whole.chunk(2, 1))
+        else:
+            rounded = [rounded_rows(weight, 4) for weight in weights]
+        x, upstream = ([r[name].double() for r in of_rank] for name in ("x", "upstream"))
+        if sequence_parallel:  # every rank computes with the tokens of both
+            x = x if first["row"] else [torch.cat(x)] * 2
+            upstream = [torch.cat(upstream)] * 2 if first["row"] else upstream
+        products = [a @ w.T for a, w in zip(x, rounded, strict=True)]
+        grads = [u @ w for u, w in zip(upstream, rounded, strict=True)]
+        if first["row"]:
+            products = [sum(products)] * 2
+            products = list(products[0].chunk(2)) if sequence_parallel else products
+        else:
+            grads = list(sum(grads).chunk(2)) if sequence_parallel else [sum(grads)] * 2
+        for results, y, grad, a, u in zip(of_rank, products, grads, x, upstream, strict=True):
+            weight_grad = u.flatten(0, 1).T @ a.flatten(0, 1)
+            for name, expected in (("y", y), ("grad", grad), ("weight_grad", weight_grad)):
+                # float32: sums of at most 344 products of values below 10, and a scale that is rounded once
+                torch.testing.assert_close(results[name].double(), expected, rtol=1e-4, atol=2e-4, msg=f"{path} {name}")
+
+
+@pytest.mark.parametrize("sequence_parallel", LAYOUTS, ids=("all-reduce", "sequence parallel"))
+def test_training_at_a_scheme_is_saved_and_goes_on(two_ranks, tmp_path, sequence_parallel):
+    """Megatron's own wrapper, optimizer and distributed checkpoint. All parameters that the optimizer holds are the
+    model's and learn; the loss falls; and a training that is loaded from the middle makes the same steps."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    ranks = two_ranks.run(cases.trained_at_a_scheme, "W4A8", sequence_parallel, STEPS, folder)
+    for results in ranks:
+        assert results["orphans"] == 0 and results["parameters"] == 3 + 2 * 6
+        assert all(results["moved"].values()), results["moved"]
+        assert results["losses"][-1] < 0.5 * results["losses"][0], results["losses"]
+        assert results["resumed"] == results["losses"][STEPS // 2 :]
+
+
+def test_what_a_load_packs_and_what_it_leaves_to_be_trained(one_rank):
+    """By the signs that megatron_training lists. Both ways compute with the same codes: float32 sums of at most 172
+    terms in another order, and then the flips of an activation that lies between two codes."""
+    (found,) = one_rank.run(cases.packed_or_trained)
+    assert {name: kept for name, (kept, _) in found.items()} == {
+        "training": True,
+        "eval": False,
+        "frozen": False,
+        "script that trains": True,
+        "script that generates": False,
+        "held by DistributedDataParallel": True,
+    }
+    expected = found["eval"][1]
+    for _, logits in found.values():
+        assert_equal_but_for_flips(logits, expected, windows=1 / 4, flip=0.5)
+
+
+def test_it_is_said_what_was_rounded(two_ranks):
+    """In one line, by rank 0, once: when a checkpoint has come, or from scratch by the first step."""
+    first, second = two_ranks.run(cases.said_at_first)
+    assert all(lines == [] for lines in second.values())
+    assert first["packed, run"] == first["no scheme"] == first["no scheme, run"] == []
+    (packed,), (scratch,), (wrapped,) = first["packed"], first["from scratch"], first["wrapped"]
+    assert "8 W4A8 rounded to nearest and packed; their weights are not trained" in packed
+    assert "8 W4A16 rounded in every forward pass" in scratch and "call eval()" in scratch
+    assert "8 W4A8 rounded in every forward pass" in wrapped and "call eval()" not in wrapped
+
+
+def test_packed_weights_are_refused_where_an_optimizer_holds_the_weights(two_ranks):
+    """In training; measured in eval mode they are allowed, but not trained. Plans alone leave the weights in place."""
+    artifact, plans = make_artifact(build("llama"), "W4A8", (2,)), make_artifact(build("llama"), tp_sizes=(2,))
+    for results in two_ranks.run(cases.packed_weights_for_a_trained_model, artifact, plans):
+        assert results["training"].startswith("decoder.layers.0.self_attention.linear_")
+        assert results["eval"] == "accepted"
+        for name in ("training", "back to training"):
+            assert "is being trained: DistributedDataParallel and the optimizer hold its weight" in results[name]
+            assert len(results[name].splitlines()) == 1
+        assert results["orphans"] == 0
+        assert results["losses"][-1] < results["losses"][0]
+        assert 0 < abs(results["losses"][0] - results["own"]) < 0.3, "plans round the sums of a rounded model"

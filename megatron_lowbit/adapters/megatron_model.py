@@ -32,6 +32,7 @@ from megatron_lowbit.hf_weights import HFWeights
 from megatron_lowbit.rendezvous import collective_limit
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+_HEAD = "lm_head.weight"
 Read = Callable[[str, tuple[int, ...]], Tensor]
 
 
@@ -208,6 +209,27 @@ def load_rest(model: Any, artifact: Artifact, hf_config: Any) -> None:
         chunk._lowbit_fingerprint = checkpoint.fingerprint
 
 
+def untie_(hf_config: Any, source: str | Path | Mapping[str, Tensor]) -> Any:
+    """Set tie_word_embeddings to false in a config whose weights hold an lm_head that is not the embedding.
+
+    transformers 5 ties nothing then, whatever the config says, and uses both; a GPTModel is tied, or not, when it is
+    built. source: as in load_weights. Returns the config.
+    """
+    if hf_config.tie_word_embeddings and _has_own_head(*_reader(source), hf_config):
+        hf_config.tie_word_embeddings = False
+    return hf_config
+
+
+def _has_own_head(known: Collection[str], read: Read, hf_config: Any) -> bool:
+    """Whether there is an lm_head that differs from the embedding."""
+    shape = (hf_config.vocab_size, hf_config.hidden_size)
+    return _HEAD in known and not torch.equal(read(_HEAD, shape), read(_embedding(known), shape))
+
+
+def _embedding(known: Collection[str]) -> str:
+    return f"{find_prefix(known).rpartition('.')[0]}.embed_tokens.weight"
+
+
 def _reader(source: str | Path | Mapping[str, Tensor]) -> tuple[Collection[str], Read]:
     if isinstance(source, (str, Path)):
         weights = HFWeights(source)
@@ -230,7 +252,12 @@ def _load(model: Any, known: Collection[str], read: Read, hf_config: Any, linear
     prefix = find_prefix(known)
     base = prefix.rpartition(".")[0]
     vocab, hidden = hf_config.vocab_size, layout.hidden_size
-    embedding = f"{base}.embed_tokens.weight"
+    embedding, tied = _embedding(known), bool(hf_config.tie_word_embeddings)
+    if tied and _has_own_head(known, read, hf_config):
+        raise LowBitError(
+            f"tie_word_embeddings=true, but {_HEAD} is not the embedding; build the GPTModel with the config that "
+            "untie_(hf_config, weights) returns, as transformers would"
+        )
     pending = {name for name, _ in model.named_parameters()}
 
     def put(name: str, value: Tensor) -> None:
@@ -250,7 +277,7 @@ def _load(model: Any, known: Collection[str], read: Read, hf_config: Any, linear
     if model.post_process:
         put("decoder.final_layernorm.weight", read(f"{base}.norm.weight", (hidden,)))
         if model.output_layer.weight is not None:
-            words("output_layer.weight", embedding if hf_config.tie_word_embeddings else "lm_head.weight")
+            words("output_layer.weight", embedding if tied else _HEAD)
         _mask_padding(model, vocab)
     for (layer, role), (path, module) in megatron.find_linears(model).items():
         names = parts(prefix, layer, role, [name.removesuffix(".weight") for name in known])
@@ -369,7 +396,7 @@ def _export(model: Any, hf_config: Any) -> dict[str, Tensor]:
     if model.post_process:
         state[f"{base}.norm.weight"] = gather(model.decoder.final_layernorm.weight, None)
         if model.output_layer.weight is not None and not hf_config.tie_word_embeddings:
-            state["lm_head.weight"] = gather(model.output_layer.weight, 0)[: hf_config.vocab_size]
+            state[_HEAD] = gather(model.output_layer.weight, 0)[: hf_config.vocab_size]
     for (layer, role), (_, module) in megatron.find_linears(model).items():
         names = parts(prefix, layer, role, expected)
         tensors = {"weight": full_weight(module), "bias": module.bias}
@@ -398,4 +425,12 @@ def _export(model: Any, hf_config: Any) -> dict[str, Tensor]:
     return state
 
 
-__all__ = ["build", "context_length", "load_checkpoint", "load_weights", "to_huggingface", "transformer_config"]
+__all__ = [
+    "build",
+    "context_length",
+    "load_checkpoint",
+    "load_weights",
+    "to_huggingface",
+    "transformer_config",
+    "untie_",
+]
