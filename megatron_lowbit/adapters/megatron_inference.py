@@ -73,8 +73,8 @@ def generate(
 ) -> list[list[int]]:
     """The new tokens of every request; greedy at temperature 0.
 
-    end_id: the token that ends a request, and is its last one then, or several of which each does (Llama 3.1 has three);
-    None: nothing ends it before max_new_tokens. max_batch: requests in flight at once.
+    end_id: the token that ends a request, and is its last one then; or several, of which each does. None:
+    nothing ends it before max_new_tokens. max_batch: requests in flight at once.
     on_token(number of the request, token id) is called as tokens are made, on_step() before each forward step, by all
     ranks equally often; it may raise to stop them. Raises LowBitError for an empty prompt, one
     without room in the model's context, for sequence parallelism with static batching, and for KV heads that

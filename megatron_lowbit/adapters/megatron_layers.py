@@ -189,7 +189,11 @@ class LowBitColumnParallelLinear(_LowBitLayer, ColumnParallelLinear):
         if self.low_bit is None and rounding is None:
             return super().forward(input_, weight, runtime_gather_output)
         x = self.gathered_input(input_)
-        output = self.low_bit(x) if rounding is None else rounding(x, self.weight if weight is None else weight)
+        if self.low_bit is not None:
+            output = self.low_bit(x)
+        else:
+            assert rounding is not None
+            output = rounding(x, full_weight(self) if weight is None else weight)
         if self.gather_output if runtime_gather_output is None else runtime_gather_output:
             output = gather_from_tensor_model_parallel_region(output, group=self.tp_group)
         return _with_bias(output, self.bias, self.skip_bias_add)
@@ -274,14 +278,15 @@ class LowBitRowParallelLinear(_LowBitLayer, RowParallelLinear):
             return super().forward(input_)
         if not self.input_is_parallel:
             input_ = scatter_to_tensor_model_parallel_region(input_, group=self.tp_group)
-        if rounding is None:
+        if self.low_bit is not None:
             return _with_bias(self.low_bit(input_), self.bias, self.skip_bias_add)
+        assert rounding is not None
         reduce = (
             reduce_scatter_to_sequence_parallel_region
             if self.sequence_parallel
             else reduce_from_tensor_model_parallel_region
         )
-        output = reduce(rounding(input_, self.weight), group=self.tp_group)
+        output = reduce(rounding(input_, full_weight(self)), group=self.tp_group)
         return _with_bias(output, self.bias, self.skip_bias_add)
 
     @torch.no_grad()
@@ -298,7 +303,7 @@ def weight_rows(layer: Any) -> Tensor:
     return row_bit_sums(layer.weight.detach()) if layer.weight is not None else layer.row_sums
 
 
-def dense_shard(host: Any) -> nn.Module:
+def dense_shard(host: Any) -> Any:
     """The matrix product of a layer whose communication alone becomes low-bit: in full precision, rounded in every
     forward pass, or as it has been packed, whichever the layer does."""
     if host.weight is None:
