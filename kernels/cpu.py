@@ -81,12 +81,12 @@ def _pack(
     if x.stride(1) != 1:
         x = x.contiguous()
     message = x.new_empty((x.shape[0], hybrid_row_bytes(tiers, rank1)), dtype=torch.uint8)
-    saturated = torch.empty(1, dtype=torch.int64)
+    tally = torch.empty(3, dtype=torch.int64)
     not_valid = library.lowbit_pack(
         *(ctypes.byref(format), x.data_ptr(), _DTYPES[x.dtype], x.shape[0], x.stride(0)),
-        *(message.data_ptr(), saturated.data_ptr(), torch.get_num_threads()),
+        *(message.data_ptr(), tally.data_ptr(), torch.get_num_threads()),
     )
-    return pack_reference(x, scale, zero_point, order, tiers, rank1) if not_valid else (message, saturated)
+    return pack_reference(x, scale, zero_point, order, tiers, rank1) if not_valid else (message, tally)
 
 
 @kernel(hybrid_unpack_reduce_into, "cpu")
@@ -141,12 +141,12 @@ def _requantize(
         return requantize_reference(messages, *first, *second)
     messages = _with_plain_rows(messages)
     out = messages.new_empty((messages.shape[1], hybrid_row_bytes(second_tiers, second_rank1)))
-    saturated = torch.empty(1, dtype=torch.int64)
+    tally = torch.empty(3, dtype=torch.int64)
     not_valid = library.lowbit_requantize(
         *(ctypes.byref(format), messages.data_ptr(), *messages.shape[:2], *messages.stride()[:2]),
-        *(ctypes.byref(second_format), out.data_ptr(), saturated.data_ptr(), torch.get_num_threads()),
+        *(ctypes.byref(second_format), out.data_ptr(), tally.data_ptr(), torch.get_num_threads()),
     )
-    return requantize_reference(messages, *first, *second) if not_valid else (out, saturated)
+    return requantize_reference(messages, *first, *second) if not_valid else (out, tally)
 
 
 @kernel(exact_encode, "cpu")
@@ -161,13 +161,13 @@ def _exact_encode(x: Tensor, center: Tensor, step: Tensor, largest: int, carrier
         x = x.contiguous()
     shape = x.shape[0], carrier_words(x.shape[1], carrier_bits)
     codes = x.new_empty(shape, dtype=torch.int8 if carrier_bits == 8 else torch.int32)
-    saturated = torch.empty(1, dtype=torch.int64)
+    tally = torch.empty(3, dtype=torch.int64)
     library.lowbit_exact_encode(
         *(x.data_ptr(), _DTYPES[x.dtype], x.shape[0], x.stride(0), x.shape[1]),
         *(center.data_ptr(), step.data_ptr(), largest, carrier_bits),
-        *(codes.data_ptr(), saturated.data_ptr(), torch.get_num_threads()),
+        *(codes.data_ptr(), tally.data_ptr(), torch.get_num_threads()),
     )
-    return codes, saturated
+    return codes, tally
 
 
 @kernel(exact_decode, "cpu")

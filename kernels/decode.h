@@ -20,7 +20,10 @@ class Decoder {
 
   Decoder(const LowbitFormat& format, int64_t ranks)
       : layout(format), ranks_(ranks), runs_(layout, true), qparams_(2 * ranks * layout.slots) {
-    for (const Tier& tier : layout.tiers) unpackers_.emplace_back(tier.bits);
+    for (const Tier& tier : layout.tiers) {
+      unpackers_.emplace_back(tier.bits);
+      if (tier.bits == 16 && tier.count) mark_ = tier.byte;
+    }
     for (int64_t r = 0; r < ranks; ++r)
       for (const Tier& tier : layout.tiers)
         for (int64_t i = 0; i < tier.count; ++i) {
@@ -66,15 +69,24 @@ class Decoder {
       ++unpacker;
     }
     place<T>(scratch.sums.get(), out);
-    for (int t = 0; t < T && layout.header && !layout.rank1; ++t) {
+    for (int t = 0; t < T && !layout.rank1; ++t) {
       bool broken = false;
-      for (int64_t r = 0; r < ranks_; ++r) broken |= messages[r * rank_stride + t * row_stride] != 0;
+      for (int64_t r = 0; r < ranks_; ++r) broken |= travels_as_nan(messages + r * rank_stride + t * row_stride);
       Word nan = Type::word(std::numeric_limits<float>::quiet_NaN());
       for (int64_t f = 0; broken && f < layout.features; ++f) out[t][f] = nan;
     }
   }
 
  private:
+  // Of a static format: by its header or, without one, by its first bf16 value.
+  bool travels_as_nan(const uint8_t* row) const {
+    if (layout.header) return row[0] != 0;
+    if (mark_ < 0) return false;
+    uint16_t word;
+    std::memcpy(&word, row + mark_, 2);
+    return (word & 0x7fff) > 0x7f80;
+  }
+
 #ifdef LOWBIT_AVX512
   static constexpr bool kTables = true;
 #else
@@ -198,7 +210,8 @@ class Decoder {
   float* qparams(int64_t slot, int64_t rank) const {
     return const_cast<float*>(qparams_.get()) + 2 * (slot * ranks_ + rank * kBlock);
   }
-  bool normal_ = true;                       // no sum is subnormal
+  bool normal_ = true;  // no sum is subnormal
+  int64_t mark_ = -1;   // the first bf16 value's place in a row
 };
 
 }  // namespace

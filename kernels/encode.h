@@ -58,10 +58,9 @@ class Encoder {
     Buffer<uint32_t> groups;  // largest |v|, as bits: of T tokens' first 64 features, of the next, and so on
   };
 
-  // T rows to T messages; returns how many values saturated. The next rows are `ahead` values behind these.
+  // T rows to T messages. The next rows are `ahead` values behind these.
   template <int T>
-  int64_t encode(const Word* const* rows, int64_t ahead, uint8_t* const* out, Scratch& scratch) const {
-    int64_t saturated = 0;
+  void encode(const Word* const* rows, int64_t ahead, uint8_t* const* out, Scratch& scratch, Tally& tally) const {
     Token tokens[T];
     for (int t = 0; t < T; ++t) {
       Word* end = scratch.ends.get() + t * kBlock;
@@ -80,10 +79,10 @@ class Encoder {
     }
     for (int t = 0; t < T; ++t) {
       if (__builtin_expect(tokens[t].odd, 0)) again(tokens[t], scratch.groups.get());
-      saturated += tokens[t].saturated;
+      tally.saturated += tokens[t].saturated;
+      tally.nonfinite += tokens[t].header == (layout.rank1 ? kBroken : 1);
       write(tokens[t], out[t]);
     }
-    return saturated;
   }
 
  private:

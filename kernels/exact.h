@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "vectors.h"
+#include "format.h"
 
 namespace {
 
@@ -88,9 +88,9 @@ INLINE inline void store_some(T* to, V v, int64_t left) {
   std::memcpy(to, &v, left >= kLanes ? sizeof v : left * sizeof(T));
 }
 
-// One row to its codes, int8 or int16; returns how many values saturated.
+// One row to its codes, int8 or int16.
 template <class Type, class Code>
-int64_t exact_encode_row(const typename Type::Word* row, const ExactPlan& plan, Code* out) {
+void exact_encode_row(const typename Type::Word* row, const ExactPlan& plan, Code* out, Tally& tally) {
   typedef typename Type::Word WordsOf __attribute__((vector_size(kLanes * sizeof(typename Type::Word))));
   typedef Code Codes __attribute__((vector_size(kLanes * sizeof(Code))));
   const float largest = plan.largest;
@@ -109,9 +109,8 @@ int64_t exact_encode_row(const typename Type::Word* row, const ExactPlan& plan, 
     store_some(out + from, __builtin_convertvector(__builtin_convertvector(code, Ints), Codes), left);
   }
   out[plan.features] = largest_lane(broken) >= 0x7f800000u;
-  int64_t count = 0;
-  for (int i = 0; i < kLanes; ++i) count += saturated[i];
-  return count;
+  for (int i = 0; i < kLanes; ++i) tally.saturated += saturated[i];
+  tally.nonfinite += out[plan.features];
 }
 
 template <class Type, class Code>

@@ -16,20 +16,22 @@ from megatron_lowbit.kernels.ops import define, fake
 
 def encode_reference(x: Tensor, center: Tensor, step: Tensor, largest: int, carrier_bits: int) -> tuple[Tensor, Tensor]:
     """x: float [tokens, E]; center, step: float32 [E]. Returns (int8 [tokens, E + 1] or int32 [tokens,
-    ceil((E + 1) / 2)], int64 [1]: values that lay beyond the largest code by more than half a step, or were NaN).
+    ceil((E + 1) / 2)], int64 [3]: the values; of them those that lay beyond the largest code by more than half a step,
+    or were NaN; the tokens that hold NaN or Inf).
     """
     exact = x.float()
     broken = (0 * exact).sum(1, keepdim=True).isnan()
     codes = torch.round((exact - center) / step)
-    saturated = (~(codes.abs() <= largest)).sum().reshape(1)
+    saturated = (~(codes.abs() <= largest)).sum()
+    tally = torch.stack([torch.full_like(saturated, x.numel()), saturated, broken.sum()])
     codes = codes.nan_to_num_(0.0).clamp_(-largest, largest)
     whole = torch.cat([codes, broken], dim=1)
     if carrier_bits == 8:
-        return whole.to(torch.int8), saturated
+        return whole.to(torch.int8), tally
     if whole.shape[1] % 2:
         whole = torch.nn.functional.pad(whole, (0, 1))
     high, low = whole.to(torch.int32).unflatten(1, (-1, 2)).unbind(2)
-    return high * 2**16 + low, saturated
+    return high * 2**16 + low, tally
 
 
 exact_encode = define("exact_encode", encode_reference)
@@ -44,7 +46,7 @@ def carrier_words(features: int, carrier_bits: int) -> int:
 def _(x, center, step, largest, carrier_bits):
     words = carrier_words(x.shape[1], carrier_bits)
     codes = x.new_empty((x.shape[0], words), dtype=torch.int8 if carrier_bits == 8 else torch.int32)
-    return codes, x.new_empty(1, dtype=torch.int64)
+    return codes, x.new_empty(3, dtype=torch.int64)
 
 
 def decode_reference(total: Tensor, center: Tensor, step: Tensor, carrier_bits: int, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,17 @@ constexpr uint16_t kBf16NaN = 0xffff;  // the one that torch's vectorized cast m
 constexpr uint8_t kBroken = 255;       // header of a rank-1 token that holds NaN or Inf
 constexpr float kFar = 16.0f;          // standard deviations beyond which a rank-1 value counts as saturated
 
+// What encoding counts: values, those far from what was calibrated, and tokens that travel as NaN.
+struct Tally {
+  int64_t values = 0, saturated = 0, nonfinite = 0;
+
+  void add(const Tally& of_a_thread) {
+    __atomic_fetch_add(&saturated, of_a_thread.saturated, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&nonfinite, of_a_thread.nonfinite, __ATOMIC_RELAXED);
+  }
+  void store(int64_t* to) const { to[0] = values, to[1] = saturated, to[2] = nonfinite; }
+};
+
 // By bits: where a rank-1 token's codes end, and where their steps double.
 constexpr double kLoading[] = {0, 0, 1.1, 1.5, 1.6, 1.7, 1.9, 2.0, 2.2};
 constexpr float kKnee = 0.6f;

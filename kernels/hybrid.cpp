@@ -59,7 +59,7 @@ void in_parallel(int64_t tokens, int threads, Body body) {
 
 template <class Type, class Value>
 int pack(const LowbitFormat& format, const Value* x, int64_t tokens, int64_t row_stride, uint8_t* out,
-         int64_t* saturated, int threads) {
+         int64_t* tally, int threads) {
   using Word = typename Type::Word;
   constexpr bool kConvert = sizeof(Value) != sizeof(Word);  // to a row of float32
   const auto kept = plan_of<Encoder<Type>>(format, 1);
@@ -67,11 +67,11 @@ int pack(const LowbitFormat& format, const Value* x, int64_t tokens, int64_t row
   const Encoder<Type>& encoder = kept->plan;
   const Layout& layout = encoder.layout;
   prefer_huge_pages(out, tokens * layout.row_bytes);
-  int64_t total = 0;
+  Tally total{tokens * layout.features};
   in_parallel(tokens, threads_for(tokens, layout.features, threads), [&](int64_t first, int64_t last) {
     typename Encoder<Type>::Scratch scratch(layout);
     Buffer<float> converted(kConvert ? kTokens * layout.features : 0);
-    int64_t here = 0;
+    Tally here;
     by_tokens(first, last, [&](int64_t token, auto count) {
       const Word* rows[count.value];
       uint8_t* messages[count.value];
@@ -85,11 +85,11 @@ int pack(const LowbitFormat& format, const Value* x, int64_t tokens, int64_t row
         }
         messages[t] = out + (token + t) * layout.row_bytes;
       }
-      here += encoder.template encode<count.value>(rows, kConvert ? 0 : count.value * row_stride, messages, scratch);
+      encoder.template encode<count.value>(rows, kConvert ? 0 : count.value * row_stride, messages, scratch, here);
     });
-    __atomic_fetch_add(&total, here, __ATOMIC_RELAXED);
+    total.add(here);
   });
-  *saturated = total;
+  total.store(tally);
   return 0;
 }
 
@@ -121,26 +121,27 @@ int unpack_reduce(const LowbitFormat& format, const uint8_t* messages, int64_t r
 // Codes of one byte lie in `out` as they are, those of two are joined.
 template <class Type>
 int exact_encode(const typename Type::Word* x, int64_t tokens, int64_t row_stride, int64_t features,
-                 const float* center, const float* step, float largest, int bits, void* out, int64_t* saturated,
+                 const float* center, const float* step, float largest, int bits, void* out, int64_t* tally,
                  int threads) {
   prefer_huge_pages(out, tokens * (bits == 8 ? features + 1 : 4 * (features / 2 + 1)));
   const ExactPlan plan(center, step, features, largest);
-  int64_t total = 0;
+  Tally total{tokens * features};
   in_parallel(tokens, threads_for(tokens, features, threads), [&](int64_t first, int64_t last) {
     Buffer<int16_t> codes(features + 2);
-    int64_t words = features / 2 + 1, here = 0;
+    int64_t words = features / 2 + 1;
+    Tally here;
     for (int64_t t = first; t < last; ++t) {
       const auto* row = x + t * row_stride;
       if (bits == 8) {
-        here += exact_encode_row<Type>(row, plan, static_cast<int8_t*>(out) + t * (features + 1));
+        exact_encode_row<Type>(row, plan, static_cast<int8_t*>(out) + t * (features + 1), here);
       } else {
-        here += exact_encode_row<Type>(row, plan, codes.get());
+        exact_encode_row<Type>(row, plan, codes.get(), here);
         join_codes(codes.get(), words, static_cast<int32_t*>(out) + t * words);
       }
     }
-    __atomic_fetch_add(&total, here, __ATOMIC_RELAXED);
+    total.add(here);
   });
-  *saturated = total;
+  total.store(tally);
   return 0;
 }
 
@@ -173,17 +174,17 @@ extern "C" {
 
 // x: [tokens, features] of dtype, rows row_stride values apart; out: [tokens, row_bytes], rows without gaps.
 int lowbit_pack(const LowbitFormat* format, const void* x, int dtype, int64_t tokens, int64_t row_stride, uint8_t* out,
-                int64_t* saturated, int threads) {
+                int64_t* tally, int threads) {
   auto words = static_cast<const uint16_t*>(x);
   switch (dtype) {
     case kFloat32:
-      return pack<Float32>(*format, static_cast<const float*>(x), tokens, row_stride, out, saturated, threads);
+      return pack<Float32>(*format, static_cast<const float*>(x), tokens, row_stride, out, tally, threads);
     case kBfloat16:
-      return pack<Bfloat16>(*format, words, tokens, row_stride, out, saturated, threads);
+      return pack<Bfloat16>(*format, words, tokens, row_stride, out, tally, threads);
     case kFloat16:
-      return pack<Float32>(*format, static_cast<const Half*>(x), tokens, row_stride, out, saturated, threads);
+      return pack<Float32>(*format, static_cast<const Half*>(x), tokens, row_stride, out, tally, threads);
     case kFloat64:
-      return pack<Float32>(*format, static_cast<const double*>(x), tokens, row_stride, out, saturated, threads);
+      return pack<Float32>(*format, static_cast<const double*>(x), tokens, row_stride, out, tally, threads);
   }
   return kNotValid;
 }
@@ -210,7 +211,7 @@ int lowbit_unpack_reduce(const LowbitFormat* format, const uint8_t* messages, in
 // The two above in one pass; the sum of a token stays in cache. out: [tokens, row_bytes of `second`].
 int lowbit_requantize(const LowbitFormat* format, const uint8_t* messages, int64_t ranks, int64_t tokens,
                       int64_t rank_stride, int64_t row_stride, const LowbitFormat* second, uint8_t* out,
-                      int64_t* saturated, int threads) {
+                      int64_t* tally, int threads) {
   const auto first_kept = plan_of<Decoder<Float32>>(*format, ranks);
   const auto second_kept = plan_of<Encoder<Float32>>(*second, 1);
   if (!first_kept || !second_kept) return kNotValid;
@@ -218,12 +219,12 @@ int lowbit_requantize(const LowbitFormat* format, const uint8_t* messages, int64
   const Encoder<Float32>& encoder = second_kept->plan;
   const int64_t features = decoder.layout.features;
   prefer_huge_pages(out, tokens * encoder.layout.row_bytes);
-  int64_t total = 0;
+  Tally total{tokens * features};
   in_parallel(tokens, threads_for(tokens, features * ranks, threads), [&](int64_t first, int64_t last) {
     Decoder<Float32>::Scratch decoding(decoder);
     Encoder<Float32>::Scratch encoding(encoder.layout);
     Buffer<uint32_t> rows(kTokens * features);
-    int64_t here = 0;
+    Tally here;
     by_tokens(first, last, [&](int64_t token, auto count) {
       uint32_t* sums[count.value];
       uint8_t* to[count.value];
@@ -232,21 +233,21 @@ int lowbit_requantize(const LowbitFormat* format, const uint8_t* messages, int64
         to[t] = out + (token + t) * encoder.layout.row_bytes;
       }
       decoder.decode<count.value>(messages + token * row_stride, rank_stride, row_stride, sums, decoding);
-      here += encoder.encode<count.value>(sums, 0, to, encoding);
+      encoder.encode<count.value>(sums, 0, to, encoding, here);
     });
-    __atomic_fetch_add(&total, here, __ATOMIC_RELAXED);
+    total.add(here);
   });
-  *saturated = total;
+  total.store(tally);
   return 0;
 }
 
 // x: [tokens, features] of float32, bfloat16 or float16; out: int8 [tokens, features + 1], or int32 of two codes.
 int lowbit_exact_encode(const void* x, int dtype, int64_t tokens, int64_t row_stride, int64_t features,
-                        const float* center, const float* step, float largest, int bits, void* out, int64_t* saturated,
+                        const float* center, const float* step, float largest, int bits, void* out, int64_t* tally,
                         int threads) {
   auto call = [&](auto type) {
     auto words = static_cast<const typename decltype(type)::Word*>(x);
-    return exact_encode<decltype(type)>(words, tokens, row_stride, features, center, step, largest, bits, out, saturated,
+    return exact_encode<decltype(type)>(words, tokens, row_stride, features, center, step, largest, bits, out, tally,
                                         threads);
   };
   return dtype == kFloat32 ? call(Float32()) : dtype == kBfloat16 ? call(Bfloat16()) : call(Float16());

@@ -212,7 +212,8 @@ def _encode(
     WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """pack_reference for TOKENS rows. x_rows: int32 [TOKENS] offsets in x; rows: [TOKENS] pointers to the messages."""
+    """pack_reference for TOKENS rows. x_rows: int32 [TOKENS] offsets in x; rows: [TOKENS] pointers to the messages.
+    Returns how many values saturated, and how many rows travel as NaN."""
     broken, header, saturated = _row_facts(x, x_rows, good, features, headroom, scale, zero_point, RANK1, TOKENS, BLOCK)
     poison = tl.where(broken, float("nan"), 0.0)
     token_scale = poison
@@ -222,6 +223,7 @@ def _encode(
         tl.store(rows, header.to(tl.uint8), good)
     elif HEADER == 1:
         tl.store(rows, broken.to(tl.uint8), good)
+    nonfinite = tl.sum((token_scale != token_scale).to(tl.int32))
     first = 0
     pointers = rows + HEADER
     for t in tl.static_range(len(WIDTHS)):
@@ -232,7 +234,7 @@ def _encode(
         )  # fmt: skip
         first += count
         pointers += _tier_bytes(count, WIDTHS[t])
-    return saturated
+    return saturated, nonfinite
 
 
 @triton.jit
@@ -244,11 +246,12 @@ def _tier_bytes(count, BITS: tl.constexpr):
 
 @triton.jit
 def _decode_tier(
-    rows, rank_stride, ranks, good, features, scale, zero_point, order, first, count, byte, total, total_rows,
-    BITS: tl.constexpr, SPAN: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
+    rows, rank_stride, ranks, good, features, scale, zero_point, order, first, count, byte, mark, total,
+    total_rows, BITS: tl.constexpr, SPAN: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Decodes and sums one tier. rows: [TOKENS] pointers to rank 0's messages; byte: the tier's first, in a row."""
+    """Decodes and sums one tier. rows: [TOKENS] pointers to rank 0's messages; byte: the tier's first, in a row; mark:
+    the first of bf16."""
     LARGEST: tl.constexpr = 2**BITS - 1
     for start in range(0, count, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -277,8 +280,12 @@ def _decode_tier(
                 own_zero = tl.load(zero_point + rank * features + feature, here, other=0.0)
                 own_scale = tl.load(scale + rank * features + feature, here, other=0.0)
                 summed += (value - own_zero[None, :]) * own_scale[None, :]
-            if HEADER == 1 and not RANK1:
-                broken = tl.load(sent, good, other=0) != 0
+            if not RANK1:
+                if HEADER == 1:
+                    broken = tl.load(sent, good, other=0) != 0
+                else:
+                    marked = _load_bf16(sent + mark, good & (tl.full([TOKENS], 0, tl.int32) + mark >= 0))
+                    broken = marked != marked
                 summed += tl.where(broken, float("nan"), 0.0)[:, None]
         out = total + (total_rows[:, None] + feature[None, :])
         if total.dtype.element_ty == tl.bfloat16:
@@ -294,13 +301,18 @@ def _decode(
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """unpack_reduce_reference for TOKENS rows. total_rows: int32 [TOKENS] offsets in total."""
+    mark, byte = -1, HEADER
+    for t in tl.static_range(len(WIDTHS)):
+        if WIDTHS[t] == 16:
+            mark = tl.where(counts[t] > 0, byte, -1)
+        byte += _tier_bytes(counts[t] // 16, WIDTHS[t])
     first = 0
     byte = HEADER
     for t in tl.static_range(len(WIDTHS)):
         count = counts[t] // 16
         _decode_tier(
-            rows, rank_stride, ranks, good, features, scale, zero_point, order, first, count, byte, total, total_rows,
-            WIDTHS[t], SPANS[t], RANK1, HEADER, TOKENS, BLOCK,
+            rows, rank_stride, ranks, good, features, scale, zero_point, order, first, count, byte, mark, total,
+            total_rows, WIDTHS[t], SPANS[t], RANK1, HEADER, TOKENS, BLOCK,
         )  # fmt: skip
         first += count
         byte += _tier_bytes(count, WIDTHS[t])
@@ -312,16 +324,24 @@ _ANY = ["tokens", "ranks", "row_bytes", "token_stride", "rank_stride", "tiles", 
 
 @triton.jit(do_not_specialize=_ANY)
 def pack_kernel(
-    x, x_stride, tokens, features, headroom, scale, zero_point, order, message, row_bytes, saturated, counts,
+    x, x_stride, tokens, features, headroom, scale, zero_point, order, message, row_bytes, tally, counts,
     WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    outside = _encode(
+    outside, nonfinite = _encode(
         x, token * x_stride, token < tokens, features, headroom, scale, zero_point, order, message + token * row_bytes,
         counts, WIDTHS, SPANS, RANK1, HEADER, TOKENS, BLOCK,
     )  # fmt: skip
-    tl.atomic_add(saturated, outside.to(tl.int64))
+    _count(tally, tokens * features, outside, nonfinite)
+
+
+@triton.jit
+def _count(tally, values, outside, nonfinite):
+    """Adds a program's counts; values: of all programs."""
+    tl.store(tally, tl.cast(values, tl.int64), tl.program_id(0) == 0)
+    tl.atomic_add(tally + 1, outside.to(tl.int64))
+    tl.atomic_add(tally + 2, nonfinite.to(tl.int64))
 
 
 @triton.jit(do_not_specialize=_ANY)
@@ -341,13 +361,14 @@ def unpack_reduce_kernel(
 @triton.jit(do_not_specialize=_ANY)
 def requantize_kernel(
     messages, rank_stride, token_stride, ranks, tokens, tiles, features, scale, zero_point, order, counts,
-    headroom, second_scale, second_zero_point, second_order, second_counts, message, row_bytes, saturated, scratch,
+    headroom, second_scale, second_zero_point, second_order, second_counts, message, row_bytes, tally, scratch,
     WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
     SECOND_WIDTHS: tl.constexpr, SECOND_SPANS: tl.constexpr, SECOND_RANK1: tl.constexpr, SECOND_HEADER: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """scratch: float32 [programs, TOKENS, features]."""
     outside = tl.full([], 0, tl.int32)
+    nonfinite = tl.full([], 0, tl.int32)
     own = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)) * features
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         token = tile * TOKENS + tl.arange(0, TOKENS)
@@ -358,13 +379,15 @@ def requantize_kernel(
             WIDTHS, SPANS, RANK1, HEADER, TOKENS, BLOCK,
         )  # fmt: skip
         tl.debug_barrier()  # other threads of this program read what a thread wrote
-        outside += _encode(
+        more_outside, more_nonfinite = _encode(
             scratch, own, good, features, headroom, second_scale, second_zero_point, second_order,
             message + token * row_bytes, second_counts,
             SECOND_WIDTHS, SECOND_SPANS, SECOND_RANK1, SECOND_HEADER, TOKENS, BLOCK,
         )  # fmt: skip
+        outside += more_outside
+        nonfinite += more_nonfinite
         tl.debug_barrier()  # and are done reading before the next tile overwrites it
-    tl.atomic_add(saturated, outside.to(tl.int64))
+    _count(tally, tokens * features, outside, nonfinite)
 
 
 def pack(
@@ -383,16 +406,16 @@ def pack(
     tokens, features = x.shape
     row_bytes = hybrid_row_bytes(tiers, rank1)
     message = x.new_empty((tokens, row_bytes), dtype=torch.uint8)
-    saturated = torch.zeros(1, dtype=torch.int64, device=x.device)
+    tally = torch.zeros(3, dtype=torch.int64, device=x.device)
     if tokens:
         at_once, block = tile or _tile(tokens)
         pack_kernel[(triton.cdiv(tokens, at_once),)](
             *(x, x.stride(0), tokens, features, _headroom(tiers), scale, zero_point, order),
-            *(message, row_bytes, saturated),
+            *(message, row_bytes, tally),
             *_format(tiers, rank1),
             **_options(at_once, block),
         )
-    return message, saturated
+    return message, tally
 
 
 def unpack_reduce(
@@ -436,7 +459,7 @@ def requantize(
     (ranks, tokens, _), features = messages.shape, order.shape[0]
     row_bytes = hybrid_row_bytes(second_tiers, second_rank1)
     message = messages.new_empty((tokens, row_bytes))
-    saturated = torch.zeros(1, dtype=torch.int64, device=messages.device)
+    tally = torch.zeros(3, dtype=torch.int64, device=messages.device)
     if tokens:
         at_once, block = tile or _tile(tokens)
         tiles = triton.cdiv(tokens, at_once)
@@ -448,10 +471,10 @@ def requantize(
             *(messages, messages.stride(0), messages.stride(1), ranks, tokens, tiles, features),
             *(scale, zero_point, order, counts, _headroom(second_tiers)),
             *(second_scale, second_zero_point, second_order, second_counts),
-            *(message, row_bytes, saturated, scratch, *first, *second),
+            *(message, row_bytes, tally, scratch, *first, *second),
             **_options(at_once, block),
         )
-    return message, saturated
+    return message, tally
 
 
 def _headroom(tiers: Sequence[int]) -> int:

@@ -176,7 +176,7 @@ def test_exact_sums(features, carrier_bits):
             reference = exact.encode_reference(own, center, step, largest, carrier_bits)
             assert ours[0].dtype == reference[0].dtype
             assert torch.equal(ours[0], reference[0]) and torch.equal(ours[1], reference[1])
-        assert reference[1] > features
+        assert reference[1][1] > features and reference[1][2] == 3
         total = 3 * reference[0]
         arguments = total, 3 * center, step, carrier_bits, dtype
         assert_same_bits(kernels.exact_decode(*arguments), exact.decode_reference(*arguments))
@@ -328,9 +328,9 @@ assert not cpu._loaded  # nothing is built at import
 x = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
 plan = torch.full((50,), 0.3), torch.full((50,), 7.0), torch.arange(50), [16, 3, 4, 47], False
 for _ in range(2):
-    message, saturated = kernels.hybrid_pack(x, *plan)
+    message, tally = kernels.hybrid_pack(x, *plan)
 total = kernels.hybrid_unpack_reduce(message[None], plan[0][None], plan[1][None], *plan[2:], torch.float32)
-print(cpu._library() is not None, message.tolist(), saturated.item(), total.tolist())
+print(cpu._library() is not None, message.tolist(), tally.tolist(), total.tolist())
 """
 
 

@@ -153,9 +153,9 @@ def test_values_beyond_the_range_saturate():
     scale, zero_point = qparams_from_range(low, high, 4)
     x = torch.tensor([[1e4, 1e4, 1e4], [-1e4, -1e4, -1e4], [3e38, 3e38, 3e38], [-3e38, -3e38, -3e38]])
     format = torch.arange(3), [4, 3], False
-    message, saturated = kernels.hybrid_pack(x, scale, zero_point, *format)
+    message, tally = kernels.hybrid_pack(x, scale, zero_point, *format)
     result = kernels.hybrid_unpack_reduce(message[None], scale[None], zero_point[None], *format, torch.float32)
-    assert saturated.tolist() == [12]
+    assert tally.tolist() == [12, 12, 0]
     # scales 1, 0.2, 0.2 and zero points 3, -10, 25: code 0 and code 15 stand for these.
     expected = torch.tensor([[12.0, 5.0, -2.0], [-3.0, 2.0, -5.0]]).repeat(2, 1)
     torch.testing.assert_close(result, expected, rtol=4 * oracles.EPS32, atol=0)
@@ -208,19 +208,24 @@ def test_a_feature_of_constant_range_is_exact():
     value = torch.tensor([0.0, 0.3, -100.4, 1e30])
     scale, zero_point = qparams_from_range(value, value, 4)
     format = torch.arange(4), [4, 4], False
-    message, saturated = kernels.hybrid_pack(value[None], scale, zero_point, *format)
+    message, tally = kernels.hybrid_pack(value[None], scale, zero_point, *format)
     result = kernels.hybrid_unpack_reduce(message[None], scale[None], zero_point[None], *format, torch.float32)
-    assert torch.equal(result[0], value) and saturated.tolist() == [0]
+    assert torch.equal(result[0], value) and tally.tolist() == [4, 0, 0]
 
 
 @pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
-@pytest.mark.parametrize(("widths", "rank1"), [([4, 12], False), ([4, 12], True), ([16, 3, 4, 9], True)])
-def test_where_no_bf16_feature_carries_it_the_header_does(bad, widths, rank1):
-    """Every feature of that token is NaN, and no other token is touched."""
+@pytest.mark.parametrize("feature", (0, 4))
+@pytest.mark.parametrize(
+    ("widths", "rank1"), [([4, 12], False), ([4, 12], True), ([16, 3, 4, 9], True), ([16, 3, 4, 9], False)]
+)
+def test_a_token_that_holds_nan_or_inf_comes_out_as_nan(bad, widths, rank1, feature):
+    """Every feature of that token is NaN, in bf16 or not, no other token is touched, and it is counted."""
     x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
-    x[2, 4] = bad
+    x[2, feature] = bad
     scale, zero = torch.full((12,), 0.5), torch.full((12,), 8.0)
-    message, _ = kernels.hybrid_pack(x, scale, zero, torch.arange(12), widths, rank1)
+    scale[: 3 * (widths[0] == 16)], zero[: 3 * (widths[0] == 16)] = torch.inf, 0.0
+    message, tally = kernels.hybrid_pack(x, scale, zero, torch.arange(12), widths, rank1)
+    assert tally[0] == x.numel() and tally[2] == 1
     y = kernels.hybrid_unpack_reduce(message[None], scale[None], zero[None], torch.arange(12), widths, rank1, x.dtype)
     assert y[2].isnan().all() and y[[0, 1, 3, 4]].isfinite().all()
 
@@ -300,10 +305,10 @@ def test_a_tokens_scale_is_the_nearest_on_a_log_axis(device, monkeypatch):
     x = torch.cat([largest, torch.tensor([0.0, 2.0**-40, 2.0**40])])[:, None] * torch.tensor([[0.5, -1.0, 0.25]])
     if device == "reference":
         monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", "reference")
-    message, far = kernels.hybrid_pack(x, torch.ones(3), torch.zeros(3), torch.arange(3), [8, 3], True)
+    message, tally = kernels.hybrid_pack(x, torch.ones(3), torch.zeros(3), torch.arange(3), [8, 3], True)
     expected = [*torch.cat([j + 128] * 3).tolist(), 0, 1, 254]
     assert message[:, 0].tolist() == expected
-    assert far.item() == (x.abs() > hybrid.FAR).sum()
+    assert tally.tolist() == [x.numel(), (x.abs() > hybrid.FAR).sum(), 0]
     y = kernels.hybrid_unpack_reduce(
         message[None], torch.ones(1, 3), torch.zeros(1, 3), torch.arange(3), [8, 3], True, torch.float32
     )
@@ -384,6 +389,6 @@ def test_requantizing_is_unpacking_and_packing():
     back = order.flip(0)
     low, high = total.amin(0) * 0.9, total.amax(0) * 0.9  # a tenth too narrow, so that some values saturate
     second = *qparams_from_range(low, high, 8), back, [16, 4, 8, 24], False
-    message, saturated = kernels.hybrid_unpack_reduce_requantize(messages, scale, zero, *first, *second)
+    message, tally = kernels.hybrid_unpack_reduce_requantize(messages, scale, zero, *first, *second)
     expected, count = kernels.hybrid_pack(total, *second)
-    assert torch.equal(message, expected) and torch.equal(saturated, count) and saturated > 0
+    assert torch.equal(message, expected) and torch.equal(tally, count) and tally[1] > 0

@@ -21,6 +21,7 @@ PLANS = [  # tiers
     [16, 1],
     [16, 13],
     [16, 3, 4, 19],
+    [4, 20, 16, 5, 2, 9],  # bf16 not in front
     [8, 17],
     [16, 2, 8, 3, 7, 9, 6, 5, 5, 1, 4, 7, 3, 11, 2, 6],
     *([bits, 21] for bits in (2, 3, 5, 6, 7)),
@@ -67,7 +68,7 @@ def without_nan_bits(message: Tensor, tiers: list[int], rank1: bool) -> Tensor:
 
 
 def check_message(ours: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tiers, rank1, case) -> None:
-    assert torch.equal(ours[1], expected[1]), ("saturated", case, ours[1], expected[1])
+    assert torch.equal(ours[1], expected[1]), ("tally", case, ours[1], expected[1])
     same = torch.equal(*(without_nan_bits(message, tiers, rank1) for message in (ours[0], expected[0])))
     assert same, ("message", case)
 
@@ -101,7 +102,7 @@ def check(tiers: list[int], rank1: bool, tokens: int, ranks: int, kind: str, dty
 POINTERS = {
     **dict.fromkeys(["messages", "message"], "*u8"),
     **dict.fromkeys(["scale", "zero_point", "second_scale", "second_zero_point", "scratch"], "*fp32"),
-    **dict.fromkeys(["order", "second_order", "saturated"], "*i64"),
+    **dict.fromkeys(["order", "second_order", "tally"], "*i64"),
     **dict.fromkeys(["x", "total"], "*bf16"),
 }
 
@@ -134,7 +135,7 @@ def main(device: str) -> None:
         return print(compile_all())
     cases = [(tiers, rank1, 3, 2, "plain", torch.float32) for tiers in PLANS for rank1 in (False, True)]
     cases += [([4, 700], True, 3, 1, "zeros", torch.float32)]
-    for tiers in ([16, 3, 4, 19], [4, 13]):
+    for tiers in ([16, 3, 4, 19], [4, 13], [4, 20, 16, 5, 2, 9]):
         for rank1 in (False, True):
             cases += [(tiers, rank1, 3, 1, kind, torch.float32) for kind in ("constant", "saturated", "broken")]
             cases += [(tiers, rank1, 1, 1, "plain", dtype) for dtype in (torch.bfloat16, torch.float16)]
