@@ -25,6 +25,7 @@ from megatron_lowbit.launch.benchmark_config import BenchmarkConfig
 from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
 from megatron_lowbit.launch.netlab import on_a_host
 from megatron_lowbit.launch.runner import run_stage
+from megatron_lowbit.launch.saturation import logged, measure_saturation, print_saturation
 from megatron_lowbit.launch.tables import print_table
 from megatron_lowbit.metrics import MetricLogger, progress
 from megatron_lowbit.ranges import build_plan, describe
@@ -55,7 +56,7 @@ def run(config: BenchmarkConfig, logger: MetricLogger) -> dict[str, Any]:
     )
     rows: list[dict[str, Any]] = []
     for name, (artifact, comm) in artifacts.items():
-        pairs = time_pairs(engine, artifact, comm, ids, config.repeats, name)
+        pairs, saturation = time_pairs(engine, artifact, comm, ids, config.repeats, name)
         ratios = sorted(patched / unpatched for unpatched, patched in pairs)
         row: dict[str, Any] = {
             "name": name,
@@ -66,13 +67,15 @@ def run(config: BenchmarkConfig, logger: MetricLogger) -> dict[str, Any]:
             "ratio": statistics.median(ratios),
             "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
             "pairs": pairs,
+            **saturation,
         }
         rows.append(row)
-        logger.log(row=name, ratio=row["ratio"])
+        logger.log(row=name, ratio=row["ratio"], **logged(row))
     if env_rank() == 0:
         where = "loopback" if config.rate is None else f"links of {config.rate}"
         title = f"{config.model}, {config.engine}, tp={size}, {ids.numel()} tokens, {config.dtype}, {where}"
         print_rows(rows, title)
+        print_saturation(rows)
     return {"rows": rows}
 
 
@@ -87,8 +90,11 @@ def print_rows(rows: list[dict[str, Any]], title: str) -> None:
 
 def time_pairs(
     engine: Engine, artifact: Artifact, comm: CommConfig | None, ids: torch.Tensor, repeats: int, name: str
-) -> list[tuple[float, float]]:
-    """(unpatched, patched) seconds of `repeats` pairs, their order alternating. Leaves the engine unpatched."""
+) -> tuple[list[tuple[float, float]], dict[str, Any]]:
+    """((unpatched, patched) seconds of `repeats` pairs, their order alternating; how the plan's ranges held).
+
+    Leaves the engine unpatched.
+    """
     engine.apply(artifact, comm)
     patched = patching.replacing_modules(engine.model)
     seconds = {True: 0.0, False: 0.0}
@@ -103,7 +109,10 @@ def time_pairs(
         if number >= 0:  # the first three pairs warm up
             pairs.append((seconds[False], seconds[True]))
     engine.remove()
-    return pairs
+    patching.swap(engine.module, patched)
+    saturation = measure_saturation(engine)
+    engine.remove()
+    return pairs, saturation
 
 
 @torch.inference_mode()

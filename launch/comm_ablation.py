@@ -26,6 +26,7 @@ from megatron_lowbit.config import CommConfig, EvaluateConfig, LowBitError, Weig
 from megatron_lowbit.launch.engine import calibrate_engine, load_windows, start_engine
 from megatron_lowbit.launch.evaluate import applied_row, check_unused, explained, full_precision_row
 from megatron_lowbit.launch.peers import VirtualGroupInt4
+from megatron_lowbit.launch.saturation import print_saturation
 from megatron_lowbit.launch.synthetic import MakeReducer, synthetic_rows
 from megatron_lowbit.launch.tables import Justify, number, print_table
 from megatron_lowbit.metrics import MetricLogger
@@ -66,6 +67,7 @@ def run_comm_ablation(config: EvaluateConfig, logger: MetricLogger) -> dict[str,
         engine.apply(Artifact(), "bf16")
         for site, module in patching.row_parallel_modules(engine.model).items():
             module.reducer = make(site)
+            module.reducer.at(site)
         about = {"weights": "none", "communication": name}
         measured = applied_row(engine, name, about, windows, config.evaluation, reference, logger)
         rows.append(_completed(measured, rows[0]["perplexity"]))
@@ -143,6 +145,7 @@ def _print(rows: list[dict[str, Any]], config: EvaluateConfig) -> None:
     ]
     named: dict[str, Justify] = {"name": "left", **dict.fromkeys(columns, "right"), "worst\nsite": "left"}
     print_table(named, cells, f"{config.model}, virtual_tp={config.virtual_tp}{injected}", explained(rows))
+    print_saturation(rows)
 
 
 def _short(site: str | None) -> str:

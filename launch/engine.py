@@ -107,13 +107,9 @@ class Engine:
         """What all pipeline stages have measured of their own sites."""
         return sites
 
-    def total(self, counts: Mapping[str, int]) -> int:
-        """The sum over sites, pipeline stages and tensor-parallel ranks."""
-        total = torch.tensor(sum(counts.values()), device=device())
-        for group in (self.group, self.pp_group):
-            if group is not None:
-                dist.all_reduce(total, group=group)
-        return int(total)
+    def site_names(self) -> Mapping[str, str]:
+        """{a low-bit linear's name in the model: its Hugging Face name}, where they differ."""
+        return {}
 
     def fingerprint(self) -> Fingerprint:
         return huggingface.fingerprint(self.module)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_lowbit.adapters.patching import site_saturated, site_traffic
+from megatron_lowbit.adapters.patching import site_traffic
 from megatron_lowbit.artifacts import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, EvaluateConfig, EvaluationConfig, LowBitError
 from megatron_lowbit.data import Windows
@@ -21,6 +21,7 @@ from megatron_lowbit.distributed import Watch, env_rank
 from megatron_lowbit.evaluate import SiteTraffic, measure_quality, measure_sqnr
 from megatron_lowbit.launch.engine import Engine, load_windows, prepare_artifact, start_engine
 from megatron_lowbit.launch.runner import run_stage
+from megatron_lowbit.launch.saturation import logged, measure_saturation, print_saturation
 from megatron_lowbit.launch.tables import number, print_table
 from megatron_lowbit.metrics import MetricLogger, progress
 
@@ -139,7 +140,7 @@ def applied_row(
     quality = measure_quality(engine, _batches(windows, section, name), _kl_tokens(section), reference)
     traffic = site_traffic(engine.model).values()
     wire = _wire(sum(t.bytes for t in traffic), sum(t.values for t in traffic), windows, section)
-    saturated = engine.total(site_saturated(engine.model))
+    saturation = measure_saturation(engine)
     sites: dict[str, float] = {}
     if engine.full_precision:  # or there is nothing to compare with
         batches = sqnr_windows(windows).batches(section.batch_size)
@@ -152,12 +153,12 @@ def applied_row(
         "perplexity": quality.perplexity,
         "kl": quality.kl,
         **wire,
-        "saturated": saturated,
+        **saturation,
         "sqnr_db": mean_sqnr,
         "tokens": quality.tokens,
         "sites": sites,
     }
-    known = {"kl": quality.kl, "sqnr_db": mean_sqnr}
+    known = {"kl": quality.kl, "sqnr_db": mean_sqnr, **logged(row)}
     logger.log(row=name, perplexity=quality.perplexity, **{k: value for k, value in known.items() if value is not None})
     if sites:
         logger.table(f"sqnr/{name}", ["site", "sqnr_db"], [*map(list, sites.items())], ("site", "sqnr_db"))
@@ -185,6 +186,7 @@ def print_rows(rows: list[dict[str, Any]], title: str | None = None) -> None:
         for row in rows
     ]
     print_table(columns, cells, title, explained(rows))
+    print_saturation(rows)
 
 
 def explained(rows: list[dict[str, Any]]) -> str | None:

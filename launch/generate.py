@@ -18,6 +18,7 @@ from megatron_lowbit.launch.engine import Engine, GenerateOptions, prepare_artif
 from megatron_lowbit.launch.evaluate import row_name
 from megatron_lowbit.launch.inputs import read_prompts
 from megatron_lowbit.launch.runner import run_stage
+from megatron_lowbit.launch.saturation import logged, measure_saturation, print_saturation
 from megatron_lowbit.launch.tokenizer import check_tokenizer
 from megatron_lowbit.metrics import MetricLogger
 
@@ -52,11 +53,14 @@ def run(config: GenerateConfig, logger: MetricLogger) -> dict[str, Any]:
     if text is not None:
         text.end()
     tokens = sum(map(len, made))
-    logger.log(new_tokens=tokens, seconds=seconds)
     name = row_name(engine, artifact, config.comm.mode)
+    saturation = {"name": name, **measure_saturation(engine)}
+    logger.log(new_tokens=tokens, seconds=seconds, **logged(saturation))
+    if env_rank() == 0:
+        print_saturation([saturation], sys.stderr)  # standard output is the text
     decode = partial(engine.tokenizer.decode, skip_special_tokens=True)
     rows = [
-        {"name": name, "prompt": prompt, "text": decode(new), "tokens": new, "new_tokens": len(new), "seconds": seconds}
+        {**saturation, "prompt": prompt, "text": decode(new), "tokens": new, "new_tokens": len(new), "seconds": seconds}
         for prompt, new in zip(prompts, made, strict=True)
     ]
     return {"rows": rows}

@@ -234,6 +234,13 @@ class MegatronEngine(Engine):
     def inputs(self) -> Mapping[str, Any]:
         return self._views("column")
 
+    def site_names(self) -> Mapping[str, str]:
+        from megatron_lowbit.adapters.megatron import find_linears
+        from megatron_lowbit.adapters.megatron_layout import find_prefix, parts
+
+        prefix, linears = find_prefix(self.names), find_linears(self.model)
+        return {path: parts(prefix, layer, role, self.names)[0] for (layer, role), (path, _) in linears.items()}
+
     def site_pairs(self) -> dict[str, tuple[Any, Any]]:
         from megatron_lowbit.adapters.megatron import find_linears
         from megatron_lowbit.adapters.megatron_layout import COLUMN, find_prefix, parts

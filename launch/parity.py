@@ -27,11 +27,12 @@ from megatron_lowbit.adapters.patching import remove
 from megatron_lowbit.artifacts import Artifact
 from megatron_lowbit.config import CommMode, LowBitError, ParityConfig
 from megatron_lowbit.distributed import on_rank_zero
-from megatron_lowbit.files import write_tensors
+from megatron_lowbit.files import read_json, write_tensors
 from megatron_lowbit.launch.engine import GenerateOptions, start_engine
 from megatron_lowbit.launch.generate import encode
 from megatron_lowbit.launch.inputs import read_prompts
 from megatron_lowbit.launch.runner import run_stage
+from megatron_lowbit.launch.saturation import logged, measure_saturation, print_saturation
 from megatron_lowbit.launch.tables import Justify, print_table
 from megatron_lowbit.launcher_env import without_launch
 from megatron_lowbit.metrics import MetricLogger
@@ -59,10 +60,10 @@ def run(config: ParityConfig, logger: MetricLogger) -> dict[str, Any]:
             found = references[size] if engine == "huggingface" else outcomes_of(config, engine, size)
             for mode, outcome in found.items():
                 reference = references[size if mode in SAME_SIZE else 1][mode]
-                rows.append(
-                    {"name": name_of(artifact, mode), "engine": engine, "tp": size} | compare(outcome, reference)
-                )
-                logger.log(**rows[-1])
+                about: dict[str, Any] = {"name": name_of(artifact, mode), "engine": engine, "tp": size}
+                figures, saturation = compare(outcome, reference), saturation_of(config, engine, size, mode)
+                rows.append({**about, **figures, **saturation})
+                logger.log(**about, **figures, **logged(saturation))
     rows.sort(key=lambda row: row["name"] != "full precision")
     print_rows(rows)
     return {"rows": rows}
@@ -87,7 +88,7 @@ def write_outcomes(config: ParityConfig) -> list[dict[str, Any]]:
     engine = start_engine(config)
     prompts = [encode(engine, prompt) for prompt in on_rank_zero(lambda: read_prompts(config.prompts or ""))]
     artifact = Artifact.load(config.artifact or "")
-    found = modes(artifact, engine.tp_size)
+    found, rows = modes(artifact, engine.tp_size), []
     for mode in found:
         remove(engine.model)
         if mode is not None:
@@ -100,7 +101,8 @@ def write_outcomes(config: ParityConfig) -> list[dict[str, Any]]:
         outcome |= {f"tokens.{number}": torch.tensor(tokens) for number, tokens in enumerate(made)}
         path = Path(config.output_dir) / f"{mode}.safetensors"
         on_rank_zero(lambda path=path, outcome=outcome: write_tensors(path, outcome))  # type: ignore[misc]
-    return [{"name": str(mode), "prompts": len(prompts)} for mode in found]
+        rows.append({"name": str(mode), "prompts": len(prompts), **measure_saturation(engine)})
+    return rows
 
 
 def outcomes_of(config: ParityConfig, engine: str, size: int) -> dict[str, Outcome]:
@@ -149,6 +151,18 @@ def _run(command: list[str], environ: dict[str, str]) -> tuple[int | None, str]:
             process.kill()
 
 
+def saturation_of(config: ParityConfig, engine: str, size: int, mode: str) -> dict[str, Any]:
+    """How the plan's ranges held, as the engine's own processes have told."""
+    rows = read_json(Path(config.output_dir) / f"{engine}-{size}" / "parity.json")["rows"]
+    return {
+        key: value
+        for row in rows
+        if row["name"] == mode
+        for key, value in row.items()
+        if key not in ("name", "prompts")
+    }
+
+
 def compare(outcome: Outcome, reference: Outcome) -> dict[str, Any]:
     """The largest difference of logits, relative to the largest logit, and the tokens that agree."""
     pairs = {key: (outcome[key], reference[key]) for key in sorted(reference)}
@@ -195,6 +209,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         for row in rows
     ]
     print_table(columns, cells, "against Hugging Face in one process (bf16, hybrid: with as many virtual ranks)")
+    print_saturation({**row, "name": f"{row['name']}, {row['engine']}, tp={row['tp']}"} for row in rows)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ few bits (CommPlan):
     model = lowbit.apply_to_huggingface(hf_model, "artifact/", virtual_tp=8)   # as eight ranks would compute it
     engine = lowbit.apply_to_deepspeed(engine, "artifact/")      # after deepspeed.init_inference (AutoTP)
     model = lowbit.apply_to_megatron(gpt_model, "artifact/")     # a GPTModel of Megatron-Core, or its pipeline chunks
+    lowbit.saturation(model)                                     # how many values lay beyond their calibrated ranges
     lowbit.remove(model)                                         # restores what was there
 
 What an artifact holds can be read, and a plan used by itself:
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from megatron_lowbit.adapters.deepspeed import apply_to_deepspeed
     from megatron_lowbit.adapters.huggingface import apply_to_huggingface
     from megatron_lowbit.adapters.megatron import apply_to_megatron
-    from megatron_lowbit.adapters.patching import remove
+    from megatron_lowbit.adapters.patching import remove, saturation
     from megatron_lowbit.artifacts import Artifact, CalibrationStats, CommPlan, LowBitCheckpoint
     from megatron_lowbit.collectives import HybridReducer, VirtualReducer
     from megatron_lowbit.config import LowBitError
@@ -64,6 +65,7 @@ _HOMES = {
     "apply_to_huggingface": "adapters.huggingface",
     "apply_to_megatron": "adapters.megatron",
     "remove": "adapters.patching",
+    "saturation": "adapters.patching",
 }
 _NEEDS = {"apply_to_megatron": "megatron.core"}  # its module subclasses Megatron's layers
 __all__ = [
@@ -78,6 +80,7 @@ __all__ = [
     "apply_to_huggingface",
     "apply_to_megatron",
     "remove",
+    "saturation",
 ]
 
 

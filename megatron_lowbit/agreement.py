@@ -71,6 +71,12 @@ class Agreement:
         self._told = kind
         _BATCHES[self.group] = batch
 
+    def largest(self, value: Tensor) -> Tensor:
+        """Replace value by the largest of all ranks' values, and return it."""
+        with self:
+            dist.all_reduce(value, dist.ReduceOp.MAX, self.group)
+        return value
+
     def __enter__(self) -> None:
         """Around calls of torch.distributed: what they raise becomes a LowBitError that says what probably happened."""
 

@@ -87,13 +87,16 @@ class Codec:
 
 
 class WireFormat(Float32QParams):
-    """Encodes and decodes as a Codec says. Counts, on the device, the values far from what was calibrated: beyond their
-    static range, or 16 standard deviations away (rank-1)."""
+    """Encodes and decodes as a Codec says.
+
+    Counts, on the device, values, those of them far from what was calibrated (beyond their static range, or 16 standard
+    deviations away in rank-1), and tokens that travel as NaN.
+    """
 
     scale: Tensor  # float32 [senders, E]; inf for bf16
     zero_point: Tensor  # 0 for bf16
     order: Tensor  # int64 [E]
-    saturated: Tensor  # int64 [ranks], by who encoded
+    tally: Tensor  # int64 [ranks, 3], by who encoded
 
     def __init__(self, codec: Codec, ranks: int | None = None):
         """ranks: that encode with it; None: the senders."""
@@ -105,7 +108,7 @@ class WireFormat(Float32QParams):
         self.register_buffer("scale", codec.scale.masked_fill(bf16, torch.inf), persistent=False)
         self.register_buffer("zero_point", codec.zero_point.masked_fill(bf16, 0.0), persistent=False)
         self.register_buffer("order", order, persistent=False)
-        self.register_buffer("saturated", torch.zeros(ranks or self.senders, dtype=torch.int64), persistent=False)
+        self.register_buffer("tally", torch.zeros(ranks or self.senders, 3, dtype=torch.int64), persistent=False)
 
     @property
     def can_saturate(self) -> bool:
@@ -121,8 +124,8 @@ class WireFormat(Float32QParams):
                 "it belongs to another model; calibrate this one"
             )
         qparams = self.scale[sender], self.zero_point[sender]
-        message, saturated = hybrid_pack(x, *qparams, self.order, self.tiers, self.rank1)
-        self.saturated[sender : sender + 1] += saturated
+        message, tally = hybrid_pack(x, *qparams, self.order, self.tiers, self.rank1)
+        self.tally[sender].add_(tally)
         return message
 
     def unpack_reduce(self, messages: Tensor, dtype: torch.dtype) -> Tensor:
@@ -139,12 +142,12 @@ class WireFormat(Float32QParams):
         """Messages of all senders -> their sum as `rank` encodes it with `second`: uint8 [tokens, row_bytes]."""
         self._follow(messages)
         second._follow(messages)
-        message, saturated = hybrid_unpack_reduce_requantize(
+        message, tally = hybrid_unpack_reduce_requantize(
             messages,
             *(self.scale, self.zero_point, self.order, self.tiers, self.rank1),
             *(second.scale[0], second.zero_point[0], second.order, second.tiers, second.rank1),
         )
-        second.saturated[rank : rank + 1] += saturated
+        second.tally[rank].add_(tally)
         return message
 
     def _follow(self, x: Tensor) -> None:

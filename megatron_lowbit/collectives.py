@@ -38,7 +38,7 @@ from megatron_lowbit.codec import Codec, WireFormat
 from megatron_lowbit.config import CommMode, LowBitError, check_mode
 from megatron_lowbit.cost import CostTable
 from megatron_lowbit.distributed import all_gather_stack, reduce_scatter
-from megatron_lowbit.drift import DriftGuard
+from megatron_lowbit.drift import DriftGuard, Saturation
 from megatron_lowbit.exact_sum import ExactSum
 from megatron_lowbit.exchange import Arrival, Exchange
 
@@ -91,12 +91,18 @@ class _Reducer(nn.Module):
         self.plan = plan
         self.tp_rank, self.costs = 0, costs
         self._choices: dict[tuple[int, bool], CommMode] = {}
-        self.traffic, self.guard = Traffic(), DriftGuard(drift_threshold)
+        self.traffic = Traffic()
         self.first = self.second = self.exact = None
-        if not self.low_bit:
-            return
+        if self.low_bit:
+            self._lay_out(plan)
+        parts: list[WireFormat | ExactSum | None] = [self.first, self.second, self.exact]
+        self.guard = DriftGuard(drift_threshold, [part for part in parts if part is not None])
+
+    def _lay_out(self, plan: SitePlan | None) -> None:
+        """The formats that the mode needs."""
+        costs = self.costs
         if plan is None:
-            raise LowBitError(f"comm.mode={mode} needs a communication plan; calibrate one")
+            raise LowBitError(f"comm.mode={self.mode} needs a communication plan; calibrate one")
         if self.mode == "auto":
             if costs is None:
                 raise LowBitError("comm.mode=auto needs comm.cost_table here; benchmark collectives --tune writes one")
@@ -126,26 +132,22 @@ class _Reducer(nn.Module):
         """Whether values travel as they are."""
         return self.mode == "native"
 
-    @property
-    def saturated(self) -> int:
-        """Values of this process that lay beyond their calibrated range so far. Waits for the device."""
-        return sum(int(part.saturated.sum()) for part in (self.first, self.second, self.exact) if part is not None)
-
     def at(self, site: str) -> None:
         """Give it the site's name, which messages then say."""
         self.guard.site = site
 
-    def _mode_of(self, x: Tensor, ranks: int, scattered: bool = False) -> CommMode:
-        """How partial sums [..., E] travel, unless the site has drifted: then in bf16. A collective call."""
+    def saturation(self) -> Saturation:
+        """Return what this process has encoded so far, and whether the site has fallen back. Waits for the device."""
+        return self.guard.saturation()
+
+    def _mode_of(self, x: Tensor, scattered: bool = False) -> CommMode:
+        """How partial sums [..., E] travel, unless the site has drifted: then in bf16."""
         mode = self.chosen(x.numel(), scattered)
-        if mode not in LOW_BIT:
-            return mode
-        part = self.exact if mode == "exact_sum" else self.first
-        assert part is not None
-        encoded: dict[WireFormat | ExactSum, int] = {part: x.numel()}
-        if mode == "two_shot" and self.second is not None:
-            encoded[self.second] = -(-x.shape[:-1].numel() // ranks) * x.shape[-1]
-        return "bf16" if self.guard.trips(encoded, self._largest, self.tp_rank) else mode
+        return "bf16" if mode in LOW_BIT and self.guard.tripped else mode
+
+    def _drifted(self, x: Tensor) -> bool:
+        """Whether x, which has been encoded, has to travel in bf16 after all. A collective call."""
+        return self.guard.trips(self._largest, x, self.tp_rank)
 
     def chosen(self, values: int, scattered: bool = False) -> CommMode:
         """How so many partial sums travel: the mode or, where that is auto, one of the others.
@@ -238,21 +240,22 @@ class HybridReducer(_OverRanks, _Reducer):
 
     def _forward(self, x: Tensor, reuse: bool = False) -> Tensor:
         self.agreement.check(x)
-        mode = self._mode_of(x, self.tp_size)
+        mode = self._mode_of(x)
         if mode not in LOW_BIT:
             return self._stock(x, reuse)
-        rows = x.reshape(-1, x.shape[-1])
+        rows, check = x.reshape(-1, x.shape[-1]), self.guard.due(x)
         if mode == "exact_sum":
             assert self.exact is not None
             codes = self.exact.encode(rows, self.tp_rank)
+            if check and self._drifted(x):
+                return self._stock(x, reuse)
             self.traffic.count(codes, x.numel())
             with self.agreement:
                 dist.all_reduce(codes, group=self.tp_group)
             return self.exact.decode(codes, x.dtype).view(x.shape)
         y = x if reuse and x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
         one_way = self._one_shot if mode == "one_shot" else self._two_shot
-        one_way(rows, y.view(rows.shape))
-        return y
+        return y if one_way(rows, y.view(rows.shape), check) else self._stock(x, reuse)
 
     def _stock(self, x: Tensor, reuse: bool) -> Tensor:
         dtype = self._wire_dtype(x)
@@ -264,9 +267,7 @@ class HybridReducer(_OverRanks, _Reducer):
         return message if message.dtype == x.dtype else message.to(x.dtype)
 
     def _largest(self, share: Tensor) -> Tensor:
-        with self.agreement:
-            dist.all_reduce(share, dist.ReduceOp.MAX, self.tp_group)
-        return share
+        return self.agreement.largest(share)
 
     def _pieces(self, rows: Tensor, ranks: int) -> tuple[Tensor, ...]:
         """rows [tokens, E] in up to MOST_PIECES, each of a multiple of N tokens, or the last; `ranks` share a piece."""
@@ -274,22 +275,39 @@ class HybridReducer(_OverRanks, _Reducer):
         each = -(-len(rows) // (count * self.tp_size)) * self.tp_size
         return rows.split(max(each, 1))
 
-    def _one_shot(self, rows: Tensor, sums: Tensor) -> None:
+    def _one_shot(self, rows: Tensor, sums: Tensor, check: bool) -> bool:
+        """Returns False where nothing was sent, since the site has drifted.
+
+        check: whether to find out, for which all rows are one piece.
+        """
         first, exchange = self.first, Exchange(self.agreement)
         assert first is not None
 
-        def send(piece: Tensor, total: Tensor) -> tuple[Arrival, Tensor]:
-            message = first.pack(piece, self.tp_rank)
+        def send(message: Tensor, piece: Tensor, total: Tensor) -> tuple[Arrival, Tensor]:
             self.traffic.count(message, piece.numel())
             return exchange.all_gather(message), total
+
+        def pack_and_send(piece: Tensor, total: Tensor) -> tuple[Arrival, Tensor]:
+            return send(first.pack(piece, self.tp_rank), piece, total)
 
         def add_up(gather: Arrival, total: Tensor) -> None:
             first.unpack_reduce_into(gather.wait(), total)
 
-        exchange.pipeline(zip(self._pieces(rows, 1), self._pieces(sums, 1), strict=True), send, add_up)
+        if check:
+            message = first.pack(rows, self.tp_rank)
+            if self._drifted(rows):
+                return False
+            add_up(*send(message, rows, sums))
+        else:
+            pieces = zip(self._pieces(rows, 1), self._pieces(sums, 1), strict=True)
+            exchange.pipeline(pieces, pack_and_send, add_up)
+        return True
 
-    def _two_shot(self, rows: Tensor, sums: Tensor) -> None:
-        """Stripes of a piece are ceil(tokens / N) neighbouring tokens, the last ones shorter or empty, and padded."""
+    def _two_shot(self, rows: Tensor, sums: Tensor, check: bool) -> bool:
+        """Stripes of a piece are ceil(tokens / N) neighbouring tokens, the last ones shorter or empty, and padded.
+
+        check, and False: as in _one_shot, but the first hop has been sent, since the second encodes what it brings.
+        """
         first, second, exchange = self.first, self.second, Exchange(self.agreement)
         assert first is not None and second is not None
 
@@ -300,58 +318,88 @@ class HybridReducer(_OverRanks, _Reducer):
             sizes = [max(0, min(each, len(piece) - rank * each)) for rank in range(self.tp_size)]
             return exchange.all_to_all(message, sizes), total
 
-        def add_up(scattered: Arrival, total: Tensor) -> tuple[Arrival, Tensor]:
-            stripe = first.requantize(scattered.wait(), second)
+        def add_up(scattered: Arrival) -> Tensor:
+            return first.requantize(scattered.wait(), second)
+
+        def give_back(stripe: Tensor, total: Tensor) -> tuple[Arrival, Tensor]:
             missing = -(-len(total) // self.tp_size) - len(stripe)
             stripe = torch.nn.functional.pad(stripe, (0, 0, 0, missing)) if missing else stripe
             self.traffic.count(stripe)
             return exchange.all_gather(stripe), total
 
+        def add_up_and_give_back(scattered: Arrival, total: Tensor) -> tuple[Arrival, Tensor]:
+            return give_back(add_up(scattered), total)
+
         def decode(gather: Arrival, total: Tensor) -> None:
             stripes = gather.wait().flatten(0, 1)[: len(total)]
             second.unpack_reduce_into(stripes.unsqueeze(0), total)
 
-        pieces = zip(self._pieces(rows, self.tp_size), self._pieces(sums, self.tp_size), strict=True)
-        exchange.pipeline(pieces, scatter, add_up, decode)
+        if check:
+            scattered, total = scatter(rows, sums)
+            stripe = add_up(scattered)
+            if self._drifted(rows):
+                self.traffic.values -= rows.numel()  # they are sent again
+                return False
+            decode(*give_back(stripe, total))
+        else:
+            pieces = zip(self._pieces(rows, self.tp_size), self._pieces(sums, self.tp_size), strict=True)
+            exchange.pipeline(pieces, scatter, add_up_and_give_back, decode)
+        return True
 
     def _forward_scatter(self, x: Tensor) -> Tensor:
         """Rank r gets every rank's rows r: one all-to-all of messages, decoded and added in rank order."""
         shape = (x.shape[0] // self.tp_size, *x.shape[1:])
         self.agreement.check(x)
-        mode = self._mode_of(x, self.tp_size, scattered=True)
-        rows = x.reshape(-1, x.shape[-1])
-        if mode not in LOW_BIT or mode == "exact_sum":
-            exact = self.exact if mode == "exact_sum" else None
-            message = x.to(self._wire_dtype(x)).contiguous() if exact is None else exact.encode(rows, self.tp_rank)
-            self.traffic.count(message, x.numel())
-            total = message.new_empty(len(message) // self.tp_size, *message.shape[1:])
-            with self.agreement:
-                reduce_scatter(total, message, self.tp_group)
-            return total.to(x.dtype) if exact is None else exact.decode(total, x.dtype).view(shape)
-        assert self.first is not None
-        message = self.first.pack(rows, self.tp_rank)
+        mode = self._mode_of(x, scattered=True)
+        if mode not in LOW_BIT:
+            return self._stock_scatter(x)
+        rows, check = x.reshape(-1, x.shape[-1]), self.guard.due(x)
+        part = self.exact if mode == "exact_sum" else self.first
+        assert part is not None
+        message = part.encode(rows, self.tp_rank) if isinstance(part, ExactSum) else part.pack(rows, self.tp_rank)
+        if check and self._drifted(x):
+            return self._stock_scatter(x)
+        if isinstance(part, ExactSum):
+            return part.decode(self._scattered(message, x.numel()), x.dtype).view(shape)
         self.traffic.count(message, x.numel())
         sizes = [len(message) // self.tp_size] * self.tp_size
         received = Exchange(self.agreement).all_to_all(message, sizes).wait()
-        return self.first.unpack_reduce(received, x.dtype).view(shape)
+        return part.unpack_reduce(received, x.dtype).view(shape)
+
+    def _stock_scatter(self, x: Tensor) -> Tensor:
+        return self._scattered(x.to(self._wire_dtype(x)).contiguous(), x.numel()).to(x.dtype)
+
+    def _scattered(self, message: Tensor, values: int) -> Tensor:
+        self.traffic.count(message, values)
+        total = message.new_empty(len(message) // self.tp_size, *message.shape[1:])
+        with self.agreement:
+            reduce_scatter(total, message, self.tp_group)
+        return total
 
 
 class HybridGather(_OverRanks):
     """All-gather of activations at one site: the other half of sequence parallelism, before a column-parallel linear.
 
-    codec: of one sender, the activation itself, whose ranges are the same on every rank.
+    codec: of one sender, the activation itself, whose ranges are the same on every rank. drift_threshold: as
+    comm.drift_threshold (drift.py).
     """
 
-    def __init__(self, codec: Codec, tp_group: dist.ProcessGroup):
+    def __init__(self, codec: Codec, tp_group: dist.ProcessGroup, drift_threshold: float | None = None):
         super().__init__()
         if codec.senders != 1:
             raise LowBitError(f"a plan of one sender's ranges is needed here, not of {codec.senders}")
         self.format, self.tp_group, self.traffic = WireFormat(codec), tp_group, Traffic()
-        self.agreement = Agreement(tp_group, [part for item in codec.tensors().items() for part in item])
+        self.guard = DriftGuard(drift_threshold, [self.format])
+        tensors = codec.tensors().items()
+        self.agreement = Agreement(tp_group, [drift_threshold, *(part for item in tensors for part in item)])
 
     def at(self, site: str) -> None:
         """Give it the site's name, which messages then say."""
-        self.agreement.site = site
+        self.agreement.site = self.guard.site = site
+
+    def saturation(self) -> Saturation:
+        """Return what this process has encoded so far, and whether the site has fallen back. Waits for the device."""
+        return self.guard.saturation()
 
     def all_gather(self, x: Tensor) -> Tensor:
         """x [length / N, ..., E] -> [length, ..., E] in rank order; the gradient is reduce-scattered, not quantized."""
@@ -359,10 +407,21 @@ class HybridGather(_OverRanks):
 
     def _forward(self, x: Tensor) -> Tensor:
         self.agreement.check(x, share=dist.get_world_size(self.tp_group))
+        if self.guard.tripped:
+            return self._stock(x)
         message = self.format.pack(x.reshape(-1, x.shape[-1]), 0)
-        self.traffic.count(message, x.numel())
-        gathered = Exchange(self.agreement).all_gather(message).wait()
+        if self.guard.due(x) and self.guard.trips(self.agreement.largest, x, dist.get_rank(self.tp_group)):
+            return self._stock(x)
+        gathered = self._gathered(message, x.numel())
         return self.format.unpack_reduce(gathered.flatten(0, 1).unsqueeze(0), x.dtype).view(-1, *x.shape[1:])
+
+    def _stock(self, x: Tensor) -> Tensor:
+        message = x if x.element_size() == 2 else x.to(torch.bfloat16)
+        return self._gathered(message.contiguous(), x.numel()).flatten(0, 1).to(x.dtype)
+
+    def _gathered(self, message: Tensor, values: int) -> Tensor:
+        self.traffic.count(message, values)
+        return Exchange(self.agreement).all_gather(message).wait()
 
 
 class VirtualReducer(_Reducer):
@@ -377,28 +436,40 @@ class VirtualReducer(_Reducer):
         if self.low_bit and self.plan is not None and ranks != self.plan.tp_size:
             raise LowBitError(f"the communication plan is for tp_size {self.plan.tp_size}, there are {ranks} shards")
         rows = [p.reshape(-1, x.shape[-1]) for p in partials]
-        mode = self._mode_of(x, ranks)
+        mode = self._mode_of(x)
         if mode not in LOW_BIT:
-            dtype = self._wire_dtype(x)
-            exact = torch.promote_types(dtype, torch.float32)
-            total = torch.stack([p.to(dtype) for p in partials]).to(exact).sum(0).to(dtype)
-            self.traffic.count(total, x.numel())
-            return total.to(x.dtype)
+            return self._stock(partials)
+        check = self.guard.due(x)
         if mode == "exact_sum":
             assert self.exact is not None
             codes = [self.exact.encode(own, rank) for rank, own in enumerate(rows)]
+            if check and self._drifted(x):
+                return self._stock(partials)
             self.traffic.count(codes[0], x.numel())
             return self.exact.decode(self.exact.add(codes), x.dtype).view(x.shape)
         assert self.first is not None
         messages = torch.stack([self.first.pack(own, rank) for rank, own in enumerate(rows)])
-        self.traffic.count(messages[0], x.numel())
         if mode == "one_shot":
+            if check and self._drifted(x):
+                return self._stock(partials)
+            self.traffic.count(messages[0], x.numel())
             return self.first.unpack_reduce(messages, x.dtype).view(x.shape)
         assert self.second is not None
+        self.traffic.count(messages[0], x.numel())
         stripes = messages.split(-(-len(rows[0]) // ranks) or 1, dim=1)
         sums = [self.first.requantize(stripe.contiguous(), self.second, rank) for rank, stripe in enumerate(stripes)]
+        if check and self._drifted(x):
+            self.traffic.values -= x.numel()  # they are sent again
+            return self._stock(partials)
         self.traffic.count(sums[0])
         return self.second.unpack_reduce(torch.cat(sums).unsqueeze(0), x.dtype).view(x.shape)
+
+    def _stock(self, partials: Sequence[Tensor]) -> Tensor:
+        x, dtype = partials[0], self._wire_dtype(partials[0])
+        exact = torch.promote_types(dtype, torch.float32)
+        total = torch.stack([p.to(dtype) for p in partials]).to(exact).sum(0).to(dtype)
+        self.traffic.count(total, x.numel())
+        return total.to(x.dtype)
 
 
 class _VirtualReduce(torch.autograd.Function):

@@ -104,6 +104,7 @@ class WeightsConfig(_Config):
     # quantize Q, K and V per token and head, to the bits of the activations; none: with method=qllm and --ablation
 
 
+DRIFT_THRESHOLD = 0.1  # share of values beyond their calibrated range from which a site falls back to bf16
 PAPER = {"scale": "static", "allocation": "uniform"}  # arXiv 2411.07942, where it differs from our defaults
 
 
@@ -135,7 +136,7 @@ class CommConfig(_Config):
     # two_shot: bits of the sums on their way back
     carrier_bits: Literal[8, 16] = 8
     # exact_sum: bits of an integer, of which log2(tp) keep the sum from overflowing
-    drift_threshold: float | None = Field(0.1, ge=0, le=1)
+    drift_threshold: float | None = Field(DRIFT_THRESHOLD, ge=0, le=1)
     # a site falls back to bf16 where a larger share of its values lies beyond the calibrated range; none: never
     gather: bool = False
     # sequence parallelism: also calibrate and quantize the all-gather of the normed activation (engine=megatron)

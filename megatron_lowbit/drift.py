@@ -1,12 +1,18 @@
-"""Calibrated ranges that no longer hold: a site falls back to bf16 where too many values lie beyond them.
+"""Calibrated ranges that do not hold: a site falls back to bf16 where too many values lie beyond them.
 
-    share = max over ranks and hops ( values beyond their calibrated range / values encoded )       since the last check
+    share = values beyond their calibrated range / values encoded       of a rank and a hop, since the last check
+    too many, where share > threshold + 1 / (2 sqrt(tokens))            on any rank, in any hop
 
-Before every DRIFT_INTERVAL-th low-bit call of a site its ranks agree on the largest share, in one all-reduce of eight
-bytes. Where it is above the threshold all of them send bf16 from that call on, so they keep on ending with the same
-bits, and tensor-parallel rank 0 logs it once. Rank-1 scales follow a token; what counts there are values beyond 16
-calibrated standard deviations. Formats without codes check nothing. Neither is anything checked while a CUDA graph is
-captured; a replayed graph counts, but never falls back.
+The last term is the largest standard error that a share of so many tokens can have: of a few tokens, 32 % have been
+seen beyond where the plan fits (half of the two were the first of a text, which has values of its own).
+
+Checked are the low-bit calls 1, 2, 4, 8, ... DRIFT_INTERVAL of a site, then every DRIFT_INTERVAL-th: a plan that does
+not fit is met at its first call, and later on a check costs little. Such a call is encoded and counted, and its ranks
+agree on the largest share that is too much, in one all-reduce of eight bytes, before anything is made of its codes.
+Where that is above the threshold all of them send this call and those that follow in bf16, so they keep on ending with
+the same bits, and tensor-parallel rank 0 logs it once. Rank-1 scales follow a token; what counts there are values
+beyond 16 calibrated standard deviations. Formats without codes check nothing. Neither is anything checked while a CUDA
+graph is captured; a replayed graph counts, but never falls back.
 
 Measured with the embedded model, static Int4, on text like that of the calibration: a share of 1.1 % over all sites,
 and of up to 4.9 % at one of them.
@@ -15,7 +21,8 @@ and of up to 4.9 % at one of them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,56 +32,77 @@ from megatron_lowbit.exact_sum import ExactSum
 
 logger = logging.getLogger("megatron_lowbit")
 
-DRIFT_INTERVAL = 64  # low-bit calls of a site between two checks
+DRIFT_INTERVAL = 64  # low-bit calls of a site between two checks, once there have been as many
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """What one process has encoded at a site.
+
+    values: in low-bit formats; saturated: those of them that lay beyond their calibrated range, or were NaN; nonfinite:
+    tokens that held NaN or Inf, and so were sent as NaN; bf16: whether the site has fallen back.
+    """
+
+    values: int
+    saturated: int
+    nonfinite: int
+    bf16: bool
 
 
 class DriftGuard:
-    """Of one site; threshold: a share above it is too much, None: never check."""
+    """Of one site; threshold: a share above it is too much, None: never check. parts: the formats of its hops."""
 
-    def __init__(self, threshold: float | None):
-        self.threshold = threshold
+    def __init__(self, threshold: float | None, parts: Sequence[WireFormat | ExactSum]):
+        self.threshold, self.parts = threshold, list(parts)
         self.site = ""  # its name in the model, for the log
         self.tripped = False
         self._calls = 0
-        self._values: dict[WireFormat | ExactSum, int] = {}  # encoded by one rank since the last check
-        self._before: dict[WireFormat | ExactSum, Tensor] = {}  # counters at the last check
+        self._before: list[Tensor] = [torch.zeros_like(part.tally) for part in self.parts]  # at the last check
 
-    def trips(
-        self, encoded: Mapping[WireFormat | ExactSum, int], agree: Callable[[Tensor], Tensor], rank: int = 0
-    ) -> bool:
-        """Whether this low-bit call, and all that follow, have to be bf16.
-
-        encoded: {hop: values that a rank is about to encode, the same number on all ranks}; agree: the largest of all
-        ranks' float64 [1].
-        """
-        watched = {part: values for part, values in encoded.items() if part.can_saturate}
-        if self.threshold is None or self.tripped or not watched:
-            return self.tripped
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        if self._calls and self._calls % DRIFT_INTERVAL == 0 and not capturing:
-            share = agree(self._share()).item()
-            self.tripped = share > self.threshold
-            if self.tripped:
-                if rank == 0:
-                    logger.warning(
-                        "%s: %.1f %% of the values lie beyond their calibrated range, more than "
-                        "comm.drift_threshold=%g: bf16 from here on; calibrate on text like this",
-                        self.site or "a collective",
-                        100 * share,
-                        self.threshold,
-                    )
-                return True
+    def due(self, x: Tensor) -> bool:
+        """Whether this low-bit call, of values x, is one to check; the same on all ranks. Ask once per call."""
+        if self.threshold is None or not any(part.can_saturate for part in self.parts):
+            return False
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
         self._calls += 1
-        for part, values in watched.items():
-            self._before.setdefault(part, part.saturated.clone())
-            self._values[part] = self._values.get(part, 0) + values
-        return False
+        doubled = self._calls < DRIFT_INTERVAL and self._calls & (self._calls - 1) == 0
+        return doubled or self._calls % DRIFT_INTERVAL == 0
 
-    def _share(self) -> Tensor:
-        """float64 [1]: the largest share of this process's ranks; starts the next window."""
-        shares = [
-            (part.saturated - self._before[part].to(part.saturated.device)).double().amax() / max(values, 1)
-            for part, values in self._values.items()
-        ]
-        self._values, self._before = {}, {}
-        return torch.stack(shares).amax().reshape(1)
+    def trips(self, agree: Callable[[Tensor], Tensor], x: Tensor, rank: int = 0) -> bool:
+        """Whether this call, whose values x have been encoded, and all that follow have to be bf16.
+
+        agree: the largest of all ranks' float64 [1].
+        """
+        share = agree(self._too_much(x.device, x.shape[-1])).item()
+        self.tripped = share > 0
+        if self.tripped and rank == 0:
+            logger.warning(
+                "%s: %.1f %% of the values lie beyond their calibrated range, more than "
+                "comm.drift_threshold=%g: bf16 from here on; calibrate on text like this",
+                self.site or "a collective",
+                100 * share,
+                self.threshold,
+            )
+        return self.tripped
+
+    def saturation(self) -> Saturation:
+        """Return the counts so far. Waits for the device."""
+        values, saturated, nonfinite = (sum(counts) for counts in zip([0] * 3, *map(_totals, self.parts), strict=True))
+        return Saturation(values, saturated, nonfinite, self.tripped)
+
+    def _too_much(self, device: torch.device, features: int) -> Tensor:
+        """float64 [1]: the largest share of this process's ranks that is too much, or 0; starts the next window."""
+        assert self.threshold is not None
+        largest = torch.zeros(1, dtype=torch.float64, device=device)
+        for number, part in enumerate(self.parts):
+            since = (part.tally - self._before[number].to(part.tally.device)).to(device)
+            values, saturated = since[:, 0].clamp_min(1).double(), since[:, 1]
+            share, doubt = saturated / values, 0.5 * (features / values).sqrt()
+            largest = torch.maximum(largest, torch.where(share > self.threshold + doubt, share, 0.0).amax())
+            self._before[number] = part.tally.clone()
+        return largest
+
+
+def _totals(part: WireFormat | ExactSum) -> list[int]:
+    return part.tally.sum(0).tolist()

@@ -23,12 +23,13 @@ from megatron_lowbit.quantizer import Float32QParams
 
 
 class ExactSum(Float32QParams):
-    """Encodes and decodes as a SitePlan says. Counts the values that lay beyond the range."""
+    """Encodes and decodes as a SitePlan says. Counts values, those of them that lay beyond the range, and tokens that
+    hold NaN or Inf."""
 
     step: Tensor  # float32 [E]
     center: Tensor  # float32 [tp_size, E]
     centers: Tensor  # float32 [E], their sum
-    saturated: Tensor  # int64 [tp_size], by who encoded
+    tally: Tensor  # int64 [tp_size, 3], by who encoded
     can_saturate = True
     float32 = ("step", "center", "centers")
 
@@ -43,14 +44,14 @@ class ExactSum(Float32QParams):
         for other in plan.center[1:]:  # in rank order, so that every rank has the same bits
             centers += other
         self.register_buffer("centers", centers, persistent=False)
-        self.register_buffer("saturated", torch.zeros(self.senders, dtype=torch.int64), persistent=False)
+        self.register_buffer("tally", torch.zeros(self.senders, 3, dtype=torch.int64), persistent=False)
 
     def encode(self, x: Tensor, sender: int) -> Tensor:
         """float [tokens, E] -> int8 [tokens, E + 1], or int32 [tokens, ceil((E + 1) / 2)] of 16-bit pairs."""
         if self.step.device != x.device:  # plans are loaded on the CPU
             self.to(x.device)
-        codes, saturated = exact_encode(x, self.center[sender], self.step, self.largest, self.carrier_bits)
-        self.saturated[sender : sender + 1] += saturated
+        codes, tally = exact_encode(x, self.center[sender], self.step, self.largest, self.carrier_bits)
+        self.tally[sender].add_(tally)
         return codes
 
     def decode(self, total: Tensor, dtype: torch.dtype) -> Tensor:

@@ -328,7 +328,7 @@ def drifting(
         sums = [(reducer.reduce_scatter if scatter else reducer.all_reduce)(partials[rank]) for partials in calls]
     logging.getLogger("megatron_lowbit").removeHandler(logged)
     checks = sum(call == "all_reduce" and dtype == "float64" for call, _, dtype in recorded.calls)
-    return {"sums": sums, "logged": logged.lines, "checks": checks, "saturated": reducer.saturated}
+    return {"sums": sums, "logged": logged.lines, "checks": checks, "saturated": reducer.saturation().saturated}
 
 
 class Logged(logging.Handler):

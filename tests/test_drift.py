@@ -78,7 +78,7 @@ def test_virtual_ranks_switch_with_the_real_ones(two_ranks, mode, caplog):
         sums = [virtual.all_reduce(list(partials)) for partials in calls]
     assert all(torch.equal(a, b) for a, b in zip(sums, real[0]["sums"], strict=True))
     assert [record.getMessage() for record in caplog.records] == real[0]["logged"], "the share, too, is the same"
-    assert virtual.saturated == sum(rank["saturated"] for rank in real) > 0
+    assert virtual.saturation().saturated == sum(rank["saturated"] for rank in real) > 0
 
 
 def test_rank1_scales_drift_when_values_are_far_from_all_that_was_calibrated(two_ranks):

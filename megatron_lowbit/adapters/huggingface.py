@@ -163,9 +163,10 @@ def apply_to_huggingface(
 
     artifact: folder (or loaded Artifact) of a LowBitCheckpoint and/or CommPlans. virtual_tp: ranks whose partial sums
     and messages are simulated in this process, bit for bit. comm_mode: as comm.mode; None: one_shot where the artifact
-    has plans, else native; or a whole CommConfig, whose drift_threshold and cost_table then count (else no site falls
-    back). Raises LowBitError for arguments of another kind, and, with the model left without low-bit modules, for an
-    artifact of another model or without a plan for this size.
+    has plans, else native; or a whole CommConfig, whose drift_threshold and cost_table then count. A site whose values
+    do not fit its plan falls back to bf16 and logs a warning (drift.py), unless given CommConfig(drift_threshold=None);
+    `saturation` tells what happened. Raises LowBitError for arguments of another kind, and, with the model left without
+    low-bit modules, for an artifact of another model or without a plan for this size.
 
     The model's save_pretrained then writes an artifact. Packed linears are frozen and hold no parameters; embeddings
     and all else that stays can be trained, by an optimizer made afterwards (see adapters/training.py).

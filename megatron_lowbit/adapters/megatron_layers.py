@@ -38,7 +38,7 @@ from megatron_lowbit.adapters.megatron_rounding import (
 from megatron_lowbit.artifacts import SitePlan, row_bit_sums
 from megatron_lowbit.codec import Codec
 from megatron_lowbit.collectives import HybridGather
-from megatron_lowbit.config import LowBitError, WeightsConfig
+from megatron_lowbit.config import DRIFT_THRESHOLD, LowBitError, WeightsConfig
 from megatron_lowbit.distributed import world_size
 from megatron_lowbit.linear import DenseShard, QuantColumnParallelLinear, QuantRowParallelLinear
 
@@ -164,24 +164,30 @@ class LowBitColumnParallelLinear(_LowBitLayer, ColumnParallelLinear):
 
     @classmethod
     def around(
-        cls, host: nn.Module, low_bit: QuantColumnParallelLinear | DenseShard, gated: bool, gather: Codec | None
+        cls,
+        host: nn.Module,
+        low_bit: QuantColumnParallelLinear | DenseShard,
+        gated: bool,
+        gather: Codec | None,
+        drift_threshold: float | None = DRIFT_THRESHOLD,
     ) -> LowBitColumnParallelLinear:
-        """The low-bit twin of a column-parallel layer; gated: rows are [gate_r | up_r]; gather: of its input."""
+        """The low-bit twin of a column-parallel layer; gated: rows are [gate_r | up_r]; gather, drift_threshold: of the
+        all-gather of its input."""
         layer = cls.__new__(cls)
         layer.adopt(host, low_bit, gated)
         layer.gather = None
-        layer.set_gather(gather)
+        layer.set_gather(gather, drift_threshold)
         layer.gather_output = getattr(host, "gather_output", False)
         rows = low_bit.weight.shape[0] if isinstance(low_bit, DenseShard) else low_bit.out_features
         layer.output_size_per_partition, layer.input_size = rows, host_in_features(host)
         layer.output_size = rows * world_size(layer.tp_group)
         return layer
 
-    def set_gather(self, plan: Codec | None) -> None:
+    def set_gather(self, plan: Codec | None, drift_threshold: float | None = DRIFT_THRESHOLD) -> None:
         """Gather the input in low bits, where sequence parallelism has to gather it."""
         self.plans = {} if plan is None else {1: plan}
         if plan is not None and self.sequence_parallel and self.tp_group is not None:
-            self.gather = HybridGather(plan, self.tp_group)
+            self.gather = HybridGather(plan, self.tp_group, drift_threshold)
 
     def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None):
         rounding = self.rounding()
@@ -229,8 +235,8 @@ class LowBitLayerNormColumnParallelLinear(LowBitColumnParallelLinear):
             self.layer_norm_weight = nn.Parameter(gain, requires_grad=False)
 
     @classmethod
-    def around(cls, host: Any, low_bit: Any, gated: bool, gather: Codec | None):  # type: ignore[override]
-        layer = super().around(host, low_bit, gated, gather)
+    def around(cls, host: Any, *args: Any, **kwargs: Any):  # type: ignore[override]
+        layer = super().around(host, *args, **kwargs)
         layer.layer_norm_weight = host.layer_norm_weight
         layer.register_parameter("layer_norm_bias", getattr(host, "layer_norm_bias", None))
         return layer

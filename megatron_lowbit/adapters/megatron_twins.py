@@ -74,7 +74,8 @@ class Twins:
         plan = checkpoint.reassembly.get(names[0]) or (checkpoint.reassembly.get(norm) if by_linear else None)
         linear = QuantColumnParallelLinear(weight, None, checkpoint.scheme.act_bits, 1, plan, branch)
         kind = LowBitLayerNormColumnParallelLinear if holds_norm else LowBitColumnParallelLinear
-        twin = kind.around(host, linear, role == "linear_fc1" and host.config.gated_linear_unit, gather)
+        gated, threshold = role == "linear_fc1" and host.config.gated_linear_unit, self.reducers.drift_threshold
+        twin = kind.around(host, linear, gated, gather, threshold)
         twin.grouped = weight.scale.shape[1] > 1
         twin.attention_bits = checkpoint.attention_bits if role == "linear_qkv" else 16
         twin.stores_reassembly = any_layer(checkpoint.reassembly, names[0]) or (
@@ -88,7 +89,8 @@ class Twins:
     def _dense_column(self, role: Role, host: Any, gather: Codec) -> nn.Module:
         """In full precision (or rounded as the host is), with a low-bit all-gather of its input."""
         kind = LowBitLayerNormColumnParallelLinear if hasattr(host, "layer_norm_weight") else LowBitColumnParallelLinear
-        return kind.around(host, dense_shard(host), role == "linear_fc1" and host.config.gated_linear_unit, gather)
+        gated, threshold = role == "linear_fc1" and host.config.gated_linear_unit, self.reducers.drift_threshold
+        return kind.around(host, dense_shard(host), gated, gather, threshold)
 
     def _row(self, layer: int, role: Role, host: Any) -> nn.Module:
         (name,), group = self._parts(layer, role), tp_group(host)

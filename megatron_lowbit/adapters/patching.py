@@ -21,6 +21,7 @@ from megatron_lowbit.channels import ReassemblyPlan
 from megatron_lowbit.collectives import HybridGather, HybridReducer, Traffic, VirtualReducer
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
 from megatron_lowbit.cost import CostTable
+from megatron_lowbit.drift import Saturation
 from megatron_lowbit.linear import (
     DenseShard,
     QuantColumnParallelLinear,
@@ -118,10 +119,21 @@ def site_traffic(model: Any) -> dict[str, Traffic]:
     return {name: m.reducer.traffic for name, m in modules.items() if m.reducer is not None}
 
 
-def site_saturated(model: Any) -> dict[str, int]:
-    """{fqn of a low-bit row-parallel linear: values of this process that lay beyond their calibrated range so far}."""
-    modules = row_parallel_modules(model)
-    return {name: m.reducer.saturated for name, m in modules.items() if m.reducer is not None}
+def saturation(model: Any) -> dict[str, Saturation]:
+    """Return {site: what this process has encoded there so far, and whether the site has fallen back to bf16}.
+
+    model: as for `remove`. A site is a low-bit linear whose partial sums, or whose gathered input, are communicated; it
+    has the linear's name, after the chunk's number where there are several pipeline chunks. Waits for the device.
+    """
+    if isinstance(model, (list, tuple)):
+        several = len(model) > 1
+        found = [(f"{number}." if several else "", saturation(chunk)) for number, chunk in enumerate(model)]
+        return {prefix + site: counts for prefix, sites in found for site, counts in sites.items()}
+    return {
+        part.guard.site or name: part.saturation()
+        for name, part in model.named_modules()
+        if isinstance(part, HybridReducer | HybridGather | VirtualReducer)
+    }
 
 
 def choose_plan(artifact: Artifact, tp_size: int, comm_mode: CommMode | None) -> CommPlan | None:

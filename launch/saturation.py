@@ -1,0 +1,71 @@
+"""How well a plan's ranges held, for the end of a command: a line below its table, and figures for JSON and W&B.
+
+values               that low-bit formats have encoded, on all ranks
+saturated            those of them that lay beyond their calibrated range, or were NaN; saturated_share: of all
+nonfinite_tokens     that held NaN or Inf on some rank, and came out as NaN; one on each rank that held it
+bf16_sites           names of the sites that fell back to bf16 (drift.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from megatron_lowbit.adapters import patching
+from megatron_lowbit.distributed import device
+from megatron_lowbit.launch.engine import Engine
+
+NAMED = 3  # sites in a line
+
+
+def measure_saturation(engine: Engine) -> dict[str, Any]:
+    """The figures of the low-bit modules that are in place, of all their ranks. A collective call."""
+    sites, names = patching.saturation(engine.model), engine.site_names()
+    counts = [(site.values, site.saturated, site.nonfinite) for site in sites.values()]
+    total = torch.tensor([[0, 0, 0], *counts], device=device()).sum(0)
+    for group in (engine.group, engine.pp_group):
+        if group is not None:
+            dist.all_reduce(total, group=group)
+    values, saturated, nonfinite = total.tolist()
+    return {
+        "values": values,
+        "saturated": saturated,
+        "saturated_share": saturated / values if values else None,
+        "nonfinite_tokens": nonfinite,
+        "bf16_sites": sorted(
+            engine.all_stages({names.get(name, name): 1.0 for name, site in sites.items() if site.bf16})
+        ),
+    }
+
+
+def logged(row: Mapping[str, Any]) -> dict[str, float]:
+    """What metrics.jsonl and W&B are told of a row."""
+    if not row.get("values"):
+        return {}
+    figures = {key: row[key] for key in ("saturated", "saturated_share", "nonfinite_tokens")}
+    return {**figures, "bf16_sites": len(row["bf16_sites"])}
+
+
+def saturation_line(row: Mapping[str, Any]) -> str | None:
+    """One sentence about a row; None where nothing was encoded in low bits."""
+    if not row.get("values"):
+        return None
+    sites = row["bf16_sites"]
+    line = (
+        f"{row['name']}: {row['saturated']:,} of {row['values']:,} values ({row['saturated_share']:.2%}) beyond range"
+    )
+    if row["nonfinite_tokens"]:
+        line += f", {row['nonfinite_tokens']:,} tokens with NaN or Inf"
+    if not sites:
+        return line
+    more = f" and {len(sites) - NAMED} more" if len(sites) > NAMED else ""
+    return f"{line}; fell back to bf16: {', '.join(sites[:NAMED])}{more}"
+
+
+def print_saturation(rows: Iterable[Mapping[str, Any]], file: Any = None) -> None:
+    """A line for every row that encoded something. file: standard output."""
+    for line in filter(None, map(saturation_line, rows)):
+        print(line, file=file, flush=True)
