@@ -331,6 +331,17 @@ def drifting(
     return {"sums": sums, "logged": logged.lines, "checks": checks, "saturated": reducer.saturation().saturated}
 
 
+def extremes(
+    rank: int, size: int, plan: SitePlan, cases: list[tuple[CommMode, Tensor]], costs: CostTable
+) -> list[tuple[Tensor, Any]]:
+    """(the sum, the counts) of every mode and its partial sums, in one call each and without falling back."""
+    found = []
+    for mode, partials in cases:
+        reducer = HybridReducer(plan, dist.group.WORLD, mode, costs=costs)
+        found.append((reducer.all_reduce(partials[rank]), reducer.saturation()))
+    return found
+
+
 class Logged(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

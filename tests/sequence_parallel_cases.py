@@ -87,6 +87,16 @@ def gather(rank: int, size: int, plan: Codec, x: Tensor) -> dict[str, Any]:
     }
 
 
+def guarded_gathers(rank: int, size: int, plan: Codec, x: Tensor) -> dict[str, Any]:
+    """What two all-gathers bring, by a site that may fall back; float64 all-reduces, which only the guard makes."""
+    layer = HybridGather(plan, dist.group.WORLD, 0.1)
+    with RecordedCollectives() as recorded:
+        y = [layer.all_gather(x.chunk(size)[rank]) for _ in range(2)]
+    assert torch.equal(*y)
+    checks = sum(call == "all_reduce" and dtype == "float64" for call, _, dtype in recorded.calls)
+    return {"y": y[0], "bf16": layer.saturation().bf16, "checks": checks}
+
+
 def wrong_plans(rank: int, size: int, scatter_plan: SitePlan, gather_plan: Codec) -> list[str]:
     messages = []
     for kind, plan in ((HybridReducer, scatter_plan), (HybridGather, gather_plan)):
