@@ -16,9 +16,7 @@ HUGE, NAN, INF, MINUS_INF, TWICE = range(5)  # the tokens; the others are plain
 STOCK: tuple[CommMode, ...] = ("native", "bf16")
 LOW_BIT: tuple[CommMode, ...] = ("one_shot", "two_shot", "exact_sum", "auto")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-COSTS = CostTable(
-    2, 64, [{"bytes": 1, "mode": mode, "seconds": 1.0 + (mode == "bf16")} for mode in ("one_shot", "bf16")]
-)
+COSTS = CostTable(2, 64, {"one_shot": ((64, 0.5),), "bf16": ((64, 1.0),)})  # so that auto is one_shot
 
 
 def partial_sums(dtype: torch.dtype) -> Tensor:
@@ -56,6 +54,14 @@ def test_never_a_finite_value_for_what_is_not_and_never_a_wrong_one_uncounted(tw
         total = virtual.saturation()
         assert total.nonfinite >= broken.sum() == 3 + (dtype == torch.float16), case
         far = ~((y - exact)[~broken].abs() <= 0.5 * exact[~broken].abs() + 2)
-        assert far.sum() <= total.saturated, (case, far.sum(), total)
+        if plan.first.rank1 and mode != "exact_sum":
+            # A token's step follows its largest value: its other values are lost in that step, and it alone is counted.
+            assert far.any(1).sum() <= total.saturated - total.nonfinite > 0, (case, far.sum(), total)
+            largest = partials.double().abs().amax((0, 2))[~broken]
+            assert ((y - exact)[~broken].abs().amax(1) <= 0.25 * largest + 2)[
+                exact[~broken].abs().amax(1) < 65504
+            ].all()
+        else:
+            assert far.sum() <= total.saturated, (case, far.sum(), total)
         if dtype == torch.float16:
             assert y[TWICE, 9].isinf() or total.saturated >= 2, case
