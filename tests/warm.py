@@ -33,6 +33,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_lowbit.preemption import HELD_BACK, PARENT
+
 PRELOADED = ("torch.distributed.run", "transformers.models.llama.modeling_llama", "datasets", "deepspeed")
 OURS = ("launch.runner", "launch.engine", "adapters.deepspeed", "adapters.huggingface", "kernels")
 
@@ -174,12 +176,14 @@ def _run(request: dict, streams: list[int], executable: str) -> NoReturn:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})  # until there are handlers
+        signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)  # until there are handlers
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(request["folder"])
         os.environ.clear()
         os.environ.update(request["environment"])
+        if PARENT in os.environ:  # a fork's parent is the server; the client watches the one that is meant
+            os.environ[PARENT] = str(os.getppid())
         sys.stdin, sys.executable = os.fdopen(0), executable
         _main(request["arguments"])
         code = 0
@@ -215,7 +219,7 @@ def _main(arguments: list[str]) -> None:
 
         preemption.install()
     else:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*found in sys.modules", category=RuntimeWarning)

@@ -25,9 +25,11 @@ data = json.dumps(request).encode()
 socket.send_fds(server, [len(data).to_bytes(8, "big")], [0, 1, 2])
 server.sendall(data)
 
-status = b""
+parent, status = os.getppid(), b""
 while len(status) < 4:
-    ready, _, _ = select.select([server, noted], [], [])
+    ready, _, _ = select.select([server, noted], [], [], 1.0)
+    if os.getppid() != parent and "MEGATRON_LOWBIT_PARENT" in os.environ:  # a rank ends with its command
+        sys.exit(1)
     if noted in ready:
         with contextlib.suppress(OSError):  # it has ended meanwhile
             server.sendall(noted.recv(64))
