@@ -27,6 +27,10 @@ def check_inputs(name: str, config: StageConfig) -> None:
             check_package(engine)
     if config.wandb != "off":
         check_package("wandb")
+    if name == "parity":
+        for key in ("model", "artifact", "prompts"):
+            if getattr(config, key) is None:
+                raise LowBitError(f"{key} is not set; parity compares an artifact with its model on a file of prompts")
     if launched():
         return
     if config.model is not None:
