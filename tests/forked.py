@@ -64,6 +64,7 @@ def forked(function: Callable[[], object], **environ: object) -> Iterator[Forked
         code = 70
         try:
             os.setpgid(0, 0)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
             os.dup2(theirs, 1)
             os.dup2(theirs, 2)
             os.close(ours)

@@ -35,7 +35,12 @@ from megatron_lowbit.launch import main
 
 POINTS = ("replace", "unlink", "rename", "link", "mkdir", "rmdir", "posix_fallocate")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-ENDS = {signal.SIGKILL: {-signal.SIGKILL}, signal.SIGTERM: {99}, signal.SIGINT: {130}}
+# benchmark collectives, which has nothing to continue, ends with 143.
+ENDS = {
+    signal.SIGKILL: {-signal.SIGKILL},
+    signal.SIGTERM: {99, 143},
+    signal.SIGINT: {130},
+}  # 143: benchmark collectives
 QLLM = [*CALIBRATION, "weights.scheme=W4A4", "reassembly.expansions=[0.05]", "correction.blocks_per_group=1"]
 QLLM += ["correction.epochs=1", "comm.tp_sizes=[2]"]
 TIMES = ("seconds", "_per_second", "latency", "repetitions", "bytes_per_s", "peak_bytes", "ratio", "speed", "share")
@@ -86,7 +91,7 @@ def results(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if not path.is_file() or name == "metrics.jsonl" or path.suffix in (".yaml", ".png"):
+        if not path.is_file() or path.name == "metrics.jsonl" or path.suffix in (".yaml", ".png"):
             continue
         if path.suffix == ".json" and "environment" in (value := json.loads(path.read_text())):
             found[name] = timeless({key: value[key] for key in value if key not in ("environment", "config")})
@@ -144,9 +149,11 @@ def machine(folder: Path) -> Path:
     return place
 
 
-def kill_and_run_again(name: str, command: list[str], whole: Whole, folder: Path, chance: random.Random) -> str:
+def kill_and_run_again(
+    name: str, command: list[str], whole: Whole, folder: Path, number: signal.Signals, chance: random.Random
+) -> str:
     """What was wrong, or nothing; the first line of the answer says how the killed run ended."""
-    number, at_point = chance.choice(SIGNALS), chance.random() < 0.5 and name not in OF_SEVERAL_PROCESSES
+    at_point = chance.random() < 0.5 and name not in OF_SEVERAL_PROCESSES
     point = chance.randint(1, max(whole.points, 1)) if at_point else None
     moment = chance.uniform(0, whole.seconds)
 
@@ -207,7 +214,7 @@ def left_running(child: Forked) -> Iterator[str]:
 
 
 def campaign(names: list[str], kills: int, seed: int, work: Path, say: Callable[[str], None]) -> dict[str, Tally]:
-    """kills: of all these commands together."""
+    """kills: of all these commands together. The signals take turns."""
     torch.set_num_threads(1)
     model = save_model("llama", work / "model", num_hidden_layers=2)
     made = [
@@ -228,7 +235,8 @@ def campaign(names: list[str], kills: int, seed: int, work: Path, say: Callable[
         for number in range(-(-kills // len(names))):
             folder = work / f"killed-{number}"
             command = [*everything[name], f"output_dir={folder}"]
-            code, *faults = kill_and_run_again(name, command, whole, folder, chance).split("\n")
+            ending = SIGNALS[number % len(SIGNALS)]
+            code, *faults = kill_and_run_again(name, command, whole, folder, ending, chance).split("\n")
             tally.kills += 1
             tally.codes[int(code)] += 1
             tally.faults += faults

@@ -127,7 +127,7 @@ def test_a_rank_that_dies_ends_the_command(tmp_path, victim):
         assert process.returncode not in (0, None) and process.returncode > 0
         assert not alive_in_group(process.pid), "a rank outlives its command"
     if victim == 1:
-        assert "a collective failed: another rank has ended" in stderr and "Traceback" not in stderr
+        assert "a collective failed: " in stderr and "Traceback" not in stderr
     assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "calibrate.json").exists()
 
 
