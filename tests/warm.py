@@ -4,7 +4,8 @@ Importing torch, transformers, datasets and DeepSpeed takes 10 s and more on a s
 ranks does it three times. `python()` is an executable that takes `-m module ...` as a Python does, but has the warm
 process fork and run the module there, with the caller's arguments, environment, folder and standard streams. What the
 module starts by `sys.executable` is warm too. Signals are passed on, a caller that is killed takes its fork with it,
-and the exit code is the fork's. Tests of launchers, of kills and of process trees start a Python of their own instead.
+and the exit code is the fork's. In another network namespace, where no fork would be, the executable is a Python of
+its own. Tests of launchers, of kills and of process trees start one of their own too.
 
     warm_client.py  -- arguments, environment, folder, the three streams; then a byte per signal -->  serve
                     <-- wait status, once the fork has ended --
@@ -61,9 +62,9 @@ def python() -> str:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "socket"))
     listener.listen(64)
-    client = Path(__file__).with_name("warm_client.py")
+    client, here = Path(__file__).with_name("warm_client.py"), os.readlink("/proc/self/ns/net")
     command = folder / "python"
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {client} {folder / "socket"} "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {client} {folder / "socket"} "{here}" "$@"\n')
     command.chmod(0o755)
     theirs, ours = context().Pipe(duplex=False)  # it closes with this process, and the server ends
     server = context().Process(target=serve, args=(listener, theirs, str(command)), daemon=True)

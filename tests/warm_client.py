@@ -11,6 +11,10 @@ import sys
 
 PASSED_ON = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
 
+address, namespace, *arguments = sys.argv[1:]
+if os.readlink("/proc/self/ns/net") != namespace:  # a fork of the server would not be in it
+    os.execv(sys.executable, [sys.executable, *arguments])
+
 noted, wake = socket.socketpair()
 wake.setblocking(False)
 signal.set_wakeup_fd(wake.fileno())
@@ -19,8 +23,8 @@ for number in PASSED_ON:
 signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
 
 server = socket.socket(socket.AF_UNIX)
-server.connect(sys.argv[1])
-request = {"arguments": sys.argv[2:], "environment": dict(os.environ), "folder": os.getcwd()}
+server.connect(address)
+request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
 data = json.dumps(request).encode()
 socket.send_fds(server, [len(data).to_bytes(8, "big")], [0, 1, 2])
 server.sendall(data)
