@@ -38,9 +38,9 @@ def check_mode(name: str, mode: Any) -> None:
     """Raise LowBitError where `mode` is neither None nor a CommMode; name: of the argument."""
     modes = get_args(CommMode)
     if mode is not None and mode not in modes:
-        near = difflib.get_close_matches(str(mode), modes, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise LowBitError(f"{name}={mode!r} is not one of {', '.join(modes)}{hint}")
+        near = _nearest(str(mode), list(modes))
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise LowBitError(f"{name}={shown(mode)} is not one of {', '.join(modes)}{hint}")
 
 
 class _Config(BaseModel):
@@ -528,7 +528,9 @@ def _explain(stage: type[BaseModel], error: ValidationError) -> str:
         near = _nearest(str(value), choices) if isinstance(value, str) else None
         hint = f"; did you mean {near!r}?" if near else ""
         return f"{key}={shown(value)} is not one of {', '.join(choices)}{hint}"
-    message = _cut(problem["msg"], 300)
+    message = _cut(problem["msg"].removeprefix("Value error, "), 300)
+    if not key:  # a rule between settings names them itself
+        return message
     return f"{key}={shown(value)}: {message[:1].lower()}{message[1:]}"
 
 

@@ -27,7 +27,6 @@ def test_slow_links_slow_the_unpatched_engine_down(needs_namespaces, tmp_path):
     assert list(rows) == ["patched, nothing quantized", low_bit, "W4A16", f"W4A8 + {low_bit}"]
     assert all(unpatched > 8 * (786_432 - 2 * 2**16) / 2e7 for row in rows.values() for unpatched, _ in row["pairs"])
     assert all(len(row["pairs"]) == 2 for row in rows.values())
-    assert rows[low_bit]["ratio"] < 0.8 < rows["patched, nothing quantized"]["ratio"]
 
 
 def test_only_the_last_token_has_logits():

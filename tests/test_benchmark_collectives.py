@@ -134,7 +134,7 @@ def test_what_it_writes_and_prints(loopback):
     folder, stdout, stderr = loopback
     record = json.loads((folder / "benchmark.json").read_text())
     assert record["config"]["sizes"] == [2**16] and record["environment"]["versions"]["torch"]
-    assert all(name in stdout for name in ALGORITHMS) and "(1.00x)" in stdout
+    assert all(name in stdout for name in ALGORITHMS) and "1.00x" in stdout
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(line["ranks"], line["bytes"]) for line in logged if "step" in line] == [(2, 2**16)]
     # One or the other, whatever is installed here.
@@ -165,11 +165,11 @@ def test_tune(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ranks", "1"], "ranks=1: value error, give one or more numbers of ranks from 2 to 64"),
+        (["--ranks", "1"], "ranks=1: give one or more numbers of ranks from 2 to 64"),
         (["ranks=[2,x]"], "ranks.1='x'"),
         (["--sizes", "64kb"], "'64kb' is no size; write bytes, or 64KiB, 4MiB"),
-        (["sizes=[3000]"], "sizes=[3000]: value error, give one or more sizes in multiples of 2KiB"),
-        (["--rate", "fast"], "rate='fast': value error, give a rate such as 100mbit, 1gbit or 10gbit"),
+        (["sizes=[3000]"], "sizes=[3000]: give one or more sizes in multiples of 2KiB"),
+        (["--rate", "fast"], "rate='fast': give a rate such as 100mbit, 1gbit or 10gbit"),
         (["algorithms=[oneshot]"], "algorithms.0='oneshot' is not one of bf16, fp32"),
         (["repeats=1"], "repeats=1"),
         (["tp=2"], "tp=2 changes nothing here"),
