@@ -51,12 +51,12 @@ class Interrupts:  # the moment when torch would be looked for
         if name == "torch":
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Interrupts())
-sys.exit(main(["calibrate"]))
+sys.exit(main(["generate", "model=embedded", "prompt=def", f"output_dir={sys.argv[1]}"]))
 """
 
 
-def test_interrupted_while_it_imports():
-    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=60)
+def test_interrupted_while_it_imports(tmp_path):
+    done = subprocess.run([sys.executable, "-c", IMPORTS, tmp_path], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "megatron-lowbit: interrupted\n")
 
 
