@@ -239,6 +239,11 @@ class HybridReducer(_OverRanks, _Reducer):
         return _ReduceScatterToSequenceParallelRegion.apply(x, self)
 
     def _forward(self, x: Tensor, reuse: bool = False) -> Tensor:
+        y = self._sum(x, reuse)
+        self.guard.look(y)
+        return y
+
+    def _sum(self, x: Tensor, reuse: bool) -> Tensor:
         self.agreement.check(x)
         mode = self._mode_of(x)
         if mode not in LOW_BIT:
@@ -347,6 +352,11 @@ class HybridReducer(_OverRanks, _Reducer):
         return True
 
     def _forward_scatter(self, x: Tensor) -> Tensor:
+        y = self._scatter(x)
+        self.guard.look(y)
+        return y
+
+    def _scatter(self, x: Tensor) -> Tensor:
         """Rank r gets every rank's rows r: one all-to-all of messages, decoded and added in rank order."""
         shape = (x.shape[0] // self.tp_size, *x.shape[1:])
         self.agreement.check(x)
@@ -406,6 +416,11 @@ class HybridGather(_OverRanks):
         return _GatherFromSequenceParallelRegion.apply(x, self)
 
     def _forward(self, x: Tensor) -> Tensor:
+        y = self._gather(x)
+        self.guard.look(y)
+        return y
+
+    def _gather(self, x: Tensor) -> Tensor:
         self.agreement.check(x, share=dist.get_world_size(self.tp_group))
         if self.guard.tripped:
             return self._stock(x)
@@ -432,6 +447,11 @@ class VirtualReducer(_Reducer):
         return _VirtualReduce.apply(self, *partials)
 
     def _forward(self, partials: Sequence[Tensor]) -> Tensor:
+        y = self._sum(partials)
+        self.guard.look(y)
+        return y
+
+    def _sum(self, partials: Sequence[Tensor]) -> Tensor:
         x, ranks = partials[0], len(partials)
         if self.low_bit and self.plan is not None and ranks != self.plan.tp_size:
             raise LowBitError(f"the communication plan is for tp_size {self.plan.tp_size}, there are {ranks} shards")

@@ -14,6 +14,9 @@ the same bits, and tensor-parallel rank 0 logs it once. Rank-1 scales follow a t
 beyond 16 calibrated standard deviations. Formats without codes check nothing. Neither is anything checked while a CUDA
 graph is captured; a replayed graph counts, but never falls back.
 
+Without a threshold, as for `apply_to_*` without a CommConfig, whose results shall not depend on earlier calls, nothing
+falls back and ranks agree on nothing: at the same calls a rank looks at its own share, and logs a warning once.
+
 Measured with the embedded model, static Int4, on text like that of the calibration: a share of 1.1 % over all sites,
 and of up to 4.9 % at one of them.
 """
@@ -28,6 +31,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.codec import WireFormat
+from megatron_lowbit.config import DRIFT_THRESHOLD
 from megatron_lowbit.exact_sum import ExactSum
 
 logger = logging.getLogger("megatron_lowbit")
@@ -50,31 +54,51 @@ class Saturation:
 
 
 class DriftGuard:
-    """Of one site; threshold: a share above it is too much, None: never check. parts: the formats of its hops."""
+    """Of one site; threshold: a share above it is too much, None: never fall back, but warn. parts: of its hops."""
 
     def __init__(self, threshold: float | None, parts: Sequence[WireFormat | ExactSum]):
         self.threshold, self.parts = threshold, list(parts)
         self.site = ""  # its name in the model, for the log
         self.tripped = False
         self._calls = 0
+        self._looks = self._warned = False
         self._before: list[Tensor] = [torch.zeros_like(part.tally) for part in self.parts]  # at the last check
 
     def due(self, x: Tensor) -> bool:
         """Whether this low-bit call, of values x, is one to check; the same on all ranks. Ask once per call."""
-        if self.threshold is None or not any(part.can_saturate for part in self.parts):
+        if not any(part.can_saturate for part in self.parts) or self._warned:
             return False
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
         self._calls += 1
         doubled = self._calls < DRIFT_INTERVAL and self._calls & (self._calls - 1) == 0
-        return doubled or self._calls % DRIFT_INTERVAL == 0
+        scheduled = doubled or self._calls % DRIFT_INTERVAL == 0
+        self._looks = scheduled and self.threshold is None
+        return scheduled and self.threshold is not None
+
+    def look(self, x: Tensor) -> None:
+        """Without a threshold: warn once where a call to check, whose sums are x, shows that ranges do not hold."""
+        if not self._looks:
+            return
+        self._looks = False
+        share = self._too_much(x.device, x.shape[-1], DRIFT_THRESHOLD).item()
+        if share > 0:
+            self._warned = True
+            logger.warning(
+                "%s: %.1f %% of the values lie beyond their calibrated range, so results suffer; calibrate on text "
+                "like this, or have such sites fall back to bf16 with comm_mode=CommConfig(drift_threshold=%g)",
+                self.site or "a collective",
+                100 * share,
+                DRIFT_THRESHOLD,
+            )
 
     def trips(self, agree: Callable[[Tensor], Tensor], x: Tensor, rank: int = 0) -> bool:
         """Whether this call, whose values x have been encoded, and all that follow have to be bf16.
 
         agree: the largest of all ranks' float64 [1].
         """
-        share = agree(self._too_much(x.device, x.shape[-1])).item()
+        assert self.threshold is not None
+        share = agree(self._too_much(x.device, x.shape[-1], self.threshold)).item()
         self.tripped = share > 0
         if self.tripped and rank == 0:
             logger.warning(
@@ -91,15 +115,14 @@ class DriftGuard:
         values, saturated, nonfinite = (sum(counts) for counts in zip([0] * 3, *map(_totals, self.parts), strict=True))
         return Saturation(values, saturated, nonfinite, self.tripped)
 
-    def _too_much(self, device: torch.device, features: int) -> Tensor:
+    def _too_much(self, device: torch.device, features: int, threshold: float) -> Tensor:
         """float64 [1]: the largest share of this process's ranks that is too much, or 0; starts the next window."""
-        assert self.threshold is not None
         largest = torch.zeros(1, dtype=torch.float64, device=device)
         for number, part in enumerate(self.parts):
             since = (part.tally - self._before[number].to(part.tally.device)).to(device)
             values, saturated = since[:, 0].clamp_min(1).double(), since[:, 1]
             share, doubt = saturated / values, 0.5 * (features / values).sqrt()
-            largest = torch.maximum(largest, torch.where(share > self.threshold + doubt, share, 0.0).amax())
+            largest = torch.maximum(largest, torch.where(share > threshold + doubt, share, 0.0).amax())
             self._before[number] = part.tally.clone()
         return largest
 

@@ -131,5 +131,5 @@ def test_a_plan_takes_the_clipped_range_of_each_width(tmp_path):
 
 
 def test_rank1_scales_clip_by_themselves():
-    with pytest.raises(LowBitError, match="^clipping=histogram is of static ranges"):
+    with pytest.raises(LowBitError, match=r"^clipping=histogram is of static ranges"):
         CommConfig(clipping="histogram")

@@ -135,12 +135,22 @@ def test_rank1_scales_drift_when_values_are_far_from_all_that_was_calibrated(two
         assert [len(rank["logged"]) for rank in ranks] == [lines, 0]
 
 
-@pytest.mark.parametrize(("fraction", "threshold"), [(1.0, 0.0), (0.0, None)])
-def test_what_cannot_drift_checks_nothing(two_ranks, fraction, threshold):
-    plan = synthetic_plan(partial_sums(0, 400), CommConfig(preset="paper", bf16_fraction=fraction))
+def test_what_cannot_drift_checks_nothing(two_ranks):
+    plan = synthetic_plan(partial_sums(0, 400), CommConfig(preset="paper", bf16_fraction=1.0))
     for mode in MODES[:2]:
-        for rank in two_ranks.run(rank_cases.drifting, plan, stream(0), mode, threshold):
+        for rank in two_ranks.run(rank_cases.drifting, plan, stream(0), mode, 0.0):
             assert rank["checks"] == 0 and rank["logged"] == []
+
+
+def test_without_a_threshold_a_rank_warns_once(two_ranks):
+    """It exchanges nothing for that, and goes on in low bits."""
+    plan = synthetic_plan(partial_sums(0, 400), CommConfig(preset="paper", bf16_fraction=0.0))
+    for mode in MODES[:2]:
+        ranks = two_ranks.run(rank_cases.drifting, plan, stream(0), mode, None)
+        assert [rank["checks"] for rank in ranks] == [0, 0]
+        assert {len(rank["logged"]) for rank in ranks} <= {0, 1}
+        (line,) = ranks[0]["logged"] or ranks[1]["logged"]
+        assert line.startswith("model.layers.0: ") and "results suffer" in line
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -234,20 +244,23 @@ def test_generate_with_a_plan_eight_times_too_small(calibrated, tmp_path, capfd)
     assert texts["one_shot"] == texts["bf16"]
 
 
-def test_apply_guards_unless_it_is_told_not_to(caplog):
+def test_apply_warns_and_guards_where_it_is_told_to(caplog):
     model, artifact = build("llama"), make_artifact(build("llama"), "none", (2,))
     unguarded = CommConfig(mode="one_shot", drift_threshold=None)
-    for given, threshold in ((None, 0.1), ("one_shot", 0.1), (CommConfig(), 0.1), (unguarded, None)):
+    for given, threshold in ((None, None), ("one_shot", None), (CommConfig(), 0.1), (unguarded, None)):
         apply_to_huggingface(model, artifact, 2, given)
         modules = row_parallel_modules(model)
         assert modules and all(module.reducer.guard.threshold == threshold for module in modules.values())
         assert all(module.reducer.guard.site == name for name, module in modules.items())
     narrow = replace(artifact, plans={2: narrowed(artifact.plan(2), 1e6)})
-    apply_to_huggingface(model, narrow, 2)
-    with caplog.at_level(logging.WARNING, "megatron_lowbit"):
-        for _ in range(2):
-            logits(model)
-    told = [record.getMessage().partition(":")[0] for record in caplog.records]
-    found = lowbit.saturation(model)
-    assert sorted(told) == sorted(modules) == sorted(found), "one warning for each site"
-    assert all(site.bf16 and site.saturated > 0.1 * site.values > 0 for site in found.values())
+    for given in (CommConfig(), None):
+        caplog.clear()
+        apply_to_huggingface(model, narrow, 2, given)
+        with caplog.at_level(logging.WARNING, "megatron_lowbit"):
+            for _ in range(2):
+                logits(model)
+        told = [record.getMessage().partition(":")[0] for record in caplog.records]
+        found = lowbit.saturation(model)
+        assert sorted(told) == sorted(modules) == sorted(found), "one warning for each site"
+        assert all(site.saturated > 0.1 * site.values > 0 for site in found.values())
+        assert all(site.bf16 == (given is not None) for site in found.values())

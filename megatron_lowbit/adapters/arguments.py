@@ -42,7 +42,8 @@ def as_comm_config(comm_mode: CommMode | CommConfig | None) -> CommConfig:
     if comm_mode is not None and not isinstance(comm_mode, str):
         raise LowBitError(f"comm_mode is the name of a mode or a CommConfig, not {_kind(comm_mode)}")
     check_mode("comm_mode", comm_mode)
-    return CommConfig(mode=comm_mode)
+    # Falling back makes results depend on the calls before, so only a whole CommConfig asks for it.
+    return CommConfig(mode=comm_mode, drift_threshold=None)
 
 
 def as_ranks(name: str, value: Any) -> int:

@@ -163,8 +163,8 @@ def apply_to_huggingface(
 
     artifact: folder (or loaded Artifact) of a LowBitCheckpoint and/or CommPlans. virtual_tp: ranks whose partial sums
     and messages are simulated in this process, bit for bit. comm_mode: as comm.mode; None: one_shot where the artifact
-    has plans, else native; or a whole CommConfig, whose drift_threshold and cost_table then count. A site whose values
-    do not fit its plan falls back to bf16 and logs a warning (drift.py), unless given CommConfig(drift_threshold=None);
+    has plans, else native; or a whole CommConfig, whose cost_table and drift_threshold then count: with it a site whose
+    values do not fit its plan falls back to bf16, without it such a site logs a warning (drift.py).
     `saturation` tells what happened. Raises LowBitError for arguments of another kind, and, with the model left without
     low-bit modules, for an artifact of another model or without a plan for this size.
 

@@ -41,7 +41,7 @@ from megatron_lowbit.artifacts import SitePlan
 from megatron_lowbit.channels import ReassemblyPlan
 from megatron_lowbit.codec import Codec
 from megatron_lowbit.collectives import HybridReducer
-from megatron_lowbit.config import DRIFT_THRESHOLD, CommMode, LowBitError, one_line
+from megatron_lowbit.config import CommMode, LowBitError, one_line
 from megatron_lowbit.distributed import all_gather_values, on_rank_zero
 from megatron_lowbit.linear import QuantRowParallelLinear
 from megatron_lowbit.temporary import beside, remove_dead
@@ -266,7 +266,7 @@ def _empty_modules(
             reducer = None
             if group is not None:
                 mode: CommMode | None = None if layout.tp_size in plans else "native"
-                reducer = HybridReducer(plans.get(layout.tp_size), group, mode, DRIFT_THRESHOLD)
+                reducer = HybridReducer(plans.get(layout.tp_size), group, mode)
             sequence_parallel = group is not None and host.config.sequence_parallel
             twin = LowBitRowParallelLinear.around(
                 host, QuantRowParallelLinear([shard], reducer, None, sequence_parallel), plans

@@ -38,7 +38,7 @@ from megatron_lowbit.adapters.megatron_rounding import (
 from megatron_lowbit.artifacts import SitePlan, row_bit_sums
 from megatron_lowbit.codec import Codec
 from megatron_lowbit.collectives import HybridGather
-from megatron_lowbit.config import DRIFT_THRESHOLD, LowBitError, WeightsConfig
+from megatron_lowbit.config import LowBitError, WeightsConfig
 from megatron_lowbit.distributed import world_size
 from megatron_lowbit.linear import DenseShard, QuantColumnParallelLinear, QuantRowParallelLinear
 
@@ -169,7 +169,7 @@ class LowBitColumnParallelLinear(_LowBitLayer, ColumnParallelLinear):
         low_bit: QuantColumnParallelLinear | DenseShard,
         gated: bool,
         gather: Codec | None,
-        drift_threshold: float | None = DRIFT_THRESHOLD,
+        drift_threshold: float | None = None,
     ) -> LowBitColumnParallelLinear:
         """The low-bit twin of a column-parallel layer; gated: rows are [gate_r | up_r]; gather, drift_threshold: of the
         all-gather of its input."""
@@ -183,7 +183,7 @@ class LowBitColumnParallelLinear(_LowBitLayer, ColumnParallelLinear):
         layer.output_size = rows * world_size(layer.tp_group)
         return layer
 
-    def set_gather(self, plan: Codec | None, drift_threshold: float | None = DRIFT_THRESHOLD) -> None:
+    def set_gather(self, plan: Codec | None, drift_threshold: float | None = None) -> None:
         """Gather the input in low bits, where sequence parallelism has to gather it."""
         self.plans = {} if plan is None else {1: plan}
         if plan is not None and self.sequence_parallel and self.tp_group is not None:

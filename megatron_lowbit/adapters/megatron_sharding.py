@@ -26,7 +26,7 @@ from megatron_lowbit.artifacts import SitePlan
 from megatron_lowbit.channels import ReassemblyPlan
 from megatron_lowbit.codec import Codec
 from megatron_lowbit.collectives import HybridReducer
-from megatron_lowbit.config import DRIFT_THRESHOLD, LowBitError
+from megatron_lowbit.config import LowBitError
 from megatron_lowbit.distributed import group_rank, world_size
 from megatron_lowbit.kernels import packed_bytes
 from megatron_lowbit.linear import QuantColumnParallelLinear, QuantRowParallelLinear, Reassembly
@@ -169,7 +169,7 @@ def take_plans(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
         elif size == world_size(layer.tp_group) and layer.low_bit is not None:
             before = layer.low_bit.reducer
             mode = before.mode if before is not None and before.low_bit else None
-            options = (DRIFT_THRESHOLD,) if before is None else (before.guard.threshold, before.costs)
+            options = (None,) if before is None else (before.guard.threshold, before.costs)
             layer.low_bit.reducer = HybridReducer(layer.plans[size], layer.tp_group, mode, *options)
             layer.low_bit.reducer.at("" if before is None else before.guard.site)
 
