@@ -103,7 +103,7 @@ def _verified(path: Path) -> ctypes.CDLL | None:
 
 
 def _build_in(folder: Path, key: str, compiler: list[str]) -> ctypes.CDLL:
-    """Of the processes that start together, one builds and the others wait; then load what was built."""
+    """Let one of the processes that start together build, while the others wait; then load what was built."""
     with _one_at_a_time(folder):
         if library := _load_from(folder, key):
             return library

@@ -54,7 +54,7 @@ class Saturation:
 
 
 class DriftGuard:
-    """Of one site; threshold: a share above it is too much, None: never fall back, but warn. parts: of its hops."""
+    """Watch one site. threshold: a share above it is too much, None: never fall back, but warn. parts: of its hops."""
 
     def __init__(self, threshold: float | None, parts: Sequence[WireFormat | ExactSum]):
         self.threshold, self.parts = threshold, list(parts)

@@ -24,7 +24,7 @@ TELL_AFTER = 30.0  # seconds of waiting before a rank says for whom; then twice 
 
 
 class Presence:
-    """Of this rank among `size`. `suspects` says whom it waits for; `stop` ends its threads."""
+    """Show that this rank, one of `size`, is there. `suspects` says whom it waits for; `stop` ends its threads."""
 
     def __init__(self, rank: int, size: int):
         self.rank, self.size = rank, size
