@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,7 @@ def save_checkpoint(model: Any, folder: str | Path) -> None:
     with _quiet():
         dist_checkpointing.save(state, str(partial))
     dist.barrier()
-    on_rank_zero(lambda: partial.rename(whole))
+    on_rank_zero(lambda: os.replace(partial, whole))
 
 
 def load_checkpoint(model: Any, folder: str | Path) -> Any:
