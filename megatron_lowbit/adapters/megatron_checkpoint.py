@@ -45,7 +45,7 @@ from megatron_lowbit.collectives import HybridReducer
 from megatron_lowbit.config import CommMode, LowBitError, one_line
 from megatron_lowbit.distributed import all_gather_values, on_rank_zero
 from megatron_lowbit.linear import QuantRowParallelLinear
-from megatron_lowbit.temporary import beside, remove_dead
+from megatron_lowbit.temporary import beside, remove, remove_dead
 
 
 def save_checkpoint(model: Any, folder: str | Path) -> None:
@@ -65,8 +65,13 @@ def save_checkpoint(model: Any, folder: str | Path) -> None:
 
     state = _sharded(model, not _alike(model))  # what it refuses leaves no folder behind
     partial = Path(on_rank_zero(prepare))
-    with _quiet():
-        dist_checkpointing.save(state, str(partial))
+    try:
+        with _quiet():
+            dist_checkpointing.save(state, str(partial))
+    except BaseException:  # a full disk, say: nothing of it is left, and other ranks are not waited for
+        if dist.get_rank() == 0:
+            remove(partial)
+        raise
     dist.barrier()
     on_rank_zero(lambda: os.replace(partial, whole))
 
