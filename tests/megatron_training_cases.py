@@ -178,7 +178,7 @@ def step(wrapped: Any, optimizer: Any) -> float:
 
 
 def straight_through_gradients(rank: int, size: int, scheme: str, sequence_parallel: bool) -> dict[str, Any]:
-    """Of every linear of a spec: input, upstream gradient, output, x.grad, weight.grad, and its weight."""
+    """Return of every linear of a spec: input, upstream gradient, output, x.grad, weight.grad, and its weight."""
     with parallel(size):
         from megatron_lowbit.adapters.megatron import find_linears
 

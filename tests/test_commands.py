@@ -245,7 +245,7 @@ def test_seeded_runs_repeat(tmp_path):
 
 
 def test_the_result_says_what_was_read(chain, tmp_path, capsys):
-    """Of every section with text: in the JSON, and in a line of output."""
+    """What was read is told for every section with text: in the JSON, and in a line of output."""
     assert results(chain / "plans", "calibrate")["data"]["calibration"]["first"] == stdlib_text("calibration")[:80]
     assert results(chain / "generate", "generate")["data"] == {}
     rows = [{"url": "x" * 99, "content": f"def f{number}(): pass"} for number in range(3)]

@@ -175,7 +175,7 @@ def test_the_time_of_a_collective_is_a_setting(own_group):
     ],
 )
 def test_a_rank_that_waits_says_for_whom(culprit, how, who, says):
-    """Of three ranks one does not come to their next meeting, or is stopped by a signal; one of the others says so."""
+    """One of three ranks does not come to their next meeting, or is stopped by a signal; another says so."""
 
     def meets() -> int:
         presence.BEAT, presence.TELL_AFTER = 0.1, 1.5
