@@ -26,11 +26,21 @@ from megatron_lowbit.calibrate import RangeObserver
 from megatron_lowbit.collectives import HybridReducer
 from megatron_lowbit.config import CommMode, LowBitError
 from megatron_lowbit.cost import CostTable
+from megatron_lowbit.distributed import all_gather_values, gather_values, on_rank_zero
 from megatron_lowbit.tuning import measure_costs
 
 
 def echo(rank: int, size: int, value: Any) -> Any:
     return rank, size, value
+
+
+def messages(rank: int, size: int) -> tuple[object, object, object]:
+    """What all ranks, rank 0 and every rank are told: dicts with texts and tensors of each rank's own sizes."""
+    mine = {"rank": rank, "text": "x" * (7 * rank), "t": torch.full((rank, 2), rank)}
+    gathered, first = all_gather_values(mine, dist.group.WORLD), gather_values(mine, dist.group.WORLD)
+    shapes = [(part["rank"], len(part["text"]), list(part["t"].shape), part["t"].sum().item()) for part in gathered]
+    told = on_rank_zero(lambda: {"of": rank})
+    return shapes, None if first is None else [part["rank"] for part in first], told
 
 
 def raise_on(rank: int, size: int, culprit: int) -> None:

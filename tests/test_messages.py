@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+import rank_cases
 import torch
 
 from megatron_lowbit.messages import decode, encode
@@ -60,18 +61,6 @@ def test_nothing_of_the_product_unpickles():
                     assert banned[node.attr] and owner != banned[node.attr], f"{file.name}:{node.lineno}"
 
 
-def of_ranks(rank: int, size: int) -> tuple[object, object, object]:
-    from torch import distributed as dist
-
-    from megatron_lowbit.distributed import all_gather_values, gather_values, on_rank_zero
-
-    mine = {"rank": rank, "text": "x" * (7 * rank), "t": torch.full((rank, 2), rank)}
-    gathered, first = all_gather_values(mine, dist.group.WORLD), gather_values(mine, dist.group.WORLD)
-    shapes = [(part["rank"], len(part["text"]), list(part["t"].shape), part["t"].sum().item()) for part in gathered]
-    told = on_rank_zero(lambda: {"of": rank})
-    return shapes, None if first is None else [part["rank"] for part in first], told
-
-
 def test_between_ranks(two_ranks):
     expected = [(0, 0, [0, 2], 0), (1, 7, [1, 2], 2)]
-    assert two_ranks.run(of_ranks) == [(expected, [0, 1], {"of": 0}), (expected, None, {"of": 0})]
+    assert two_ranks.run(rank_cases.messages) == [(expected, [0, 1], {"of": 0}), (expected, None, {"of": 0})]

@@ -36,3 +36,8 @@ def test_an_exception_reaches_the_test_and_the_pool_starts_anew(pool):
     with pytest.raises(TimeoutError, match=r"\[0, 1\] of 2 gave no answer to sleep"):
         pool.run(rank_cases.sleep, 600.0, timeout=0.5)
     assert time.monotonic() - start < 30
+
+
+def test_a_function_that_workers_may_not_find(pool):
+    with pytest.raises(ValueError, match="belongs into a module that workers"):
+        pool.run(test_a_function_that_workers_may_not_find)
