@@ -31,6 +31,7 @@ from commands import CALIBRATION, EVALUATION
 from forked import Forked, forked
 from tiny_models import save_model
 
+from megatron_lowbit import preemption
 from megatron_lowbit.launch import main
 
 POINTS = ("replace", "unlink", "rename", "link", "mkdir", "rmdir", "posix_fallocate")
@@ -158,12 +159,15 @@ def kill_and_run_again(
     moment = chance.uniform(0, whole.seconds)
 
     def run() -> int:
+        preemption.install()  # as importing the command does; `main` alone would put the handlers back as it returns
         tempfile.tempdir = None
         watched(lambda: os.kill(os.getpid(), number), point)
         return main(command)
 
     how = f"{number.name} " + (f"before call {point}" if at_point else f"after {moment:.2f} s")
+    signal.pthread_sigmask(signal.SIG_BLOCK, preemption.HELD_BACK)  # until the child has handlers
     with forked(run, TMPDIR=machine(folder)) as child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, preemption.HELD_BACK)
         if not at_point:
             threading.Timer(moment, child.send_signal, [number]).start()
         code, said = child.finish(PATIENCE)
