@@ -25,8 +25,8 @@ os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERAT
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 from commands import free_port
-from test_resume import artifact_files, done, metrics, quantize, renamed
 from tiny_models import embedded_folder, save_model
+from unfinished_runs import artifact_files, done, metrics, quantize, renamed
 
 PYTHON = sys.executable
 TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "2"]

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from test_cpu_kernels import DTYPES, Plan, assert_same_bits, assert_same_messages
+from kernel_inputs import DTYPES, Plan, assert_same_bits, assert_same_messages
 from torch import Tensor
 
 from megatron_lowbit import kernels

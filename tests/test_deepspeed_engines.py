@@ -10,8 +10,7 @@ from closeness import assert_equal_but_for_flips
 from commands import needs_deepspeed
 from rank_pool import RankPool
 from reassembled_models import reassembled
-from test_norm_readers import FusedLinear
-from tiny_models import build, logits, make_artifact, save_artifact
+from tiny_models import FusedLinear, build, logits, make_artifact, save_artifact
 
 import megatron_lowbit as lowbit
 

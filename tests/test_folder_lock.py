@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from commands import COMMAND, free_port, run_here, started
 from forked import forked
-from test_resume import artifact_files, done, kill_when, metrics, quantize
 from tiny_models import save_model
+from unfinished_runs import artifact_files, done, kill_when, metrics, quantize
 
 from megatron_lowbit import folder_lock
 from megatron_lowbit.config import LowBitError

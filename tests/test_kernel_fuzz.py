@@ -38,6 +38,7 @@ def sanitized(calls: int, cache: Path, *more: str) -> subprocess.CompletedProces
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     environ |= {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "2", "PYTHONMALLOC": "malloc"}
+    environ |= {"PYTHONPATH": str(Path(kernel_fuzz.__file__).parent)}
     command = [sys.executable, "-W", "ignore", kernel_fuzz.__file__, str(calls), "1", *SANITIZED, *more]
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=3000)
 
@@ -55,8 +56,8 @@ def test_the_sanitizers_are_there(tmp_path):
     """One byte too far in the source is found."""
     broken = tmp_path / "hybrid.cpp"
     text = (Path(kernel_fuzz.build.SOURCE)).read_text()
-    line = "  *saturated = total;\n"
+    line = "  total.store(tally);\n"
     assert text.count(line) >= 1
-    broken.write_text(text.replace(line, line + "  reinterpret_cast<volatile char*>(saturated)[8] = 1;\n"))
+    broken.write_text(text.replace(line, line + "  reinterpret_cast<volatile char*>(tally)[24] = 1;\n"))
     done = sanitized(200, tmp_path / "cache", f"source={broken}", f"-I{kernel_fuzz.build.SOURCE.parent}")
     assert done.returncode != 0 and "AddressSanitizer" in done.stderr

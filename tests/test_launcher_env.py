@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from commands import SMALL_TEXT, free_port, run_here, run_there, started
-from test_resume import artifact_files, done, quantize, renamed
 from tiny_models import save_model
+from unfinished_runs import artifact_files, done, quantize, renamed
 
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.launcher_env import NAMES, Launch, adopt, find_launch, first_of, without_launch

@@ -8,17 +8,13 @@ import pytest
 import tiny_models
 import torch
 from reassembled_models import dense_twin, reassembled
-from tiny_models import build, logits, make_artifact
+from tiny_models import FusedLinear, build, logits, make_artifact
 from torch import Tensor, nn
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.adapters import huggingface, readers
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.linear import ReassembledNorm
-
-
-class FusedLinear(nn.Linear):
-    """A linear of a type that adapters do not replace."""
 
 
 class Routed(nn.Module):

@@ -15,8 +15,8 @@ import preemption_cases as cases
 import pytest
 from commands import COMMAND, free_port, run_here, run_there, started
 from rank_pool import RankPool
-from test_resume import artifact_files, done, killed_at, metrics, quantize, renamed
 from tiny_models import save_model
+from unfinished_runs import artifact_files, done, killed_at, metrics, quantize, renamed
 
 from megatron_lowbit import preemption, resume
 

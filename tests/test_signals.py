@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from commands import run_here
 from forked import forked
-from test_resume import metrics, quantize
 from tiny_models import save_model
+from unfinished_runs import metrics, quantize
 
 from megatron_lowbit import preemption
 from megatron_lowbit.launch import main, runner

@@ -28,8 +28,8 @@ import yaml
 from commands import CALIBRATION, EVALUATION, needs_deepspeed, run_here
 from read_wandb import read_file, wandb_files
 from slurm_lab import SlurmLab, why_not
-from test_resume import SETTINGS, artifact_files, done, metrics
 from tiny_models import save_model
+from unfinished_runs import SETTINGS, artifact_files, done, metrics
 
 pytestmark = [needs_deepspeed, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]
 BLOCKS = 5  # in groups of one: states enough to be caught between two

@@ -116,3 +116,7 @@ def save_model(architecture: str, folder: Path, **changes: object) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(embedded_folder() / name, folder)
     return folder
+
+
+class FusedLinear(nn.Linear):
+    """A linear of a type that adapters do not replace."""
