@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import deepspeed_cases
 import pytest
@@ -73,6 +77,28 @@ def test_engines_of_initialize(tmp_path):
         assert applied.startswith("ZeRO stage 3") and "before deepspeed.initialize" in applied
         assert saved.startswith("save_pretrained: ZeRO stage 3") and "state_dict=" in saved
         assert_equal_but_for_flips(results["logits"], expected)
-        assert "save_pretrained" in results["save_16bit_model"] and results["removed"]
+        for made in ("save_16bit_model", "save_16bit_model 1", "save_16bit_model 3"):
+            assert results[made].startswith("save_16bit_model: ") and "save_pretrained" in results[made]
+        assert results["removed"] and (tmp_path / "half/pytorch_model.bin").exists()
         assert "packed weights cannot be trained" in results["optimizer"]
         assert results["losses of the plan"][-1] < results["losses of the plan"][0] - 1
+
+
+BEFORE_ITS_IMPORT = """
+import sys, tiny_models, deepspeed_cases, megatron_lowbit as lowbit
+model = lowbit.apply_to_huggingface(tiny_models.build("llama"), sys.argv[1])
+assert "deepspeed" not in sys.modules
+import deepspeed.runtime.engine as engines
+engine = engines.DeepSpeedEngine.__new__(engines.DeepSpeedEngine)
+engine.__dict__["module"] = {wrapped}
+print(deepspeed_cases.message_of(lambda: engine.save_16bit_model("nowhere")))
+"""
+
+
+@pytest.mark.parametrize("wrapped", ["model", "__import__('torch').nn.Sequential(model)"])
+def test_a_patch_before_deepspeed_is_imported(wrapped, tmp_path):
+    folder = save_artifact(make_artifact(build("llama"), "W4A8"), tmp_path)
+    command = [sys.executable, "-c", BEFORE_ITS_IMPORT.format(wrapped=wrapped), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert "\nsave_16bit_model: the engine" in f"\n{done.stdout}", done.stderr

@@ -47,6 +47,7 @@ TIERS = [
         "adapters.training",
         "adapters.blocks",
         "adapters.deepspeed",
+        "adapters.deepspeed_saving",
         "adapters.megatron",
         "adapters.megatron_attention",
         "adapters.megatron_checkpoint",

@@ -10,6 +10,7 @@ that keep a sliding window stay unpacked; their K and V are quantized when they 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable
 from functools import partial
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, unpack_bits
 from megatron_lowbit.quantizer import choose_qparams, fake_quantize, quantize
 
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # transformers' own name of it, in every forward that uses it
 _PREFIX = "lowbit_"  # of the names under which transformers knows the quantizing attention functions
 _BITS = "_lowbit_act_bits"  # on an attention module
 _QUANTIZED = "_lowbit_quantized"  # on a K or V that comes from a PackedLayer
@@ -53,6 +55,14 @@ class Quantized:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         register(plain_name(self.config._attn_implementation))  # in a new process it is not known yet
+
+
+def takes_part(module: nn.Module) -> bool:
+    """Tell whether an attention module attends through transformers' attention interface, or by code of its own, where
+    nothing here is called."""
+    methods = (vars(kind).get("forward") for kind in type(module).__mro__)
+    forward = next(method for method in methods if method is not None)
+    return _INTERFACE in inspect.unwrap(forward).__code__.co_names
 
 
 def set_bits(modules: Iterable[nn.Module], act_bits: int) -> None:

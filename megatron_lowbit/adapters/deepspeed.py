@@ -113,19 +113,6 @@ def check_not_trained(engine: Any, artifact: Artifact) -> None:
         )
 
 
-def refuse_16bit_model(engine: Any) -> None:
-    """Have engine.save_16bit_model, where there is one, say that the model's linears are not in 16 bits."""
-    if hasattr(engine, "save_16bit_model"):
-        object.__setattr__(engine, "save_16bit_model", _no_16bit_model)
-
-
-def _no_16bit_model(*_: Any, **__: Any) -> None:
-    raise LowBitError(
-        "save_16bit_model: the engine's linears are low-bit; call engine.module.save_pretrained, which writes an "
-        "artifact, or megatron_lowbit.remove(engine) first"
-    )
-
-
 def apply_to_deepspeed(
     engine: Any, artifact: str | Path | Artifact, comm_mode: CommMode | CommConfig | None = None
 ) -> Any:
@@ -148,7 +135,6 @@ def apply_to_deepspeed(
     group = tp_group(engine)
     if group is None:
         huggingface.apply_to_huggingface(engine.module, artifact, 1, comm_mode)
-        refuse_16bit_model(engine)
         return engine
     patching.remove(engine)
     rank, size = group_rank(group), world_size(group)
@@ -176,7 +162,6 @@ def apply_to_deepspeed(
         patching.tell_left(engine.module, checkpoint, replacements)
     patching.swap(engine.module, replacements)
     saving.save_as_artifact(engine.module, artifact)
-    refuse_16bit_model(engine)
     if checkpoint is not None and quantized:
         patching.quantize_attention(engine.module, checkpoint, huggingface.model_config(engine.module))
     return engine

@@ -73,9 +73,7 @@ def remove(model: Any) -> Any:
     while not vars(module).keys() & {_PATCH, _UNDO} and hasattr(module, "module"):
         module = module.module
     if vars(module).keys() & {_PATCH, _UNDO}:
-        for part in {id(model): model, id(module): module}.values():
-            for name in ("save_pretrained", "save_16bit_model"):  # as saving.py has set them
-                vars(part).pop(name, None)
+        vars(module).pop("save_pretrained", None)  # as saving.py has set it
     replaced = getattr(module, _PATCH, {})
     for name, original in replaced.items():
         device = _device(module.get_submodule(name))
@@ -93,6 +91,11 @@ def remove(model: Any) -> Any:
 def original_modules(model: Any) -> dict[str, nn.Module]:
     """{fqn: the module that was replaced there}; empty for a model without low-bit modules."""
     return dict(getattr(getattr(model, "module", model), _PATCH, {}))
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Tell whether an apply_to_* has replaced modules of the model, or of a model that it wraps."""
+    return any(vars(module).get(_PATCH) for module in model.modules())
 
 
 def replacing_modules(model: Any) -> dict[str, nn.Module]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from megatron_lowbit.adapters import patching
+from megatron_lowbit.adapters import deepspeed_saving, patching
 from megatron_lowbit.artifacts import Artifact, Fingerprint, LowBitCheckpoint, check_fingerprint, remove_plans
 from megatron_lowbit.config import LowBitError, one_line
 
@@ -35,11 +35,13 @@ TOKENIZER_FILES = (
 
 
 def save_as_artifact(model: Any, artifact: Artifact, fingerprint: Callable[[Any], Fingerprint] | None = None) -> None:
-    """Have model.save_pretrained write what the patched model is; undone by `remove`.
+    """Have model.save_pretrained write what the patched model is, and DeepSpeed's own export refuse it; undone by
+    `remove`.
 
     fingerprint: of the whole model, without patch; None where every rank holds a share of it: then the first writes.
     """
     object.__setattr__(model, "save_pretrained", ArtifactSaver(model, artifact, fingerprint))
+    deepspeed_saving.refuse_16bit_models()
 
 
 class ArtifactSaver:
@@ -51,6 +53,10 @@ class ArtifactSaver:
     def __deepcopy__(self, memo: dict[int, Any]) -> ArtifactSaver:
         # Artifacts are not copied: nobody changes one.
         return ArtifactSaver(copy.deepcopy(self.model, memo), self.artifact, self.fingerprint)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        deepspeed_saving.refuse_16bit_models()  # a new process has not patched anything
 
     def __call__(
         self,
