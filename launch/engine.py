@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from megatron_lowbit.adapters import huggingface, patching
+from megatron_lowbit.adapters import attention, huggingface, patching
 from megatron_lowbit.adapters.blocks import skeleton
 from megatron_lowbit.adapters.outliers import inject_outliers
 from megatron_lowbit.agreement import digest
@@ -251,7 +251,8 @@ def take_checkpoints(
 def round_weights(model: nn.Module, weights: WeightsConfig, dtype: torch.dtype | None) -> LowBitCheckpoint:
     """Round-to-nearest checkpoint of an unsharded, unpatched model; what is not quantized is stored as `dtype`."""
     linears = {name: linear for name, (_, linear) in huggingface.find_linears(model).items()}
-    return quantize_model(model, linears, weights, huggingface.fingerprint(model), dtype)
+    checkpoint = quantize_model(model, linears, weights, huggingface.fingerprint(model), dtype)
+    return replace(checkpoint, attention_bits=attention.possible_bits(model, linears, checkpoint.attention_bits))
 
 
 def load_windows(engine: Engine, section: Any, key: str, logger: MetricLogger) -> Windows:

@@ -72,15 +72,17 @@ def size_row(checkpoint: LowBitCheckpoint, folder: str, logger: MetricLogger) ->
     """Sizes: ideal_bytes is bits * parameters / 8 of the quantized linears, linear_bytes what they really take."""
     if env_rank() == 0:
         linears, ratio = checkpoint.linear_bytes(), checkpoint.linear_bytes() / checkpoint.ideal_bytes()
+        attention = "" if checkpoint.attention_bits == 16 else f", Q, K and V in {checkpoint.attention_bits} bits"
         print(
-            f"wrote {len(checkpoint.linears)} linears in {checkpoint.scheme_name}, {checkpoint.nbytes():,} bytes "
-            f"(linears {linears:,}, {ratio:.3f} of bits x parameters / 8)"
+            f"wrote {len(checkpoint.linears)} linears in {checkpoint.scheme_name}{attention}, "
+            f"{checkpoint.nbytes():,} bytes (linears {linears:,}, {ratio:.3f} of bits x parameters / 8)"
         )
     logger.log(bytes=checkpoint.nbytes())
     logger.artifact("checkpoint", written(folder, "lowbit*"))
     return {
         "name": checkpoint.scheme_name,
         "linears": len(checkpoint.linears),
+        "attention_bits": checkpoint.attention_bits,
         "bytes": checkpoint.nbytes(),
         "linear_bytes": checkpoint.linear_bytes(),
         "ideal_bytes": checkpoint.ideal_bytes(),

@@ -91,7 +91,8 @@ class Walk:
         self.source, self.config, self.logger = source, config, logger
         self.tp_group, self.dp_group, self.tp_sizes = source.tp_group, dp_group, tp_sizes
         self.scheme = Scheme.parse(config.weights.scheme)
-        self.attention_bits = attention_bits(config)
+        names = [source.fqn(index, name) for index, kinds in enumerate(source.kinds) for name in kinds]
+        self.attention_bits = attention.possible_bits(source.model, names, attention_bits(config))
         ranks, rank = world_size(dp_group), group_rank(dp_group)
         check_windows(windows, config, ranks, source.text_config)
         self.all_mask = windows.mask

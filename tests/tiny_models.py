@@ -113,6 +113,11 @@ def embedded_folder() -> Path:
 def save_model(architecture: str, folder: Path, **changes: object) -> Path:
     """A model folder with the embedded model's tokenizer, as the commands take it."""
     build(architecture, vocab_size=1024, bos_token_id=0, eos_token_id=1, **changes).save_pretrained(folder)
+    return add_tokenizer(folder)
+
+
+def add_tokenizer(folder: Path) -> Path:
+    """Put the embedded model's tokenizer, of 1,024 tokens, into a model folder."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(embedded_folder() / name, folder)
     return folder

@@ -3,14 +3,19 @@
     softmax( Q(q) Q(k)^T / sqrt(d) ) Q(v)          the softmax's output keeps its precision, as in the paper
 
 Registered with transformers as an attention function that wraps the model's own (sdpa, eager, ...) and reads the number
-of bits from the attention module; a module without it computes as before. While tokens are generated, K and V are
-packed in the cache: every DynamicLayer that an attention module meets empty is replaced by a PackedLayer. (Layers
-that keep a sliding window stay unpacked; their K and V are quantized when they are read.)
+of bits from the attention module; a module without it computes as before. Families whose attention is code of their own
+(Bloom, GPT-J, ...) are not reached: a warning names them (possible_bits).
+
+While tokens are generated, K and V are packed in the cache: every DynamicLayer that an attention module meets empty is
+replaced by a PackedLayer. (Layers that keep a sliding window stay unpacked; their K and V are quantized when they are
+read.)
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
+import re
 import sys
 from collections.abc import Iterable
 from functools import partial
@@ -19,9 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_lowbit.distributed import env_rank
 from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, unpack_bits
 from megatron_lowbit.quantizer import choose_qparams, fake_quantize, quantize
 
+logger = logging.getLogger("megatron_lowbit")
+
+_BLOCK = re.compile(r".*?\.\d+\.")  # model.layers.0.
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # transformers' own name of it, in every forward that uses it
 _PREFIX = "lowbit_"  # of the names under which transformers knows the quantizing attention functions
 _BITS = "_lowbit_act_bits"  # on an attention module
@@ -61,8 +70,33 @@ def takes_part(module: nn.Module) -> bool:
     """Tell whether an attention module attends through transformers' attention interface, or by code of its own, where
     nothing here is called."""
     methods = (vars(kind).get("forward") for kind in type(module).__mro__)
-    forward = next(method for method in methods if method is not None)
-    return _INTERFACE in inspect.unwrap(forward).__code__.co_names
+    return any(_INTERFACE in inspect.unwrap(m).__code__.co_names for m in methods if inspect.isfunction(m))
+
+
+def possible_bits(model: nn.Module, linears: Iterable[str], act_bits: int) -> int:
+    """The bits that Q, K and V of a model get where act_bits are wanted: 16 where all attention is code of its own.
+
+    linears: fqns of those that are quantized. Logs a warning that names the blocks whose attention stays as it is.
+    """
+    if act_bits == 16:
+        return 16
+    blocks: dict[str, list[str]] = {}
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in linears):
+        block = _BLOCK.match(owner + ".")
+        if block is not None:
+            blocks.setdefault(block.group(), []).append(owner)
+    left = [owners[0] for owners in blocks.values() if not any(takes_part(model.get_submodule(o)) for o in owners)]
+    if left and env_rank() == 0:
+        logger.warning(
+            "%s: in %d of %d blocks (first: %s, a %s) attention is code of its own, not transformers' attention "
+            "interface: Q, K and V stay in full precision there",
+            getattr(getattr(model, "config", None), "model_type", type(model).__name__),
+            len(left),
+            len(blocks),
+            left[0],
+            type(model.get_submodule(left[0])).__name__,
+        )
+    return 16 if len(left) == len(blocks) else act_bits
 
 
 def set_bits(modules: Iterable[nn.Module], act_bits: int) -> None:

@@ -332,11 +332,12 @@ def norms(model: nn.Module, checkpoint: LowBitCheckpoint, plain: Collection[str]
 
 def quantize_attention(model: Any, checkpoint: LowBitCheckpoint, config: Any) -> None:
     """Have the model's attention quantize Q, K and V and pack the cache; undone by `remove`."""
-    if checkpoint.attention_bits == 16:
+    act_bits = attention.possible_bits(model, checkpoint.linears, checkpoint.attention_bits)
+    if act_bits == 16:
         return
     owners = {name.rpartition(".")[0] for name in checkpoint.linears}
-    modules = [module for name, module in model.named_modules() if name in owners and hasattr(module, "layer_idx")]
-    undo_with(model, attention.Quantized(modules, config, checkpoint.attention_bits))
+    modules = [m for name, m in model.named_modules() if name in owners and attention.takes_part(m)]
+    undo_with(model, attention.Quantized(modules, config, act_bits))
 
 
 def undo_with(model: Any, undo: Callable[[], None]) -> None:
