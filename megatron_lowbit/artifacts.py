@@ -7,9 +7,10 @@
                                                 loads without the original model
 
 Each file is written under a temporary name and renamed, the JSON last: an artifact exists when its JSON does. The JSON
-holds the checksums of the tensor files and of itself, and the model's fingerprint, so an artifact that was changed, or
-of another model, is refused. What a file holds is checked when it is read, tensor by tensor, also where all checksums
-agree: shapes, dtypes and indices that do not go together are one LowBitError that names the tensor and the file.
+holds the checksums of the tensor files and of itself, lowbit.json also those of config and tokenizer, and the model's
+fingerprint, so an artifact that was changed, or of another model, is refused. What a file holds is checked when it is
+read, tensor by tensor, also where all checksums agree: shapes, dtypes and indices that do not go together are one
+LowBitError that names the tensor and the file.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ from megatron_lowbit.manifest import CheckpointManifest, Manifest, PlanManifest,
 from megatron_lowbit.quantizer import LowRank, QuantizedWeight, Scheme
 from megatron_lowbit.tensors import check_tensor, one_value, short_repr
 
+TOKENIZER_FILES = (
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+    *("spiece.model", "sentencepiece*"),
+)
 _FINGERPRINT_FIELDS = (
     "model_type",
     "hidden_size",
@@ -408,6 +413,7 @@ class LowBitCheckpoint:
         meta = read_meta(stem, *keys)
         with complete(stem.with_suffix(".json")):
             checked(CheckpointManifest, meta)
+        _check_beside(Path(folder), meta.get("beside", {}))
         tensors: dict[str, Tensor] = {}
         where: dict[str, Path] = {}
         for file, checksum in meta["files"].items():
@@ -477,7 +483,8 @@ class LowBitCheckpoint:
 def write_checkpoint(
     folder: str | Path, part: PartMeta, scheme: str, shard_groups: int, attention_bits: int, fingerprint: Fingerprint
 ) -> None:
-    """Write lowbit.json over the files of `part`, and remove those of the checkpoint that was there before."""
+    """Write lowbit.json over the files of `part` and the model's config and tokenizer, which are there already, and
+    remove the files of the checkpoint that was there before."""
     folder = Path(folder)
     meta = {
         "format": FORMAT,
@@ -486,11 +493,33 @@ def write_checkpoint(
         "shard_groups": shard_groups,
         "attention_bits": attention_bits,
         **part,
+        "beside": _beside(folder),
     }
     write_sealed(folder / "lowbit.json", meta)
     for file in folder.glob("lowbit*.safetensors"):
         if file.name not in part["files"]:
             discard(file)
+
+
+def _beside(folder: Path) -> dict[str, str]:
+    """{name: checksum} of the folder's config, generation config and tokenizer."""
+    patterns = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+    return {file.name: sha256(file) for file in files}
+
+
+def _check_beside(folder: Path, checksums: Mapping[str, str]) -> None:
+    for name, checksum in checksums.items():
+        file = folder / name
+        try:
+            same = sha256(file) == checksum
+        except OSError:
+            same = False
+        if not same:
+            raise LowBitError(
+                f"{str(file)!r} is missing or not what was written with the artifact (its checksum differs); put the "
+                "file back, or write the artifact again"
+            )
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

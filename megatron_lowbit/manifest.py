@@ -15,6 +15,8 @@ Width = Annotated[int, Field(ge=1, le=2**31)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^lowbit[-\w]*\.safetensors$")]  # never a path out of the folder
 
+OtherName = Annotated[str, Field(pattern=r"^\w[-.\w]*$")]
+
 
 def _unique(names: list[str]) -> list[str]:
     if len(set(names)) < len(names):
@@ -55,6 +57,7 @@ class CheckpointManifest(Manifest):
     in_features: Annotated[dict[str, Width], Field(min_length=1)]
     reassembly: dict[str, Annotated[list[Width], Field(min_length=2, max_length=2)]]  # [in_features, width]
     low_rank: Names
+    beside: dict[OtherName, Sha256] = {}  # config, generation config, tokenizer; not in artifacts of earlier versions
 
 
 M = TypeVar("M", bound=Manifest)

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import run_here
 from torch import nn
 
 from megatron_lowbit.artifacts import (
@@ -21,7 +23,7 @@ from megatron_lowbit.artifacts import (
 )
 from megatron_lowbit.codec import Codec
 from megatron_lowbit.config import LowBitError, WeightsConfig
-from megatron_lowbit.files import ensure_writable, write_json
+from megatron_lowbit.files import ensure_writable, read_json, write_json, write_sealed
 from megatron_lowbit.quantizer import QuantizedWeight, Scheme
 from megatron_lowbit.rounding import quantize_model
 
@@ -414,3 +416,40 @@ def test_quantize_model_refuses():
     model.up.weight.data[0, 0] = torch.nan
     with pytest.raises(LowBitError, match="up holds NaN"):
         quantize_model(model, {"up": model.up}, WeightsConfig(scheme="W4A16"), FINGERPRINT)
+
+
+# Config, generation config and tokenizer beside a checkpoint.
+
+BESIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+@pytest.fixture(scope="module")
+def whole_artifact(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    assert run_here("quantize", "model=embedded", "weights.scheme=W4A16", f"output_dir={folder}") == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("damage", ["one bit", "missing"])
+def test_files_beside_a_checkpoint_are_verified(whole_artifact, tmp_path, capsys, name, damage):
+    folder = tmp_path / "artifact"
+    shutil.copytree(whole_artifact, folder)
+    LowBitCheckpoint.load(folder)
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data) if damage == "one bit" else (folder / name).unlink()
+    assert run_here("generate", f"artifact={folder}", "prompt=def", "max_new_tokens=1", f"output_dir={tmp_path}") == 2
+    line = capsys.readouterr().err.strip()
+    assert "\n" not in line and f"{name}' is missing or not what was written with the artifact" in line
+
+
+def test_an_artifact_that_knows_nothing_of_the_files_beside_it_loads(whole_artifact, tmp_path):
+    folder = tmp_path / "artifact"
+    shutil.copytree(whole_artifact, folder)
+    meta = read_json(folder / "lowbit.json")
+    assert set(meta.pop("beside")) == set(BESIDE)
+    meta.pop("json_sha256")
+    write_sealed(folder / "lowbit.json", meta)
+    (folder / "config.json").write_text("{}")
+    assert LowBitCheckpoint.load(folder).scheme_name == "W4A16"

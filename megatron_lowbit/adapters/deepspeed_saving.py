@@ -1,5 +1,5 @@
-"""DeepSpeed's save_16bit_model writes no patched model: transformers would find none of its linears in the file, and fill
-in random ones.
+"""DeepSpeed's save_16bit_model writes no patched model: transformers would find none of its linears in the file, and
+fill in random ones.
 
 An engine may be made before the patch or after it, and DeepSpeed be imported after it. So the refusal is in DeepSpeed's
 class, from the first patch on, and looks at the engine's model when it is called.
@@ -23,7 +23,7 @@ _GUARDED = "_lowbit_guarded"
 
 
 def refuse_16bit_models() -> None:
-    """Have engines of deepspeed.initialize refuse save_16bit_model of a patched model, now or when they are imported."""
+    """Have DeepSpeed's engines refuse save_16bit_model of a patched model, from now on or once they are imported."""
     module = sys.modules.get(_MODULE)
     if module is not None:
         _guard(module)

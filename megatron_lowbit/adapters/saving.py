@@ -23,15 +23,17 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from megatron_lowbit.adapters import deepspeed_saving, patching
-from megatron_lowbit.artifacts import Artifact, Fingerprint, LowBitCheckpoint, check_fingerprint, remove_plans
+from megatron_lowbit.artifacts import (
+    TOKENIZER_FILES,
+    Artifact,
+    Fingerprint,
+    LowBitCheckpoint,
+    check_fingerprint,
+    remove_plans,
+)
 from megatron_lowbit.config import LowBitError, one_line
 
 logger = logging.getLogger("megatron_lowbit")
-
-TOKENIZER_FILES = (
-    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
-    *("spiece.model", "sentencepiece*"),
-)
 
 
 def save_as_artifact(model: Any, artifact: Artifact, fingerprint: Callable[[Any], Fingerprint] | None = None) -> None:
