@@ -20,7 +20,8 @@ rank-1   u = v (1 / s_t), w = u + clip(u, K); code = clamp(round(w (L / 2 a_b) +
 The size s_t is the geometric mean of the largest |v| of every GROUP neighbouring features. The largest of all would
 grow with their number and with every outlier: 4096 Gaussian values have 20.0 dB in 4 bits with the mean, 18.4 with the
 largest; Laplacian ones 16.7 and 13.9. A lone large value still has its say: of n coded features s_t is at least the
-largest |v| / (1 + n / 1280), about where clipping that one costs as much as the wider step costs all others.
+largest |v| / (1 + n / 1280), about where clipping that one costs as much as the wider step costs all others. So a value
+far beyond all calibrated ones takes the bits of its token's others; it alone counts as saturated.
 
 Beyond K a step is twice as wide, since large values are rare: the slopes 2 and 1 of u -> w are all that is left of the
 companding that is best for them. a_b = LOADING[b] is where the codes end. (K and a_b: of least error on partial sums of

@@ -69,6 +69,7 @@ def quantize_qllm(
     windows = _aligned(Windows(**read))
     source = BlockSource(folder, hf_config, config, compute_dtype(config), device(), tp_group)
     source.check_widths()
+    source.check_rest()
     walk = Walk(source, windows, config, plan_sizes(source, config) if plans else [], dp_group, logger)
 
     def save_beside(output: Path) -> None:

@@ -156,7 +156,7 @@ class SharedSteps:
         self, what: str, observers: Sequence[RangeObserver], parts: Sequence[Sequence[Tensor]], mask: Tensor
     ) -> None:
         """A collective call. parts: for every observer its ranks' y [windows, length, features]; mask: bool [windows,
-        length], True on real tokens. Here or later raises LowBitError where parts[0] has NaN or Inf on any rank."""
+        length], True on real tokens. Here or later raises LowBitError where a part has NaN or Inf on any rank."""
         shares = torch.stack([window_statistics(y, mask) for ys in parts for y in ys], 1)  # [windows, all, 6, features]
         work, gathered = None, shares.unsqueeze(0)
         if self.dp_group is not None:
@@ -173,7 +173,7 @@ class SharedSteps:
             if work is not None:
                 work.wait()
             windows = (gathered.transpose(0, 1) if self.interleaved else gathered).flatten(0, 1)
-            if not torch.isfinite(windows[:, 0, :2]).all():
+            if not torch.isfinite(windows[:, :, :2]).all():  # partial sums too: in float16 their sum may still fit
                 raise LowBitError(f"calibration: {what} NaN or Inf; check the model's weights and dtype")
             for observer, mine in zip(observers, windows.split([len(o.min_vals) for o in observers], 1), strict=True):
                 observer.step(mine)

@@ -95,7 +95,7 @@ def token_windows(
     for row, ids in enumerate(windows):
         padded[row, : len(ids)] = torch.tensor(ids)
         mask[row, : len(ids)] = True
-    tell({**texts.about, "windows": len(windows)})
+    tell({**texts.about, "windows": len(windows), "wanted": samples})
     return Windows(padded, mask)
 
 

@@ -93,7 +93,10 @@ class MetricLogger:
         what = {"text": "one text", "chat template": f"column {about['column']} by the tokenizer's chat template"}
         how = what.get(about["read_as"], f"column {about['column']}")
         left = f", {about['left_out']} rows left out by the template" if about["left_out"] else ""
-        print(f"{key}.data={about['source']}: {how}, {about['windows']} windows{left}; it begins {about['first']!r}")
+        few = f" (fewer than {key}.samples={about['wanted']})" if about["windows"] < about["wanted"] else ""
+        print(
+            f"{key}.data={about['source']}: {how}, {about['windows']} windows{few}{left}; it begins {about['first']!r}"
+        )
 
     def artifact(self, kind: str, files: Iterable[str | Path]) -> None:
         """Tell W&B of files that were written: references, not copies."""

@@ -102,7 +102,7 @@ def codec_of(ranges: FeatureRange, config: CommConfig, bits: Tensor) -> Codec:
             raise LowBitError(
                 "the calibration has no standard deviations, which comm.scale=rank1 needs; calibrate again"
             )
-        scale = torch.where(ranges.std > torch.finfo(torch.float32).tiny, ranges.std, 1.0)
+        scale = _rank1_scale(ranges.std)
         return Codec(scale, -ranges.mean / scale, bits, rank1=True)
     scale, zero_point = torch.zeros_like(ranges.min_vals), torch.zeros_like(ranges.min_vals)
     for width in bits.unique().tolist():
@@ -118,6 +118,17 @@ def codec_of(ranges: FeatureRange, config: CommConfig, bits: Tensor) -> Codec:
         pair = qparams_from_range(low[:, own], high[:, own], num_bits, config.symmetric)
         scale[:, own], zero_point[:, own] = pair
     return Codec(scale, zero_point, bits)
+
+
+def _rank1_scale(std: Tensor) -> Tensor:
+    """The standard deviations, and an eighth of the sender's median one for features that never moved; [senders, E].
+
+    Codes have no middle, so such a feature is off by about its scale; and if it moves after all, its values must not be
+    so large that they decide on their tokens' sizes.
+    """
+    moves = std > torch.finfo(torch.float32).tiny
+    usual = torch.where(moves, std, torch.nan).nanmedian(1, keepdim=True).values / 8
+    return torch.where(moves, std, torch.where(usual > torch.finfo(torch.float32).tiny, usual, 1.0))
 
 
 def uniform_bits(ranges: FeatureRange, config: CommConfig, num_bits: int, chosen: Tensor | None = None) -> Tensor:

@@ -23,14 +23,17 @@ def quantize_model(
 ) -> LowBitCheckpoint:
     """Quantize the weights of `linears` ({fqn: module}) and keep every other tensor of `model`, stored as `dtype`.
 
-    Raises LowBitError for a scheme without quantized weights, for NaN or Inf in a weight, and for a group size that
-    does not divide its width.
+    Raises LowBitError for a scheme without quantized weights, for NaN or Inf in any parameter, and for a group size
+    that does not divide a weight's width.
     """
     scheme = Scheme.parse(config.scheme)
     if scheme.weight_bits == 16:
         raise LowBitError(
             f"weights.scheme={config.scheme} quantizes no weights; choose W4A16, W4A8, W4A4, W6A6 or W8A8"
         )
+    for name, parameter in model.named_parameters():
+        if name.removesuffix(".weight") not in linears and not torch.isfinite(parameter).all():
+            raise LowBitError(f"{name} holds NaN or Inf; repair the checkpoint before it is quantized")
     packed = {
         name: QuantizedWeight.from_float(module.weight, scheme.weight_bits, config.symmetric, config.group_size, name)
         for name, module in progress(linears.items(), len(linears), f"rounding to {config.scheme}", env_rank())

@@ -189,6 +189,12 @@ class BlockSource:
         """Every tensor outside the blocks, as it is stored, tied ones once."""
         return {name: self.weights.read(name, shape) for name, shape in self.rest_shapes.items()}
 
+    def check_rest(self) -> None:
+        """Raise LowBitError for NaN or Inf outside the blocks, before hours are spent."""
+        for name, shape in self.rest_shapes.items():
+            if not torch.isfinite(self.weights.read(name, shape)).all():
+                raise LowBitError(f"{name} holds NaN or Inf; repair the checkpoint before it is quantized")
+
     def block_tensors(self, index: int, block: nn.Module) -> dict[str, Tensor]:
         """The block's tensors that are not quantized (norms, and biases whole), under their names in the model."""
         stored = self.stored_dtype or self.dtype
