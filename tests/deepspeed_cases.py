@@ -10,6 +10,7 @@ from typing import Any
 
 import tiny_models
 import torch
+import transformers
 from rank_cases import _engine
 from torch import nn
 
@@ -58,6 +59,28 @@ def copies(rank: int, size: int, folder: Path, target: Path) -> dict[str, Any]:
     results["pickle"] = message_of(lambda: pickle.dumps(engine.module))
     engine.module.save_pretrained(target)
     return {**results, "logits": patched}
+
+
+def piped(model: nn.Module, prompts: list[str], other: nn.Module | None = None) -> list[str]:
+    """What a text-generation pipeline of the embedded model says, greedily; other: takes the model's place in it."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_models.embedded_folder())
+    pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    if other is not None:
+        pipe.model = other
+    return [pipe(prompt, max_new_tokens=8, do_sample=False)[0]["generated_text"] for prompt in prompts]
+
+
+def embedded_model() -> nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(tiny_models.embedded_folder()).eval()
+
+
+def pipeline(rank: int, size: int, folder: Path, prompts: list[str]) -> list[str]:
+    """As `piped`, of a patched engine's module."""
+    from megatron_lowbit.adapters import deepspeed as adapter
+
+    adapter.import_deepspeed().init_distributed(dist_backend="gloo", verbose=False)
+    engine = adapter.init_engine(embedded_model(), size, torch.float32)
+    return piped(embedded_model(), prompts, lowbit.apply_to_deepspeed(engine, folder).module)
 
 
 def arguments(rank: int, size: int, folder: Path) -> list[str]:

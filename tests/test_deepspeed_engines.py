@@ -49,6 +49,17 @@ def test_copies_and_saved_folders_of_an_engine(two_ranks, tmp_path):
     assert (logits(lowbit.apply_to_huggingface(build("llama"), tmp_path / "saved", 2)) == expected).all()
 
 
+def test_an_engine_in_a_pipeline(two_ranks, tmp_path):
+    """pipe.model = engine.module. Logits differ by about 1e-5 from virtual ranks' (sums in another order), so only a
+    near tie of two tokens could fall the other way; these prompts have none."""
+    prompts = ["import os\n", "class A:\n    def __init__(self"]
+    model = deepspeed_cases.embedded_model()
+    folder = save_artifact(make_artifact(model, "W4A8", (2,)), tmp_path)
+    expected = deepspeed_cases.piped(lowbit.apply_to_huggingface(model, folder, 2), prompts)
+    assert all(len(text) > len(prompt) for text, prompt in zip(expected, prompts, strict=True))
+    assert two_ranks.run(deepspeed_cases.pipeline, folder, prompts) == [expected, expected]
+
+
 def test_slips_are_one_line(two_ranks, tmp_path):
     folder = save_artifact(make_artifact(build("llama"), "W4A16"), tmp_path)
     for swapped, twice, model, mode in two_ranks.run(deepspeed_cases.arguments, folder):
