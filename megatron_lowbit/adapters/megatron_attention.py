@@ -11,6 +11,8 @@ way to the flash kernel. The caches keep Megatron's own dtype.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,29 +69,38 @@ def quantize(model: nn.Module, act_bits: int) -> None:
     """Have the self-attention of every layer of a GPTModel quantize Q, K and V; undone by `remove`."""
     if act_bits == 16:
         return
-    undo = []
-    for layer in model.decoder.layers:  # type: ignore[union-attr]
-        attention: Any = getattr(layer, "self_attention", None)
-        if not hasattr(attention, "linear_qkv"):
-            continue
-        handle = attention.core_attention.register_forward_pre_hook(_core_hook(act_bits))
-        attention._adjust_key_value_for_inference = _on_append(attention._adjust_key_value_for_inference, act_bits)
-        attention.flash_decode_and_prefill = _on_query(attention.flash_decode_and_prefill, act_bits)
-        undo.append((handle, attention))
+    layers: Any = model.decoder.layers  # type: ignore[union-attr]
+    found = [getattr(layer, "self_attention", None) for layer in layers]
+    patching.undo_with(model, Quantized([a for a in found if hasattr(a, "linear_qkv")], act_bits))
 
-    def restore() -> None:
-        for handle, attention in undo:
+
+class Quantized:
+    """Have these self-attention modules quantize Q, K and V to act_bits; call it to undo.
+
+    What it sets holds the modules as data, so that a copy of the model computes with, and is undone by, its own.
+    """
+
+    def __init__(self, modules: Iterable[Any], act_bits: int):
+        self.modules = list(modules)
+        self.handles = [
+            module.core_attention.register_forward_pre_hook(partial(_quantize_inputs, act_bits))
+            for module in self.modules
+        ]
+        for module in self.modules:
+            for name, method in _METHODS.items():
+                setattr(module, name, partial(method, module, act_bits))
+
+    def __call__(self) -> None:
+        for handle in self.handles:
             handle.remove()
-            del attention._adjust_key_value_for_inference, attention.flash_decode_and_prefill
+        for module in self.modules:
+            for name in _METHODS:
+                delattr(module, name)
 
-    patching.undo_with(model, restore)
 
-
-def _core_hook(act_bits: int):
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (*(fake_quantize(t, act_bits) for t in args[:3]), *args[3:])
-
-    return hook
+def _quantize_inputs(act_bits: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Before core_attention(query, key, value, ...)."""
+    return (*(fake_quantize(t, act_bits) for t in args[:3]), *args[3:])
 
 
 class _QuantizedAppend:
@@ -106,17 +117,20 @@ class _QuantizedAppend:
         self._context.append_key_value_cache(layer_number, key, value)
 
 
-def _on_append(method: Any, act_bits: int):
-    def adjust(inference_context: Any, *args: Any, **kwargs: Any) -> Any:
-        if inference_context is not None and not inference_context.is_static_batching():
-            inference_context = _QuantizedAppend(inference_context, act_bits)
-        return method(inference_context, *args, **kwargs)
-
-    return adjust
+def _adjust_key_value(attention: Any, act_bits: int, inference_context: Any, *args: Any, **kwargs: Any) -> Any:
+    """Megatron's own method, with K and V quantized on their way into a paged cache."""
+    if inference_context is not None and not inference_context.is_static_batching():
+        inference_context = _QuantizedAppend(inference_context, act_bits)
+    return type(attention)._adjust_key_value_for_inference(attention, inference_context, *args, **kwargs)
 
 
-def _on_query(method: Any, act_bits: int):
-    def flash_decode_and_prefill(query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return method(fake_quantize(query, act_bits), *args, **kwargs)
+def _flash_decode_and_prefill(attention: Any, act_bits: int, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Megatron's own method, on a quantized query; K and V come quantized from the cache."""
+    return type(attention).flash_decode_and_prefill(attention, fake_quantize(query, act_bits), *args, **kwargs)
 
-    return flash_decode_and_prefill
+
+# {method of Megatron's Attention: what takes its place}
+_METHODS = {
+    "_adjust_key_value_for_inference": _adjust_key_value,
+    "flash_decode_and_prefill": _flash_decode_and_prefill,
+}
