@@ -87,6 +87,11 @@ def compare(loaded: Any, expected: Any, vocab: int) -> dict[str, Any]:
     }
 
 
+def keys_of(model: Any) -> set[str]:
+    """Keys of a model's tensors in Megatron's distributed checkpoints."""
+    return {tensor.key for tensor in model.sharded_state_dict().values() if hasattr(tensor, "data")}
+
+
 @contextlib.contextmanager
 def writers() -> Iterator[None]:
     """Megatron writes from processes of its own: a pool's worker, a daemon, may start none, and has to end them."""

@@ -7,6 +7,7 @@ elements, and LayerNormLinear holds the norm's gain.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,91 @@ def with_transformer_engine(model: Any, fused: bool) -> Any:
         for owner, name in ((layer.self_attention, "linear_proj"), (layer.mlp, "linear_fc2")):
             setattr(owner, name, TERowParallelLinear(getattr(owner, name)))
     return model
+
+
+# A GPTModel that is built from a rewritten spec of Transformer Engine's: it holds the norms inside its linears
+
+
+def low_bit_spec(config: Any, scheme: str) -> Any:
+    """lowbit_spec of a block of Transformer Engine's linears, as if the package were installed."""
+    from megatron.core.extensions import transformer_engine as te
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    from megatron_lowbit.adapters import megatron_spec
+
+    names = {
+        id(ColumnParallelLinear): te.TELayerNormColumnParallelLinear,
+        id(RowParallelLinear): te.TERowParallelLinear,
+    }
+    installed, te.HAVE_TE = te.HAVE_TE, True
+    try:
+        layer, count = megatron_spec._rewrite(megatron_spec.llama_spec(), names)
+        assert count == 4
+        inside = dataclasses.replace(layer.submodules, input_layernorm=IdentityOp, pre_mlp_layernorm=IdentityOp)
+        return megatron_spec.block_spec(
+            config, megatron_spec.lowbit_spec(dataclasses.replace(layer, submodules=inside), scheme)
+        )
+    finally:
+        te.HAVE_TE = installed
+
+
+def inner_name(name: str) -> str:
+    """What a model with the norms inside calls a tensor of one with the norms outside."""
+    for norm, linear in (("input_layernorm", "self_attention.linear_qkv"), ("pre_mlp_layernorm", "mlp.linear_fc1")):
+        name = name.replace(f".{norm}.", f".{linear}.layer_norm_")
+    return name
+
+
+def by_inner_names(state: dict[str, Any]) -> dict[str, Any]:
+    return {inner_name(name): tensor for name, tensor in state.items()}
+
+
+def loaded_into_specs(rank: int, size: int, scheme: str, sequence_parallel: bool) -> dict[str, Any]:
+    """Of models that are packed on load, with the norms inside and outside: logits, kinds, and the keys that Megatron's
+    checkpoints have before and after the load."""
+    from megatron_checkpoint_cases import keys_of
+
+    with parallel(size):
+        from megatron_lowbit.adapters import megatron_model
+        from megatron_lowbit.adapters.megatron import block_spec, lowbit_spec
+
+        hf = tiny_models.build("llama")
+        config = megatron_model.transformer_config(hf.config, sequence_parallel=sequence_parallel)
+        specs = {"inside": low_bit_spec(config, scheme), "outside": lowbit_spec(block_spec(config), scheme)}
+        state = gpt_model(hf, sequence_parallel).state_dict()
+        results: dict[str, Any] = {"plain": logits(gpt_model(hf, sequence_parallel))}
+        for where, spec in specs.items():
+            for how in ("load_state_dict", "load_weights"):
+                model = megatron_model.build(hf.config, sequence_parallel=sequence_parallel, spec=spec)
+                before = keys_of(model)
+                if how == "load_weights":
+                    megatron_model.load_weights(model, hf.state_dict(), hf.config)
+                else:
+                    model.load_state_dict(by_inner_names(state) if where == "inside" else state, strict=True)
+                results[where, how] = logits(model)
+            results[where, "kinds"], results[where, "keys"] = kinds(model), (before, keys_of(model))
+        return results
+
+
+def first_gradients(rank: int, size: int, scheme: str, sequence_parallel: bool) -> dict[str, dict[str, Tensor]]:
+    """{norms inside or outside: {parameter: gradient}} of models that are trained straight through the rounding."""
+    from megatron_training_cases import gradients
+
+    with parallel(size):
+        from megatron_lowbit.adapters import megatron_model
+        from megatron_lowbit.adapters.megatron import block_spec, lowbit_spec
+
+        hf = tiny_models.build("llama")
+        config = megatron_model.transformer_config(hf.config, sequence_parallel=sequence_parallel)
+        specs = {"inside": low_bit_spec(config, scheme), "outside": lowbit_spec(block_spec(config), scheme)}
+        results: dict[str, dict[str, Tensor]] = {}
+        for where, spec in specs.items():
+            model = megatron_model.build(hf.config, sequence_parallel=sequence_parallel, spec=spec).train()
+            megatron_model.load_weights(model, hf.state_dict(), hf.config)
+            found = gradients(model)
+            results[where] = found if where == "inside" else by_inner_names(found)
+        return results
 
 
 def embedded_model(sequence_parallel: bool) -> Any:

@@ -129,24 +129,26 @@ def trained(rank: int, size: int, artifact: Artifact, sequence_parallel: bool, s
 # Training at a scheme: a model that is built from a low-bit spec, in Megatron's DistributedDataParallel
 
 
-def in_training(scheme: str | None, sequence_parallel: bool, architecture: str = "llama") -> tuple[Any, Any]:
+def in_training(scheme: str | None, sequence_parallel: bool, norms_inside: bool = False) -> tuple[Any, Any]:
     """(DistributedDataParallel, Megatron's Adam) of a GPTModel of a spec, into which a checkpoint has been loaded after
-    both were made, as Megatron's scripts do."""
+    both were made, as Megatron's scripts do. norms_inside: of a spec of Transformer Engine's."""
     import copy
 
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron_te_cases import by_inner_names, low_bit_spec
 
     from megatron_lowbit.adapters import megatron_cpu, megatron_model
     from megatron_lowbit.adapters.megatron import block_spec, lowbit_spec
 
-    hf = tiny_models.build(architecture)
+    hf = tiny_models.build("llama")
     config = megatron_model.transformer_config(hf.config, sequence_parallel=sequence_parallel)
     spec = block_spec(config)
-    model = megatron_model.build(
-        hf.config, sequence_parallel=sequence_parallel, spec=spec if scheme is None else lowbit_spec(spec, scheme)
-    ).train()
+    if scheme is not None:
+        spec = low_bit_spec(config, scheme) if norms_inside else lowbit_spec(spec, scheme)
+    model = megatron_model.build(hf.config, sequence_parallel=sequence_parallel, spec=spec).train()
     state = copy.deepcopy(gpt_model(hf, sequence_parallel).state_dict())
+    state = by_inner_names(state) if norms_inside else state
     options = OptimizerConfig(optimizer="adam", lr=3e-3, weight_decay=0.0, clip_grad=0.0)
     with megatron_cpu.cuda_is_cpu():
         wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
@@ -205,7 +207,7 @@ def straight_through_gradients(rank: int, size: int, scheme: str, sequence_paral
 
 
 def trained_at_a_scheme(
-    rank: int, size: int, scheme: str | None, sequence_parallel: bool, steps: int, folder: Any
+    rank: int, size: int, scheme: str | None, sequence_parallel: bool, norms_inside: bool, steps: int, folder: Any
 ) -> dict[str, Any]:
     """Losses of a training that is saved after half of its steps, of one that goes on from there, and what moved."""
     from megatron_checkpoint_cases import writers
@@ -213,7 +215,7 @@ def trained_at_a_scheme(
     with parallel(size), writers():
         from megatron.core import dist_checkpointing
 
-        wrapped, optimizer = in_training(scheme, sequence_parallel)
+        wrapped, optimizer = in_training(scheme, sequence_parallel, norms_inside)
         model = wrapped.module
         results: dict[str, Any] = {"orphans": len(optimized(optimizer) - {id(p) for p in model.parameters()})}
         results["parameters"] = len(optimized(optimizer))
@@ -228,7 +230,7 @@ def trained_at_a_scheme(
         losses += [step(wrapped, optimizer) for _ in range(steps // 2)]
         results["losses"] = losses
         results["moved"] = {name: not torch.equal(p, before[name]) for name, p in model.named_parameters()}
-        again, other = in_training(scheme, sequence_parallel)
+        again, other = in_training(scheme, sequence_parallel, norms_inside)
         loaded = dist_checkpointing.load(state(again, other, True), str(folder))
         again.module.load_state_dict(loaded["model"])
         other.load_state_dict(loaded["optimizer"])
@@ -344,3 +346,33 @@ def packed_weights_for_a_trained_model(rank: int, size: int, artifact: Artifact,
 
 
 STEPS_OF_PLANS = 6
+
+
+def optimizers_before_a_load(rank: int, size: int) -> dict[str, Any]:
+    """What an optimizer of torch's says to a step, that was made before a checkpoint came to a model of a W4A8 spec."""
+    from megatron_model_cases import said
+
+    with parallel(size):
+        from megatron_lowbit.adapters import megatron_model
+        from megatron_lowbit.adapters.megatron import block_spec, lowbit_spec
+
+        hf = tiny_models.build("llama")
+        spec = lowbit_spec(block_spec(megatron_model.transformer_config(hf.config)), "W4A8")
+        state = gpt_model(hf).state_dict()
+        results: dict[str, Any] = {}
+        for name in ("load_state_dict", "load_weights", "load in training"):
+            model = megatron_model.build(hf.config, spec=spec).train(name == "load in training")
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            if name == "load_weights":
+                megatron_model.load_weights(model, hf.state_dict(), hf.config)
+            else:
+                model.load_state_dict(state)
+            model.train()
+            backward(model)
+            before = {key: p.detach().clone() for key, p in model.named_parameters()}
+            message = said(optimizer.step)
+            moved = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
+            torch.optim.SGD(model.parameters(), 0.1).step()
+            again = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
+            results[name] = message, moved, again
+        return results

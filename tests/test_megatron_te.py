@@ -95,3 +95,36 @@ def test_a_reassembly_moves_into_the_linear(pool_of, reassembled, size, sequence
             "LowBitLayerNormColumnParallelLinear": 12,
             "LowBitRowParallelLinear": 12,
         }
+
+
+# A model that is built from a rewritten spec of Transformer Engine's
+
+
+@pytest.mark.parametrize(("size", "sequence_parallel"), LAYOUTS)
+def test_a_spec_packs_what_is_loaded(pool_of, size, sequence_parallel):
+    """By either way of loading; the norms stay as they are, and their names are those of Transformer Engine, so that
+    either kind of model reads the other's checkpoints."""
+    for results in pool_of(size).run(megatron_te_cases.loaded_into_specs, "W4A8", sequence_parallel):
+        outside = results["outside", "load_state_dict"]
+        for how in ("load_state_dict", "load_weights"):
+            assert_equal_but_for_flips(results["inside", how], outside, windows=1 / 4, flip=0.5)
+            assert (results["inside", how] - results["plain"]).abs().max() > 1e-2
+        assert results["inside", "kinds"] == {
+            "LowBitLayerNormColumnParallelLinear": 4,
+            "LowBitRowParallelLinear": 4,
+        }
+        full, packed = results["inside", "keys"]
+        assert (full, packed) == results["outside", "keys"] and full != packed
+
+
+@pytest.mark.parametrize(("size", "sequence_parallel"), LAYOUTS)
+def test_a_spec_trains_straight_through(pool_of, size, sequence_parallel):
+    """The same gradients as with the norms outside, those of the norms among them. W4A16, so that no activation lies
+    between two codes: float32 sums of at most 344 products in another order, through two layers."""
+    for results in pool_of(size).run(megatron_te_cases.first_gradients, "W4A16", sequence_parallel):
+        inside, outside = results["inside"], results["outside"]
+        assert inside.keys() == outside.keys() and len(inside) == 3 + 2 * 6
+        assert sum("layer_norm_weight" in name for name in inside) == 4
+        for name, expected in outside.items():
+            scale = expected.abs().max().item()
+            torch.testing.assert_close(inside[name], expected, rtol=1e-3, atol=1e-4 * scale, msg=name)

@@ -159,13 +159,14 @@ def test_a_trained_weight_is_rounded_forward_and_passed_straight_through(two_ran
                 torch.testing.assert_close(results[name].double(), expected, rtol=1e-4, atol=2e-4, msg=f"{path} {name}")
 
 
+@pytest.mark.parametrize("norms_inside", (False, True), ids=("norms outside", "norms inside"))
 @pytest.mark.parametrize("sequence_parallel", LAYOUTS, ids=("all-reduce", "sequence parallel"))
-def test_training_at_a_scheme_is_saved_and_goes_on(two_ranks, tmp_path, sequence_parallel):
+def test_training_at_a_scheme_is_saved_and_goes_on(two_ranks, tmp_path, sequence_parallel, norms_inside):
     """Megatron's own wrapper, optimizer and distributed checkpoint. All parameters that the optimizer holds are the
     model's and learn; the loss falls; and a training that is loaded from the middle makes the same steps."""
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    ranks = two_ranks.run(cases.trained_at_a_scheme, "W4A8", sequence_parallel, STEPS, folder)
+    ranks = two_ranks.run(cases.trained_at_a_scheme, "W4A8", sequence_parallel, norms_inside, STEPS, folder)
     for results in ranks:
         assert results["orphans"] == 0 and results["parameters"] == 3 + 2 * 6
         assert all(results["moved"].values()), results["moved"]
@@ -213,3 +214,16 @@ def test_packed_weights_are_refused_where_an_optimizer_holds_the_weights(two_ran
         assert results["orphans"] == 0
         assert results["losses"][-1] < results["losses"][0]
         assert 0 < abs(results["losses"][0] - results["own"]) < 0.3, "plans round the sums of a rounded model"
+
+
+def test_an_optimizer_made_before_weights_were_packed_is_refused(two_ranks):
+    """It holds what is no longer in the model. One that is made afterwards trains the rest, and one made before a load
+    in training mode all."""
+    for results in two_ranks.run(cases.optimizers_before_a_load):
+        for name in ("load_state_dict", "load_weights"):
+            message, moved, again = results[name]
+            assert message.startswith("the optimizer trains the weight of decoder.layers.0.self_attention.linear_")
+            assert "packed when a checkpoint was loaded; make the optimizer after the load" in message
+            assert len(message.splitlines()) == 1 and not moved and "output_layer.weight" in again
+        message, moved, _ = results["load in training"]
+        assert message == "accepted" and "decoder.layers.0.mlp.linear_fc1.weight" in moved

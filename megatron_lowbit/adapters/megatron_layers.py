@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from megatron_lowbit.adapters import megatron_sharding, megatron_training
+from megatron_lowbit.adapters import megatron_sharding, megatron_training, training
 from megatron_lowbit.adapters.megatron_rounding import (
     StraightThrough,
     StraightThroughShard,
@@ -62,6 +62,7 @@ class _LowBitLayer:
     stores_reassembly: bool  # some layer of this role reassembles its own input
     plans: dict[int, Any]  # for distributed checkpoints: SitePlans by tp_size; of a column {1: Codec of its gather}
     weight_came = False  # with the state dict that is being loaded
+    name_there = ""  # this layer's, in that state dict
     held: bool  # a trainer holds the weight of the layer whose place this one has taken
     row_sums: Tensor | None  # row_bit_sums of the weight that was rounded on load: the model's identity
 
@@ -107,10 +108,15 @@ class _LowBitLayer:
             return None
         return StraightThrough(self.recipe, self.is_row, tp_group(self) if self.is_row else None)
 
-    def on_load(self) -> None:
-        """The full-precision weight has been loaded: pack it (round to nearest), unless it is trained."""
+    def on_load(self, name: str) -> None:
+        """The full-precision weight has been loaded: pack it (round to nearest), unless it is trained.
+
+        name: this layer's, in the model.
+        """
         if self.rounding() is not None and not megatron_training.is_trained(self):
+            weight: Any = self.weight
             self.quantize_(self.recipe)  # type: ignore[attr-defined]
+            training.mark_packed(weight, name)
 
     def train(self, mode: bool = True) -> Any:
         """As nn.Module.train. Raises LowBitError for packed weights in the place of weights that a trainer holds."""
@@ -133,11 +139,12 @@ class _LowBitLayer:
 
     def _after_load_state_dict(self, *_: Any) -> None:
         if self.weight_came:
-            self.on_load()
+            self.on_load(self.name_there)
             megatron_training.tell_when_loaded()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.weight_came = f"{prefix}weight" in state_dict  # a partial load must not round what is not there yet
+        self.name_there = prefix.rstrip(".")
         megatron_sharding.take_plans(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
@@ -222,11 +229,25 @@ class LowBitColumnParallelLinear(_LowBitLayer, ColumnParallelLinear):
 class LowBitLayerNormColumnParallelLinear(LowBitColumnParallelLinear):
     """Takes the place of Transformer Engine's LayerNormLinear: norms its input first.
 
-    The reassembly is carried out by the linear, on its own input.
+    The norm's gain and bias have Transformer Engine's names, and stay in full precision when the weight is packed. The
+    reassembly is carried out by the linear, on its own input.
     """
 
     layer_norm_weight: nn.Parameter
     layer_norm_bias: nn.Parameter | None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        weight = full_weight(self)
+        ones = torch.ones(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        zeros = torch.zeros_like(ones)
+        self.layer_norm_weight = nn.Parameter(zeros.clone() if self.config.layernorm_zero_centered_gamma else ones)
+        self.register_parameter(
+            "layer_norm_bias", None if self.config.normalization == "RMSNorm" else nn.Parameter(zeros)
+        )
+        for parameter in (self.layer_norm_weight, self.layer_norm_bias):
+            if parameter is not None:  # sums its gradient over the ranks, as Megatron's norms ask for
+                parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
 
     def set_gain(self, gain: Tensor) -> None:
         """An artifact's gain, where it has trained the norm."""

@@ -304,9 +304,9 @@ def _load(model: Any, known: Collection[str], read: Read, hf_config: Any, linear
         _load_te_norms(index, layer.layer_number - 1, prefix, pending, put, read, hidden)
     if pending:
         raise LowBitError(f"the GPTModel has {sorted(pending)[0]}, which this model has no weight for")
-    for _, module in megatron.find_linears(model).values():
+    for path, module in megatron.find_linears(model).values():
         if linears and hasattr(module, "on_load"):
-            module.on_load()
+            module.on_load(path)
 
 
 def _load_te_norms(index: int, layer: int, prefix: str, pending: set[str], put: Any, read: Read, hidden: int) -> None:
