@@ -266,7 +266,7 @@ def calibrate(
     handles = [module.register_forward_hook(observe(name)) for name, module in sites.items()]
     handles += [module.register_forward_hook(observe_input(name)) for name, module in (inputs or {}).items()]
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not in inference mode: what the model keeps shall be fit for training
             for ids, mask in batches:  # noqa: B007 (the hooks read mask)
                 model(input_ids=ids)
                 if state is not None:

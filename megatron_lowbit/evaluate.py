@@ -5,6 +5,7 @@
     SQNR         10 log10( sum y^2 / sum (y^ - y)^2 )         dB; y what the replaced linear puts out for the same input
 
 All sums are float64. `model` is anything callable as model(input_ids=...) that returns logits [windows, length, vocab].
+It runs without gradients, but not in inference mode: what a model keeps for its next call would be lost to training.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Quality:
     log_probs: Tensor
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_quality(model: Any, batches: Iterable[Batch], kl_tokens: int, reference: Tensor | None = None) -> Quality:
     """Perplexity over all batches, and KL against `reference`, the log_probs of the full-precision model."""
     nll, tokens, kl = 0.0, 0, 0.0
@@ -59,7 +60,7 @@ def measure_quality(model: Any, batches: Iterable[Batch], kl_tokens: int, refere
     return Quality(math.exp(nll / tokens), mean_kl, tokens, kept[:measured])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_sqnr(model: Any, pairs: Mapping[str, tuple[Any, Any]], batches: Iterable[Batch]) -> dict[str, float]:
     """SQNR in dB of every low-bit row-parallel linear that is in place, against the module it replaced.
 

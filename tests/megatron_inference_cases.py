@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import tiny_models
-from megatron_cases import gpt_model
+import torch
+from megatron_cases import gpt_model, inputs, token_ids
 from megatron_checkpoint_cases import with_weights
 from megatron_groups import parallel
 from megatron_model_cases import said
+from megatron_training_cases import backward
+from torch import Tensor
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.artifacts import Artifact
 from megatron_lowbit.preemption import Preempted
 
 Model = Path | tuple[str, dict[str, Any]]  # a folder, or a tiny model's architecture and changed config fields
+TINY: Model = ("llama", {})
 Run = tuple[list[tuple[list[int], int]], dict[str, Any]]  # (prompt, new tokens) of every request; options of generate
 
 
@@ -97,3 +103,33 @@ def refused(
             results[name] = said(serve), len(told)
         assert len(generate(gpt, [Request([5, 6], 2)], **(accepted or {}))[0]) == 2
     return results
+
+
+def trained_after(rank: int, size: int, sequence_parallel: bool) -> dict[str, float]:
+    """Losses of a training step, by what has run the model before it in a process that has run nothing else.
+
+    All windows are of one length: Megatron keeps tensors between calls, and uses again what is large enough.
+    """
+    with parallel(size):
+        from megatron.core import parallel_state
+
+        from megatron_lowbit.adapters.megatron_inference import Request, generate
+        from megatron_lowbit.evaluate import measure_quality
+
+        gpt, ids = _built(TINY, None, sequence_parallel), token_ids()
+
+        def causal_lm(input_ids: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=gpt(*inputs(input_ids), runtime_gather_output=True))
+
+        ways: dict[str, Callable[[], Any]] = {
+            "nothing": lambda: None,
+            "generate": lambda: generate(gpt, [Request(ids[0].tolist(), 2)]),
+            "evaluate": lambda: measure_quality(causal_lm, [(ids, torch.ones_like(ids, dtype=torch.bool))], 0),
+        }
+        losses = {}
+        for name, run in ways.items():
+            parallel_state.get_global_memory_buffer().buffer.clear()
+            gpt.eval()
+            run()
+            losses[name] = backward(gpt.train()).item()
+        return losses

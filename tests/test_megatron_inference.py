@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import megatron_inference_cases as cases
 import pytest
 import torch
-from commands import needs_megatron
+from commands import megatron_generates, needs_megatron
 from megatron_artifacts import quantize_embedded
 from tiny_models import VOCAB, build, embedded_folder, make_artifact
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import megatron_lowbit as lowbit
 from megatron_lowbit.artifacts import Artifact
 
-pytestmark = needs_megatron
+pytestmark = [needs_megatron, megatron_generates]
 
-TINY = ("llama", {})
+TINY = cases.TINY
 STATIC, DYNAMIC = {"batching": "static"}, {"batching": "dynamic"}
 BOTH = {"static": STATIC, "dynamic": DYNAMIC}
 
@@ -344,3 +344,11 @@ def test_plans_alone(two_ranks):
     made = only(two_ranks.run(cases.generated, ("qwen2", {}), artifact, runs))
     expected = by_transformers(hf, many, 8)
     assert all(tokens == expected for tokens, _ in made.values())
+
+
+@pytest.mark.parametrize("sequence_parallel", (False, True))
+def test_a_model_can_be_trained_afterwards(two_ranks, sequence_parallel):
+    """Megatron keeps the buffer into which sequence parallelism gathers. What is allocated in inference mode has no
+    place in autograd, so it must not stay."""
+    for losses in two_ranks.run(cases.trained_after, sequence_parallel):
+        assert losses["generate"] == losses["evaluate"] == losses["nothing"]

@@ -1,6 +1,6 @@
 """Megatron-Core on CPUs: what stands in for the GPU that its code takes for granted. Never used where there is a GPU.
 
-enable()        before a model is built: current_device, synchronize, a random-state tracker without CUDA
+enable()        before a model is built: current device and stream, synchronize, a random-state tracker without CUDA
 cuda_is_cpu()   while it is built: "cuda" means "cpu"
 engines()       around the inference engines: that, and events and paged attention in plain torch
 """
@@ -26,6 +26,7 @@ def enable() -> None:
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+    torch.cuda.current_stream = lambda *args, **kwargs: None  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
 

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.engines import static_engine
@@ -99,8 +100,11 @@ def generate(
         return []
     run = _static if batching == "static" else _dynamic
     ends = [] if end_id is None else [end_id] if isinstance(end_id, int) else list(end_id)
-    with megatron_cpu.engines(), torch.inference_mode(), _quiet():
-        return run(model, requests, ends, temperature, max_batch, seed, on_token, on_step)
+    try:
+        with megatron_cpu.engines(), torch.inference_mode(), _quiet():
+            return run(model, requests, ends, temperature, max_batch, seed, on_token, on_step)
+    finally:
+        _free_buffers()
 
 
 class _NoTokenizer:
@@ -289,6 +293,14 @@ def _static(
         ]
         engine.generate(inference_requests=queue)
     return made
+
+
+def _free_buffers() -> None:
+    """Drop what Megatron has allocated in inference mode and would use again: autograd refuses such tensors, so a model
+    could not be trained (under sequence parallelism) after it has generated."""
+    buffers = parallel_state.get_global_memory_buffer().buffer
+    for key in [key for key, buffer in buffers.items() if buffer is not None and buffer.is_inference()]:
+        del buffers[key]
 
 
 @contextlib.contextmanager
