@@ -9,7 +9,8 @@ into them (load_state_dict, with or without a distributed checkpoint), and round
 what the recipe says of each layer. (b) works on any GPTModel, whether or not it was built by (a), and is the way to
 an artifact with reassembly, correction and communication plans. `megatron_lowbit.remove` undoes (b).
 
-Experts, embeddings, the output layer and linears of other kinds (multi-latent attention) stay as they are.
+Experts, embeddings, the output layer and linears of other kinds (multi-latent attention) stay as they are, and read
+norms as they were; weights of theirs in the artifact are left, with a warning.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from megatron_lowbit.adapters.megatron_spec import (
     qwen3_lowbit_spec,
 )
 from megatron_lowbit.adapters.megatron_twins import Twins
-from megatron_lowbit.artifacts import Artifact, Fingerprint, check_fingerprint
+from megatron_lowbit.artifacts import Artifact, Fingerprint, LowBitCheckpoint, check_fingerprint
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
 from megatron_lowbit.distributed import group_rank, world_size
 
@@ -118,12 +119,22 @@ def apply_to_megatron(
                 here = fingerprint(chunk, part.fingerprint["weights"])
                 both = here.keys() & part.fingerprint.keys()  # a GPTModel knows no model_type, and pads its vocabulary
                 check_fingerprint(what, *({key: f[key] for key in both} for f in (part.fingerprint, here)))
+        if artifact.checkpoint is not None and artifact.checkpoint.scheme.weight_bits < 16:
+            tell_left(chunk, artifact.checkpoint)
     replacements = [Twins(chunk, artifact, reducers).modules() for chunk in chunks]
     for chunk, modules in zip(chunks, replacements, strict=True):
         patching.swap(chunk, modules)
         if artifact.checkpoint is not None:
             megatron_attention.quantize(chunk, artifact.checkpoint.attention_bits)
     return model
+
+
+def tell_left(model: Any, checkpoint: LowBitCheckpoint) -> None:
+    """Warn of linears in this stage's layers that the checkpoint has quantized and the model keeps as they are."""
+    prefix, linears = find_prefix(checkpoint.linears), find_linears(model)
+    here = tuple(f"{prefix}.{layer.layer_number - 1}." for layer in model.decoder.layers)
+    taken = {name for layer, role in linears for name in parts(prefix, layer, role, checkpoint.linears)}
+    patching.tell_left(model, checkpoint, [n for n in checkpoint.linears if n in taken or not n.startswith(here)])
 
 
 def check_shapes(model: Any, artifact: Artifact) -> None:

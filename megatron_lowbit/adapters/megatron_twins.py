@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_lowbit.adapters import patching
@@ -50,6 +53,7 @@ class Twins:
         self.known = known_linears(artifact)
         self.prefix = find_prefix(self.known)
         self.layout, self.rank = layout_of(model), group_rank(model.pg_collection.tp)
+        self.reassembling = self._reassembling_linears() if self.checkpoint is not None else set()
 
     def modules(self) -> dict[str, nn.Module]:
         """{path: twin} of the linears and norms that change."""
@@ -70,7 +74,7 @@ class Twins:
         branch = fused_branch([checkpoint.low_rank.get(name) for name in names], weights, self._branch_rank(role), rows)
         gather, holds_norm = self._gather(names[0], host), hasattr(host, "layer_norm_weight")
         norm = norm_name(self.prefix, layer, next(norm for norm, (_, reader) in NORMS.items() if reader == role))
-        by_linear = holds_norm or gather is not None  # then the norm cannot carry the reassembly out
+        by_linear = role in self.reassembling
         plan = checkpoint.reassembly.get(names[0]) or (checkpoint.reassembly.get(norm) if by_linear else None)
         linear = QuantColumnParallelLinear(weight, None, checkpoint.scheme.act_bits, 1, plan, branch)
         kind = LowBitLayerNormColumnParallelLinear if holds_norm else LowBitColumnParallelLinear
@@ -113,6 +117,20 @@ class Twins:
                 shard.lora_b = torch.zeros(shard.out_features, rank, dtype=torch.bfloat16)
         return twin
 
+    def _reassembling_linears(self) -> set[Role]:
+        """The column-parallel roles that reassemble their own input, because the norm before them cannot in some layer:
+        the linear holds it, gathers its output in low bits, or may not be the only one that reads it."""
+        return {
+            role
+            for (layer, role), (path, host) in find_linears(self.model).items()
+            if role in COLUMN
+            and (
+                hasattr(host, "layer_norm_weight")
+                or self._gather(self._parts(layer, role)[0], host) is not None
+                or not reads_alone(self.model, path)
+            )
+        }
+
     def _parts(self, layer: int, role: Role) -> tuple[str, ...]:
         return parts(self.prefix, layer, role, self.known)
 
@@ -149,17 +167,25 @@ class Twins:
                 stored = weight.data if stored is None else stored.to(weight.device, weight.dtype)
                 changed = changed or not torch.equal(stored, weight.data)
                 plan = checkpoint.reassembly.get(hf_name)
-                if reader is not None and (number, reader) not in linears:
-                    plan = None  # what reads it (a mixture of experts, another linear) stays as it is
-                elif reader is not None:
-                    first = self._parts(number, reader)[0]
-                    if self._gather(first, linears[number, reader][1]) is not None:
-                        plan = None  # the linear carries it out
+                if reader in self.reassembling or (reader is not None and (number, reader) not in linears):
+                    plan = None  # the linear carries it out, or what reads it (experts, another linear) stays as it is
                 twins[f"decoder.layers.{index}.{norm}"] = LowBitNorm(
                     module, stored, plan or ReassemblyPlan.identity(len(weight))
                 )
             found |= twins if changed else {}
         return found
+
+
+def reads_alone(model: nn.Module, path: str) -> bool:
+    """Tell whether a column-parallel linear is known to be the only one that reads the norm before it.
+
+    path: decoder.layers.0.mlp.linear_fc1. Of Megatron's own layers this is so. Of a class that derives from them, or a
+    forward that replaces theirs, nobody can tell: a gate, a router or an adapter may read the norm, too.
+    """
+    owner_path = path.rpartition(".")[0]
+    owner, layer = (model.get_submodule(name) for name in (owner_path, owner_path.rpartition(".")[0]))
+    known = type(layer) is TransformerLayer and type(owner) in (SelfAttention, MLP)
+    return known and not any("forward" in vars(module) for module in (owner, layer))
 
 
 def known_linears(artifact: Artifact) -> list[str]:
