@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import types
 import warnings
+from pathlib import Path
 from typing import Any
 
 import tiny_models
 import torch
-from megatron_cases import gpt_model, logits
+from megatron_cases import gpt_model, kinds, logits
+from megatron_checkpoint_cases import writers
 from megatron_groups import parallel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -114,3 +116,15 @@ def applied(
         lowbit.remove(model)
         results["removed"] = logits(model)
         return results
+
+
+def saved(rank: int, size: int, kind: str, artifact: Artifact, folder: Path) -> tuple[bool, bool]:
+    """Whether Megatron's distributed checkpoint of a patched model makes another the same: (logits, our layers)."""
+    with parallel(size), writers():
+        from megatron_lowbit.adapters import megatron_checkpoint
+
+        model, other = (with_other_reader(kind, tiny_models.build("llama"), False) for _ in range(2))
+        lowbit.apply_to_megatron(model, artifact)
+        megatron_checkpoint.save_checkpoint(model, folder)
+        megatron_checkpoint.load_checkpoint(other, folder)
+        return torch.equal(logits(other), logits(model)), kinds(other) == kinds(model)

@@ -51,3 +51,12 @@ def test_whoever_else_reads_it_gets_the_plain_norm(pool_of, kind, size, sequence
         which = f"{left[0]}, and {len(left) - 1} more" if left else ""
         said = [f"the artifact has quantized weights that find no linear to replace: {which}"] if left else []
         assert results["said"] == said
+
+
+@pytest.mark.parametrize("merge", (True, False))
+@pytest.mark.parametrize("kind", ["nothing", "class of its own", "experts"])
+def test_whoever_reassembles_is_saved(two_ranks, tmp_path, kind, merge):
+    """In the norm or in the linear, and also where the inputs grow wider."""
+    hf = build("llama")
+    artifact = reassembled(hf, make_artifact(hf, "W4A16"), merge)
+    assert two_ranks.run(cases.saved, kind, artifact, tmp_path / "checkpoint") == [(True, True)] * 2

@@ -44,7 +44,7 @@ from megatron_lowbit.codec import Codec
 from megatron_lowbit.collectives import HybridReducer
 from megatron_lowbit.config import CommMode, LowBitError, one_line
 from megatron_lowbit.distributed import all_gather_values, on_rank_zero
-from megatron_lowbit.linear import QuantRowParallelLinear
+from megatron_lowbit.linear import QuantRowParallelLinear, Reassembly
 from megatron_lowbit.temporary import beside, remove, remove_dead
 
 
@@ -214,6 +214,16 @@ class _Stored:
         rows = self.described[found[0]]
         return Shape(*(rows[self.layer] if found[1] else rows).tolist())
 
+    def empty_reassembly(self, path: str, ranks: int = 1, prefix: str = "") -> ReassemblyPlan | None:
+        """A plan of the stored shapes to load into, one rank's of `ranks`; None where none is stored."""
+        src, merged = (self.shape(path, f"{prefix}reassembly.{leaf}") for leaf in ("src", "merged_into"))
+        if src is None or merged is None:
+            return None
+        width, inputs = src[0] // ranks, merged[0] // ranks
+        return ReassemblyPlan.from_dense(
+            torch.arange(width) % inputs, torch.ones(width), torch.full((inputs,), -1, dtype=torch.int64)
+        )
+
     def plan_sizes(self, path: str) -> list[int]:
         sizes = set()
         for key in self.shapes:
@@ -279,7 +289,10 @@ def _empty_modules(
             )
         if shape is not None:
             twin.grouped, twin.attention_bits = bool(shape.grouped), shape.attention_bits
-            twin.stores_reassembly = stored.shape(inside, "reassembly.src") is not None
+            plan = stored.empty_reassembly(inside, 1 if column else layout.tp_size)
+            twin.stores_reassembly = plan is not None
+            if plan is not None and not plan.is_identity:
+                shard.reassembly = Reassembly(plan)
         modules[path] = twin
     modules |= _empty_norms(model, shapes, described)
     return modules, bits
@@ -313,8 +326,8 @@ def _empty_norms(
                 f"{norm}.", f"{norm}."
             )  # input_layernorm. is stored as self_attention.linear_qkv.layer_norm_
             stored = _Stored(shapes, described, layer.layer_number - 1)
-            if stored.shape(stem.rpartition(".")[0], stem.rpartition(".")[2] + "reassembly.src") is not None:
-                plan = ReassemblyPlan.identity(len(module.weight))
+            plan = stored.empty_reassembly(stem.rpartition(".")[0], prefix=stem.rpartition(".")[2])
+            if plan is not None:
                 modules[f"decoder.layers.{index}.{norm}"] = LowBitNorm(module, module.weight.data, plan)
     return modules
 
