@@ -21,7 +21,8 @@ from megatron_lowbit.distributed import env_rank
 from megatron_lowbit.kernels import packed_bytes
 from megatron_lowbit.launch.engine import compute_dtype
 from megatron_lowbit.launch.inputs import model_name
-from megatron_lowbit.launch.qllm import download, read_config
+from megatron_lowbit.launch.model_folder import download
+from megatron_lowbit.launch.qllm import read_config
 from megatron_lowbit.launch.scale import Rates, Shape, Work, calibrate_stage, find_rates, stages
 from megatron_lowbit.launch.tables import number, print_table
 from megatron_lowbit.linear import activation_groups

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,7 +15,7 @@ from torch import distributed as dist
 from torch import nn
 
 from megatron_lowbit.adapters import attention, huggingface, patching
-from megatron_lowbit.adapters.blocks import skeleton
+from megatron_lowbit.adapters.blocks import skeleton, stored_buffers
 from megatron_lowbit.adapters.outliers import inject_outliers
 from megatron_lowbit.agreement import digest
 from megatron_lowbit.artifacts import Artifact, CalibrationStats, CommPlan, Fingerprint, LowBitCheckpoint
@@ -42,9 +41,12 @@ from megatron_lowbit.distributed import (
     seed_everything,
     world_size,
 )
+from megatron_lowbit.hf_names import ModelWeights, lacking, prefix_mapping, untie, unties
 from megatron_lowbit.hf_weights import HFWeights, check_safetensors
+from megatron_lowbit.launch.full_precision import tell_full_precision
 from megatron_lowbit.launch.generation import load_generation_config
 from megatron_lowbit.launch.inputs import model_name, no_data
+from megatron_lowbit.launch.model_folder import check_config, download
 from megatron_lowbit.launch.tokenizer import check_tokenizer, load_tokenizer
 from megatron_lowbit.metrics import MetricLogger, progress
 from megatron_lowbit.ranges import build_plan
@@ -245,7 +247,10 @@ def take_checkpoints(
     """{scheme: checkpoint}: the artifact's, or the model rounded as `weights` say."""
     if given is not None:
         return {given.scheme_name: given}
-    return {w.scheme: round_weights(model, w, dtype) for w in weights if w.scheme != "none"}
+    made = {w.scheme: round_weights(model, w, dtype) for w in weights if w.scheme != "none"}
+    if made:
+        tell_full_precision(model, min(checkpoint.attention_bits for checkpoint in made.values()))
+    return made
 
 
 def round_weights(model: nn.Module, weights: WeightsConfig, dtype: torch.dtype | None) -> LowBitCheckpoint:
@@ -390,33 +395,41 @@ def load_config_and_tokenizer(config: StageConfig, checkpoint: LowBitCheckpoint 
     name = model_name(config.model or config.artifact or "")
     with _loading(name):
         hf_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        if not any("CausalLM" in a or "LMHead" in a for a in hf_config.architectures or ["CausalLM"]):
-            raise LowBitError(f"{name!r} is a {hf_config.architectures[0]}, not a causal LM")
+        check_config(hf_config, name)
         return hf_config, load_tokenizer(name)
 
 
 def load_model(config: StageConfig, hf_config: Any, checkpoint: LowBitCheckpoint | None) -> Any:
     """The whole Hugging Face model, with the outliers that config asks for; from the artifact without config.model."""
-    from transformers import AutoModelForCausalLM
-
     name, dtype = model_name(config.model or config.artifact or ""), compute_dtype(config)
     with _loading(name):
         if config.model is None and checkpoint is not None:
             model = _from_checkpoint(hf_config, checkpoint, dtype)
             model.generation_config = load_generation_config(name) or model.generation_config
             return model
-        check_safetensors(name)
-        options = {"use_safetensors": True, "trust_remote_code": False}  # what is loaded runs no code of its own
-        stored: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
-        model, info = stored
-        if Path(name).is_dir():
-            linears = huggingface.find_linears(model)
-            HFWeights(name).check_dtypes(f"{linear}.weight" for linear in linears)
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
-            raise LowBitError(f"{name!r} lacks {len(missing)} weights, the first {missing[0]}; download it again")
+        model = _from_folder(download(name), dtype)
     if config.inject_outliers is not None:
         inject_outliers(model, config.inject_outliers, config.inject_at, config.seed)
+    return model
+
+
+def _from_folder(folder: str, dtype: torch.dtype) -> Any:
+    """The model that a folder holds, whatever stands before all names of its weights."""
+    from transformers import AutoModelForCausalLM
+
+    check_safetensors(folder)
+    options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}  # no code of the model's own
+    load = partial(AutoModelForCausalLM.from_pretrained, folder, output_loading_info=True, **options)
+    stored: Any = load()
+    model, info = stored
+    if info["missing_keys"]:
+        mapping = prefix_mapping(model, HFWeights(folder).files)
+        if mapping:
+            stored = load(key_mapping=mapping)
+            model, info = stored
+    if info["missing_keys"]:
+        raise LowBitError(lacking(folder, info["missing_keys"], info["unexpected_keys"], model))
+    ModelWeights(folder, model).check_dtypes(f"{name}.weight" for name in huggingface.find_linears(model))
     return model
 
 
@@ -439,6 +452,9 @@ def _from_checkpoint(hf_config: Any, checkpoint: LowBitCheckpoint, dtype: torch.
     (An engine that shards the model copies its share of those zeros; the swap frees them again.)
     """
     model = skeleton(hf_config, dtype)
+    if unties(model, checkpoint.tensors, checkpoint.tensors.__getitem__):
+        untie(hf_config)
+        model = skeleton(hf_config, dtype)
     placeholder = torch.zeros(1, 1, dtype=dtype)
     state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in checkpoint.tensors.items()}
     for name in checkpoint.linears:
@@ -446,10 +462,11 @@ def _from_checkpoint(hf_config: Any, checkpoint: LowBitCheckpoint, dtype: torch.
         state[f"{name}.weight"] = placeholder.expand(shape)
     _, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    lacking = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if lacking or unexpected:
+    lacks = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    lacks += [name for name, _ in stored_buffers(model) if name not in state]
+    if lacks or unexpected:
         raise LowBitError(
-            f"the artifact lacks {(lacking or unexpected)[0]} of the model in its config.json; write it again"
+            f"the artifact lacks {(lacks or unexpected)[0]} of the model in its config.json; write it again"
         )
     model._lowbit_fingerprint = checkpoint.fingerprint
     return model

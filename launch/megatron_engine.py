@@ -85,7 +85,7 @@ def end_id(folder: str | Path | None, hf_config: Any) -> int | list[int] | None:
 
 
 def _folder(name: str) -> Path:
-    from megatron_lowbit.launch.qllm import download
+    from megatron_lowbit.launch.model_folder import download
 
     return Path(on_rank_zero(lambda: download(model_name(name))))
 

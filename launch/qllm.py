@@ -14,7 +14,7 @@ from torch import distributed as dist
 from megatron_lowbit.adapters.blocks import BlockSource
 from megatron_lowbit.adapters.huggingface import check_divides, model_config
 from megatron_lowbit.artifacts import remove_plans
-from megatron_lowbit.blockwise import GroupResult, Walk
+from megatron_lowbit.blockwise import GroupResult, Walk, attention_bits
 from megatron_lowbit.config import CalibrateConfig, CommConfig, LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.data import Windows, token_windows
 from megatron_lowbit.distributed import (
@@ -28,8 +28,10 @@ from megatron_lowbit.distributed import (
 )
 from megatron_lowbit.launch.calibrate import write_plans
 from megatron_lowbit.launch.engine import compute_dtype
+from megatron_lowbit.launch.full_precision import tell_full_precision
 from megatron_lowbit.launch.generation import copy_generation_config
 from megatron_lowbit.launch.inputs import model_name
+from megatron_lowbit.launch.model_folder import check_config, download
 from megatron_lowbit.launch.tokenizer import check_tokenizer, load_tokenizer
 from megatron_lowbit.linear import activation_groups
 from megatron_lowbit.metrics import MetricLogger
@@ -70,6 +72,7 @@ def quantize_qllm(
     source = BlockSource(folder, hf_config, config, compute_dtype(config), device(), tp_group)
     source.check_widths()
     source.check_rest()
+    tell_full_precision(source.model, attention_bits(config))
     walk = Walk(source, windows, config, plan_sizes(source, config) if plans else [], dp_group, logger)
 
     def save_beside(output: Path) -> None:
@@ -157,22 +160,12 @@ def _aligned(windows: Windows) -> Windows:
     return Windows(pad(windows.ids, (0, extra)), pad(windows.mask, (0, extra)))
 
 
-def download(name: str) -> str:
-    """The folder of a model: itself, or the hub's files in the local cache."""
-    if Path(name).is_dir():
-        return name
-    import huggingface_hub
-
-    try:
-        return huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"])
-    except Exception as error:  # whatever the hub client raises
-        raise LowBitError(f"cannot load model {name!r}: {one_line(error)}") from None
-
-
 def read_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    return _read("config", folder, partial(AutoConfig.from_pretrained, trust_remote_code=False))
+    hf_config = _read("config", folder, partial(AutoConfig.from_pretrained, trust_remote_code=False))
+    check_config(hf_config, folder)
+    return hf_config
 
 
 def read_tokenizer(folder: Path) -> Any:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from megatron_lowbit.adapters import attention
-from megatron_lowbit.adapters.blocks import Arguments, BlockSource
+from megatron_lowbit.adapters.blocks import BlockSource, Call
 from megatron_lowbit.artifacts import (
     CalibrationStats,
     CheckpointPart,
@@ -105,7 +105,7 @@ class Walk:
         self.bit_sums: dict[str, int] = {}
         self.ranges: dict[int, dict[str, FeatureRange]] = {size: {} for size in (1, *tp_sizes)}
         self.files: dict[str, str] = {}  # {stream that the run continues from: its checksum}
-        self.arguments: list[Arguments] = []
+        self.calls: dict[int, list[Call]] = {}  # of every block, for so many windows
         self.watch = Watch()
 
     def run(self, save_beside: Callable[[Path], Any]) -> CalibrationStats:
@@ -129,13 +129,15 @@ class Walk:
     def _start_streams(self, done: int) -> None:
         """Open the streams before group `done`, or fill them with the embeddings."""
         ids = self.ids
-        hidden, self.arguments = self.source.embed(ids[:1])
-        self.source.find_groups(self.arguments, hidden)
+        self.source.trace(ids)
+        batch = self.config.calibration.batch_size
+        for windows in {1, min(batch, len(ids)), len(ids) % batch or batch}:
+            hidden, self.calls[windows] = self.source.embed(ids[:windows])
         self.shape = (len(ids), ids.shape[1], hidden.shape[-1])
         self.hp_stream, self.stream = (self._stream(name, done, existing=done > 0) for name in ("hp", "lowbit"))
         if done == 0:
-            for start in range(0, len(ids), self.config.calibration.batch_size):
-                hidden, _ = self.source.embed(ids[start : start + self.config.calibration.batch_size])
+            for start in range(0, len(ids), batch):
+                hidden, _ = self.source.embed(ids[start : start + batch])
                 self.hp_stream.write(start, hidden)
                 self.stream.write(start, hidden)
         self.source.free_rest()
@@ -196,8 +198,7 @@ class Walk:
         self.watch.check(f"after {done} of {count} groups of blocks; the same command continues there")
 
     def _call(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        output = block(hidden, **self.arguments[index])
-        return output[0] if isinstance(output, tuple) else output
+        return self.calls[len(hidden)][index].run(block, hidden)
 
     @torch.no_grad()
     def _forward(self, blocks: list[nn.Module], indices: list[int], source: HiddenStream, to: HiddenStream) -> None:

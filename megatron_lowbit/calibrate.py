@@ -45,6 +45,12 @@ STATISTICS = 6  # numbers per feature that window_statistics makes of a window
 LARGE = 4.0  # times the median of the tokens' sizes; 2 does as well, and without a limit one token counts for 10,000
 
 
+def as_windows(y: Tensor, mask: Tensor) -> Tensor:
+    """y [windows, length, features], or flat [windows * length, features], in the first form; mask: bool [windows,
+    length]."""
+    return y if y.ndim == 3 else y.view(*mask.shape, y.shape[-1])
+
+
 def window_statistics(y: Tensor, mask: Tensor) -> Tensor:
     """y [windows, length, features], mask bool [windows, length] -> float64 [windows, 6, features]: minimum and maximum
     of the real tokens; sum and sum of squares of them, none of them above LARGE times the median; their number; the sum
@@ -156,7 +162,9 @@ class SharedSteps:
         self, what: str, observers: Sequence[RangeObserver], parts: Sequence[Sequence[Tensor]], mask: Tensor
     ) -> None:
         """A collective call. parts: for every observer its ranks' y [windows, length, features]; mask: bool [windows,
-        length], True on real tokens. Here or later raises LowBitError where a part has NaN or Inf on any rank."""
+        length], True on real tokens. y may be flat [windows * length, features], as some MLPs have it. Here or later
+        raises LowBitError where a part has NaN or Inf on any rank."""
+        parts = [[as_windows(y, mask) for y in ys] for ys in parts]
         shares = torch.stack([window_statistics(y, mask) for ys in parts for y in ys], 1)  # [windows, all, 6, features]
         work, gathered = None, shares.unsqueeze(0)
         if self.dp_group is not None:

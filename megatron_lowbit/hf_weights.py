@@ -86,6 +86,16 @@ class HFWeights:
         self._check_dtype(name, tensor.dtype)
         return tensor
 
+    def whole(self, name: str) -> Tensor:
+        """Tensor `name` as it is stored, of whatever shape."""
+        try:
+            with safe_open(self.files[name], "pt") as file:
+                tensor = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise LowBitError(f"cannot read {name} from {str(self.files[name])!r}: {one_line(error)}") from None
+        self._check_dtype(name, tensor.dtype)
+        return tensor
+
     def check_dtypes(self, names: Iterable[str]) -> None:
         """Raise LowBitError where one of these tensors is no full-precision one. Names that are not stored are skipped.
 

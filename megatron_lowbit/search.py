@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from megatron_lowbit.adapters import attention
 from megatron_lowbit.adapters.huggingface import InputGroup
+from megatron_lowbit.calibrate import as_windows
 from megatron_lowbit.channels import ReassemblyPlan
 from megatron_lowbit.config import LowBitError, QuantizeConfig
 from megatron_lowbit.quantizer import Scheme, fake_quantize, fake_quantize_with, qparams_from_range
@@ -202,7 +203,9 @@ class Search:
     def inputs(self, group: InputGroup) -> Iterator[tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]]:
         """Per batch: what the group reads [windows, length, features], the mask, and again(x): the owner's forward on
         another x, up to what it hands to its row-parallel linear."""
-        owner, first, row = (self.block.get_submodule(name) for name in (group.owner, group.linears[0], group.row))
+        owner, row = self.block.get_submodule(group.owner), self.block.get_submodule(group.row)
+        linears = [self.block.get_submodule(name) for name in group.linears]
+        first = linears[0]
         call: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         seen: list[Tensor] = []
 
@@ -226,21 +229,26 @@ class Search:
         for forward, mask in self.run():
             handle = owner.register_forward_pre_hook(remember, with_kwargs=True)
             try:
-                x = until(first, forward)
+                given = until(first, forward)
             finally:
                 handle.remove()
             args, kwargs = call.pop()
 
-            def again(other: Tensor, args=args, kwargs=kwargs, x=x) -> Tensor:
-                if not any(value is x for value in (*args, *kwargs.values())):
-                    raise LowBitError(
-                        f"{group.owner} changes its input before {group.linears[0]} reads it; set reassembly.mode=none"
-                    )
-                swapped = tuple(other if value is x else value for value in args)
-                named = {name: other if value is x else value for name, value in kwargs.items()}
-                return until(row, lambda: owner(*swapped, **named))
+            def again(other: Tensor, args=args, kwargs=kwargs, given=given, forward=forward, mask=mask) -> Tensor:
+                other = other.view(*given.shape[:-1], other.shape[-1])
+                if any(value is given for value in (*args, *kwargs.values())):
+                    swapped = tuple(other if value is given else value for value in args)
+                    named = {name: other if value is given else value for name, value in kwargs.items()}
+                    return as_windows(until(row, lambda: owner(*swapped, **named)), mask)
+                # The owner makes their input itself: the block runs, and they are given the other one.
+                handles = [linear.register_forward_pre_hook(lambda *_: (other,)) for linear in linears]
+                try:
+                    return as_windows(until(row, forward), mask)
+                finally:
+                    for handle in handles:
+                        handle.remove()
 
-            yield x, mask, again
+            yield as_windows(given, mask), mask, again
 
 
 def describe(

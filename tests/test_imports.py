@@ -29,7 +29,7 @@ TIERS = [
         *("quantizer", "streams", "tensors"),
     },
     {"hf_weights", "texts", "wandb_run"},
-    {"codec", "data", "folder_lock", "metrics", "presence", "reassembly", "rendezvous", "sharding"},
+    {"hf_names", "codec", "data", "folder_lock", "metrics", "presence", "reassembly", "rendezvous", "sharding"},
     {"artifacts"},
     {"calibrate", "exact_sum", "ranges", "rounding"},
     {"cost", "drift", "exchange"},

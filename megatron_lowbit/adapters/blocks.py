@@ -2,31 +2,54 @@
 
 The model is built without weights (parameters on the meta device, buffers real). Blocks are copied from it one by one
 and filled from the safetensors files; their linears become ShardedLinears that hold this rank's shards.
+
+How the model calls its blocks is seen on copies that hold zeros: what a block is given besides the hidden states, what
+it returns, and which of its linears read the same tensor.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.utils._pytree import tree_leaves
 
 from megatron_lowbit.adapters import attention, huggingface
 from megatron_lowbit.adapters.huggingface import InputGroup, Kind
 from megatron_lowbit.adapters.outliers import Scales, outlier_scales, scale_linear, scale_norm
 from megatron_lowbit.artifacts import bit_sum
-from megatron_lowbit.config import LowBitError, QuantizeConfig
+from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.distributed import group_rank, world_size
-from megatron_lowbit.hf_weights import HFWeights
+from megatron_lowbit.hf_names import ModelWeights, untie
 from megatron_lowbit.linear import activation_groups
 from megatron_lowbit.sharded import ShardedLinear
 
-Arguments = dict[str, Any]  # of a block's forward, besides the hidden states
+TRACED = 8  # tokens of each of the windows that show how a model calls its blocks
+# What a model's code raises where its blocks cannot be run one by one.
+RUNTIME_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError),
+    *(TypeError, ValueError),
+)
+
+
+@dataclass
+class Call:
+    """What a block is given besides the hidden states, its first argument."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The hidden states after the block."""
+        output = block(hidden, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
@@ -70,14 +93,20 @@ class BlockSource:
         device: torch.device,
         tp_group: dist.ProcessGroup | None,
     ):
-        self.weights, self.config = HFWeights(folder), config
+        self.config = config
         self.stored_dtype = hf_config.dtype  # from_config overwrites it
         self.dtype, self.device, self.tp_group = dtype, device, tp_group
         self.model = skeleton(hf_config, dtype)
+        self.weights = ModelWeights(folder, self.model)
+        if self.weights.unties():
+            untie(hf_config)
+            self.model = skeleton(hf_config, dtype)
+            self.weights = ModelWeights(folder, self.model)
+        self.family = hf_config.model_type
         self.text_config = huggingface.model_config(self.model)
         attention.enable(self.text_config)
         self.prefix, self.blocks = huggingface.decoder_blocks(self.model)
-        named = self.model.named_parameters()  # a tied weight once
+        named = [*self.model.named_parameters(), *stored_buffers(self.model)]  # a tied weight once
         self.rest_shapes = {name: p.shape for name, p in named if not name.startswith(self.prefix + ".")}
         kinds = huggingface.find_linears(self.model)
         self.kinds: list[dict[str, tuple[Kind, nn.Linear]]] = []
@@ -106,41 +135,116 @@ class BlockSource:
     def fqn(self, index: int, name: str) -> str:
         return f"{self.prefix}.{index}.{name}"
 
-    def embed(self, ids: Tensor) -> tuple[Tensor, list[Arguments]]:
-        """(hidden states [windows, length, hidden] before the first block, what every block gets besides)."""
-        arguments: list[Arguments] = []
+    def embed(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
+        """(hidden states [windows, length, hidden] before the first block, how every block is called for them).
+
+        ids: [windows, length]. `trace` has to come first.
+        """
+        calls: list[Call] = []
         first: list[Tensor] = []
 
-        def recorder(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            first.append(hidden_states)
-            arguments.append(kwargs)
-            return hidden_states
+        def record(index: int, hidden: Tensor, call: Call) -> Any:
+            first.append(hidden)
+            calls.append(call)
+            rest = self.returned[index]
+            return hidden if rest is None else (hidden, *rest)
 
-        for block in self.blocks:
-            block.forward = recorder
+        self._run(ids, record)
+        return first[0], calls
+
+    def trace(self, ids: Tensor) -> None:
+        """See, on zero weights, what every block returns, and which of its linears read the same input.
+
+        ids: [windows, length], of which a few tokens serve. Raises LowBitError for a model whose blocks cannot be run
+        one by one with the arguments of another text, and for linears that do not read every token once.
+        """
+        self.returned: list[tuple[Any, ...] | None] = []  # besides the hidden states; None: these alone, no tuple
+        self.groups = []
+        outputs: list[Tensor] = []  # the hidden states after each block
+        others: list[Tensor] = []  # what the blocks return besides
+        ids = ids[:1, :TRACED].repeat(2, 1)
+
+        def look(index: int, hidden: Tensor, call: Call) -> Any:
+            if index != len(outputs):
+                raise self._refused("its blocks do not run one after the other")
+            if hidden.shape[:-1] != ids.shape:
+                raise self._refused(f"its hidden states are {hidden.ndim}-dimensional, not windows x tokens x channels")
+            if outputs and hidden is not outputs[-1]:
+                raise self._refused("it changes the hidden states between its blocks")
+            given = tree_leaves((call.args, call.kwargs))
+            if any(value is other for value in given for other in [*others, *outputs] if isinstance(value, Tensor)):
+                raise self._refused("its blocks hand on more than hidden states")
+            block = self._zeros(index)
+            linears = {name: (kind, block.get_submodule(name)) for name, (kind, _) in self.kinds[index].items()}
+            with torch.no_grad(), huggingface.input_groups(block, linears, ids.numel()) as groups:
+                output = block(hidden, *call.args, **call.kwargs)
+            self.groups.append(groups)
+            self._check_groups(index)
+            self.returned.append(output[1:] if isinstance(output, tuple) else None)
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+            others.extend(t for t in tree_leaves(self.returned[-1]) if isinstance(t, Tensor))
+            return output
+
+        self._run(ids, look)
+        if len(outputs) != len(self.blocks):
+            raise self._refused(f"{len(outputs)} of its {len(self.blocks)} blocks run")
+        words = self.text_config.vocab_size
+        for mine, other in zip(self.embed(ids)[1], self.embed((ids + 1) % words)[1], strict=True):
+            if not _same(mine, other):
+                raise self._refused("its blocks are given the tokens themselves, besides the hidden states")
+
+    def _run(self, ids: Tensor, instead: Callable[[int, Tensor, Call], Any]) -> None:
+        """Run the model on ids [windows, length] with instead(index, hidden, call) for every block."""
+
+        def forward(index: int) -> Callable[..., Any]:
+            def of_block(*args: Any, **kwargs: Any) -> Any:
+                if args:
+                    return instead(index, args[0], Call(args[1:], kwargs))
+                name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+                return instead(index, kwargs.pop(name), Call((), kwargs))
+
+            return of_block
+
+        for index, block in enumerate(self.blocks):
+            block.forward = forward(index)
         try:
             self.load_rest()
             with torch.no_grad():
                 self.model.base_model(input_ids=ids.to(self.device), use_cache=False)
+        except LowBitError:
+            raise
+        except RUNTIME_ERRORS as error:
+            raise self._refused(f"its blocks cannot be run one by one ({one_line(error)})") from None
         finally:
             for block in self.blocks:
                 del block.forward
-        return first[0], arguments
 
-    def find_groups(self, arguments: list[Arguments], hidden: Tensor) -> None:
-        """See, without weights, which linears of every block read the same input."""
-        for block, kinds, given in zip(self.blocks, self.kinds, arguments, strict=True):
-            with torch.no_grad(), huggingface.input_groups(block, kinds) as groups:
-                block(_to_meta(hidden[:1]), **{name: _to_meta(value) for name, value in given.items()})
-            self.groups.append(groups)
-        ranks = world_size(self.tp_group)
-        for kinds, block_groups in zip(self.kinds, self.groups, strict=True):
-            for group in block_groups:
-                first = kinds[group.linears[0]][1]
-                if ranks > 1 and group.kind == "column" and first.out_features != kinds[group.row][1].in_features:
-                    raise LowBitError(
-                        f"{group.linears[0]} is a fused projection, which tp={ranks} would split wrongly; set tp=1"
-                    )
+    def _refused(self, why: str) -> LowBitError:
+        return LowBitError(f"weights.method=qllm does not know {self.family}: {why}; set weights.method=rtn")
+
+    def _zeros(self, index: int) -> nn.Module:
+        """A copy of block `index` that holds zeros."""
+        block = copy.deepcopy(self.blocks[index])
+        vars(block).pop("forward", None)
+        for module in block.modules():
+            for leaf, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    zeros = torch.zeros(parameter.shape, dtype=parameter.dtype, device=self.device)
+                    module._parameters[leaf] = nn.Parameter(zeros, requires_grad=False)
+        return block.to(self.device)
+
+    def _check_groups(self, index: int) -> None:
+        kinds, groups, ranks = self.kinds[index], self.groups[index], world_size(self.tp_group)
+        read = [name for group in groups for name in group.linears]
+        for name in kinds:
+            if read.count(name) != 1:
+                raise self._refused(f"{self.fqn(index, name)} does not run once for every token")
+        for group in groups:
+            first = kinds[group.linears[0]][1]
+            if ranks > 1 and group.kind == "column" and first.out_features != kinds[group.row][1].in_features:
+                raise LowBitError(
+                    f"{group.linears[0]} is a fused projection, which tp={ranks} would split wrongly; set tp=1"
+                )
 
     def load_rest(self) -> None:
         """Materialize what is neither a block nor the language-model head (embeddings, final norm)."""
@@ -158,6 +262,9 @@ class BlockSource:
             if not (prefix + name).startswith(self.prefix + "."):
                 for leaf, buffer in module.named_buffers(recurse=False):
                     setattr(module, leaf, buffer.to(self.device))
+        for name, buffer in stored_buffers(base):
+            if not (prefix + name).startswith(self.prefix + "."):
+                buffer.copy_(self.weights.read(prefix + name, buffer.shape))
 
     def free_rest(self) -> None:
         """Drop what load_rest loaded."""
@@ -180,6 +287,8 @@ class BlockSource:
                 owner, _, leaf = name.rpartition(".")
                 tensor = self._read(self.fqn(index, name), parameter.shape)
                 setattr(block.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+        for name, buffer in stored_buffers(block):
+            buffer.copy_(self.weights.read(self.fqn(index, name), buffer.shape))
         for name, (outputs, _) in scales.items():
             if name not in self.kinds[index] and outputs is not None:
                 scale_norm(block.get_submodule(name), outputs)
@@ -203,6 +312,9 @@ class BlockSource:
             for name, parameter in block.named_parameters()
             if not any(name.startswith(linear + ".") for linear in self.kinds[index])
         }
+        for name, buffer in stored_buffers(block):
+            dtype = stored if buffer.is_floating_point() else buffer.dtype
+            tensors[self.fqn(index, name)] = buffer.detach().to("cpu", dtype)
         scales = self._outliers(index)
         for name, (_, linear) in self.kinds[index].items():
             if linear.bias is not None:
@@ -272,9 +384,13 @@ class BlockSource:
         return tensor.to(self.device, torch.float32 if linear else self.dtype, copy=True)
 
 
-def _to_meta(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to("meta")
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to_meta(item) for item in value)
-    return value
+def stored_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """[(name, buffer)] of those that a checkpoint holds, such as a router's correction of its scores."""
+    stored = module.state_dict(keep_vars=True)
+    return [(name, buffer) for name, buffer in module.named_buffers() if name in stored]
+
+
+def _same(one: Call, other: Call) -> bool:
+    """Tell whether two calls give the same tensors."""
+    mine, others = ([t for t in tree_leaves((c.args, c.kwargs)) if isinstance(t, Tensor)] for c in (one, other))
+    return len(mine) == len(others) and all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))

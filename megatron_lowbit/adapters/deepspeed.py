@@ -150,11 +150,15 @@ def apply_to_deepspeed(
         warnings.warn(f"tensor-parallel layers left in full precision: {listed}", stacklevel=2)
     replacements: dict[str, nn.Module] = {}
     quantized = checkpoint is not None and checkpoint.scheme.weight_bits < 16
+    huggingface.check_divides(huggingface.model_config(engine.module), size, "tp")  # AutoTP would split unevenly
     if checkpoint is not None and quantized:
+        columns = {name: module for name, module in columns.items() if name in checkpoint.linears}
         for name, module in columns.items():
             patching.check_equal_shares(name, module._partition_sizes)
         replacements = patching.norms_and_columns(engine.module, checkpoint, columns, rank, size)
     for name, module in rows.items():
+        if quantized and checkpoint is not None and name not in checkpoint.linears:
+            continue
         patching.check_equal_shares(name, module._partition_sizes)
         shard = patching.row_shard(checkpoint, name, rank, size, module.weight)
         replacements[name] = QuantRowParallelLinear([shard], reducers.real(name, group), module.bias)

@@ -3,11 +3,13 @@
 The tensor-parallel linears are found by structure, not by model names. In every decoder block, each submodule that owns
 linears (attention, MLP) has at most one that writes back into the residual stream: the last with out_features ==
 hidden_size. That one is row-parallel (o_proj, down_proj); the others, which read hidden_size features, are
-column-parallel. A submodule without such a pair (a router, a gate) is left alone.
+column-parallel. A submodule without such a pair (a router, a gate) is left alone. Where transformers says how it would
+shard the family itself, a linear that it cuts along the outputs is not the one that writes back.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,14 +44,18 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def find_linears(model: nn.Module) -> dict[str, tuple[Kind, nn.Linear]]:
     """{fqn: (kind, linear)} of the tensor-parallel linears in all blocks, in order."""
-    hidden = model_config(model).hidden_size
+    hidden, columns = model_config(model).hidden_size, _columns(model)
     found: dict[str, tuple[Kind, nn.Linear]] = {}
     prefix, blocks = decoder_blocks(model)
     for index, block in enumerate(blocks):
         for owner_name, owner in block.named_modules():
             linears = {name: child for name, child in owner.named_children() if type(child) is nn.Linear}
-            writers = [name for name, linear in linears.items() if linear.out_features == hidden]
             path = ".".join(part for part in (prefix, str(index), owner_name) if part)
+            writers = [
+                name
+                for name, linear in linears.items()
+                if linear.out_features == hidden and not columns.search(f"{path}.{name}")
+            ]
             if len(linears) < 2 or not writers:
                 continue
             for name, linear in linears.items():
@@ -62,6 +68,13 @@ def find_linears(model: nn.Module) -> dict[str, tuple[Kind, nn.Linear]]:
             f"{type(model).__name__}: no row-parallel nn.Linear in its decoder blocks; not a supported model"
         )
     return found
+
+
+def _columns(model: nn.Module) -> re.Pattern[str]:
+    """Matches the fqns of linears that transformers' own plan for the family cuts along the outputs."""
+    plan = getattr(model_config(model), "base_model_tp_plan", None) or {}
+    names = [re.escape(name).replace(r"\*", r"\d+") for name, how in plan.items() if how.startswith("colwise")]
+    return re.compile("|".join(rf"(^|\.){name}$" for name in names) or r"(?!)")
 
 
 @dataclass(frozen=True)
@@ -80,11 +93,13 @@ class InputGroup:
 
 
 @contextmanager
-def input_groups(block: nn.Module, linears: Mapping[str, tuple[Kind, nn.Module]]) -> Iterator[list[InputGroup]]:
+def input_groups(
+    block: nn.Module, linears: Mapping[str, tuple[Kind, nn.Module]], tokens: int | None = None
+) -> Iterator[list[InputGroup]]:
     """Within the context run the block once; afterwards the list holds its InputGroups, in the order they ran.
 
     linears: {fqn within the block: (kind, module)}. Who reads what is seen by object identity of tensors, on any
-    device.
+    device. tokens: of the run; a linear that reads another number of them (a routed expert) is in no group.
     """
     groups: list[InputGroup] = []
     with readers.watch_reads(block, {name: module for name, (_, module) in linears.items()}) as reads:
@@ -92,6 +107,8 @@ def input_groups(block: nn.Module, linears: Mapping[str, tuple[Kind, nn.Module]]
     rows = {name.rpartition(".")[0]: name for name, (kind, _) in linears.items() if kind == "row"}
     found: list[tuple[Tensor, str, list[str]]] = []
     for name, tensor in reads.inputs:
+        if tokens is not None and tensor.numel() != tokens * tensor.shape[-1]:
+            continue
         owner = name.rpartition(".")[0]
         known = next((names for seen, place, names in found if seen is tensor and place == owner), None)
         if known is None:
@@ -100,10 +117,12 @@ def input_groups(block: nn.Module, linears: Mapping[str, tuple[Kind, nn.Module]]
             known.append(name)
     for tensor, owner, names in found:
         shared = sum(seen is tensor for seen, _, _ in found) > 1
-        norm = None if shared else reads.norm_of(tensor)
+        kind = linears[names[0]][0]
+        # A row-parallel linear's input is reassembled and quantized in shard groups, which a norm knows nothing of.
+        norm = None if shared or kind == "row" else reads.norm_of(tensor)
         if norm is not None and reads.has_others(norm):
             norm = None
-        groups.append(InputGroup(linears[names[0]][0], tuple(names), owner, norm, rows[owner]))
+        groups.append(InputGroup(kind, tuple(names), owner, norm, rows[owner]))
 
 
 def row_parallel_sites(model: nn.Module) -> dict[str, nn.Module]:

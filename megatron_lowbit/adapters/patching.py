@@ -373,5 +373,6 @@ def check_equal_shares(name: str, shares: Sequence[int]) -> None:
     if len(set(shares)) > 1:
         raise LowBitError(
             f"{name} is split unevenly over the ranks ({', '.join(map(str, shares))}); "
+            "choose a tp_size that divides the model's heads, KV heads and MLP, and "
             f'pass tensor_parallel={{"tp_size": {len(shares)}, "tp_grain_size": 1}} to init_inference'
         )

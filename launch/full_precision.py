@@ -1,0 +1,52 @@
+"""What quantization leaves as it is in a model's blocks, and why, in one line."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+from torch import nn
+
+from megatron_lowbit.adapters.huggingface import decoder_blocks, find_linears, model_config
+from megatron_lowbit.distributed import env_rank
+
+
+def tell_full_precision(model: Any, attention_bits: int) -> None:
+    """Print, on rank 0, which weights of the blocks stay in full precision; nothing where all are quantized."""
+    parts = [*left_out(model)]
+    if attention_bits < 16 and not quantizes_attention(model):
+        parts.append(f"Q, K and V ({model_config(model).model_type} computes its attention in code of its own)")
+    if parts and env_rank() == 0:
+        print(f"in full precision stay {'; '.join(parts)}")
+
+
+def left_out(model: Any) -> list[str]:
+    """`name, name (why)` for every reason; names within a block."""
+    prefix, blocks = decoder_blocks(model)
+    linears, hidden = find_linears(model), model_config(model).hidden_size
+    found: dict[str, dict[str, None]] = {}
+    for index, block in enumerate(blocks):
+        modules = dict(block.named_modules())
+        for name, parameter in block.named_parameters():
+            owner, _, leaf = name.rpartition(".")
+            if parameter.ndim < 2 or (leaf == "weight" and f"{prefix}.{index}.{owner}" in linears):
+                continue
+            why = _why(modules[owner], owner, parameter.ndim, hidden)
+            found.setdefault(why, {})[owner if leaf == "weight" else name] = None
+    return [f"{', '.join(names)} ({why})" for why, names in found.items()]
+
+
+def quantizes_attention(model: Any) -> bool:
+    """Tell whether the model's attention goes through the functions that `attention` wraps."""
+    return hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+def _why(module: nn.Module, name: str, dims: int, hidden: int) -> str:
+    if re.search(r"experts?(\.|$)", name) and dims == 3:
+        return "experts that a router chooses"
+    if type(module) is not nn.Linear:
+        return "no plain linears" if dims > 2 or not re.search(r"gate|router", name) else "routers"
+    if module.in_features != hidden:
+        return "inputs other than the hidden states"
+    return "of no pair that reads and writes them"

@@ -1,0 +1,91 @@
+"""Run calibrate, quantize (rtn and qllm) and evaluate on a tiny model of every text family in transformers; print what
+came of it as a table of Markdown. `python tests/family_matrix.py [FAMILY ...]`
+
+Every command runs in this process. `traceback` in the table: it raised instead of printing one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import family_models
+
+from megatron_lowbit.launch import main
+
+TEXT = [f"calibration.data={__file__}", "calibration.samples=2", "calibration.sequence_length=64"]
+LOOK = [f"evaluation.data={__file__}", "evaluation.samples=2", "evaluation.sequence_length=64"]
+TRAIN = ["correction.epochs=1", "correction.batch_size=2", "correction.rank=2", "comm.tp_sizes=[2]"]
+
+
+@dataclass
+class Outcome:
+    """Of one family: what became of every stage (`yes`, `refused`, `traceback`), and the words of the first that was
+    not `yes`."""
+
+    family: str
+    stages: dict[str, str] = field(default_factory=dict)
+    words: str = ""
+
+    def row(self) -> str:
+        return f"| {self.family} | " + " | ".join(self.stages.values()) + f" | {self.words} |"
+
+
+def tell(*argv: str) -> tuple[str, str]:
+    """(what became of a command, what it said of it)."""
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(list(argv))
+    except Exception as error:
+        return "traceback", f"{type(error).__name__}: {error}".splitlines()[0]
+    lines = [line for line in err.getvalue().splitlines() if line.startswith("megatron-lowbit:")]
+    if code == 0:
+        kept = [line for line in out.getvalue().splitlines() if line.startswith("in full precision stay ")]
+        return "yes", kept[0] if kept else ""
+    return ("refused" if code == 2 and len(lines) == 1 else "traceback"), " ".join(lines)
+
+
+def outcome(family: str, folder: Path) -> Outcome:
+    model, found = str(family_models.save(family, folder / "model")), Outcome(family)
+    commands = {
+        "calibrate": ["calibrate", f"model={model}", *TEXT, "comm.tp_sizes=[2]"],
+        "rtn": ["quantize", f"model={model}", "weights.method=rtn", "weights.scheme=W4A4"],
+        "qllm": ["quantize", f"model={model}", "weights.method=qllm", "weights.scheme=W4A4", *TEXT, *TRAIN],
+    }
+    said = []
+    for stage, command in commands.items():
+        found.stages[stage], words = tell(*command, f"output_dir={folder / stage}")
+        said.append(words)
+        if stage != "calibrate":
+            name = f"evaluate {stage}"
+            if found.stages[stage] != "yes":
+                found.stages[name] = "-"
+                continue
+            options = [f"artifact={folder / stage}", f"output_dir={folder / name}", *LOOK]
+            found.stages[name], words = tell("evaluate", *options)
+            said.append(words if found.stages[name] != "yes" else "")
+    found.words = next((words for words in said if words), "")
+    return found
+
+
+def main_matrix(families: list[str]) -> int:
+    print("| family | calibrate | rtn | evaluate | qllm | evaluate | words |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    outcomes = []
+    for family in families:
+        with tempfile.TemporaryDirectory() as folder:
+            outcomes.append(outcome(family, Path(folder)))
+        print(outcomes[-1].row(), flush=True)
+    stages = [stage for found in outcomes for stage in found.stages.values()]
+    counts = {what: stages.count(what) for what in ("yes", "refused", "traceback")}
+    print(f"\n{len(outcomes)} families: {counts}")
+    return int(counts["traceback"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main_matrix(sys.argv[1:] or list(family_models.FAMILIES)))
