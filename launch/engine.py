@@ -247,7 +247,9 @@ def take_checkpoints(
     """{scheme: checkpoint}: the artifact's, or the model rounded as `weights` say."""
     if given is not None:
         return {given.scheme_name: given}
-    made = {w.scheme: round_weights(model, w, dtype) for w in weights if w.scheme != "none"}
+    made: dict[str, LowBitCheckpoint] = {
+        w.scheme: round_weights(model, w, dtype) for w in weights if w.scheme != "none"
+    }
     if made:
         tell_full_precision(model, min(checkpoint.attention_bits for checkpoint in made.values()))
     return made

@@ -45,8 +45,10 @@ def quantizes_attention(model: Any) -> bool:
 def _why(module: nn.Module, name: str, dims: int, hidden: int) -> str:
     if re.search(r"experts?(\.|$)", name) and dims == 3:
         return "experts that a router chooses"
+    if re.search(r"router|(^|[._])gate$", name) or (type(module) is not nn.Linear and "gate" in name):
+        return "routers"
     if type(module) is not nn.Linear:
-        return "no plain linears" if dims > 2 or not re.search(r"gate|router", name) else "routers"
+        return "no plain linears"
     if module.in_features != hidden:
         return "inputs other than the hidden states"
-    return "of no pair that reads and writes them"
+    return "of no pair that reads and writes the hidden states"

@@ -7,6 +7,9 @@ from typing import Any
 
 from megatron_lowbit.config import LowBitError, one_line, shown
 
+WANTED = ("*.json", "*.safetensors", "*.model", "*.txt")
+OTHER_FORMATS = ("consolidated*", "original/*")  # the same weights once more
+
 
 def download(name: str) -> str:
     """The folder of a model: itself, or the hub's files in the local cache."""
@@ -15,7 +18,7 @@ def download(name: str) -> str:
     import huggingface_hub
 
     try:
-        return huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"])
+        return huggingface_hub.snapshot_download(name, allow_patterns=[*WANTED], ignore_patterns=[*OTHER_FORMATS])
     except Exception as error:  # whatever the hub client raises
         raise LowBitError(f"cannot load model {name!r}: {one_line(error)}") from None
 

@@ -24,15 +24,20 @@ TRAIN = ["correction.epochs=1", "correction.batch_size=2", "correction.rank=2", 
 
 @dataclass
 class Outcome:
-    """Of one family: what became of every stage (`yes`, `refused`, `traceback`), and the words of the first that was
-    not `yes`."""
+    """Of one family: what became of every stage (`yes`, `refused`, `traceback`), and what the first said that was
+    refused, or left something in full precision."""
 
     family: str
     stages: dict[str, str] = field(default_factory=dict)
     words: str = ""
 
     def row(self) -> str:
-        return f"| {self.family} | " + " | ".join(self.stages.values()) + f" | {self.words} |"
+        cells = [self.stage(name) for name in ("calibrate", "rtn", "qllm")]
+        return f"| {self.family} | {' | '.join(cells)} | {self.words} |"
+
+    def stage(self, name: str) -> str:
+        """`yes`, where what the stage has written was evaluated too."""
+        return self.stages[name] if self.stages[name] != "yes" else self.stages.get(f"evaluate {name}", "yes")
 
 
 def tell(*argv: str) -> tuple[str, str]:
@@ -69,13 +74,13 @@ def outcome(family: str, folder: Path) -> Outcome:
             options = [f"artifact={folder / stage}", f"output_dir={folder / name}", *LOOK]
             found.stages[name], words = tell("evaluate", *options)
             said.append(words if found.stages[name] != "yes" else "")
-    found.words = next((words for words in said if words), "")
+    words = next((w for w in said if w.startswith("megatron-lowbit")), next((w for w in said if w), ""))
+    found.words = words.removeprefix("megatron-lowbit: ").replace(model, "MODEL")
     return found
 
 
 def main_matrix(families: list[str]) -> int:
-    print("| family | calibrate | rtn | evaluate | qllm | evaluate | words |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print("| family | calibrate | rtn | qllm | what is said of it |\n|---|---|---|---|---|", flush=True)
     outcomes = []
     for family in families:
         with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +88,7 @@ def main_matrix(families: list[str]) -> int:
         print(outcomes[-1].row(), flush=True)
     stages = [stage for found in outcomes for stage in found.stages.values()]
     counts = {what: stages.count(what) for what in ("yes", "refused", "traceback")}
-    print(f"\n{len(outcomes)} families: {counts}")
+    print(f"{len(outcomes)} families: {counts}", file=sys.stderr)
     return int(counts["traceback"] > 0)
 
 

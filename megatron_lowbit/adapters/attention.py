@@ -136,7 +136,15 @@ def register(implementation: str) -> None:
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
 
 
-def _attention(implementation: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options):
+def _attention(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    **options: Any,
+):
     """The attention function `implementation` on quantized query, key, value [batch, heads, tokens, head_dim]."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -147,7 +155,7 @@ def _attention(implementation: str, module: nn.Module, query: Tensor, key: Tenso
         attend = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
     else:
         attend = ALL_ATTENTION_FUNCTIONS[implementation]
-    return attend(module, query, key, value, mask, **options)
+    return attend(module, query, key, value, attention_mask, **options)
 
 
 def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

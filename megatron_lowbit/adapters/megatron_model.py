@@ -9,6 +9,7 @@ its rows. Where the vocabulary is padded, the logits of the padding are -inf.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from megatron_lowbit.adapters.megatron_layout import COLUMN, NORMS, Layout, find
 from megatron_lowbit.artifacts import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
 from megatron_lowbit.distributed import all_gather_stack, gather_values, group_rank, world_size
-from megatron_lowbit.hf_weights import HFWeights
+from megatron_lowbit.hf_names import ModelWeights
 from megatron_lowbit.rendezvous import collective_limit
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -182,7 +183,7 @@ def load_weights(model: Any, source: str | Path | Mapping[str, Tensor], hf_confi
     source: a folder with safetensors, or a state dict of the Hugging Face model. Raises LowBitError for a tensor
     that is lacking or has another shape.
     """
-    known, read = _reader(source)
+    known, read = _reader(source, hf_config)
     for chunk in megatron.model_chunks(model):
         _load(chunk, known, read, hf_config, linears=True)
     return model
@@ -202,7 +203,7 @@ def load_rest(model: Any, artifact: Artifact, hf_config: Any) -> None:
     checkpoint = artifact.checkpoint
     if checkpoint is None:
         raise LowBitError("the artifact holds no lowbit.json: it has plans only; load the model's own weights first")
-    known, read = _reader(checkpoint.tensors)
+    known, read = _reader(checkpoint.tensors, hf_config)
     for chunk in megatron.model_chunks(model):
         megatron.check_shapes(chunk, artifact)
         _load(chunk, known, read, hf_config, linears=False)
@@ -215,7 +216,7 @@ def untie_(hf_config: Any, source: str | Path | Mapping[str, Tensor]) -> Any:
     transformers 5 ties nothing then, whatever the config says, and uses both; a GPTModel is tied, or not, when it is
     built. source: as in load_weights. Returns the config.
     """
-    if hf_config.tie_word_embeddings and _has_own_head(*_reader(source), hf_config):
+    if hf_config.tie_word_embeddings and _has_own_head(*_reader(source, hf_config), hf_config):
         hf_config.tie_word_embeddings = False
     return hf_config
 
@@ -230,10 +231,10 @@ def _embedding(known: Collection[str]) -> str:
     return f"{find_prefix(known).rpartition('.')[0]}.embed_tokens.weight"
 
 
-def _reader(source: str | Path | Mapping[str, Tensor]) -> tuple[Collection[str], Read]:
+def _reader(source: str | Path | Mapping[str, Tensor], hf_config: Any) -> tuple[Collection[str], Read]:
     if isinstance(source, (str, Path)):
-        weights = HFWeights(source)
-        return weights.files, lambda name, shape: weights.read(name, torch.Size(shape))
+        weights = ModelWeights(source, skeleton(copy.deepcopy(hf_config), torch.float32))
+        return weights.origins, lambda name, shape: weights.read(name, torch.Size(shape))
 
     def read(name: str, shape: tuple[int, ...]) -> Tensor:
         if name not in source:
