@@ -45,7 +45,7 @@ def quantizes_attention(model: Any) -> bool:
 def _why(module: nn.Module, name: str, dims: int, hidden: int) -> str:
     if re.search(r"experts?(\.|$)", name) and dims == 3:
         return "experts that a router chooses"
-    if re.search(r"router|(^|[._])gate$", name) or (type(module) is not nn.Linear and "gate" in name):
+    if re.search(r"router|(^|[._])gate(\.|$)", name) or (type(module) is not nn.Linear and "gate" in name):
         return "routers"
     if type(module) is not nn.Linear:
         return "no plain linears"

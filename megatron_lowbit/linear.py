@@ -166,7 +166,7 @@ class ReassembledNorm(Float32QParams):
                 "the checkpoint belongs to another model; quantize this one"
             )
         rms = rms_gain(norm)
-        self.eps, self.offset = 0.0, 0.0
+        self.eps, self.offset, self.dtype = 0.0, 0.0, None if weight is None else weight.dtype
         if rms is not None:
             self.eps = rms[1]
             self.offset = round(
@@ -175,6 +175,11 @@ class ReassembledNorm(Float32QParams):
         self.norm = norm if rms is None else None
         self.reassembly = Reassembly(plan)
         self.register_buffer("gain", None if rms is None else rms[0].float(), persistent=False)
+
+    @property
+    def weight(self) -> Any:
+        """The gain as the norm held it: some blocks (Mamba's) ask for its dtype."""
+        return self.norm.weight if self.gain is None else (self.gain - self.offset).to(self.dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.norm is not None or self.gain is None:

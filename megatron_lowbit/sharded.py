@@ -12,7 +12,7 @@ The rounding Q passes the gradient straight through, so what is trained is what 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -242,6 +242,11 @@ class PreparedNorm(nn.Module):
     def __init__(self, name: str, norm: nn.Module, act_bits: int):
         super().__init__()
         self.name, self.norm, self.act_bits = name, norm, act_bits
+
+    @property
+    def weight(self) -> Any:
+        """The norm's own: some blocks (Mamba's) ask for its dtype."""
+        return self.norm.weight
 
     def forward(self, hidden: Tensor) -> Tensor:
         return prepare(self.norm(hidden), None, self.act_bits)

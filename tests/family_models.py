@@ -61,7 +61,7 @@ _SHAPE: dict[str, Any] = {
 }
 # {model type: what differs}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "afmoe": {},
+    "afmoe": {"head_dim": 32},
     "apertus": {},
     "arcee": {},
     "bamba": {"attn_layer_indices": [1]},

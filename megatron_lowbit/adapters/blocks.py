@@ -240,7 +240,9 @@ class BlockSource:
             if read.count(name) != 1:
                 raise self._refused(f"{self.fqn(index, name)} does not run once for every token")
         for group in groups:
-            first = kinds[group.linears[0]][1]
+            first, last = kinds[group.linears[0]][1], group.linears[-1]
+            if len({kinds[name][0] for name in group.linears}) > 1:
+                raise self._refused(f"{group.linears[0]} and {last}, which reads the same, are of two kinds")
             if ranks > 1 and group.kind == "column" and first.out_features != kinds[group.row][1].in_features:
                 raise LowBitError(
                     f"{group.linears[0]} is a fused projection, which tp={ranks} would split wrongly; set tp=1"

@@ -44,6 +44,8 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def find_linears(model: nn.Module) -> dict[str, tuple[Kind, nn.Linear]]:
     """{fqn: (kind, linear)} of the tensor-parallel linears in all blocks, in order."""
+    if hasattr(getattr(model, "base_model", None), "_rescale_layers"):  # RWKV
+        raise LowBitError(f"{type(model).__name__} rescales its own weights while it runs; not a supported model")
     hidden, columns = model_config(model).hidden_size, _columns(model)
     found: dict[str, tuple[Kind, nn.Linear]] = {}
     prefix, blocks = decoder_blocks(model)
@@ -73,7 +75,7 @@ def find_linears(model: nn.Module) -> dict[str, tuple[Kind, nn.Linear]]:
 def _columns(model: nn.Module) -> re.Pattern[str]:
     """Matches the fqns of linears that transformers' own plan for the family cuts along the outputs."""
     plan = getattr(model_config(model), "base_model_tp_plan", None) or {}
-    names = [re.escape(name).replace(r"\*", r"\d+") for name, how in plan.items() if how.startswith("colwise")]
+    names = [re.escape(name).replace(r"\*", r"\d+") for name, how in plan.items() if how == "colwise"]
     return re.compile("|".join(rf"(^|\.){name}$" for name in names) or r"(?!)")
 
 
