@@ -179,7 +179,8 @@ class ReassembledNorm(Float32QParams):
     @property
     def weight(self) -> Any:
         """The gain as the norm held it: some blocks (Mamba's) ask for its dtype."""
-        return self.norm.weight if self.gain is None else (self.gain - self.offset).to(self.dtype)
+        norm: Any = self.norm
+        return norm.weight if self.gain is None else (self.gain - self.offset).to(self.dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.norm is not None or self.gain is None:

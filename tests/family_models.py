@@ -128,7 +128,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "mamba": {},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
-    "minimax": {},
+    "minimax": {"head_dim": 32},
     "minimax_m2": {},
     "ministral": {},
     "ministral3": {},

@@ -266,6 +266,22 @@ def deepspeed_uneven(rank: int, size: int, folders: list[Path | None]) -> list[s
     return messages
 
 
+def deepspeed_heads(rank: int, size: int) -> str:
+    """What an engine says whose model has fewer KV heads than there are ranks: AutoTP gives some of them none."""
+    import tiny_models
+
+    import megatron_lowbit as lowbit
+    from megatron_lowbit.adapters import deepspeed as adapter
+
+    adapter.import_deepspeed().init_distributed(dist_backend="gloo", verbose=False)
+    engine = adapter.init_engine(tiny_models.build("llama", num_key_value_heads=1), size, torch.float32)
+    try:
+        lowbit.apply_to_deepspeed(engine, lowbit.Artifact())
+    except LowBitError as error:
+        return str(error)
+    return "accepted"
+
+
 def deepspeed_refused(rank: int, size: int, folders: list[Path]) -> list[str]:
     """What an engine says to artifacts of other models and sizes."""
     import megatron_lowbit as lowbit

@@ -195,6 +195,12 @@ def test_uneven_shares_are_refused(two_ranks, tmp_path):
             assert len(message.splitlines()) == 1
 
 
+def test_heads_that_the_ranks_cannot_share_are_named(two_ranks):
+    """tp_grain_size was 1: it is the KV heads that AutoTP splits by."""
+    for message in two_ranks.run(rank_cases.deepspeed_heads):
+        assert "num_key_value_heads=1" in message and "grain" not in message, message
+
+
 def test_artifacts_of_another_model_or_size_are_refused(two_ranks, tmp_path):
     tuned = build("llama")
     tuned.model.layers[1].mlp.down_proj.weight.data[0, 0] += 1.0
