@@ -251,7 +251,7 @@ def take_checkpoints(
         w.scheme: round_weights(model, w, dtype) for w in weights if w.scheme != "none"
     }
     if made:
-        tell_full_precision(model, min(checkpoint.attention_bits for checkpoint in made.values()))
+        tell_full_precision(model)
     return made
 
 

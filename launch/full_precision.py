@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from typing import Any
 
 from torch import nn
@@ -12,11 +11,9 @@ from megatron_lowbit.adapters.huggingface import decoder_blocks, find_linears, m
 from megatron_lowbit.distributed import env_rank
 
 
-def tell_full_precision(model: Any, attention_bits: int) -> None:
+def tell_full_precision(model: Any) -> None:
     """Print, on rank 0, which weights of the blocks stay in full precision; nothing where all are quantized."""
-    parts = [*left_out(model)]
-    if attention_bits < 16 and not quantizes_attention(model):
-        parts.append(f"Q, K and V ({model_config(model).model_type} computes its attention in code of its own)")
+    parts = left_out(model)
     if parts and env_rank() == 0:
         print(f"in full precision stay {'; '.join(parts)}")
 
@@ -35,11 +32,6 @@ def left_out(model: Any) -> list[str]:
             why = _why(modules[owner], owner, parameter.ndim, hidden)
             found.setdefault(why, {})[owner if leaf == "weight" else name] = None
     return [f"{', '.join(names)} ({why})" for why, names in found.items()]
-
-
-def quantizes_attention(model: Any) -> bool:
-    """Tell whether the model's attention goes through the functions that `attention` wraps."""
-    return hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
 def _why(module: nn.Module, name: str, dims: int, hidden: int) -> str:

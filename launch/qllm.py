@@ -14,7 +14,7 @@ from torch import distributed as dist
 from megatron_lowbit.adapters.blocks import BlockSource
 from megatron_lowbit.adapters.huggingface import check_divides, model_config
 from megatron_lowbit.artifacts import remove_plans
-from megatron_lowbit.blockwise import GroupResult, Walk, attention_bits
+from megatron_lowbit.blockwise import GroupResult, Walk
 from megatron_lowbit.config import CalibrateConfig, CommConfig, LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.data import Windows, token_windows
 from megatron_lowbit.distributed import (
@@ -72,7 +72,7 @@ def quantize_qllm(
     source = BlockSource(folder, hf_config, config, compute_dtype(config), device(), tp_group)
     source.check_widths()
     source.check_rest()
-    tell_full_precision(source.model, attention_bits(config))
+    tell_full_precision(source.model)
     walk = Walk(source, windows, config, plan_sizes(source, config) if plans else [], dp_group, logger)
 
     def save_beside(output: Path) -> None:
