@@ -28,6 +28,7 @@ from megatron_lowbit.config import LowBitError
 
 VALUES = [None, True, 0, 1, -1, 2, 3, 5, 7, 16, 1.5, 2.0, -0.5, 1e300, 2**70, "", "x", "W4A4", "W9A9", "W16A16", "none"]
 VALUES += [[], [1], [2, 3], ["x"], {}, {"x": 1}, [[1, 2], [3]], "../lowbit.safetensors", "/etc/passwd", "\ud800", "\0"]
+OURS = ("lowbit", "comm_plan", "calibration")
 DTYPES = [torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int8, torch.bool, torch.uint8, torch.float32]
 
 
@@ -36,15 +37,13 @@ class ArtifactFuzz:
 
     def __init__(self, folder: Path, model: nn.Module, work: Path):
         self.model, self.work = model, work
-        self.files = {f.name: f.read_bytes() for f in sorted(folder.iterdir()) if self._is_ours(f.name)}
+        beside = json.loads((folder / "lowbit.json").read_text()).get("beside", {})  # config and tokenizer
+        names = [f.name for f in sorted(folder.iterdir()) if f.name.startswith(OURS) or f.name in beside]
+        self.files = {name: (folder / name).read_bytes() for name in names}
         for name, data in self.files.items():
             (work / name).write_bytes(data)
         self.ids = token_ids(2, 5)
         self.wanted = self._outputs()
-
-    @staticmethod
-    def _is_ours(name: str) -> bool:
-        return name.startswith(("lowbit", "comm_plan", "calibration"))
 
     def _outputs(self) -> list[torch.Tensor]:
         """What the artifact in `work` makes of the model, and the statistics that it holds."""
@@ -184,7 +183,8 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 def forged(rng: random.Random, files: dict[str, bytes]) -> str:
     """Change the tensors or the JSON, and put every checksum right."""
-    stem = rng.choice(sorted({name.removesuffix(".json") for name in files if name.endswith(".json")}))
+    described = [name for name in files if name.startswith(OURS) and name.endswith(".json")]
+    stem = rng.choice(sorted(name.removesuffix(".json") for name in described))
     meta = json.loads(files[f"{stem}.json"])
     owned = sorted(meta["files"]) if "files" in meta else [f"{stem}.safetensors"]
     what = ""
