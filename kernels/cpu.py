@@ -22,13 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.kernels import build
-from megatron_lowbit.kernels.exact import (
-    carrier_words,
-    decode_reference,
-    encode_reference,
-    exact_decode,
-    exact_encode,
-)
+from megatron_lowbit.kernels.exact import carrier_words, decode_reference, encode_reference, exact_decode, exact_encode
 from megatron_lowbit.kernels.hybrid import (
     BF16_BITS,
     hybrid_pack,

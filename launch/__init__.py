@@ -10,7 +10,7 @@ import textwrap
 from importlib import import_module, metadata
 
 import megatron_lowbit
-from megatron_lowbit import preemption
+from megatron_lowbit.runtime import preemption
 
 if sys.argv[:1] == ["-m"]:  # Python is on its way to a stage of ours: no signal may find us without a handler
     preemption.install()
@@ -52,12 +52,12 @@ def _main(argv: list[str] | None) -> int:
         print(f"megatron-lowbit {version()}")
         return 0
     if argv[0] == "benchmark" and argv[1:2] in (["collectives"], ["kernels"]):
-        from megatron_lowbit.launch import benchmark_arguments
+        from megatron_lowbit.launch.bench import arguments
 
-        code = benchmark_arguments.told(argv[1], argv[2:])
+        code = arguments.told(argv[1], argv[2:])
         return import_module(f"megatron_lowbit.launch.{argv[1]}").main(argv[2:]) if code is None else code
     if argv[0] == "slurm":
-        from megatron_lowbit.launch import slurm
+        from megatron_lowbit.launch.slurm import render as slurm
 
         return slurm.main(argv[1:])
     from megatron_lowbit.config import shown

@@ -13,7 +13,6 @@ import sys
 import time
 from typing import NoReturn
 
-from megatron_lowbit import launcher_env
 from megatron_lowbit.config import (
     CalibrateConfig,
     DemoConfig,
@@ -27,9 +26,10 @@ from megatron_lowbit.config import (
     load_config,
 )
 from megatron_lowbit.launch import STAGES
-from megatron_lowbit.launch.benchmark_config import BenchmarkConfig
+from megatron_lowbit.launch.bench.config import BenchmarkConfig
 from megatron_lowbit.launch.inputs import check_inputs
 from megatron_lowbit.launch.layout import check_layout
+from megatron_lowbit.runtime import launcher_env
 
 BAD_INPUT = 2
 CONFIGS: dict[str, type[StageConfig]] = {

@@ -18,17 +18,17 @@ import torch
 from torch import distributed as dist
 
 from megatron_lowbit.adapters import patching
-from megatron_lowbit.artifacts import Artifact
+from megatron_lowbit.artifact import Artifact
+from megatron_lowbit.comm.build_plan import build_plan, describe
 from megatron_lowbit.config import CommConfig, LowBitError, WeightsConfig
-from megatron_lowbit.distributed import Watch, device, env_rank
-from megatron_lowbit.launch.benchmark_config import BenchmarkConfig
-from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
-from megatron_lowbit.launch.netlab import on_a_host
+from megatron_lowbit.launch.bench.config import BenchmarkConfig
+from megatron_lowbit.launch.bench.netlab import on_a_host
+from megatron_lowbit.launch.engines.base import Engine, calibrate_engine, start_engine
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.launch.saturation import logged, measure_saturation, print_saturation
 from megatron_lowbit.launch.tables import print_table
-from megatron_lowbit.metrics import MetricLogger, progress
-from megatron_lowbit.ranges import build_plan, describe
+from megatron_lowbit.runtime.distributed import Watch, device, env_rank
+from megatron_lowbit.runtime.metrics import MetricLogger, progress
 
 CONFIG = BenchmarkConfig
 

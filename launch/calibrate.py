@@ -7,16 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_lowbit.adapters.huggingface import check_divides
-from megatron_lowbit.artifacts import CalibrationStats
+from megatron_lowbit.adapters.huggingface.apply import check_divides
+from megatron_lowbit.artifact import CalibrationStats
+from megatron_lowbit.comm.build_plan import aggregated_range, build_plan
 from megatron_lowbit.config import CalibrateConfig, CommConfig, LowBitError
-from megatron_lowbit.distributed import env_rank, on_rank_zero
-from megatron_lowbit.launch.engine import Engine, calibrate_engine, start_engine
+from megatron_lowbit.launch.engines.base import Engine, calibrate_engine, start_engine
 from megatron_lowbit.launch.layout import calibrating_ranks
 from megatron_lowbit.launch.runner import run_stage
-from megatron_lowbit.metrics import MetricLogger
-from megatron_lowbit.ranges import aggregated_range, build_plan
-from megatron_lowbit.resume import State
+from megatron_lowbit.qllm.resume import State
+from megatron_lowbit.runtime.distributed import env_rank, on_rank_zero
+from megatron_lowbit.runtime.metrics import MetricLogger
 
 CONFIG = CalibrateConfig
 

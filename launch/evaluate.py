@@ -14,16 +14,16 @@ from typing import Any
 from torch import Tensor
 
 from megatron_lowbit.adapters.patching import site_traffic
-from megatron_lowbit.artifacts import Artifact
+from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, EvaluateConfig, EvaluationConfig, LowBitError
-from megatron_lowbit.data import Windows
-from megatron_lowbit.distributed import Watch, env_rank
-from megatron_lowbit.evaluate import SiteTraffic, measure_quality, measure_sqnr
-from megatron_lowbit.launch.engine import Engine, load_windows, prepare_artifact, start_engine
+from megatron_lowbit.io.data import Windows
+from megatron_lowbit.launch.engines.base import Engine, load_windows, prepare_artifact, start_engine
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.launch.saturation import logged, measure_saturation, print_saturation
 from megatron_lowbit.launch.tables import number, print_table
-from megatron_lowbit.metrics import MetricLogger, progress
+from megatron_lowbit.quality import SiteTraffic, measure_quality, measure_sqnr
+from megatron_lowbit.runtime.distributed import Watch, env_rank
+from megatron_lowbit.runtime.metrics import MetricLogger, progress
 
 CONFIG = EvaluateConfig
 SQNR_TOKENS = 4096  # sites are compared with what they replaced on this many tokens
@@ -31,11 +31,11 @@ SQNR_TOKENS = 4096  # sites are compared with what they replaced on this many to
 
 def run(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:
     if config.ablation:
-        from megatron_lowbit.launch.ablation import run_ablation
+        from megatron_lowbit.launch.studies.ablation import run_ablation
 
         return run_ablation(config, logger)
     if config.comm_ablation:
-        from megatron_lowbit.launch.comm_ablation import run_comm_ablation
+        from megatron_lowbit.launch.studies.comm_ablation import run_comm_ablation
 
         return run_comm_ablation(config, logger)
     check_unused(config)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lowbit.config import LowBitError, one_line
-from megatron_lowbit.files import discard
+from megatron_lowbit.io.files import discard
 
 FILE = "generation_config.json"
 

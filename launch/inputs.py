@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_lowbit.config import LowBitError, QuantizeConfig, StageConfig, one_line, shown
-from megatron_lowbit.launcher_env import launched
-from megatron_lowbit.texts import check_source
+from megatron_lowbit.io.texts import check_source
+from megatron_lowbit.runtime.launcher_env import launched
 
 PACKAGES = {"deepspeed": "deepspeed", "megatron": "megatron.core", "wandb": "wandb"}  # by the extra that installs them
 NEED_A_MODEL = ("calibrate", "evaluate", "generate", "quantize")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from megatron_lowbit import launcher_env
 from megatron_lowbit.config import CalibrateConfig, LowBitError, ParityConfig, QuantizeConfig, StageConfig
-from megatron_lowbit.launcher_env import env_world_size, launched
+from megatron_lowbit.runtime import launcher_env
+from megatron_lowbit.runtime.launcher_env import env_world_size, launched
 
 
 def check_layout(name: str, config: StageConfig, nproc: int | None) -> int | None:

@@ -22,21 +22,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_lowbit import preemption
 from megatron_lowbit.adapters.patching import remove
-from megatron_lowbit.artifacts import Artifact
+from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommMode, LowBitError, ParityConfig
-from megatron_lowbit.distributed import on_rank_zero
-from megatron_lowbit.files import read_json, write_tensors
-from megatron_lowbit.launch.engine import GenerateOptions, start_engine
+from megatron_lowbit.io.files import read_json, write_tensors
+from megatron_lowbit.launch.engines.base import GenerateOptions, start_engine
 from megatron_lowbit.launch.generate import encode
 from megatron_lowbit.launch.inputs import read_prompts
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.launch.saturation import logged, measure_saturation, print_saturation
 from megatron_lowbit.launch.tables import Justify, print_table
-from megatron_lowbit.launcher_env import without_launch
-from megatron_lowbit.metrics import MetricLogger
-from megatron_lowbit.preemption import REQUEUE, Preempted
+from megatron_lowbit.runtime import preemption
+from megatron_lowbit.runtime.distributed import on_rank_zero
+from megatron_lowbit.runtime.launcher_env import without_launch
+from megatron_lowbit.runtime.metrics import MetricLogger
+from megatron_lowbit.runtime.preemption import REQUEUE, Preempted
 
 CONFIG = ParityConfig
 TIMEOUT = 3600  # seconds of one engine at one size

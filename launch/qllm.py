@@ -11,13 +11,21 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from megatron_lowbit.adapters.blocks import BlockSource
-from megatron_lowbit.adapters.huggingface import check_divides, model_config
-from megatron_lowbit.artifacts import remove_plans
-from megatron_lowbit.blockwise import GroupResult, Walk
+from megatron_lowbit.adapters.huggingface.apply import check_divides, model_config
+from megatron_lowbit.artifact import remove_plans
 from megatron_lowbit.config import CalibrateConfig, CommConfig, LowBitError, QuantizeConfig, one_line
-from megatron_lowbit.data import Windows, token_windows
-from megatron_lowbit.distributed import (
+from megatron_lowbit.io.data import Windows, token_windows
+from megatron_lowbit.launch.calibrate import write_plans
+from megatron_lowbit.launch.engines.base import compute_dtype
+from megatron_lowbit.launch.full_precision import tell_full_precision
+from megatron_lowbit.launch.generation import copy_generation_config
+from megatron_lowbit.launch.inputs import model_name
+from megatron_lowbit.launch.model_folder import check_config, download
+from megatron_lowbit.launch.tokenizer import check_tokenizer, load_tokenizer
+from megatron_lowbit.layers.linear import activation_groups
+from megatron_lowbit.qllm.block_source import BlockSource
+from megatron_lowbit.qllm.pipeline import GroupResult, Walk
+from megatron_lowbit.runtime.distributed import (
     device,
     env_rank,
     env_world_size,
@@ -26,16 +34,8 @@ from megatron_lowbit.distributed import (
     on_rank_zero,
     seed_everything,
 )
-from megatron_lowbit.launch.calibrate import write_plans
-from megatron_lowbit.launch.engine import compute_dtype
-from megatron_lowbit.launch.full_precision import tell_full_precision
-from megatron_lowbit.launch.generation import copy_generation_config
-from megatron_lowbit.launch.inputs import model_name
-from megatron_lowbit.launch.model_folder import check_config, download
-from megatron_lowbit.launch.tokenizer import check_tokenizer, load_tokenizer
-from megatron_lowbit.linear import activation_groups
-from megatron_lowbit.metrics import MetricLogger
-from megatron_lowbit.rendezvous import join
+from megatron_lowbit.runtime.metrics import MetricLogger
+from megatron_lowbit.runtime.rendezvous import join
 
 
 def quantize_qllm(

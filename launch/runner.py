@@ -21,18 +21,18 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_lowbit import launcher_env, preemption, presence
 from megatron_lowbit.config import LowBitError, StageConfig, one_line
-from megatron_lowbit.distributed import ToldError, env_rank, launched, on_every_rank, on_rank_zero
-from megatron_lowbit.files import ensure_writable, write_json, write_text
-from megatron_lowbit.folder_lock import FolderLock
+from megatron_lowbit.io.files import ensure_writable, write_json, write_text
 from megatron_lowbit.launch.arguments import BAD_INPUT, fail, parse
+from megatron_lowbit.launch.bench.netlab import FIRST_HOST, network, no_namespaces
 from megatron_lowbit.launch.inputs import check_inputs
 from megatron_lowbit.launch.layout import check_layout, world_of
-from megatron_lowbit.launch.netlab import FIRST_HOST, network, no_namespaces
-from megatron_lowbit.metrics import MetricLogger, environment
-from megatron_lowbit.preemption import REQUEUE, Preempted
-from megatron_lowbit.rendezvous import join
+from megatron_lowbit.runtime import launcher_env, preemption, presence
+from megatron_lowbit.runtime.distributed import ToldError, env_rank, launched, on_every_rank, on_rank_zero
+from megatron_lowbit.runtime.folder_lock import FolderLock
+from megatron_lowbit.runtime.metrics import MetricLogger, environment
+from megatron_lowbit.runtime.preemption import REQUEUE, Preempted
+from megatron_lowbit.runtime.rendezvous import join
 from megatron_lowbit.temporary import scratch_folder
 
 

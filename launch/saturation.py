@@ -15,8 +15,8 @@ import torch
 from torch import distributed as dist
 
 from megatron_lowbit.adapters import patching
-from megatron_lowbit.distributed import device
-from megatron_lowbit.launch.engine import Engine
+from megatron_lowbit.launch.engines.base import Engine
+from megatron_lowbit.runtime.distributed import device
 
 NAMED = 3  # sites in a line
 

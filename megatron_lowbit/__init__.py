@@ -44,11 +44,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_lowbit.adapters.deepspeed import apply_to_deepspeed
-    from megatron_lowbit.adapters.huggingface import apply_to_huggingface
-    from megatron_lowbit.adapters.megatron import apply_to_megatron
+    from megatron_lowbit.adapters.huggingface.apply import apply_to_huggingface
+    from megatron_lowbit.adapters.megatron.apply import apply_to_megatron
     from megatron_lowbit.adapters.patching import remove, saturation
-    from megatron_lowbit.artifacts import Artifact, CalibrationStats, CommPlan, LowBitCheckpoint
-    from megatron_lowbit.collectives import HybridReducer, VirtualReducer
+    from megatron_lowbit.artifact import Artifact, CalibrationStats, CommPlan, LowBitCheckpoint
+    from megatron_lowbit.comm.reducers import HybridReducer, VirtualReducer
     from megatron_lowbit.config import LowBitError
 
 __version__ = "0.1.0"

@@ -82,7 +82,7 @@ def pool_of(request):
 @pytest.fixture
 def needs_namespaces():
     """Skips where this process cannot make network namespaces."""
-    from megatron_lowbit.launch import netlab
+    from megatron_lowbit.launch.bench import netlab
 
     reason = netlab.no_namespaces()
     if reason is None:  # root in a container may still not be allowed to

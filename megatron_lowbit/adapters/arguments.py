@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from megatron_lowbit.artifacts import Artifact
+from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError, check_mode
 
 

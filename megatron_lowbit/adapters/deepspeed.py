@@ -17,12 +17,13 @@ from typing import Any
 from torch import distributed as dist
 from torch import nn
 
-from megatron_lowbit.adapters import arguments, huggingface, patching, saving
-from megatron_lowbit.artifacts import Artifact, Fingerprint, check_fingerprint, model_fingerprint
+from megatron_lowbit.adapters import arguments, patching, saving
+from megatron_lowbit.adapters.huggingface import apply as huggingface
+from megatron_lowbit.artifact import Artifact, Fingerprint, check_fingerprint, model_fingerprint
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError, one_line
-from megatron_lowbit.distributed import group_rank, world_size
-from megatron_lowbit.linear import QuantRowParallelLinear
-from megatron_lowbit.metrics import require
+from megatron_lowbit.layers.linear import QuantRowParallelLinear
+from megatron_lowbit.runtime.distributed import group_rank, world_size
+from megatron_lowbit.runtime.metrics import require
 
 
 def import_deepspeed() -> Any:

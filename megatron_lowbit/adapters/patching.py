@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from megatron_lowbit.adapters import arguments, attention, readers, training
-from megatron_lowbit.artifacts import Artifact, CommPlan, LowBitCheckpoint, SitePlan
-from megatron_lowbit.channels import ReassemblyPlan
-from megatron_lowbit.collectives import HybridGather, HybridReducer, Traffic, VirtualReducer
+from megatron_lowbit.adapters import arguments, readers, training
+from megatron_lowbit.adapters.huggingface import attention
+from megatron_lowbit.artifact import Artifact, CommPlan, LowBitCheckpoint, SitePlan
+from megatron_lowbit.comm.autotune import measure_costs
+from megatron_lowbit.comm.cost import CostTable
+from megatron_lowbit.comm.drift import Saturation
+from megatron_lowbit.comm.reducers import HybridGather, HybridReducer, Traffic, VirtualReducer
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
-from megatron_lowbit.cost import CostTable
-from megatron_lowbit.drift import Saturation
-from megatron_lowbit.linear import (
+from megatron_lowbit.layers.linear import (
     DenseShard,
     QuantColumnParallelLinear,
     QuantRowParallelLinear,
@@ -30,7 +31,7 @@ from megatron_lowbit.linear import (
     activation_groups,
     check_fits,
 )
-from megatron_lowbit.tuning import measure_costs
+from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 
 logger = logging.getLogger("megatron_lowbit")
 

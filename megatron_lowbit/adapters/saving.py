@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from megatron_lowbit.adapters import deepspeed_saving, patching
-from megatron_lowbit.artifacts import (
+from megatron_lowbit.artifact import (
     TOKENIZER_FILES,
     Artifact,
     Fingerprint,

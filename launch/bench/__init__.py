@@ -1,0 +1,1 @@
+"""Timings: engines, collectives and kernels."""

@@ -1,0 +1,75 @@
+"""Arguments of `benchmark collectives` and `benchmark kernels`, as arguments.py has those of the stages."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_lowbit.config import LowBitError, defaults, load_config
+from megatron_lowbit.launch.arguments import Parser, fail
+from megatron_lowbit.launch.bench.config import (
+    UNUSED,
+    BenchmarkCollectivesConfig,
+    BenchmarkKernelsConfig,
+    refuse_unused,
+)
+from megatron_lowbit.launch.bench.netlab import no_namespaces
+from megatron_lowbit.launch.inputs import check_package
+from megatron_lowbit.launch.layout import check_alone
+
+NOT_IN_COMM = ("mode", "cost_table", "drift_threshold", "selection", "gather", "tp_sizes")
+NOT_HERE = [*UNUSED, *(f"comm.{key}" for key in NOT_IN_COMM)]
+
+
+def told(kind: str, argv: list[str]) -> int | None:
+    """The exit code after one line on standard error, where something is wrong with the arguments; else None."""
+    try:
+        config = {"collectives": parse_collectives, "kernels": parse_kernels}[kind](argv)
+        if config.wandb != "off":
+            check_package("wandb")
+    except LowBitError as error:
+        return fail(str(error))
+    return None
+
+
+def parse_collectives(argv: list[str]) -> BenchmarkCollectivesConfig:
+    keys = [
+        f"  {key}={'none' if value is None else value}"
+        for key, value in defaults(BenchmarkCollectivesConfig()).items()
+        if key not in NOT_HERE
+    ]
+    parser = Parser(
+        prog="megatron-lowbit benchmark collectives",
+        description="time all-reduces over real processes, on loopback or behind links of a given rate",
+        epilog="config keys and their defaults (explained in megatron_lowbit.launch.bench.config):\n" + "\n".join(keys),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", help="YAML file of config keys")
+    for key, what in {
+        "ranks": "numbers of processes, such as 2,4,8",
+        "sizes": "of the bf16 tensor, such as 64KiB,1MiB",
+        "rate": "of every link, such as 1gbit; without it the ranks talk over loopback",
+        "output-dir": "folder of the results",
+        "wandb": "off, offline or online",
+    }.items():
+        parser.add_argument(f"--{key}", help=f"{what}; same as {key.replace('-', '_')}=...")
+    parser.add_argument("--tune", action="store_const", const="true", help="same as tune=true")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    args = vars(parser.parse_intermixed_args(argv))
+    file, overrides = args.pop("config"), args.pop("overrides")
+    given = [*overrides, *(f"{key}={value}" for key, value in args.items() if value is not None)]
+    config = load_config(BenchmarkCollectivesConfig, file, given)
+    refuse_unused(config, NOT_HERE)
+    if config.rate is not None and (reason := no_namespaces()):
+        raise LowBitError(f"rate={config.rate} {reason}; leave rate out to measure on loopback")
+    check_alone("benchmark collectives")
+    return config
+
+
+def parse_kernels(argv: list[str]) -> BenchmarkKernelsConfig:
+    what = "time the ops of the wire formats on one thread, against eager torch, torch.compile and a copy"
+    parser = Parser(prog="megatron-lowbit benchmark kernels", description=what)
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    config = load_config(BenchmarkKernelsConfig, None, parser.parse_args(argv).overrides)
+    refuse_unused(config, UNUSED)
+    check_alone("benchmark kernels")
+    return config

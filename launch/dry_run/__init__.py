@@ -1,0 +1,1 @@
+"""What a job would need and send, without running it."""

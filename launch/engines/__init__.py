@@ -1,0 +1,1 @@
+"""A loaded model on its engine: Hugging Face, DeepSpeed or Megatron-Core."""

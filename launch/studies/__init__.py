@@ -1,0 +1,1 @@
+"""Runs that compare settings: the papers' ablations, and synthetic tests."""

@@ -1,0 +1,240 @@
+"""Quantized attention of Hugging Face models: Q and K after RoPE, and V, per token and head (QLLM, arXiv 2310.08041).
+
+    softmax( Q(q) Q(k)^T / sqrt(d) ) Q(v)          the softmax's output keeps its precision, as in the paper
+
+Registered with transformers as an attention function that wraps the model's own (sdpa, eager, ...) and reads the number
+of bits from the attention module; a module without it computes as before. Families whose attention is code of their own
+(Bloom, GPT-J, ...) are not reached: a warning names them (possible_bits).
+
+While tokens are generated, K and V are packed in the cache: every DynamicLayer that an attention module meets empty is
+replaced by a PackedLayer. (Layers that keep a sliding window stay unpacked; their K and V are quantized when they are
+read.)
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import sys
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, unpack_bits
+from megatron_lowbit.quant.affine import choose_qparams, fake_quantize, quantize
+from megatron_lowbit.runtime.distributed import env_rank
+
+logger = logging.getLogger("megatron_lowbit")
+
+_BLOCK = re.compile(r".*?\.\d+\.")  # model.layers.0.
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # transformers' own name of it, in every forward that uses it
+_PREFIX = "lowbit_"  # of the names under which transformers knows the quantizing attention functions
+_BITS = "_lowbit_act_bits"  # on an attention module
+_QUANTIZED = "_lowbit_quantized"  # on a K or V that comes from a PackedLayer
+_QPARAM_BYTES = 8  # a float32 scale and zero point
+
+
+class Quantized:
+    """Have these attention modules quantize Q, K and V to act_bits and keep them packed in caches; call it to undo.
+
+    modules: of the model that owns `config`, each with a layer_idx. It holds what it has changed, so that a copy of
+    the model, or one that was pickled, is undone by its own copy.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], config: Any, act_bits: int):
+        self.modules, self.config = list(modules), config
+        enable(config)
+        set_bits(self.modules, act_bits)
+        self.handles = [
+            module.register_forward_pre_hook(_before_attention, with_kwargs=True) for module in self.modules
+        ]
+
+    def __call__(self) -> None:
+        disable(self.config)
+        for module in self.modules:
+            disable(getattr(module, "config", self.config))
+        set_bits(self.modules, 16)
+        for handle in self.handles:
+            handle.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        register(plain_name(self.config._attn_implementation))  # in a new process it is not known yet
+
+
+def takes_part(module: nn.Module) -> bool:
+    """Tell whether an attention module attends through transformers' attention interface, or by code of its own, where
+    nothing here is called."""
+    methods = (vars(kind).get("forward") for kind in type(module).__mro__)
+    return any(_INTERFACE in inspect.unwrap(m).__code__.co_names for m in methods if inspect.isfunction(m))
+
+
+def possible_bits(model: nn.Module, linears: Iterable[str], act_bits: int) -> int:
+    """The bits that Q, K and V of a model get where act_bits are wanted: 16 where all attention is code of its own.
+
+    linears: fqns of those that are quantized. Logs a warning that names the blocks whose attention stays as it is.
+    """
+    if act_bits == 16:
+        return 16
+    blocks: dict[str, list[str]] = {}
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in linears):
+        block = _BLOCK.match(owner + ".")
+        if block is not None:
+            blocks.setdefault(block.group(), []).append(owner)
+    left = [owners[0] for owners in blocks.values() if not any(takes_part(model.get_submodule(o)) for o in owners)]
+    if left and env_rank() == 0:
+        logger.warning(
+            "%s: in %d of %d blocks (first: %s, a %s) attention is code of its own, not transformers' attention "
+            "interface: Q, K and V stay in full precision there",
+            getattr(getattr(model, "config", None), "model_type", type(model).__name__),
+            len(left),
+            len(blocks),
+            left[0],
+            type(model.get_submodule(left[0])).__name__,
+        )
+    return 16 if len(left) == len(blocks) else act_bits
+
+
+def set_bits(modules: Iterable[nn.Module], act_bits: int) -> None:
+    """Have these attention modules quantize Q, K and V to act_bits; 16: not at all."""
+    for module in modules:
+        setattr(module, _BITS, act_bits)
+
+
+def plain_name(implementation: str | None) -> str:
+    """The attention function's own name, of a name that `enable` may have changed."""
+    return (implementation or "eager").removeprefix(_PREFIX)
+
+
+def enable(config: Any) -> str:
+    """Route the attention of the model that owns `config` through this module; returns the function's name before."""
+    before = plain_name(config._attn_implementation)
+    if config._attn_implementation != _PREFIX + before:
+        register(before)
+        config._attn_implementation = _PREFIX + before
+    return before
+
+
+def disable(config: Any) -> None:
+    """Undo `enable`; a function that was chosen since then stays chosen."""
+    if (config._attn_implementation or "").startswith(_PREFIX):
+        config._attn_implementation = plain_name(config._attn_implementation)
+
+
+def register(implementation: str) -> None:
+    """Tell transformers the quantizing twin of one of its attention functions."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = _PREFIX + implementation
+    ALL_ATTENTION_FUNCTIONS.register(name, partial(_attention, implementation))
+    if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+
+
+def _attention(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    **options: Any,
+):
+    """The attention function `implementation` on quantized query, key, value [batch, heads, tokens, head_dim]."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    act_bits = getattr(module, _BITS, 16)
+    if act_bits < 16:
+        query, key, value = (t if hasattr(t, _QUANTIZED) else fake_quantize(t, act_bits) for t in (query, key, value))
+    if implementation == "eager":  # every model brings its own, in its own file
+        attend = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    else:
+        attend = ALL_ATTENTION_FUNCTIONS[implementation]
+    return attend(module, query, key, value, attention_mask, **options)
+
+
+def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before an attention module runs: quantize whatever attention function has been chosen since the last run
+    (model.set_attn_implementation), and have K and V packed in a cache layer that is still empty."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    config: Any = getattr(module, "config", None)
+    if config is not None:
+        enable(config)
+    cache, index = kwargs.get("past_key_values"), getattr(module, "layer_idx", None)
+    if not isinstance(cache, DynamicCache) or index is None:
+        return
+    packed, act_bits = packed_layer_class(), getattr(module, _BITS)
+    if index == len(cache.layers) and cache.layer_class_to_replicate is DynamicLayer:
+        cache.layers.append(packed(act_bits))
+    elif index < len(cache.layers):
+        layer = cache.layers[index]
+        if type(layer) is DynamicLayer and not layer.is_initialized:
+            cache.layers[index] = packed(act_bits)
+
+
+def packed_layer_class() -> type:
+    """PackedLayer: DynamicLayer of uint8 rows [batch, heads, tokens, packed codes | scale | zero point].
+
+    Whatever transformers does to a DynamicLayer along its first three dimensions (crop, reorder, repeat) it can do to
+    this one. The class is made on first use, because `import megatron_lowbit` must not import transformers.
+    """
+    global _packed_layer
+    if _packed_layer is not None:
+        return _packed_layer
+    from transformers.cache_utils import DynamicLayer
+
+    class PackedLayer(DynamicLayer):
+        def __init__(self, num_bits: int):
+            super().__init__()
+            self.num_bits = num_bits
+
+        def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.head_dim = key_states.shape[-1]
+            self.keys = _encode(key_states[..., :0, :], self.num_bits)
+            self.values = _encode(value_states[..., :0, :], self.num_bits)
+            self.value_dim = value_states.shape[-1]
+            self.is_initialized = True
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            assert self.keys is not None and self.values is not None
+            self.keys = torch.cat([self.keys, _encode(key_states, self.num_bits)], dim=-2)
+            self.values = torch.cat([self.values, _encode(value_states, self.num_bits)], dim=-2)
+            decoded = []
+            for rows, width in ((self.keys, self.head_dim), (self.values, self.value_dim)):
+                tensor = _decode(rows, self.num_bits, width).to(self.dtype)
+                setattr(tensor, _QUANTIZED, True)  # rounding twice would be another rounding
+                decoded.append(tensor)
+            return decoded[0], decoded[1]
+
+    _packed_layer = PackedLayer
+    return PackedLayer
+
+
+_packed_layer: type | None = None
+
+
+def _encode(x: Tensor, num_bits: int) -> Tensor:
+    """x [..., d] -> uint8 [..., packed codes | scale | zero point], one pair per row."""
+    if x.shape[-2] == 0:
+        return x.new_empty((*x.shape[:-1], packed_bytes(x.shape[-1], num_bits) + _QPARAM_BYTES), dtype=torch.uint8)
+    scale, zero_point = choose_qparams(x, num_bits)
+    codes = pack_bits(quantize(x, scale, zero_point, num_bits), num_bits)
+    return torch.cat([codes, scale.view(torch.uint8), zero_point.view(torch.uint8)], dim=-1)
+
+
+def _decode(rows: Tensor, num_bits: int, width: int) -> Tensor:
+    """The inverse: float32 [..., width]."""
+    packed = rows[..., :-_QPARAM_BYTES]
+    qparams = rows[..., -_QPARAM_BYTES:].clone(memory_format=torch.contiguous_format)  # floats lie at multiples of four
+    scale, zero_point = qparams.view(torch.float32).split(1, dim=-1)
+    return dequantize(unpack_bits(packed, num_bits, width), scale, zero_point)

@@ -1,0 +1,182 @@
+"""Megatron-Core: the same artifact inside a GPTModel. Three ways in:
+
+    (a) spec     GPTModel(config, lowbit_spec(spec), ...), or --spec megatron_lowbit.adapters.megatron llama_lowbit_spec
+    (b) in place apply_to_megatron(gpt_model, "artifact/"), after the build: Megatron-Bridge and mbridge hooks
+    (c) recipe   with (a): Megatron's per-layer recipe file chooses the schemes, through finish_init
+
+(a) puts low-bit classes where Megatron's linears are. They hold the full-precision weights until a checkpoint is loaded
+into them (load_state_dict, with or without a distributed checkpoint), and round it then: to the spec's scheme, or to
+what the recipe says of each layer. (b) works on any GPTModel, whether or not it was built by (a), and is the way to
+an artifact with reassembly, correction and communication plans. `megatron_lowbit.remove` undoes (b).
+
+Experts, embeddings, the output layer and linears of other kinds (multi-latent attention) stay as they are, and read
+norms as they were; weights of theirs in the artifact are left, with a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.adapters import patching
+from megatron_lowbit.adapters.megatron import attention, core, training
+from megatron_lowbit.adapters.megatron.layers import weight_rows
+from megatron_lowbit.adapters.megatron.layout import (
+    NORMS,
+    find_linears,
+    find_prefix,
+    layout_of,
+    model_chunks,
+    norm_name,
+    parts,
+    split_rows,
+)
+from megatron_lowbit.adapters.megatron.replacements import Twins
+from megatron_lowbit.adapters.megatron.spec import (
+    block_spec,
+    llama_lowbit_spec,
+    llama_spec,
+    llama_w4a4_spec,
+    llama_w4a16_spec,
+    lowbit_spec,
+    qwen3_lowbit_spec,
+)
+from megatron_lowbit.artifact import Artifact, Fingerprint, LowBitCheckpoint, check_fingerprint
+from megatron_lowbit.config import CommConfig, CommMode, LowBitError
+from megatron_lowbit.runtime.distributed import group_rank, world_size
+
+_SAME_CONFIG = "build the model with the config that was quantized"
+
+
+def core_version() -> str:
+    return metadata.version(core.DISTRIBUTION)
+
+
+def fingerprint(model: Any, names: Iterable[str]) -> Fingerprint:
+    """Of a GPTModel: shapes from its config, checksums of the linears of this pipeline stage under Hugging Face names.
+
+    names: of the linears of the artifact it is compared with, or of the Hugging Face model. A collective call over the
+    tensor-parallel ranks.
+    """
+    known = getattr(model, "_lowbit_fingerprint", None)
+    if known is not None:
+        return known
+    names, layout = set(names), layout_of(model)
+    sums: dict[str, Tensor] = {}
+    prefix = find_prefix(sorted(names))
+    for (layer, role), (_, module) in find_linears(model).items():
+        separate = parts(prefix, layer, role, ())
+        fused = parts(prefix, layer, role, names)
+        pieces = split_rows(weight_rows(module), layout, role, group_rank(model.pg_collection.tp))
+        for number, (name, piece) in enumerate(zip(separate, pieces, strict=True)):
+            key = name if fused == separate else fused[0]
+            sums[key] = piece.sum() + (sums[key] if number and key in sums else 0)
+    total = torch.stack([sums[name] for name in sorted(sums)])
+    if world_size(model.pg_collection.tp) > 1:
+        torch.distributed.all_reduce(total, group=model.pg_collection.tp)
+    return {**_shape_fields(model), "weights": dict(zip(sorted(sums), total.tolist(), strict=True))}
+
+
+def _shape_fields(model: Any) -> dict[str, Any]:
+    config = model.config
+    return {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_query_groups or config.num_attention_heads,
+        "head_dim": config.kv_channels,
+    }
+
+
+def apply_to_megatron(
+    model: Any, artifact: str | Path | Artifact, comm_mode: CommMode | CommConfig | None = None
+) -> Any:
+    """Replace the tensor-parallel linears of a GPTModel in place, on every rank, and return what was given.
+
+    model: a GPTModel, a wrapper around one, or a list of pipeline chunks. artifact, comm_mode: as in
+    apply_to_huggingface. Under sequence parallelism the reduce-scatter is low-bit, and the all-gather where the plan
+    has ranges for it (comm.gather). Raises LowBitError, with nothing replaced, for an artifact of other shapes
+    (naming the first tensor), of another model, without a plan for this size or layer, or whose shard groups the
+    size splits.
+    """
+    chunks = model_chunks(model)
+    for chunk in chunks:
+        patching.remove(chunk)
+    artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
+    size = world_size(chunks[0].pg_collection.tp)
+    reducers = patching.Reducers.of(artifact, size, comm_mode, chunks[0].pg_collection.tp)
+    for chunk in chunks:
+        check_shapes(chunk, artifact)
+        if artifact.checkpoint is not None and artifact.checkpoint.scheme.weight_bits < 16:
+            training.check_replaceable(find_linears(chunk).values())
+        for what, part in (("the checkpoint", artifact.checkpoint), ("the communication plan", reducers.plan)):
+            if part is not None:
+                here = fingerprint(chunk, part.fingerprint["weights"])
+                both = here.keys() & part.fingerprint.keys()  # a GPTModel knows no model_type, and pads its vocabulary
+                check_fingerprint(what, *({key: f[key] for key in both} for f in (part.fingerprint, here)))
+        if artifact.checkpoint is not None and artifact.checkpoint.scheme.weight_bits < 16:
+            tell_left(chunk, artifact.checkpoint)
+    replacements = [Twins(chunk, artifact, reducers).modules() for chunk in chunks]
+    for chunk, modules in zip(chunks, replacements, strict=True):
+        patching.swap(chunk, modules)
+        if artifact.checkpoint is not None:
+            attention.quantize(chunk, artifact.checkpoint.attention_bits)
+    return model
+
+
+def tell_left(model: Any, checkpoint: LowBitCheckpoint) -> None:
+    """Warn of linears in this stage's layers that the checkpoint has quantized and the model keeps as they are."""
+    prefix, linears = find_prefix(checkpoint.linears), find_linears(model)
+    here = tuple(f"{prefix}.{layer.layer_number - 1}." for layer in model.decoder.layers)
+    taken = {name for layer, role in linears for name in parts(prefix, layer, role, checkpoint.linears)}
+    patching.tell_left(model, checkpoint, [n for n in checkpoint.linears if n in taken or not n.startswith(here)])
+
+
+def check_shapes(model: Any, artifact: Artifact) -> None:
+    """Raise LowBitError where a linear of the model and the artifact's differ in shape, naming the first."""
+    config, layout = model.config, layout_of(model)
+    checkpoint = artifact.checkpoint
+    for part in (checkpoint, *artifact.plans.values()):
+        layers = config.num_layers if part is None else part.fingerprint.get("num_hidden_layers", config.num_layers)
+        if layers != config.num_layers:
+            raise LowBitError(f"the artifact has {layers} layers, the GPTModel {config.num_layers}; {_SAME_CONFIG}")
+    if checkpoint is None:
+        return
+    prefix = find_prefix(checkpoint.linears)
+    for layer, role in find_linears(model):
+        names = parts(prefix, layer, role, checkpoint.linears)
+        rows = layout.part_rows(role) if len(names) > 1 else (sum(layout.part_rows(role)),)
+        norms = [norm_name(prefix, layer, norm) for norm, (_, reader) in NORMS.items() if reader == role]
+        for name, out_features in zip(names, rows, strict=True):
+            if name not in checkpoint.linears:
+                raise LowBitError(f"the artifact has no quantized weight for {name}; quantize this model again")
+            weight = checkpoint.linears[name]
+            plans = [checkpoint.reassembly[owner] for owner in (name, *norms) if owner in checkpoint.reassembly]
+            there = [weight.packed_weight.shape[0], plans[0].in_features if plans else weight.in_features]
+            here = [out_features, layout.in_features(role)]
+            if there != here:
+                raise LowBitError(f"{name} is {there} in the artifact and {here} in the GPTModel; {_SAME_CONFIG}")
+
+
+__all__ = [
+    "apply_to_megatron",
+    "block_spec",
+    "core_version",
+    "find_linears",
+    "fingerprint",
+    "layout_of",
+    "llama_lowbit_spec",
+    "llama_spec",
+    "llama_w4a4_spec",
+    "llama_w4a16_spec",
+    "lowbit_spec",
+    "model_chunks",
+    "qwen3_lowbit_spec",
+    "split_rows",
+]

@@ -1,0 +1,317 @@
+"""Text generation with a GPTModel: Megatron-Core's StaticInferenceEngine, or DynamicInferenceEngine (continuous
+batching).
+
+    tokens = generate(model, [Request(ids, 32), ...], on_token=lambda number, token: ...)
+
+Prompts and results are token ids: Megatron's own tokenizing strips a leading BOS. All ranks call it with the same
+requests and gets the same tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
+from megatron.core.inference.engines import static_engine
+from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
+from megatron.core.inference.engines.static_engine import StaticInferenceEngine
+from megatron.core.inference.inference_request import InferenceRequest
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
+from megatron.core.inference.sampling_params import SamplingParams
+from megatron.core.inference.text_generation_controllers.text_generation_controller import (
+    TextGenerationController,
+)
+from torch import Tensor
+
+from megatron_lowbit.adapters.megatron import apply as megatron
+from megatron_lowbit.adapters.megatron import cpu_shims
+from megatron_lowbit.adapters.megatron.layout import layout_of
+from megatron_lowbit.config import LowBitError
+from megatron_lowbit.runtime.distributed import world_size
+
+try:
+    from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
+except ImportError:
+    raise LowBitError(
+        f"generation runs on the inference engines of megatron-core 0.16, which {megatron.core_version()} has changed; "
+        "use engine=deepspeed or huggingface, or install megatron-core 0.16"
+    ) from None
+
+Batching = Literal["static", "dynamic"]
+OnToken = Callable[[int, int], None]
+_BLOCK = 256  # tokens of a block of the paged cache
+_ROUNDING = DynamicInferenceContext.REQUEST_ROUNDER
+_NO_TOKEN = -1  # Megatron's controllers compare with one id, or with this; ours compare with all that end a text
+_PATIENCE = 1000  # steps without a new token, of which chunked prefill of a long prompt takes some
+
+
+@dataclass
+class Request:
+    """One prompt: its ids, and at most so many new tokens."""
+
+    prompt: list[int]
+    max_new_tokens: int
+
+
+def generate(
+    model: Any,
+    requests: Sequence[Request],
+    end_id: int | Sequence[int] | None = None,
+    temperature: float = 0.0,
+    batching: Batching = "dynamic",
+    max_batch: int = 8,
+    seed: int = 0,
+    on_token: OnToken = lambda number, token: None,
+    on_step: Callable[[], None] = lambda: None,
+) -> list[list[int]]:
+    """The new tokens of every request; greedy at temperature 0.
+
+    end_id: the token that ends a request, and is its last one then; or several, of which each does. None:
+    nothing ends it before max_new_tokens. max_batch: requests in flight at once.
+    on_token(number of the request, token id) is called as tokens are made, on_step() before each forward step, by all
+    ranks equally often; it may raise to stop them. Raises LowBitError for an empty prompt, one
+    without room in the model's context, for sequence parallelism with static batching, and for KV heads that
+    ranks share with dynamic batching.
+    """
+    (model,) = megatron.model_chunks(model)
+    context = model.max_sequence_length
+    for number, request in enumerate(requests):
+        if not request.prompt:
+            raise LowBitError(f"prompt {number} has no tokens; give some text")
+        if len(request.prompt) + request.max_new_tokens > context:
+            raise LowBitError(
+                f"prompt {number} has {len(request.prompt)} tokens and asks for {request.max_new_tokens} more; "
+                f"the model's context is {context}"
+            )
+    if batching == "static" and model.config.sequence_parallel:
+        raise LowBitError("static batching does not support sequence_parallel=true; use batching=dynamic")
+    groups, ranks = layout_of(model).num_groups, layout_of(model).tp_size
+    if batching == "dynamic" and groups % ranks:  # each rank's cache holds whole KV heads of its own
+        raise LowBitError(f"dynamic batching does not support {groups} KV heads on tp={ranks}; use batching=static")
+    if not requests:
+        return []
+    run = _static if batching == "static" else _dynamic
+    ends = [] if end_id is None else [end_id] if isinstance(end_id, int) else list(end_id)
+    try:
+        with cpu_shims.engines(), torch.inference_mode(), _quiet():
+            return run(model, requests, ends, temperature, max_batch, seed, on_token, on_step)
+    finally:
+        _free_buffers()
+
+
+class _NoTokenizer:
+    """Megatron asks for an end and for text; ids are all that is wanted here, and our controllers know the ends."""
+
+    def __init__(self, vocab_size: int):
+        self.eod = self.eos_id = self.bos = _NO_TOKEN
+        self.pad, self.vocab_size = 0, vocab_size
+
+    def tokenize(self, text: str) -> list[int]:
+        raise TypeError("prompts are given as ids")
+
+    def detokenize(self, ids: Any, **_: Any) -> str:
+        return ""
+
+    def offsets(self, ids: Any, text: str) -> list[int]:
+        return [0] * len(ids)
+
+
+class _SteppingWrapper(GPTInferenceWrapper):
+    """The one place that both engines pass on every rank, pipeline stages included, once per decoding step."""
+
+    on_step: Callable[[], None]
+
+    def run_one_forward_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.on_step()
+        return super().run_one_forward_step(*args, **kwargs)
+
+
+def _wrapper_config(model: Any, max_batch: int, length: int) -> InferenceWrapperConfig:
+    ranks = world_size(model.pg_collection.tp)
+    vocab = model.vocab_size
+    assert vocab % ranks == 0, "GPTModel shares its vocabulary equally"
+    return InferenceWrapperConfig(
+        hidden_size=model.config.hidden_size,
+        params_dtype=model.config.params_dtype,
+        inference_batch_times_seqlen_threshold=-1,
+        padded_vocab_size=vocab,
+        inference_max_requests=max_batch,
+        inference_max_seq_length=length,
+    )
+
+
+def _sampling(temperature: float, new_tokens: int) -> SamplingParams:
+    options: dict[str, Any] = {"top_k": 1} if temperature == 0 else {"temperature": temperature, "top_k": 0}
+    return SamplingParams(**options, num_tokens_to_generate=new_tokens, termination_id=_NO_TOKEN)
+
+
+class _DynamicController(TextGenerationController):
+    """Ends a request by any of several tokens."""
+
+    ends: Tensor
+
+    def _dynamic_step_context_bookkeeping(self) -> Any:
+        context = self.inference_wrapped_model.inference_context
+        running = slice(context.paused_request_count, context.total_request_count)
+        end_of_each = self._request_metadata["termination_id"][running]
+        sampled = self._sampled_tokens_cuda[: len(end_of_each)]
+        ended = torch.isin(sampled, self.ends)
+        end_of_each[ended] = sampled[ended].to(end_of_each.dtype)  # the token that Megatron compares this one with
+        return super()._dynamic_step_context_bookkeeping()
+
+
+def _dynamic(
+    model: Any,
+    requests: Sequence[Request],
+    ends: list[int],
+    temperature: float,
+    max_batch: int,
+    seed: int,
+    on_token: OnToken,
+    on_step: Callable[[], None],
+) -> list[list[int]]:
+    length = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    config = _wrapper_config(model, max_batch, length)
+    context = DynamicInferenceContext.from_config(
+        config, model, max_batch, buffer_size_gb=_buffer_gb(model, length, max_batch), num_cuda_graphs=None
+    )
+    wrapper = _SteppingWrapper(model, config, context)
+    wrapper.on_step = on_step
+    controller = _DynamicController(wrapper, _NoTokenizer(model.vocab_size))
+    controller.ends = torch.tensor(ends, device=torch.cuda.current_device(), dtype=torch.int64)
+    controller.sampling_rng.manual_seed(seed)
+    engine = DynamicInferenceEngine(controller, context, enable_cuda_graph=False, random_seed=seed)
+    made: list[list[int]] = [[] for _ in requests]
+    waiting, idle = list(enumerate(requests)), 0
+    while waiting or engine.has_unfinished_requests():
+        while waiting and len(engine.requests) < max_batch:
+            number, request = waiting.pop(0)
+            engine.add_request(number, request.prompt, _sampling(temperature, request.max_new_tokens))
+        running = {number: entry.record for number, entry in engine.requests.items()}
+        before = sum(map(len, made))
+        engine.step_modern()
+        for number in sorted(running):
+            tokens = [token for part in running[number].requests for token in part.generated_tokens]
+            for token in tokens[len(made[number]) :]:
+                made[number].append(int(token))
+                on_token(number, int(token))
+        idle = 0 if sum(map(len, made)) > before else idle + 1
+        if idle > _PATIENCE:
+            raise LowBitError(f"Megatron's engine makes no progress with {len(running)} requests; lower max_batch")
+    return made
+
+
+def _buffer_gb(model: Any, length: int, max_batch: int) -> float:
+    """Memory of the paged cache for max_batch requests of `length` tokens, in whole blocks, and two spare ones.
+
+    Megatron rounds the requests it can hold down to a multiple of four and of the ranks: to none, if these are fewer.
+    """
+    config = model.config
+    multiple = math.lcm(_ROUNDING, config.tensor_model_parallel_size)
+    blocks = -(-max_batch // multiple) * multiple * -(-length // _BLOCK) + 2
+    groups = max(config.num_query_groups // config.tensor_model_parallel_size, 1)
+    layers = config.num_layers // config.pipeline_model_parallel_size
+    values = 2 * layers * blocks * _BLOCK * groups * config.kv_channels
+    return 1.05 * values * config.params_dtype.itemsize / 1024**3
+
+
+class _StreamingController(TextGenerationController):
+    """Tells every sampled token (Megatron's own streaming runs the model in a second thread), and ends a request by any
+    of several tokens."""
+
+    tell: Callable[[list[int], list[bool]], None]
+    ends: Tensor
+
+    def sample_from_logits(self, *args: Any, **kwargs: Any) -> Tensor:
+        tokens = super().sample_from_logits(*args, **kwargs)
+        self.tell(tokens.tolist(), kwargs["generation_started"].tolist())
+        return tokens
+
+    def update_generation_status(
+        self,
+        updated_prompts_tokens: Tensor,
+        generation_started: Tensor,
+        current_context_end_position: int,
+        is_generation_done_tensor: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        ended = torch.isin(updated_prompts_tokens[:, current_context_end_position], self.ends) & generation_started
+        done = is_generation_done_tensor | ended
+        return super().update_generation_status(
+            updated_prompts_tokens, generation_started, current_context_end_position, done, *args, **kwargs
+        )
+
+
+def _static(
+    model: Any,
+    requests: Sequence[Request],
+    ends: list[int],
+    temperature: float,
+    max_batch: int,
+    seed: int,
+    on_token: OnToken,
+    on_step: Callable[[], None],
+) -> list[list[int]]:
+    """Batches of requests that ask for the same number of tokens (the engine takes it from the first of a batch)."""
+    made: list[list[int]] = [[] for _ in requests]
+    last = [[end] for end in ends]
+    pending = list(range(len(requests)))
+    while pending:
+        size = requests[pending[0]].max_new_tokens
+        batch = [number for number in pending if requests[number].max_new_tokens == size][:max_batch]
+        pending = [number for number in pending if number not in batch]
+
+        def tell(tokens: list[int], started: list[bool], batch: list[int] = batch, size: int = size) -> None:
+            for number, token, begun in zip(batch, tokens, started, strict=True):
+                if begun and len(made[number]) < size and made[number][-1:] not in last:
+                    made[number].append(token)
+                    on_token(number, token)
+
+        config = _wrapper_config(model, len(batch), max(len(requests[number].prompt) for number in batch) + size)
+        wrapper = _SteppingWrapper(model, config, StaticInferenceContext.from_config(config))
+        wrapper.on_step = on_step
+        controller = _StreamingController(wrapper, _NoTokenizer(model.vocab_size))
+        controller.tell = tell
+        controller.ends = torch.tensor(ends, device=torch.cuda.current_device(), dtype=torch.int64)
+        controller.sampling_rng.manual_seed(seed)
+        engine = StaticInferenceEngine(controller, len(batch), random_seed=seed, legacy=True)
+        sampling = _sampling(temperature, size)
+        queue = [
+            InferenceRequest(
+                request_id=number, prompt="", sampling_params=sampling, prompt_tokens=list(requests[number].prompt)
+            )
+            for number in batch
+        ]
+        engine.generate(inference_requests=queue)
+    return made
+
+
+def _free_buffers() -> None:
+    """Drop what Megatron has allocated in inference mode and would use again: autograd refuses such tensors, so a model
+    could not be trained (under sequence parallelism) after it has generated."""
+    buffers = parallel_state.get_global_memory_buffer().buffer
+    for key in [key for key, buffer in buffers.items() if buffer is not None and buffer.is_inference()]:
+        del buffers[key]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The engines announce their own deprecation, and draw a progress bar per rank."""
+    bar = static_engine.tqdm
+    static_engine.tqdm = partial(bar, disable=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        static_engine.tqdm = bar

@@ -1,0 +1,176 @@
+"""Where the tensors of a Hugging Face decoder lie in a Megatron-Core GPTModel: names, and the order of fused rows.
+
+    decoder.layers.<i>.             model.layers.<i>.
+    self_attention.linear_qkv       self_attn.{q,k,v}_proj (or qkv_proj)      per query group [q ... | k | v]
+    self_attention.linear_proj      self_attn.o_proj
+    mlp.linear_fc1                  mlp.{gate,up}_proj (or gate_up_proj)      per rank [gate_r | up_r]
+    mlp.linear_fc2                  mlp.down_proj
+    input_layernorm                 input_layernorm
+    pre_mlp_layernorm               post_attention_layernorm
+    self_attention.{q,k}_layernorm  self_attn.{q,k}_norm
+
+A fused linear is the rows of its parts, one below the other, in another order: W_megatron = cat(parts)[order]. The same
+index serves weights, biases, packed rows, scales and zero points; rank r of N holds the r-th of N equal pieces of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.config import LowBitError
+from megatron_lowbit.runtime.distributed import world_size
+
+Role = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+
+PATHS: dict[Role, str] = {
+    "linear_qkv": "self_attention.linear_qkv",
+    "linear_proj": "self_attention.linear_proj",
+    "linear_fc1": "mlp.linear_fc1",
+    "linear_fc2": "mlp.linear_fc2",
+}
+# The linears of Hugging Face that make up a role: one by one, or fused there too (Phi-3).
+_PARTS: dict[Role, tuple[tuple[str, ...], str]] = {
+    "linear_qkv": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.qkv_proj"),
+    "linear_proj": (("self_attn.o_proj",), "self_attn.o_proj"),
+    "linear_fc1": (("mlp.gate_proj", "mlp.up_proj"), "mlp.gate_up_proj"),
+    "linear_fc2": (("mlp.down_proj",), "mlp.down_proj"),
+}
+COLUMN: tuple[Role, ...] = ("linear_qkv", "linear_fc1")
+# {norm of Megatron's layer: (its name in Hugging Face, the linear that reads it and may hold it)}
+NORMS: dict[str, tuple[str, Role | None]] = {
+    "input_layernorm": ("input_layernorm", "linear_qkv"),
+    "pre_mlp_layernorm": ("post_attention_layernorm", "linear_fc1"),
+    "self_attention.q_layernorm": ("self_attn.q_norm", None),
+    "self_attention.k_layernorm": ("self_attn.k_norm", None),
+}
+DEFAULT_PREFIX = "model.layers"
+_HOSTS = {
+    "ColumnParallelLinear",
+    "RowParallelLinear",
+    "TEColumnParallelLinear",
+    "TELayerNormColumnParallelLinear",
+    "TERowParallelLinear",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape of one decoder layer and the number of tensor-parallel ranks that share it."""
+
+    num_heads: int
+    num_groups: int
+    head_dim: int
+    ffn_size: int
+    hidden_size: int
+    tp_size: int
+
+    def part_rows(self, role: Role) -> tuple[int, ...]:
+        """Rows of each separate part of a fused linear, or the one linear's own."""
+        groups = self.num_groups * self.head_dim
+        sizes: dict[Role, tuple[int, ...]] = {
+            "linear_qkv": (self.num_heads * self.head_dim, groups, groups),
+            "linear_fc1": (self.ffn_size, self.ffn_size),
+            "linear_proj": (self.hidden_size,),
+            "linear_fc2": (self.hidden_size,),
+        }
+        return sizes[role]
+
+    def in_features(self, role: Role) -> int:
+        """Inputs of the whole (unsharded) linear."""
+        wide = {"linear_proj": self.num_heads * self.head_dim, "linear_fc2": self.ffn_size}
+        return wide.get(role, self.hidden_size)
+
+    def order(self, role: Role) -> Tensor:
+        """int64 [rows]: row i of Megatron's linear, over all ranks in turn, is row order[i] of cat(parts)."""
+        rows = torch.arange(sum(self.part_rows(role)))
+        if role == "linear_qkv":
+            q, k, v = (part.view(self.num_groups, -1) for part in rows.split(self.part_rows(role)))
+            return torch.cat([q, k, v], dim=1).flatten()
+        if role == "linear_fc1":
+            gate, up = (part.view(self.tp_size, -1) for part in rows.split(self.part_rows(role)))
+            return torch.cat([gate, up], dim=1).flatten()
+        return rows
+
+    def rank_rows(self, role: Role, rank: int) -> Tensor:
+        """The part of `order` that tensor-parallel rank `rank` of a column-parallel linear holds."""
+        return self.order(role).chunk(self.tp_size)[rank]
+
+
+def parts(prefix: str, layer: int, role: Role, known: Collection[str]) -> tuple[str, ...]:
+    """Hugging Face names of the linears that make up a role; `known` tells whether they are fused there."""
+    separate, fused = (
+        tuple(f"{prefix}.{layer}.{leaf}" for leaf in leaves) for leaves in (_PARTS[role][0], (_PARTS[role][1],))
+    )
+    return fused if fused[0] in known else separate
+
+
+def norm_name(prefix: str, layer: int, norm: str) -> str:
+    """Hugging Face name of a norm of Megatron's layer."""
+    return f"{prefix}.{layer}.{NORMS[norm][0]}"
+
+
+def find_prefix(names: Iterable[str]) -> str:
+    """What comes before the number of a block in Hugging Face names: model.layers, model.language_model.layers."""
+    for name in names:
+        match = re.match(r"(.+?)\.\d+\.(self_attn|mlp|input_layernorm)\.", name)
+        if match:
+            return match.group(1)
+    return DEFAULT_PREFIX
+
+
+def model_chunks(model: Any) -> list[Any]:
+    """The GPTModels inside a model, a wrapper (Float16Module, DistributedDataParallel), or a list of them."""
+    if isinstance(model, (list, tuple)):
+        return [chunk for item in model for chunk in model_chunks(item)]
+    while not hasattr(model, "decoder") and hasattr(model, "module"):
+        model = model.module
+    if not hasattr(model, "decoder"):
+        raise LowBitError(f"{type(model).__name__} is no GPTModel of Megatron-Core: it has no decoder")
+    return [model]
+
+
+def layout_of(model: Any) -> Layout:
+    """Shapes of a GPTModel's layers."""
+    config = model.config
+    return Layout(
+        config.num_attention_heads,
+        config.num_query_groups or config.num_attention_heads,
+        config.kv_channels,
+        config.ffn_hidden_size,
+        config.hidden_size,
+        world_size(model.pg_collection.tp),
+    )
+
+
+def find_linears(model: Any) -> dict[tuple[int, Role], tuple[str, Any]]:
+    """{(layer in the whole model, from 0; role): (path, module)} of a GPTModel's tensor-parallel linears."""
+    found: dict[tuple[int, Role], tuple[str, Any]] = {}
+    for index, layer in enumerate(model.decoder.layers):
+        for role, path in PATHS.items():
+            module: Any = layer
+            for name in path.split("."):
+                module = getattr(module, name, None)
+            kinds = {kind.__name__ for kind in type(module).__mro__}
+            if kinds & _HOSTS and not getattr(module, "is_expert", False):
+                found[layer.layer_number - 1, role] = (f"decoder.layers.{index}.{path}", module)
+    if not found:
+        raise LowBitError("the model has no tensor-parallel linears that megatron_lowbit knows")
+    return found
+
+
+def split_rows(weight: Tensor, layout: Layout, role: Role, rank: int) -> list[Tensor]:
+    """A rank's rows of a fused linear [rows / N, ...] -> those of each part, in the part's own order."""
+    if role not in COLUMN:
+        return [weight]
+    order, pieces, start = layout.rank_rows(role, rank).to(weight.device), [], 0
+    for rows in layout.part_rows(role):
+        mine = ((order >= start) & (order < start + rows)).nonzero().squeeze(1)
+        pieces.append(weight[mine[order[mine].argsort()]])
+        start += rows
+    return pieces

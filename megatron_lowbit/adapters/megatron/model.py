@@ -1,0 +1,439 @@
+"""Hugging Face decoders as GPTModels, and back: config, weights at any tensor- and pipeline-parallel size.
+
+    hf_config ──transformer_config──> TransformerConfig ──build──> GPTModel ──load_weights / load_checkpoint──> ready
+    GPTModel ──to_huggingface──> the Hugging Face model, on rank 0
+
+Supported are the Llama-like ones: llama, mistral, qwen2, qwen3, phi3. Every rank reads one tensor at a time and keeps
+its rows. Where the vocabulary is padded, the logits of the padding are -inf.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_lowbit.adapters.huggingface import apply as huggingface
+from megatron_lowbit.adapters.megatron import apply as megatron
+from megatron_lowbit.adapters.megatron import cpu_shims
+from megatron_lowbit.adapters.megatron.layers import full_weight
+from megatron_lowbit.adapters.megatron.layout import COLUMN, NORMS, Layout, find_prefix, norm_name, parts
+from megatron_lowbit.artifact import Artifact
+from megatron_lowbit.config import CommConfig, CommMode, LowBitError
+from megatron_lowbit.io.hf_names import ModelWeights
+from megatron_lowbit.qllm.block_source import skeleton
+from megatron_lowbit.runtime.distributed import all_gather_stack, gather_values, group_rank, world_size
+from megatron_lowbit.runtime.rendezvous import collective_limit
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+_HEAD = "lm_head.weight"
+Read = Callable[[str, tuple[int, ...]], Tensor]
+
+
+def initialize(tp: int, pp: int, seed: int) -> None:
+    """Megatron's parallel groups, over the ranks of an initialized torch.distributed; the rest are data-parallel."""
+    minutes = collective_limit().total_seconds() / 60
+    parallel_state.initialize_model_parallel(tp, pp, distributed_timeout_minutes=minutes)
+    cpu_shims.enable()
+    if torch.cuda.is_available():
+        model_parallel_cuda_manual_seed(seed)
+
+
+def transformer_config(
+    hf_config: Any, dtype: torch.dtype = torch.float32, sequence_parallel: bool = False
+) -> TransformerConfig:
+    """TransformerConfig of a Hugging Face text config, for the parallel sizes that Megatron has been initialized with.
+
+    Raises LowBitError for a model type, activation or rotary embedding that Megatron's GPTModel would compute
+    otherwise.
+    """
+    if hf_config.model_type not in MODEL_TYPES:
+        raise LowBitError(
+            f"model_type {hf_config.model_type!r} is not supported with engine=megatron "
+            f"({', '.join(MODEL_TYPES)} are); use engine=huggingface or deepspeed"
+        )
+    if hf_config.hidden_act != "silu":
+        raise LowBitError(f"hidden_act={hf_config.hidden_act!r} is not supported with engine=megatron; it needs silu")
+    tp, pp = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    huggingface.check_divides(hf_config, tp, "tp", share_kv_heads=True)
+    if hf_config.num_hidden_layers % pp:
+        raise LowBitError(f"pp={pp} does not divide the model's num_hidden_layers={hf_config.num_hidden_layers}")
+    gpu = torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=hf_config.num_hidden_layers,
+        hidden_size=hf_config.hidden_size,
+        ffn_hidden_size=hf_config.intermediate_size,
+        num_attention_heads=hf_config.num_attention_heads,
+        num_query_groups=hf_config.num_key_value_heads,
+        kv_channels=head_dim(hf_config),
+        normalization="RMSNorm",
+        layernorm_epsilon=hf_config.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=_has_bias(hf_config, "output"),
+        add_qkv_bias=_has_bias(hf_config, "qkv"),
+        qk_layernorm=hf_config.model_type == "qwen3",
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        masked_softmax_fusion=gpu,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        sequence_parallel=sequence_parallel and tp > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=not gpu,
+        perform_initialization=False,  # every parameter is loaded
+    )
+
+
+def head_dim(hf_config: Any) -> int:
+    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def _has_bias(hf_config: Any, where: str) -> bool:
+    """Whether the q, k, v projections ("qkv"), or the output and MLP projections ("output") have biases."""
+    attention = bool(getattr(hf_config, "attention_bias", False))
+    if where == "qkv":
+        return attention or hf_config.model_type == "qwen2"
+    return attention or bool(getattr(hf_config, "mlp_bias", False))
+
+
+def _expects_bias(hf_config: Any, role: str) -> bool:
+    """Whether the Hugging Face model has a bias there; Megatron's, which has all of them or none, may have zeros."""
+    if role == "linear_qkv":
+        return _has_bias(hf_config, "qkv")
+    return bool(getattr(hf_config, "attention_bias" if role == "linear_proj" else "mlp_bias", False))
+
+
+def context_length(hf_config: Any) -> int:
+    """Tokens that the model sees: at most a sliding window, within which windowed attention is full attention."""
+    context = getattr(hf_config, "max_position_embeddings", None) or 2048
+    window = getattr(hf_config, "sliding_window", None)
+    return min(context, window) if window and getattr(hf_config, "use_sliding_window", True) else context
+
+
+def _rotary(hf_config: Any) -> dict[str, Any]:
+    """GPTModel's arguments for the rotary embedding."""
+    rope = dict(getattr(hf_config, "rope_parameters", None) or {})
+    kind = rope.get("rope_type", "default")
+    arguments: dict[str, Any] = {
+        "rotary_base": rope.get("rope_theta", 10000.0),
+        "rotary_percent": rope.get("partial_rotary_factor") or getattr(hf_config, "partial_rotary_factor", None) or 1.0,
+    }
+    if kind == "linear":
+        arguments["seq_len_interpolation_factor"] = rope["factor"]
+    elif kind == "llama3":
+        fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        differing = [key for key, value in fixed.items() if rope.get(key) != value]
+        if differing:
+            raise LowBitError(
+                f"rope {differing[0]}={rope.get(differing[0])} differs from Megatron's {fixed[differing[0]]}; "
+                "use engine=huggingface or deepspeed"
+            )
+        arguments |= {"rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+    elif kind != "default":
+        raise LowBitError(
+            f"rope_type {kind!r} is not supported with engine=megatron; use engine=huggingface or deepspeed"
+        )
+    return arguments
+
+
+def build(hf_config: Any, dtype: torch.dtype = torch.float32, sequence_parallel: bool = False, spec: Any = None) -> Any:
+    """This rank's GPTModel, its parameters not yet set. spec: of a layer or a block; None: block_spec.
+
+    megatron.core.parallel_state has been initialized.
+    """
+    config = transformer_config(hf_config, dtype, sequence_parallel)
+    tp, stage = config.tensor_model_parallel_size, parallel_state.get_pipeline_model_parallel_rank()
+    last = config.pipeline_model_parallel_size - 1
+    padded = -(-hf_config.vocab_size // tp) * tp
+    with cpu_shims.cuda_is_cpu():
+        model = GPTModel(
+            config,
+            spec or megatron.block_spec(config),
+            vocab_size=padded,
+            max_sequence_length=context_length(hf_config),
+            pre_process=stage == 0,
+            post_process=stage == last,
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
+            parallel_output=True,
+            **_rotary(hf_config),
+        )
+    if model.post_process:
+        _mask_padding(model, hf_config.vocab_size)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def load_weights(model: Any, source: str | Path | Mapping[str, Tensor], hf_config: Any) -> Any:
+    """Full-precision weights into a GPTModel (or its pipeline chunks); every rank takes its share.
+
+    source: a folder with safetensors, or a state dict of the Hugging Face model. Raises LowBitError for a tensor
+    that is lacking or has another shape.
+    """
+    known, read = _reader(source, hf_config)
+    for chunk in megatron.model_chunks(model):
+        _load(chunk, known, read, hf_config, linears=True)
+    return model
+
+
+def load_checkpoint(
+    model: Any, artifact: str | Path | Artifact, hf_config: Any, comm_mode: CommMode | CommConfig | None = None
+) -> Any:
+    """A LowBitCheckpoint (and its plans) into a GPTModel that has no weights yet."""
+    artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
+    load_rest(model, artifact, hf_config)
+    return megatron.apply_to_megatron(model, artifact, comm_mode)
+
+
+def load_rest(model: Any, artifact: Artifact, hf_config: Any) -> None:
+    """All that is not a tensor-parallel weight, from a LowBitCheckpoint; apply_to_megatron has to follow."""
+    checkpoint = artifact.checkpoint
+    if checkpoint is None:
+        raise LowBitError("the artifact holds no lowbit.json: it has plans only; load the model's own weights first")
+    known, read = _reader(checkpoint.tensors, hf_config)
+    for chunk in megatron.model_chunks(model):
+        megatron.check_shapes(chunk, artifact)
+        _load(chunk, known, read, hf_config, linears=False)
+        chunk._lowbit_fingerprint = checkpoint.fingerprint
+
+
+def untie_(hf_config: Any, source: str | Path | Mapping[str, Tensor]) -> Any:
+    """Set tie_word_embeddings to false in a config whose weights hold an lm_head that is not the embedding.
+
+    transformers 5 ties nothing then, whatever the config says, and uses both; a GPTModel is tied, or not, when it is
+    built. source: as in load_weights. Returns the config.
+    """
+    if hf_config.tie_word_embeddings and _has_own_head(*_reader(source, hf_config), hf_config):
+        hf_config.tie_word_embeddings = False
+    return hf_config
+
+
+def _has_own_head(known: Collection[str], read: Read, hf_config: Any) -> bool:
+    """Whether there is an lm_head that differs from the embedding."""
+    shape = (hf_config.vocab_size, hf_config.hidden_size)
+    return _HEAD in known and not torch.equal(read(_HEAD, shape), read(_embedding(known), shape))
+
+
+def _embedding(known: Collection[str]) -> str:
+    return f"{find_prefix(known).rpartition('.')[0]}.embed_tokens.weight"
+
+
+def _reader(source: str | Path | Mapping[str, Tensor], hf_config: Any) -> tuple[Collection[str], Read]:
+    if isinstance(source, (str, Path)):
+        weights = ModelWeights(source, skeleton(copy.deepcopy(hf_config), torch.float32))
+        return weights.origins, lambda name, shape: weights.read(name, torch.Size(shape))
+
+    def read(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name not in source:
+            raise LowBitError(f"the weights lack {name}; download or convert the model again")
+        if tuple(source[name].shape) != tuple(shape):
+            raise LowBitError(f"{name} has shape {list(source[name].shape)}, the GPTModel asks for {list(shape)}")
+        return source[name]
+
+    return source.keys(), read
+
+
+@torch.no_grad()
+def _load(model: Any, known: Collection[str], read: Read, hf_config: Any, linears: bool) -> None:
+    """All parameters of one chunk; without `linears`, all but the weights of the tensor-parallel linears."""
+    layout, rank = megatron.layout_of(model), group_rank(model.pg_collection.tp)
+    prefix = find_prefix(known)
+    base = prefix.rpartition(".")[0]
+    vocab, hidden = hf_config.vocab_size, layout.hidden_size
+    embedding, tied = _embedding(known), bool(hf_config.tie_word_embeddings)
+    if tied and _has_own_head(known, read, hf_config):
+        raise LowBitError(
+            f"tie_word_embeddings=true, but {_HEAD} is not the embedding; build the GPTModel with the config that "
+            "untie_(hf_config, weights) returns, as transformers would"
+        )
+    pending = {name for name, _ in model.named_parameters()}
+
+    def put(name: str, value: Tensor) -> None:
+        parameter = model.get_parameter(name)
+        if parameter.shape != value.shape:
+            raise LowBitError(f"{name} has shape {list(value.shape)}, the GPTModel's is {list(parameter.shape)}")
+        parameter.copy_(value)
+        pending.discard(name)
+
+    def words(name: str, source: str) -> None:
+        rows = model.get_parameter(name).shape[0]
+        whole = F.pad(read(source, (vocab, hidden)), (0, 0, 0, rows * layout.tp_size - vocab))
+        put(name, whole.chunk(layout.tp_size)[rank])
+
+    if model.pre_process:
+        words("embedding.word_embeddings.weight", embedding)
+    if model.post_process:
+        put("decoder.final_layernorm.weight", read(f"{base}.norm.weight", (hidden,)))
+        if model.output_layer.weight is not None:
+            words("output_layer.weight", embedding if tied else _HEAD)
+        _mask_padding(model, vocab)
+    for (layer, role), (path, module) in megatron.find_linears(model).items():
+        names = parts(prefix, layer, role, [name.removesuffix(".weight") for name in known])
+        rows = layout.part_rows(role) if len(names) > 1 else (sum(layout.part_rows(role)),)
+        if linears:
+            shapes = [(size, layout.in_features(role)) for size in rows]
+            whole = torch.cat([read(f"{name}.weight", shape) for name, shape in zip(names, shapes, strict=True)])
+            put(f"{path}.weight", _share(whole, layout, role, rank))
+        else:
+            pending.discard(f"{path}.weight")
+        if module.bias is not None:
+            biases = [
+                read(f"{name}.bias", (size,)) if _expects_bias(hf_config, role) else torch.zeros(size)
+                for name, size in zip(names, rows, strict=True)
+            ]
+            whole = torch.cat(biases)
+            put(f"{path}.bias", whole[layout.rank_rows(role, rank)] if role in COLUMN else whole)
+    for index, layer in enumerate(model.decoder.layers):
+        for norm in NORMS:
+            name = f"decoder.layers.{index}.{norm}.weight"
+            if name in pending:
+                shape = tuple(model.get_parameter(name).shape)
+                put(name, read(f"{norm_name(prefix, layer.layer_number - 1, norm)}.weight", shape))
+        _load_te_norms(index, layer.layer_number - 1, prefix, pending, put, read, hidden)
+    if pending:
+        raise LowBitError(f"the GPTModel has {sorted(pending)[0]}, which this model has no weight for")
+    for path, module in megatron.find_linears(model).values():
+        if linears and hasattr(module, "on_load"):
+            module.on_load(path)
+
+
+def _load_te_norms(index: int, layer: int, prefix: str, pending: set[str], put: Any, read: Read, hidden: int) -> None:
+    """Norms that Transformer Engine's fused layers hold."""
+    for norm, (_, role) in NORMS.items():
+        if role is not None:
+            owner = "self_attention" if role == "linear_qkv" else "mlp"
+            name = f"decoder.layers.{index}.{owner}.{role}.layer_norm_weight"
+            if name in pending:
+                put(name, read(f"{norm_name(prefix, layer, norm)}.weight", (hidden,)))
+
+
+def _share(whole: Tensor, layout: Layout, role: Any, rank: int) -> Tensor:
+    """A rank's rows of a column-parallel weight, in Megatron's order, or its columns of a row-parallel one."""
+    if role in COLUMN:
+        return whole[layout.rank_rows(role, rank)]
+    return whole.chunk(layout.tp_size, dim=1)[rank]
+
+
+def _mask_padding(model: Any, vocab: int) -> None:
+    """Logits of padded words are -inf, so that no sampler ever chooses one."""
+
+    def hook(module: nn.Module, args: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        logits, bias = output
+        width = logits.shape[-1]
+        first = 0 if width >= padded else rank * width
+        if first + width <= vocab:
+            return output
+        index = torch.arange(first, first + width, device=logits.device)
+        return logits.masked_fill(index >= vocab, float("-inf")), bias
+
+    size, rank = world_size(model.pg_collection.tp), group_rank(model.pg_collection.tp)
+    padded = model.output_layer.output_size_per_partition * size
+    if padded > vocab and not getattr(model, "_lowbit_masked", False):
+        model.output_layer.register_forward_hook(hook)
+        model._lowbit_masked = True
+
+
+@torch.no_grad()
+def to_huggingface(model: Any, hf_config: Any) -> nn.Module | None:
+    """The Hugging Face model with the weights of a GPTModel in full precision, on rank 0 of every model-parallel group
+    (None elsewhere). A collective call; the inverse of load_weights, bit for bit.
+
+    Raises LowBitError for a GPTModel whose linears are quantized: `remove` restores them.
+    """
+    chunks = megatron.model_chunks(model)
+    state: dict[str, Tensor] = {}
+    for chunk in chunks:
+        state |= _export(chunk, hf_config)
+    group = chunks[0].pg_collection.pp
+    if world_size(group) > 1:
+        stages = gather_values(state, group)
+        state = {name: tensor for stage in stages or [] for name, tensor in stage.items()}
+    if group_rank(group) or group_rank(chunks[0].pg_collection.tp):
+        return None
+    dtype = next(iter(state.values())).dtype
+    whole = skeleton(hf_config, dtype)
+    expected = {name for name, _ in whole.named_parameters()}
+    extra = [name for name in state if name not in expected and (not name.endswith(".bias") or state[name].any())]
+    if not hf_config.tie_word_embeddings and extra:
+        raise LowBitError(f"the GPTModel has {extra[0]}, which {hf_config.model_type} has no place for")
+    whole.load_state_dict({name: state[name] for name in state if name in expected}, strict=False, assign=True)
+    whole.tie_weights()
+    lacking = [name for name, parameter in whole.named_parameters() if parameter.is_meta]
+    if lacking:
+        raise LowBitError(f"the GPTModel has no weight for {lacking[0]}")
+    return whole.eval()
+
+
+def _export(model: Any, hf_config: Any) -> dict[str, Tensor]:
+    """One chunk's tensors under Hugging Face names, whole, on the CPU."""
+    layout, tp = megatron.layout_of(model), model.pg_collection.tp
+    group = tp if world_size(tp) > 1 else None
+    whole_model = skeleton(hf_config, torch.float32)
+    expected = [name.removesuffix(".weight") for name, _ in whole_model.named_parameters()]
+    prefix = find_prefix(expected)
+    base = prefix.rpartition(".")[0]
+    state: dict[str, Tensor] = {}
+
+    def gather(tensor: Tensor, dim: int | None) -> Tensor:
+        if dim is None:
+            return tensor.detach().cpu()
+        return torch.cat(list(all_gather_stack(tensor.detach().contiguous(), group)), dim).cpu()
+
+    if model.pre_process:
+        state[f"{base}.embed_tokens.weight"] = gather(model.embedding.word_embeddings.weight, 0)[: hf_config.vocab_size]
+    if model.post_process:
+        state[f"{base}.norm.weight"] = gather(model.decoder.final_layernorm.weight, None)
+        if model.output_layer.weight is not None and not hf_config.tie_word_embeddings:
+            state[_HEAD] = gather(model.output_layer.weight, 0)[: hf_config.vocab_size]
+    for (layer, role), (_, module) in megatron.find_linears(model).items():
+        names = parts(prefix, layer, role, expected)
+        tensors = {"weight": full_weight(module), "bias": module.bias}
+        for leaf, tensor in tensors.items():
+            if tensor is None:
+                continue
+            if role in COLUMN:
+                fused = gather(tensor, 0)
+                whole = torch.empty_like(fused)
+                whole[layout.order(role)] = fused
+            else:
+                whole = gather(tensor, 1 if leaf == "weight" else None)
+            sizes = layout.part_rows(role) if len(names) > 1 else (whole.shape[0],)
+            state |= {f"{name}.{leaf}": piece.clone() for name, piece in zip(names, whole.split(sizes), strict=True)}
+    for layer in model.decoder.layers:
+        for norm, (_, reader) in NORMS.items():
+            found: Any = layer
+            for name in norm.split("."):
+                found = getattr(found, name, None)
+            weight = getattr(found, "weight", None)
+            if weight is None and reader is not None:  # Transformer Engine's fused layer holds it
+                owner = layer.self_attention if reader == "linear_qkv" else layer.mlp
+                weight = getattr(getattr(owner, reader, None), "layer_norm_weight", None)
+            if weight is not None:
+                state[f"{norm_name(prefix, layer.layer_number - 1, norm)}.weight"] = gather(weight, None)
+    return state
+
+
+__all__ = [
+    "build",
+    "context_length",
+    "load_checkpoint",
+    "load_weights",
+    "to_huggingface",
+    "transformer_config",
+    "untie_",
+]

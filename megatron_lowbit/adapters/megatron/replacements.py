@@ -1,0 +1,228 @@
+"""The low-bit twins of a GPTModel's layers, made from an artifact's whole tensors for one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+from megatron_lowbit.adapters import patching
+from megatron_lowbit.adapters.megatron.layers import (
+    LowBitColumnParallelLinear,
+    LowBitLayerNormColumnParallelLinear,
+    LowBitRowParallelLinear,
+    dense_shard,
+    tp_group,
+)
+from megatron_lowbit.adapters.megatron.layout import (
+    COLUMN,
+    NORMS,
+    Role,
+    find_linears,
+    find_prefix,
+    layout_of,
+    norm_name,
+    parts,
+)
+from megatron_lowbit.adapters.megatron.norms import LowBitNorm
+from megatron_lowbit.artifact import Artifact, LowBitCheckpoint
+from megatron_lowbit.comm.codec import Codec
+from megatron_lowbit.config import LowBitError
+from megatron_lowbit.layers.linear import QuantColumnParallelLinear, QuantRowParallelLinear
+from megatron_lowbit.quant.affine import LowRank, QuantizedWeight
+from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
+from megatron_lowbit.runtime.distributed import group_rank
+
+
+class Twins:
+    """model: a GPTModel (one pipeline stage); reducers: how partial sums travel, the artifact's plan for this tp_size.
+
+    Layers of one role get tensors of the same names and shapes, whatever each of them needs, because Megatron stacks
+    them in its checkpoints: an identity reassembly, a branch of zeros.
+    """
+
+    def __init__(self, model: Any, artifact: Artifact, reducers: patching.Reducers):
+        self.model, self.artifact, self.plan, self.reducers = model, artifact, reducers.plan, reducers
+        checkpoint = artifact.checkpoint
+        self.checkpoint = checkpoint if checkpoint is not None and checkpoint.scheme.weight_bits < 16 else None
+        self.known = known_linears(artifact)
+        self.prefix = find_prefix(self.known)
+        self.layout, self.rank = layout_of(model), group_rank(model.pg_collection.tp)
+        self.reassembling = self._reassembling_linears() if self.checkpoint is not None else set()
+
+    def modules(self) -> dict[str, nn.Module]:
+        """{path: twin} of the linears and norms that change."""
+        made: dict[str, nn.Module] = {}
+        for (layer, role), (path, host) in find_linears(self.model).items():
+            if role not in COLUMN:
+                made[path] = self._row(layer, role, host)
+            elif self.checkpoint is not None:
+                made[path] = self._column(self.checkpoint, layer, role, host)
+            elif (gather := self._gather(self._parts(layer, role)[0], host)) is not None:
+                made[path] = self._dense_column(role, host, gather)
+        return made | (self._norms(self.checkpoint) if self.checkpoint is not None else {})
+
+    def _column(self, checkpoint: LowBitCheckpoint, layer: int, role: Role, host: Any) -> nn.Module:
+        names, rows = self._parts(layer, role), self.layout.rank_rows(role, self.rank)
+        weights = [checkpoint.linears[name] for name in names]
+        weight = fused_weight(weights, rows)
+        branch = fused_branch([checkpoint.low_rank.get(name) for name in names], weights, self._branch_rank(role), rows)
+        gather, holds_norm = self._gather(names[0], host), hasattr(host, "layer_norm_weight")
+        norm = norm_name(self.prefix, layer, next(norm for norm, (_, reader) in NORMS.items() if reader == role))
+        by_linear = role in self.reassembling
+        plan = checkpoint.reassembly.get(names[0]) or (checkpoint.reassembly.get(norm) if by_linear else None)
+        linear = QuantColumnParallelLinear(weight, None, checkpoint.scheme.act_bits, 1, plan, branch)
+        kind = LowBitLayerNormColumnParallelLinear if holds_norm else LowBitColumnParallelLinear
+        gated, threshold = role == "linear_fc1" and host.config.gated_linear_unit, self.reducers.drift_threshold
+        twin = kind.around(host, linear, gated, gather, threshold)
+        twin.grouped = weight.scale.shape[1] > 1
+        twin.attention_bits = checkpoint.attention_bits if role == "linear_qkv" else 16
+        twin.stores_reassembly = any_layer(checkpoint.reassembly, names[0]) or (
+            by_linear and any_layer(checkpoint.reassembly, norm)
+        )
+        stored = checkpoint.tensors.get(f"{norm}.weight")
+        if isinstance(twin, LowBitLayerNormColumnParallelLinear) and stored is not None:
+            twin.set_gain(stored)
+        return twin
+
+    def _dense_column(self, role: Role, host: Any, gather: Codec) -> nn.Module:
+        """In full precision (or rounded as the host is), with a low-bit all-gather of its input."""
+        kind = LowBitLayerNormColumnParallelLinear if hasattr(host, "layer_norm_weight") else LowBitColumnParallelLinear
+        gated, threshold = role == "linear_fc1" and host.config.gated_linear_unit, self.reducers.drift_threshold
+        return kind.around(host, dense_shard(host), gated, gather, threshold)
+
+    def _row(self, layer: int, role: Role, host: Any) -> nn.Module:
+        (name,), group = self._parts(layer, role), tp_group(host)
+        if self.checkpoint is None:
+            shard: Any = dense_shard(host)
+        else:
+            shard = patching.row_shard(self.checkpoint, name, self.rank, self.layout.tp_size, host.weight)
+        reducer = None if group is None else self.reducers.real(name, group)
+        low_bit = QuantRowParallelLinear([shard], reducer, None, group is not None and host.config.sequence_parallel)
+        # A single rank sends nothing, but its checkpoint may be loaded by several.
+        stored = self.artifact.plans if self.plan is not None or self.layout.tp_size == 1 else {}
+        sites = {size: plan.sites[name] for size, plan in stored.items() if name in plan.sites}
+        twin = LowBitRowParallelLinear.around(host, low_bit, sites)
+        if self.checkpoint is not None:
+            twin.grouped = self.checkpoint.linears[name].scale.shape[1] > 1
+            twin.stores_reassembly = any_layer(self.checkpoint.reassembly, name)
+            rank = self._branch_rank(role)
+            if rank is not None and shard.lora_a is None:
+                shard.lora_a = torch.zeros(rank, shard.in_features, dtype=torch.bfloat16)
+                shard.lora_b = torch.zeros(shard.out_features, rank, dtype=torch.bfloat16)
+        return twin
+
+    def _reassembling_linears(self) -> set[Role]:
+        """The column-parallel roles that reassemble their own input, because the norm before them cannot in some layer:
+        the linear holds it, gathers its output in low bits, or may not be the only one that reads it."""
+        return {
+            role
+            for (layer, role), (path, host) in find_linears(self.model).items()
+            if role in COLUMN
+            and (
+                hasattr(host, "layer_norm_weight")
+                or self._gather(self._parts(layer, role)[0], host) is not None
+                or not reads_alone(self.model, path)
+            )
+        }
+
+    def _parts(self, layer: int, role: Role) -> tuple[str, ...]:
+        return parts(self.prefix, layer, role, self.known)
+
+    def _gather(self, name: str, host: Any) -> Codec | None:
+        """What the all-gather of a column-parallel layer's input sends; None: nothing, or full precision."""
+        if self.plan is None or tp_group(host) is None or not host.config.sequence_parallel:
+            return None
+        return self.plan.gathers.get(name)
+
+    def _branch_rank(self, role: Role) -> int | None:
+        """Rank of the low-rank branches of a role, where any layer has one."""
+        assert self.checkpoint is not None
+        leaves = {name.rpartition(".")[2] for name in self._parts(0, role)}
+        found = [b for name, b in self.checkpoint.low_rank.items() if name.rpartition(".")[2] in leaves]
+        return found[0].lora_a.shape[0] if found else None
+
+    def _norms(self, checkpoint: LowBitCheckpoint) -> dict[str, nn.Module]:
+        """Norms that the checkpoint reassembles or has trained; where one of a kind is, all are."""
+        found: dict[str, nn.Module] = {}
+        linears = find_linears(self.model)
+        for norm, (leaf, reader) in NORMS.items():
+            twins: dict[str, nn.Module] = {}
+            changed = any_layer(checkpoint.reassembly, f".{leaf}")
+            for index, layer in enumerate(self.model.decoder.layers):
+                module: Any = layer
+                for name in norm.split("."):
+                    module = getattr(module, name, None)
+                weight = getattr(module, "weight", None)
+                if not isinstance(weight, Tensor) or weight.ndim != 1:  # Transformer Engine's linear holds it
+                    continue
+                number = layer.layer_number - 1
+                hf_name = norm_name(self.prefix, number, norm)
+                stored = checkpoint.tensors.get(f"{hf_name}.weight")
+                stored = weight.data if stored is None else stored.to(weight.device, weight.dtype)
+                changed = changed or not torch.equal(stored, weight.data)
+                plan = checkpoint.reassembly.get(hf_name)
+                if reader in self.reassembling or (reader is not None and (number, reader) not in linears):
+                    plan = None  # the linear carries it out, or what reads it (experts, another linear) stays as it is
+                twins[f"decoder.layers.{index}.{norm}"] = LowBitNorm(
+                    module, stored, plan or ReassemblyPlan.identity(len(weight))
+                )
+            found |= twins if changed else {}
+        return found
+
+
+def reads_alone(model: nn.Module, path: str) -> bool:
+    """Tell whether a column-parallel linear is known to be the only one that reads the norm before it.
+
+    path: decoder.layers.0.mlp.linear_fc1. Of Megatron's own layers this is so. Of a class that derives from them, or a
+    forward that replaces theirs, nobody can tell: a gate, a router or an adapter may read the norm, too.
+    """
+    owner_path = path.rpartition(".")[0]
+    owner, layer = (model.get_submodule(name) for name in (owner_path, owner_path.rpartition(".")[0]))
+    known = type(layer) is TransformerLayer and type(owner) in (SelfAttention, MLP)
+    return known and not any("forward" in vars(module) for module in (owner, layer))
+
+
+def known_linears(artifact: Artifact) -> list[str]:
+    """Hugging Face names of the linears that an artifact knows: all, or those of a plan's sites."""
+    if artifact.checkpoint is not None:
+        return list(artifact.checkpoint.linears)
+    return [name for plan in artifact.plans.values() for name in plan.sites]
+
+
+def any_layer(owners: Iterable[str], name: str) -> bool:
+    """Whether some layer has an entry of the same name but for the layer's number."""
+    leaf = name.rpartition(".")[2]
+    return any(owner.rpartition(".")[2] == leaf for owner in owners)
+
+
+def fused_weight(weights: Sequence[QuantizedWeight], rows: Tensor) -> QuantizedWeight:
+    """Rows `rows` of the quantized weights of several linears, one below the other."""
+    first = weights[0]
+    if any(w.in_features != first.in_features or w.scale.shape[1] != first.scale.shape[1] for w in weights):
+        raise LowBitError("the parts of a fused linear have other widths or groups; quantize this model again")
+    packed, scale, zero = (
+        torch.cat([getattr(w, leaf) for w in weights])[rows] for leaf in ("packed_weight", "scale", "zero_point")
+    )
+    return QuantizedWeight(packed, scale, zero, first.num_bits, first.in_features)
+
+
+def fused_branch(
+    branches: Sequence[LowRank | None], weights: Sequence[QuantizedWeight], rank: int | None, rows: Tensor
+) -> LowRank | None:
+    """The low-rank branches of several linears as one of their summed rank: A one below the other, B block-diagonal.
+
+    rank: of each, with zeros for a linear that has none; None where no layer has any.
+    """
+    if rank is None:
+        return None
+    zero = [LowRank(torch.zeros(rank, w.in_features), torch.zeros(w.packed_weight.shape[0], rank)) for w in weights]
+    filled = [given or none for given, none in zip(branches, zero, strict=True)]
+    lora_a = torch.cat([branch.lora_a.to(torch.bfloat16) for branch in filled])
+    lora_b = torch.block_diag(*[branch.lora_b.float() for branch in filled]).to(torch.bfloat16)
+    return LowRank(lora_a, lora_b[rows])

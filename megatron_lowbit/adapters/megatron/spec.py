@@ -1,0 +1,134 @@
+"""(a) and (c) of adapters/megatron.py: low-bit classes in a ModuleSpec, and ready specs for `--spec`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.core.extensions import transformer_engine as te
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+
+from megatron_lowbit.adapters.megatron.attention import SdpaAttention
+from megatron_lowbit.adapters.megatron.layers import (
+    LowBitColumnParallelLinear,
+    LowBitLayerNormColumnParallelLinear,
+    LowBitRowParallelLinear,
+)
+from megatron_lowbit.adapters.megatron.norms import RMSNorm
+from megatron_lowbit.config import LowBitError, WeightsConfig
+
+
+def lowbit_spec(spec: Any, weights: WeightsConfig | str | None = None) -> Any:
+    """A copy of a ModuleSpec (a layer's or a block's) with low-bit classes in place of the tensor-parallel linears.
+
+    The walk goes through nested specs, dataclasses, lists, dicts and functools.partial. weights: what a loaded
+    checkpoint is rounded to, as a scheme's name or a `weights` section; None leaves that to the recipe or to
+    apply_to_megatron. Raises LowBitError for a spec with Transformer Engine's layers where that is not installed,
+    and for one without tensor-parallel linears.
+    """
+    config = WeightsConfig(scheme=weights) if isinstance(weights, str) else weights
+    table = {id(host): _configured(low_bit, config) for host, low_bit in _replacements()}
+    rewritten, count = _rewrite(spec, table)
+    if count == 0:
+        raise LowBitError("the spec names no ColumnParallelLinear or RowParallelLinear; give a GPT layer's spec")
+    return rewritten
+
+
+def _replacements() -> list[tuple[Any, type]]:
+    """(class of the host, ours). Transformer Engine's names are there, as mocks, even where the package is not."""
+    return [
+        (ColumnParallelLinear, LowBitColumnParallelLinear),
+        (RowParallelLinear, LowBitRowParallelLinear),
+        (te.TEColumnParallelLinear, LowBitColumnParallelLinear),
+        (te.TELayerNormColumnParallelLinear, LowBitLayerNormColumnParallelLinear),
+        (te.TERowParallelLinear, LowBitRowParallelLinear),
+    ]
+
+
+def _configured(low_bit: type, config: WeightsConfig | None) -> type:
+    """A subclass of a low-bit layer that rounds what is loaded into it. (Megatron builds from classes only.)"""
+    if config is None:
+        return low_bit
+    return type(low_bit.__name__, (low_bit,), {"default_recipe": config, "__module__": low_bit.__module__})
+
+
+def _rewrite(node: Any, table: Mapping[int, Any]) -> tuple[Any, int]:
+    """(node with every class of `table` replaced, how many were)."""
+    if id(node) in table:
+        _check_te(node)
+        return table[id(node)], 1
+    if isinstance(node, functools.partial):
+        function, count = _rewrite(node.func, table)
+        arguments, more = _rewrite(list(node.args), table)
+        keywords, most = _rewrite(dict(node.keywords), table)
+        return (
+            functools.partial(function, *arguments, **keywords) if count + more + most else node
+        ), count + more + most
+    if isinstance(node, dict):
+        found = {key: _rewrite(value, table) for key, value in node.items()}
+        return {key: value for key, (value, _) in found.items()}, sum(count for _, count in found.values())
+    if isinstance(node, (list, tuple)) and type(node) in (list, tuple):
+        items = [_rewrite(value, table) for value in node]
+        return type(node)(value for value, _ in items), sum(count for _, count in items)
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        if _is_moe(node):  # experts stay as they are
+            return node, 0
+        changed, total = {}, 0
+        for field in dataclasses.fields(node):
+            value, count = _rewrite(getattr(node, field.name, None), table)
+            if count:
+                changed[field.name], total = value, total + count
+        return (dataclasses.replace(node, **changed) if changed else node), total
+    return node, 0
+
+
+def _is_moe(node: Any) -> bool:
+    return type(node).__name__ == "MoESubmodules"
+
+
+def _check_te(host: Any) -> None:
+    if not te.HAVE_TE and host not in (ColumnParallelLinear, RowParallelLinear):
+        raise LowBitError(
+            "the spec names Transformer Engine's layers, which is not installed; "
+            "install transformer-engine, or rewrite get_gpt_layer_local_spec()"
+        )
+
+
+def llama_spec(qk_layernorm: bool = False) -> Any:
+    """Megatron's local layer spec of a Llama-like model, with torch's fused attention and an RMSNorm that works under
+    sequence parallelism too."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_layernorm)
+    attention = spec.submodules.self_attention
+    inside = dataclasses.replace(attention.submodules, core_attention=SdpaAttention)
+    if qk_layernorm:
+        inside = dataclasses.replace(inside, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
+    layer = dataclasses.replace(
+        spec.submodules,
+        input_layernorm=RMSNorm,
+        pre_mlp_layernorm=RMSNorm,
+        self_attention=dataclasses.replace(attention, submodules=inside),
+    )
+    return dataclasses.replace(spec, submodules=layer)
+
+
+def block_spec(config: Any, layer: Any = None) -> Any:
+    """All layers of this pipeline stage and a final norm, for GPTModel(transformer_layer_spec=...).
+
+    layer: one layer's spec; None: llama_spec. A layer's spec alone leaves the final norm to Megatron, whose choice
+    without Apex or Transformer Engine refuses sequence parallelism.
+    """
+    layers = get_num_layers_to_build(config)
+    return TransformerBlockSubmodules([layer or llama_spec(config.qk_layernorm)] * layers, layer_norm=RMSNorm)
+
+
+llama_lowbit_spec = lowbit_spec(llama_spec(), "W4A8")
+llama_w4a16_spec = lowbit_spec(llama_spec(), "W4A16")
+llama_w4a4_spec = lowbit_spec(llama_spec(), "W4A4")
+qwen3_lowbit_spec = lowbit_spec(llama_spec(qk_layernorm=True), "W4A8")

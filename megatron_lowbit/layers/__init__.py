@@ -1,0 +1,1 @@
+"""Modules that take the place of a model's linears and norms."""

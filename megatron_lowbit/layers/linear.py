@@ -1,0 +1,320 @@
+"""Quantized tensor-parallel linears, independent of any framework: plain modules over packed weights.
+
+    column-parallel   y_r = Q(x) Q(W_r)^T + b_r                      the rows W_r of the weight are this rank's outputs
+    row-parallel      y   = all_reduce_r( Q(x_r) Q(W_r)^T ) + b      the columns W_r are this rank's inputs
+
+Weights carry one scale per output channel (or group); activations are quantized dynamically per token (QLLM,
+arXiv 2310.08041). The input of a row-parallel linear is quantized per token and shard group (`act_groups` equal
+slices of the whole input), so a rank computes what it would compute at any other tensor-parallel size.
+
+A checkpoint of method qllm adds two things: a ReassemblyPlan, carried out by the norm before column-parallel linears
+(in one gather with its gain) or by a linear on its own input; and, where the correction was not merged, a low-rank
+branch:
+
+    y = Q(x S) Q(R W)^T + Q(x S) A^T B^T
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_lowbit.comm.reducers import HybridReducer, VirtualReducer
+from megatron_lowbit.config import LowBitError
+from megatron_lowbit.kernels import dequantize, quant_linear, reassemble, unpack_bits
+from megatron_lowbit.quant.affine import (
+    Float32QParams,
+    LowRank,
+    QuantizedWeight,
+    choose_qparams,
+    quantize,
+    straight_through,
+)
+from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
+
+
+class QuantColumnParallelLinear(Float32QParams):
+    """x [..., in_features] -> [..., out_features_per_partition]; no communication.
+
+    act_bits: 16 leaves the activations as they are. act_groups: slices of the input with their own scale per token.
+    plan: reassembles x first, where the module before it did not. low_rank: this rank's share of the branch.
+    """
+
+    packed_weight: Tensor  # uint8 [out_features, row_bytes]
+    scale: Tensor  # float32 [out_features, groups]
+    zero_point: Tensor  # float32 [out_features, groups]
+    bias: nn.Parameter | None
+    lora_a: Tensor | None  # bf16 [rank, in_features]
+    lora_b: Tensor | None
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None = None,
+        act_bits: int = 16,
+        act_groups: int = 1,
+        plan: ReassemblyPlan | None = None,
+        low_rank: LowRank | None = None,
+    ):
+        super().__init__()
+        if weight.in_features % act_groups:
+            raise LowBitError(
+                f"{act_groups} activation shard groups do not divide {weight.in_features} inputs; "
+                "quantize again with another weights.shard_groups"
+            )
+        if plan is not None and plan.width != weight.in_features:
+            raise LowBitError(
+                f"a reassembly to {plan.width} channels before a weight of {weight.in_features} inputs: "
+                "the checkpoint does not fit together; quantize again"
+            )
+        self.in_features, self.out_features = weight.in_features, weight.packed_weight.shape[0]
+        self.weight_bits, self.act_bits, self.act_groups = weight.num_bits, act_bits, act_groups
+        self.register_buffer("packed_weight", weight.packed_weight)
+        self.register_buffer("scale", weight.scale)
+        self.register_buffer("zero_point", weight.zero_point)
+        self.register_parameter("bias", _parameter(bias))
+        self.reassembly = None if plan is None else Reassembly(plan)
+        self.register_buffer("lora_a", None if low_rank is None else low_rank.lora_a)
+        self.register_buffer("lora_b", None if low_rank is None else low_rank.lora_b)
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """dtype: of the result; None: x's."""
+        if self.reassembly is not None:
+            x = self.reassembly(x)
+        _check_width(x, self.in_features)
+        rows = x.reshape(-1, self.in_features)
+        codes, act_scale, act_zero_point = rows.detach(), None, None
+        if self.act_bits < 16:
+            act_scale, act_zero_point = choose_qparams(
+                codes, self.act_bits, group_size=self.in_features // self.act_groups
+            )
+            codes = quantize(codes, act_scale, act_zero_point, self.act_bits)
+        weight = (self.packed_weight, self.scale, self.zero_point, self.weight_bits)
+        y = _QuantLinear.apply(rows, codes, act_scale, act_zero_point, *weight, dtype or x.dtype)
+        if self.lora_a is not None and self.lora_b is not None:
+            inputs = rows
+            if act_scale is not None and act_zero_point is not None:
+                inputs = straight_through(rows, dequantize(codes, act_scale, act_zero_point).to(x.dtype))
+            y = y + F.linear(F.linear(inputs, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        scheme = f"W{self.weight_bits}A{self.act_bits}"
+        return f"{self.in_features}, {self.out_features}, {scheme}, act_groups={self.act_groups}"
+
+
+class _QuantLinear(torch.autograd.Function):
+    """Forward on codes; backward straight through both roundings: dx = dy W^, W^ the dequantized weight."""
+
+    @staticmethod
+    def forward(ctx, rows, codes, act_scale, act_zero_point, packed_weight, scale, zero_point, bits, dtype):  # type: ignore[override]
+        ctx.save_for_backward(packed_weight, scale, zero_point)
+        ctx.bits, ctx.in_features, ctx.dtype = bits, rows.shape[1], rows.dtype
+        return quant_linear(codes, act_scale, act_zero_point, packed_weight, scale, zero_point, bits, dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        packed_weight, scale, zero_point = ctx.saved_tensors
+        weight = dequantize(unpack_bits(packed_weight, ctx.bits, ctx.in_features), scale, zero_point)
+        return (grad.float() @ weight).to(ctx.dtype), *[None] * 8
+
+
+class Reassembly(Float32QParams):
+    """x [..., in_features] -> x S [..., width]."""
+
+    src_idx: Tensor
+    dst_idx: Tensor
+    coefficient: Tensor
+    float32 = ("coefficient",)  # 1/T has to be exact
+
+    def __init__(self, plan: ReassemblyPlan):
+        super().__init__()
+        self.in_features, self.width = plan.in_features, plan.width
+        for name in ("src_idx", "dst_idx", "coefficient"):
+            self.register_buffer(name, getattr(plan, name), persistent=False)
+
+    def plan(self) -> ReassemblyPlan:
+        return ReassemblyPlan(self.src_idx, self.dst_idx, self.coefficient, self.in_features, self.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_width(x, self.in_features)
+        return reassemble(x, self.src_idx, self.dst_idx, self.coefficient, self.width)
+
+
+class ReassembledNorm(Float32QParams):
+    """A norm whose output arrives reassembled: [..., hidden] -> [..., width].
+
+    For an RMSNorm the gain is folded into the plan's coefficients, n(h) (diag(gain) S), so both are one gather. Any
+    other norm runs as it is, and the gather follows.
+    """
+
+    gain: Tensor | None
+    float32 = ("gain",)
+
+    def __init__(self, norm: nn.Module, plan: ReassemblyPlan):
+        super().__init__()
+        weight: Any = getattr(norm, "weight", None)
+        if weight is not None and weight.shape[-1] != plan.in_features:
+            raise LowBitError(
+                f"a reassembly of {plan.in_features} channels after a norm of {weight.shape[-1]}: "
+                "the checkpoint belongs to another model; quantize this one"
+            )
+        rms = rms_gain(norm)
+        self.eps, self.offset, self.dtype = 0.0, 0.0, None if weight is None else weight.dtype
+        if rms is not None:
+            self.eps = rms[1]
+            self.offset = round(
+                (rms[0] - weight.detach().float()).mean().item()
+            )  # 1: the norm multiplies by 1 + weight
+        self.norm = norm if rms is None else None
+        self.reassembly = Reassembly(plan)
+        self.register_buffer("gain", None if rms is None else rms[0].float(), persistent=False)
+
+    @property
+    def weight(self) -> Any:
+        """The gain as the norm held it: some blocks (Mamba's) ask for its dtype."""
+        norm: Any = self.norm
+        return norm.weight if self.gain is None else (self.gain - self.offset).to(self.dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.norm is not None or self.gain is None:
+            assert self.norm is not None
+            return self.reassembly(self.norm(hidden))
+        plan, h = self.reassembly, hidden.float()
+        normed = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        coefficient = plan.coefficient * self.gain[plan.src_idx]
+        return reassemble(normed, plan.src_idx, plan.dst_idx, coefficient, plan.width).to(hidden.dtype)
+
+
+def rms_gain(norm: nn.Module) -> tuple[Tensor, float] | None:
+    """(gain float32, eps) of an RMSNorm, whether it multiplies by its weight or by 1 + weight (Gemma); None for others.
+
+    Told by what the module computes in float32 for rows whose mean is not zero, not by its name.
+    """
+    weight = getattr(norm, "weight", None)
+    eps = next((getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)), None)
+    if weight is None or weight.ndim != 1 or getattr(norm, "bias", None) is not None or not isinstance(eps, float):
+        return None
+    h = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device) + 3
+    with torch.no_grad():
+        actual = copy.deepcopy(norm).float()(h)
+        normed = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+        for gain in (weight.detach().float(), 1 + weight.detach().float()):
+            if torch.allclose(actual, normed * gain, rtol=1e-4, atol=1e-6):
+                return gain, eps
+    return None
+
+
+class DenseShard(nn.Module):
+    """Full-precision x_r W_r^T of one rank, for a row-parallel linear whose communication alone is low-bit.
+
+    weight: the rank's own; or with `size` virtual ranks the whole one, which they share, so that it can be trained.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, weight: Tensor, rank: int = 0, size: int = 1):
+        super().__init__()
+        self.rank, self.size = rank, size
+        self.register_parameter("weight", _parameter(weight))
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        if self.size == 1:
+            return F.linear(x, self.weight)
+        return F.linear(x, self.weight.chunk(self.size, dim=1)[self.rank].contiguous())
+
+
+class QuantRowParallelLinear(nn.Module):
+    """x [..., in_features_per_partition] -> [..., out_features], summed over the ranks.
+
+    shards: this rank's matrix product (without bias); in one process that stands for N virtual ranks, all N of them,
+    each for an equal slice of x. reducer: None where there is nothing to sum. bias is added after the collective.
+    sequence_parallel: this rank keeps its share of the sum along the first dimension (Megatron's [tokens, batch, ...]).
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        shards: Sequence[nn.Module],
+        reducer: HybridReducer | VirtualReducer | None,
+        bias: Tensor | None = None,
+        sequence_parallel: bool = False,
+    ):
+        super().__init__()
+        self.sequence_parallel = sequence_parallel
+        self.shards = nn.ModuleList(shards)
+        self.reducer = reducer
+        self.register_parameter("bias", _parameter(bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Float32 partial sums that nothing rounds travel as float64: their sum is then the same for any number of
+        # ranks, where an ulp could flip a code of the next layer.
+        exact = x.dtype == torch.float32 and self.reducer is not None and self.reducer.native
+        dtype = torch.float64 if exact else None
+        if isinstance(self.reducer, VirtualReducer):
+            slices = x.chunk(len(self.shards), dim=-1)
+            y = self.reducer.all_reduce([shard(x_r, dtype) for shard, x_r in zip(self.shards, slices, strict=True)])
+        else:
+            y = self.shards[0](x, dtype)
+            if self.reducer is not None:
+                y = self.reducer.reduce_scatter(y) if self.sequence_parallel else self.reducer.all_reduce(y, reuse=True)
+        y = y.to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+def activation_groups(in_features: int, shard_groups: int) -> int:
+    """`shard_groups`, halved until it divides the width: 8 -> 4 for 172 inputs, 1 for an odd width."""
+    while in_features % shard_groups:
+        shard_groups //= 2
+    return max(shard_groups, 1)
+
+
+def check_fits(name: str, linear: nn.Module, replaced: nn.Module) -> None:
+    """Raise LowBitError where a quantized linear has other widths than the linear that it replaces.
+
+    name: the linear's name in the model, for the error. Other modules, and linears without a weight of two
+    dimensions, are not looked at.
+    """
+    weight = getattr(replaced, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        return
+    outputs, inputs = weight.shape
+    found, read = [outputs], inputs
+    if isinstance(linear, QuantColumnParallelLinear):  # what it reads may be the output of a reassembling norm
+        found = [linear.out_features]
+    elif isinstance(linear, QuantRowParallelLinear):
+        shards = [shard for shard in linear.shards if isinstance(shard, QuantColumnParallelLinear)]
+        found = [shard.out_features for shard in shards]
+        if shards:
+            read = sum(s.in_features if s.reassembly is None else s.reassembly.in_features for s in shards)
+        plan = None if linear.reducer is None else linear.reducer.plan
+        if plan is not None:
+            found.append(len(plan.first.bits))
+    if read != inputs or any(width != outputs for width in found):
+        width = next((w for w in found if w != outputs), outputs)
+        raise LowBitError(
+            f"{name} is [{outputs}, {inputs}] in the model and [{width}, {read}] in the artifact, which belongs to "
+            "another model; calibrate and quantize this one"
+        )
+
+
+def _check_width(x: Tensor, features: int) -> None:
+    if x.shape[-1] != features:
+        raise LowBitError(
+            f"a linear or norm of the artifact reads {features} channels and was given {x.shape[-1]}: the artifact "
+            "does not fit this model; quantize this one"
+        )
+
+
+def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    """A host's own parameter as it is, so that what trains it goes on; any other tensor frozen."""
+    if tensor is None or isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor.detach(), requires_grad=False)

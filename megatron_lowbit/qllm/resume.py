@@ -1,0 +1,215 @@
+"""What a killed run is continued from: <output_dir>/resume.
+
+    state.json              stage, settings, what is done, and the checksum of every file that holds it
+  of quantize
+    ranges-<done>/          CalibrationStats of the groups done
+    hp-<done>-rank<r>.bin, lowbit-<done>-rank<r>.bin     the two streams before the next group
+  of calibrate
+    observers-<done>-rank<r>.safetensors                 what rank r's observers have seen in the batches done
+
+Everything new has a name of its own and is written before state.json, which is replaced at once: whatever the moment of
+a kill, state.json and the files it speaks of belong together. state.json is sealed (files.py), and each rank verifies
+what it goes on from, so a run never continues from anything but what was written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch import distributed as dist
+
+from megatron_lowbit.artifact import CalibrationStats, CheckpointPart, Ranges, merge_parts, verify_files
+from megatron_lowbit.config import CalibrateConfig, LowBitError, QuantizeConfig, RatesConfig, defaults
+from megatron_lowbit.io.files import (
+    SEAL,
+    check_seal,
+    complete,
+    discard,
+    ensure_writable,
+    read_json,
+    read_tensors,
+    sha256,
+    write_sealed,
+    write_tensors,
+)
+from megatron_lowbit.runtime.distributed import Watch, all_gather_values, env_rank, on_every_rank, on_rank_zero
+from megatron_lowbit.runtime.preemption import Preempted
+
+# These may differ when a run is resumed.
+_FREE_KEYS = ("output_dir", "wandb", "dry_run", "architecture", *(f"rates.{key}" for key in RatesConfig.model_fields))
+STATE = 3  # counts the changes of what a state holds
+SAVE_EVERY = 60.0  # seconds of a calibration pass; more where saving itself takes long
+
+
+class State:
+    """A stage's unfinished work. inputs: {what: digest} of what the settings only name (text, weights)."""
+
+    def __init__(self, stage: str, config: CalibrateConfig, inputs: dict[str, str]):
+        self.output = Path(config.output_dir)
+        self.folder = self.output / "resume"
+        values = {key: value for key, value in defaults(config).items() if key not in _FREE_KEYS}
+        self.settings: dict[str, Any] = json.loads(json.dumps({"stage": stage, "state": STATE, **values, **inputs}))
+
+    def found(self, *keys: str) -> dict[str, Any] | None:
+        """state.json of an unfinished run; None, and an empty folder, where there is none.
+
+        Raises LowBitError for a run of another stage or other settings, naming them, and for a damaged file.
+        """
+        if not (self.folder / "state.json").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            ensure_writable(self.folder)
+            return None
+        path = self.folder / "state.json"
+        with self._start_over():
+            found = read_json(path, nan=True)  # a loss may be one
+            if SEAL in found:  # an earlier version wrote none; its settings differ in "state"
+                check_seal(path, found)
+        before, here = found.get("settings", {}), self.settings
+        if not isinstance(before, dict):
+            before = {}
+        changed = [key for key in {**before, **here} if before.get(key) != here.get(key)]
+        if before and changed:
+            listed = ", ".join(f"{key} {before.get(key)!r} there, {here.get(key)!r} here" for key in changed[:6])
+            raise LowBitError(
+                f"{str(self.folder)!r} is an unfinished run with other settings ({listed}); "
+                "repeat those to continue it, delete the folder to start over, or choose another output_dir"
+            )
+        done = found.get("done")
+        if not {"settings", SEAL, *keys} <= set(found) or type(done) is not int or done < 1:
+            raise LowBitError(f"{str(self.folder)!r} is damaged; delete the folder to start the run over")
+        return found
+
+    @contextlib.contextmanager
+    def _start_over(self) -> Iterator[None]:
+        """Around the reading of the state: what to do is added to a LowBitError."""
+        try:
+            yield
+        except LowBitError as error:
+            what = str(error).removesuffix("; write it again")
+            raise LowBitError(f"{what}; delete {str(self.folder)!r} to start the run over") from None
+
+    def forget(self) -> None:
+        """Delete the state: all that the run was to write is written."""
+        (self.folder / "state.json").unlink(missing_ok=True)  # first, or what is left would look like a run to continue
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class RunState(State):
+    """The state of one run of quantize. Only rank 0 calls `find`, `save` and `forget`."""
+
+    def __init__(self, config: QuantizeConfig, inputs: dict[str, str]):
+        super().__init__("quantize", config, inputs)
+        # Parts are named without the numbers of ranks: those do not change the artifact.
+        named = {key: value for key, value in self.settings.items() if key not in ("tp", "dp")}
+        self.run_name = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
+
+    def part_path(self, name: str) -> Path:
+        return self.output / f"lowbit-{self.run_name}-{name}.safetensors"
+
+    def find(self) -> dict[str, Any]:
+        """state.json of an unfinished run, or {"done": 0} after making the folder for a fresh one.
+
+        Raises LowBitError for a run of other settings, naming them, and for one whose files are gone or damaged.
+        """
+        found = self.found("parts", "bit_sums", "results", "files")
+        if found is None:
+            return {"done": 0}
+        with self._start_over(), complete(self.folder / "state.json"):
+            verify_files(self.output, merge_parts(found["parts"]))
+        keep = tuple(f"{name}-{found['done']}-" for name in ("hp", "lowbit"))
+        for stream in self.folder.glob("*.bin"):
+            if not stream.name.startswith(keep):
+                stream.unlink()
+        return found
+
+    def ranges(self, found: dict[str, Any]) -> Ranges:
+        """What the groups done have recorded; `found` is what `find` returned."""
+        path = self._ranges_path(found["done"])
+        with self._start_over(), complete(self.folder / "state.json"):
+            verify_files(self.folder, {"files": {_inside(path): found["files"][_inside(path)]}})
+            return CalibrationStats.load(path.parent).ranges
+
+    def save(
+        self, done: int, part: CheckpointPart, parts: list[dict[str, Any]], ranges: Ranges, **values: Any
+    ) -> list[dict[str, Any]]:
+        """Write what the group added, then state.json; returns the descriptions of all parts.
+
+        values: `files` {stream: its checksum} of all ranks, and what else the run needs.
+        """
+        parts = [*parts, part.save(self.part_path(f"{done - 1:03d}"))]
+        path = self._ranges_path(done)
+        CalibrationStats(ranges, {"weights": {}}).save(ensure_writable(path.parent))
+        values["files"] = {**values["files"], _inside(path): sha256(path)}
+        write_sealed(self.folder / "state.json", {"settings": self.settings, "done": done, "parts": parts, **values})
+        shutil.rmtree(self._ranges_path(done - 1).parent, ignore_errors=True)
+        return parts
+
+    def _ranges_path(self, done: int) -> Path:
+        """The JSON of the ranges, which holds the checksum of their tensors."""
+        return self.folder / f"ranges-{done}" / "calibration.json"
+
+
+def _inside(path: Path) -> str:
+    """A file of a folder of the state, as state.json names it."""
+    return f"{path.parent.name}/{path.name}"
+
+
+def of_all_ranks(mine: dict[str, str]) -> dict[str, str]:
+    """{file: checksum} of every rank's files. A collective call."""
+    every = all_gather_values(mine, dist.group.WORLD if dist.is_initialized() else None)
+    return {name: checksum for part in every for name, checksum in part.items()}
+
+
+class PassState(State):
+    """A calibration pass that may stop after any of its `total` batches. All ranks make it and call it together.
+
+    done: batches that need not be read again; tensors: what this rank's observers had seen in them (calibrate.py).
+    lag: how many batches the first pipeline stage may be ahead of the last.
+    """
+
+    def __init__(self, config: CalibrateConfig, inputs: dict[str, str], total: int, lag: int = 0):
+        super().__init__("calibrate", config, inputs)
+        self.total, self.watch = total, Watch(SAVE_EVERY, lag)
+        found = on_rank_zero(partial(self.found, "files"))
+        self.done: int = found["done"] if found else 0
+        self.tensors: dict[str, Tensor] = on_every_rank(lambda: self._load(found["files"])) if found else {}
+        if found and env_rank() == 0:
+            print(f"continuing after {self.done} of the {total} batches")
+
+    def after_batch(self, seen: Callable[[], dict[str, Tensor]]) -> None:
+        """Save from time to time. Raises Preempted, after saving, once any rank was told to stop."""
+        self.done += 1
+        if self.done == self.total:  # what is left takes no time
+            self.watch.close()
+            return
+        answer = self.watch.step()
+        if answer != Watch.GO:
+            began = time.monotonic()
+            self._save(seen())
+            self.watch.save_every = max(SAVE_EVERY, 20 * (time.monotonic() - began))
+        if answer == Watch.STOP:
+            raise Preempted(f"after {self.done} of {self.total} batches; the same command continues there")
+
+    def _path(self) -> Path:
+        return self.folder / f"observers-{self.done}-rank{env_rank()}.safetensors"
+
+    def _load(self, files: dict[str, str]) -> dict[str, Tensor]:
+        with self._start_over():
+            return read_tensors(self._path(), files.get(self._path().name, ""))
+
+    def _save(self, tensors: dict[str, Tensor]) -> None:
+        files = of_all_ranks({self._path().name: on_every_rank(lambda: write_tensors(self._path(), tensors))})
+        state = {"settings": self.settings, "done": self.done, "files": files}
+        on_rank_zero(lambda: write_sealed(self.folder / "state.json", state))
+        for old in self.folder.glob(f"observers-*-rank{env_rank()}.safetensors"):
+            if old.name not in files:
+                discard(old)

@@ -1,0 +1,263 @@
+"""A tensor-parallel linear while it is being quantized: this rank's shards, in full precision or fake-quantized.
+
+    full precision   y = x W^T
+    quantized        y = Q(x S) Q(R W + B A)^T                 merged correction (QLLM, arXiv 2310.08041, eq. 8), or
+                     y = Q(x S) Q(R W)^T + Q(x S) A^T B^T      branch
+
+lora_a [rank, in], lora_b [out, rank] are the factors over all shards; for a column-parallel linear A is shared and B is
+cut along the outputs, for a row-parallel one A is cut along the inputs and B is shared (sharding.py sums its gradient).
+The rounding Q passes the gradient straight through, so what is trained is what is deployed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+
+from megatron_lowbit.comm.reducers import VirtualReducer
+from megatron_lowbit.config import LowBitError, WeightsConfig
+from megatron_lowbit.kernels import pack_bits
+from megatron_lowbit.qllm.shard_groups import gather_shards, ordered_sum, replicate
+from megatron_lowbit.quant.affine import (
+    LowRank,
+    QuantizedWeight,
+    Scheme,
+    choose_qparams,
+    fake_quantize,
+    fake_quantize_with,
+    qparams_from_range,
+    quantize,
+)
+from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
+from megatron_lowbit.runtime.distributed import all_gather_stack, all_gather_values, group_rank, world_size
+
+Kind = Literal["column", "row"]
+
+
+class ShardedLinear(nn.Module):
+    """name: its fqn; weights: this rank's shards [out / G, in] (column) or [out, in / G] (row), frozen.
+
+    It computes in full precision until `quantized` is set. The input of a column-parallel one arrives reassembled and
+    quantized where `prepared` is set (its norm did it).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: Kind,
+        weights: Sequence[Tensor],
+        bias: Tensor | None,
+        tp_group: dist.ProcessGroup | None,
+    ):
+        super().__init__()
+        self.name, self.kind, self.tp_group = name, kind, tp_group
+        self.hp_weights = list(weights)  # R W once a plan is set
+        self.bias = bias
+        self.scheme = Scheme(16, 16)
+        self.config = WeightsConfig()
+        self.quantized = self.prepared = False
+        self.plans: list[ReassemblyPlan] | None = None  # of each shard's inputs (row), or one of all inputs (column)
+        self.reducer: VirtualReducer | None = None
+        self.observer: Callable[[Sequence[Tensor]], None] | None = None  # sees the partial sums of all shards (row)
+        self.lora_shared: nn.Parameter | None = None
+        self.lora_shards: nn.ParameterList | None = None
+        self.branch = False
+        self._active: list[ReassemblyPlan | None] = []  # the plans that do anything
+        self._frozen: list[Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.effective_weights()
+        count = len(weights)
+        if self.kind == "column":
+            inputs: Sequence[Tensor] = replicate(self._prepare(x, 0), count, self.tp_group)
+        else:
+            inputs = [self._prepare(x_s, s) for s, x_s in enumerate(x.chunk(count, -1))]
+        parts = [F.linear(x_s, w_s.to(x.dtype)) for x_s, w_s in zip(inputs, weights, strict=True)]
+        if self.quantized and self.branch:
+            parts = [y + low for y, low in zip(parts, self._branch(inputs), strict=True)]
+        column = self.kind == "column"
+        y = torch.cat(parts, -1) if column else self._reduce(gather_shards(parts, self.tp_group))
+        return y if self.bias is None else y + self.bias
+
+    def set_plans(self, plans: Sequence[ReassemblyPlan]) -> None:
+        """Reassemble the weights for good: one plan of all inputs (column), one per shard (row)."""
+        self.plans = list(plans)
+        self._active = [None if plan.is_identity else plan for plan in plans]
+        per_shard = self.plans * len(self.hp_weights) if self.kind == "column" else self.plans
+        self.hp_weights = [plan.weights(w) for plan, w in zip(per_shard, self.hp_weights, strict=True)]
+        self._frozen = None
+
+    def quantize(self, scheme: Scheme, config: WeightsConfig) -> None:
+        """From here on the linear computes with quantized weights and activations."""
+        self.scheme, self.config, self.quantized = scheme, config, True
+
+    def add_low_rank(self, rank: int, branch: bool, generator: torch.Generator) -> list[nn.Parameter]:
+        """Create A (uniform, variance 1 / (3 in)) and B (zero); returns them as this rank trains them."""
+        count, total = len(self.hp_weights), len(self.hp_weights) * world_size(self.tp_group)
+        inputs = self.hp_weights[0].shape[1] * (total if self.kind == "row" else 1)
+        outputs = self.hp_weights[0].shape[0] * (total if self.kind == "column" else 1)
+        device = self.hp_weights[0].device
+        bound = inputs**-0.5
+        whole_a = torch.rand(rank, inputs, generator=generator).mul_(2 * bound).sub_(bound)  # the same at every tp size
+        if self.kind == "column":
+            self.lora_shared = nn.Parameter(whole_a.to(device))
+            shards = [torch.zeros(w.shape[0], rank, device=device) for w in self.hp_weights]
+        else:
+            self.lora_shared = nn.Parameter(torch.zeros(outputs, rank, device=device))
+            first = group_rank(self.tp_group) * count
+            shards = [a.contiguous().to(device) for a in whole_a.chunk(total, 1)[first : first + count]]
+        self.lora_shards = nn.ParameterList(nn.Parameter(shard) for shard in shards)
+        self.branch = branch
+        if not branch:
+            self._frozen = None
+        return [self.lora_shared, *self.lora_shards]
+
+    def drop_low_rank(self) -> None:
+        """Forget A and B."""
+        self.lora_shared, self.lora_shards, self.branch = None, None, False
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Compute the effective weights once, for all forwards until the next `unfreeze` or change."""
+        self._frozen = None
+        with torch.no_grad():
+            self._frozen = [w.detach() for w in self.effective_weights()]
+
+    def unfreeze(self) -> None:
+        self._frozen = None
+
+    def effective_weights(self) -> list[Tensor]:
+        """What each shard multiplies with; differentiable in A and B."""
+        if self._frozen is not None:
+            return self._frozen
+        if not self.quantized:
+            return self.hp_weights
+        weights = self.corrected()
+        qparams = self._qparams(weights)
+        return [
+            fake_quantize_with(w, scale, zero_point, self.scheme.weight_bits)
+            for w, (scale, zero_point) in zip(weights, qparams, strict=True)
+        ]
+
+    def corrected(self) -> list[Tensor]:
+        """R W + B A of each shard (R W alone where there is no correction, or a branch), not quantized."""
+        if self.lora_shared is None or self.branch:
+            return self.hp_weights
+        return [w + (b @ a).to(w.dtype) for w, (a, b) in zip(self.hp_weights, self._factors(), strict=True)]
+
+    def _factors(self) -> list[tuple[Tensor, Tensor]]:
+        """(A, B) of each shard."""
+        assert self.lora_shared is not None and self.lora_shards is not None
+        shared = replicate(self.lora_shared, len(self.lora_shards), self.tp_group)
+        if self.kind == "column":
+            return list(zip(shared, self.lora_shards, strict=True))
+        return list(zip(self.lora_shards, shared, strict=True))
+
+    def _branch(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Q(x S) A^T B^T of each shard, with A and B rounded to bf16 as they are stored."""
+        factors = [(_bf16(a, x_s), _bf16(b, x_s)) for (a, b), x_s in zip(self._factors(), inputs, strict=True)]
+        return [F.linear(F.linear(x_s, a), b) for x_s, (a, b) in zip(inputs, factors, strict=True)]
+
+    def _prepare(self, x: Tensor, shard: int) -> Tensor:
+        if not self.quantized or self.prepared:
+            return x
+        return prepare(x, self._active[shard] if self._active else None, self.scheme.act_bits)
+
+    def _reduce(self, parts: Sequence[Tensor]) -> Tensor:
+        if self.observer is not None:
+            self.observer(parts)
+        if self.quantized and self.reducer is not None:
+            assert self.reducer.plan is not None, "training runs through a plan's collective"
+            ranks = self.reducer.plan.tp_size
+            each = len(parts) // ranks
+            return self.reducer.all_reduce([ordered_sum(parts[r * each : (r + 1) * each], None) for r in range(ranks)])
+        return ordered_sum(parts, None)
+
+    @torch.no_grad()
+    def _qparams(self, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """(scale, zero_point) of each shard; one scale per output channel spans all shards of a row-parallel weight."""
+        bits, symmetric, group_size = self.scheme.weight_bits, self.config.symmetric, self.config.group_size
+        if self.kind == "column" or group_size is not None:
+            return [choose_qparams(w, bits, symmetric, group_size) for w in weights]
+        low = torch.stack([w.amin(1, keepdim=True) for w in weights]).amin(0).float()
+        high = torch.stack([w.amax(1, keepdim=True) for w in weights]).amax(0).float()
+        if self.tp_group is not None:
+            dist.all_reduce(low, dist.ReduceOp.MIN, self.tp_group)
+            dist.all_reduce(high, dist.ReduceOp.MAX, self.tp_group)
+        return [qparams_from_range(low, high, bits, symmetric)] * len(weights)
+
+    @torch.no_grad()
+    def packed(self) -> QuantizedWeight:
+        """The whole (unsharded) quantized weight; a collective call over tp_group."""
+        bits = self.scheme.weight_bits
+        weights = self.corrected()
+        qparams = self._qparams(weights)
+        if any(not torch.isfinite(w).all() for w in weights):
+            raise LowBitError(f"{self.name} holds NaN or Inf after the correction; lower correction.learning_rate")
+        codes = [quantize(w, *q, bits) for w, q in zip(weights, qparams, strict=True)]
+        dim = 0 if self.kind == "column" else 1
+        grouped = self.config.group_size is not None
+        scales, zeros = ([q[i] for q in qparams] for i in (0, 1))
+        if dim == 1 and not grouped:
+            scale, zero_point = scales[0], zeros[0]
+        else:
+            scale, zero_point = (self._whole(tensors, dim) for tensors in (scales, zeros))
+        whole = self._whole(codes, dim)
+        packed = pack_bits(whole, bits)
+        return QuantizedWeight(packed.cpu(), scale.cpu(), zero_point.cpu(), bits, whole.shape[1])
+
+    @torch.no_grad()
+    def low_rank(self) -> LowRank | None:
+        """The whole bf16 factors of a branch; a collective call over tp_group."""
+        if self.lora_shared is None or self.lora_shards is None or not self.branch:
+            return None
+        shared = self.lora_shared.to(torch.bfloat16)
+        whole = self._whole([p.to(torch.bfloat16) for p in self.lora_shards], 0 if self.kind == "column" else 1)
+        a, b = (shared, whole) if self.kind == "column" else (whole, shared)
+        return LowRank(a.detach().cpu(), b.detach().cpu())
+
+    def whole_plan(self) -> ReassemblyPlan | None:
+        """The plan of all inputs; a collective call over tp_group for a row-parallel linear."""
+        if self.plans is None:
+            return None
+        plans = [plan.to("cpu") for plan in self.plans]
+        if self.kind == "row" and self.tp_group is not None:
+            gathered = all_gather_values([vars(plan) for plan in plans], self.tp_group)
+            plans = [ReassemblyPlan(**fields) for part in gathered for fields in part]
+        return ReassemblyPlan.join(plans)
+
+    def _whole(self, parts: Sequence[Tensor], dim: int) -> Tensor:
+        local = torch.cat(list(parts), dim).contiguous()
+        return torch.cat(list(all_gather_stack(local, self.tp_group).unbind(0)), dim)
+
+
+class PreparedNorm(nn.Module):
+    """A norm, named by its fqn, whose output is quantized per token, once for all linears that read it."""
+
+    def __init__(self, name: str, norm: nn.Module, act_bits: int):
+        super().__init__()
+        self.name, self.norm, self.act_bits = name, norm, act_bits
+
+    @property
+    def weight(self) -> Any:
+        """The norm's own: some blocks (Mamba's) ask for its dtype."""
+        return self.norm.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return prepare(self.norm(hidden), None, self.act_bits)
+
+
+def prepare(x: Tensor, plan: ReassemblyPlan | None, act_bits: int) -> Tensor:
+    """Q(x S): reassembled and fake-quantized per token."""
+    if plan is not None:
+        x = plan.activations(x)
+    return x if act_bits == 16 else fake_quantize(x, act_bits)
+
+
+def _bf16(factor: Tensor, like: Tensor) -> Tensor:
+    return factor.to(torch.bfloat16).to(like.dtype)

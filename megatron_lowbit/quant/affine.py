@@ -1,0 +1,245 @@
+"""The affine quantizer (QLLM, arXiv 2310.08041, eq. 2).
+
+    X_q = clamp(round(X / alpha) + beta, 0, 2^b - 1)       alpha = (max X - min X) / (2^b - 1)
+    X^  = alpha * (X_q - beta)                             beta  = -round(min X / alpha)
+
+`alpha` is the scale and `beta` the zero point, one pair per row of the last dimension: an output channel of a weight
+[out, in], a token of an activation [tokens, in], or a group of `group_size` features inside either. Codes are uint8 in
+[0, 2^b - 1] for the symmetric quantizer too, whose scale is max|X| / (2^(b-1) - 1) and whose zero point is 2^(b-1).
+
+All arithmetic is float32, whatever the input's dtype. A constant row gets scale 1 and the real-valued zero point
+-min X, so it comes back exactly, not as NaN. NaN or Inf in a row makes that row NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_lowbit.config import LowBitError
+from megatron_lowbit.io.tensors import check_scale, check_tensor, short_repr
+from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, unpack_bits
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Bits of weights and activations; 16 means: not quantized."""
+
+    weight_bits: int
+    act_bits: int
+
+    @classmethod
+    def parse(cls, name: str) -> Scheme:
+        """`none` or `W<bits>A<bits>`, each 2 to 8 or 16. Raises LowBitError."""
+        if name == "none":
+            return cls(16, 16)
+        weight, _, act = name.removeprefix("W").partition("A")
+        if not (name.startswith("W") and weight.isdecimal() and act.isdecimal()):
+            raise LowBitError(f"scheme {name!r} is not of the form W4A8 (weight bits, activation bits)")
+        for bits in (int(weight), int(act)):
+            if bits != 16:
+                check_bits(bits)
+        return cls(int(weight), int(act))
+
+
+def check_bits(num_bits: int) -> None:
+    if not 2 <= num_bits <= 8:
+        raise LowBitError(f"num_bits={num_bits} is not in 2..8")
+
+
+def qparams_from_range(
+    min_vals: Tensor, max_vals: Tensor, num_bits: int, symmetric: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(scale, zero_point), float32, shaped like `min_vals` and `max_vals`; codes are 0 .. 2^num_bits - 1 (eq. 2)."""
+    check_bits(num_bits)
+    low, high = min_vals.float(), max_vals.float()
+    if symmetric:
+        low, high = -torch.maximum(low.abs(), high.abs()), torch.maximum(low.abs(), high.abs())
+        levels = 2**num_bits - 2  # -(2^(b-1) - 1) .. 2^(b-1) - 1, mirrored around the zero point
+    else:
+        levels = 2**num_bits - 1
+    scale = high / levels - low / levels  # divided first: the difference of two large floats may overflow
+    # A step of zero, or one too small to divide by, leaves nothing to quantize; Inf in a row makes it NaN.
+    constant = scale < torch.finfo(torch.float32).tiny
+    scale = torch.where(constant, 1.0, torch.where(scale.isfinite(), scale, torch.nan))
+    if symmetric:
+        return scale, torch.full_like(scale, 2 ** (num_bits - 1))
+    return scale, torch.where(constant, -low, -torch.round(low / scale))
+
+
+def choose_qparams(
+    x: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Min-max (scale, zero_point) of x [..., features]: float32 [..., groups], groups = features / group_size or 1."""
+    grouped = _grouped(x, group_size)
+    return qparams_from_range(grouped.amin(-1), grouped.amax(-1), num_bits, symmetric)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> Tensor:
+    """x [..., features], qparams [..., groups] -> codes uint8 [..., features]."""
+    grouped = x.float().unflatten(-1, (scale.shape[-1], -1))
+    codes = torch.round(grouped / scale.unsqueeze(-1)) + zero_point.unsqueeze(-1)
+    return codes.clamp_(0, 2**num_bits - 1).to(torch.uint8).flatten(-2)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward the quantized value; backward the identity."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, quantized: Tensor) -> Tensor:  # type: ignore[override]
+        return quantized
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return grad, None
+
+
+def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
+    """`quantized`, with the gradient going to x as it is."""
+    return _StraightThrough.apply(x, quantized)
+
+
+def fake_quantize(x: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None) -> Tensor:
+    """dequantize(quantize(x)) in x's dtype, with the straight-through gradient (identity)."""
+    with torch.no_grad():
+        scale, zero_point = choose_qparams(x, num_bits, symmetric, group_size)
+    return fake_quantize_with(x, scale, zero_point, num_bits)
+
+
+def fake_quantize_with(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> Tensor:
+    """fake_quantize with given qparams [..., groups] of x [..., features]."""
+    with torch.no_grad():
+        grouped = x.detach().float().unflatten(-1, (scale.shape[-1], -1))
+        scale, zero_point = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
+        # In place on one copy: training does this to every weight in every step.
+        values = torch.div(grouped, scale).round_().add_(zero_point)
+        values = values.clamp_(0, 2**num_bits - 1).trunc_()  # to whole codes: a constant row's zero point is not
+        quantized = values.sub_(zero_point).mul_(scale).flatten(-2).to(x.dtype)
+    return straight_through(x, quantized)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight [out_features, in_features] in packed codes: what a checkpoint stores and a quantized linear reads.
+
+    packed_weight: uint8 [out_features, row_bytes]; scale, zero_point: float32 [out_features, groups].
+    """
+
+    packed_weight: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    num_bits: int
+    in_features: int
+
+    __repr__ = short_repr
+
+    def validate(self, name: str) -> None:
+        """Raise ValueError, naming the tensor, where dtypes, shapes or scales cannot be those of a weight."""
+        row_bytes = packed_bytes(self.in_features, self.num_bits)
+        check_tensor(f"{name}.packed_weight", self.packed_weight, torch.uint8, (None, row_bytes))
+        rows = self.packed_weight.shape[0]
+        check_tensor(f"{name}.scale", self.scale, torch.float32, (rows, None), finite=True)
+        check_tensor(f"{name}.zero_point", self.zero_point, torch.float32, self.scale.shape, finite=True)
+        check_scale(f"{name}.scale", self.scale)
+        if self.in_features % self.scale.shape[1]:
+            groups = self.scale.shape[1]
+            raise ValueError(f"{name}.scale has {groups} groups, which do not divide {self.in_features} inputs")
+
+    @classmethod
+    @torch.no_grad()
+    def from_float(
+        cls, weight: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None, name: str = "weight"
+    ) -> QuantizedWeight:
+        """Round `weight` to the nearest code. Raises LowBitError where it holds NaN or Inf, naming it."""
+        if not torch.isfinite(weight).all():
+            raise LowBitError(f"{name} holds NaN or Inf; repair the checkpoint before it is quantized")
+        if group_size is not None and weight.shape[1] % group_size:
+            raise LowBitError(f"weights.group_size={group_size} does not divide the {weight.shape[1]} inputs of {name}")
+        scale, zero_point = choose_qparams(weight, num_bits, symmetric, group_size)
+        codes = quantize(weight, scale, zero_point, num_bits)
+        return cls(pack_bits(codes, num_bits), scale, zero_point, num_bits, weight.shape[1])
+
+    def codes(self) -> Tensor:
+        """uint8 [out_features, in_features]."""
+        return unpack_bits(self.packed_weight, self.num_bits, self.in_features)
+
+    def dequantize(self) -> Tensor:
+        """float32 [out_features, in_features]."""
+        return dequantize(self.codes(), self.scale, self.zero_point)
+
+    def shard_out(self, rank: int, size: int) -> QuantizedWeight:
+        """Rank `rank`'s share of the output channels (column-parallel)."""
+        rows = self.packed_weight.shape[0]
+        if rows % size:
+            raise LowBitError(f"{rows} output channels do not divide among {size} ranks; choose another tp")
+        packed, scale, zero = (
+            t.chunk(size)[rank].contiguous() for t in (self.packed_weight, self.scale, self.zero_point)
+        )
+        return QuantizedWeight(packed, scale, zero, self.num_bits, self.in_features)
+
+    def shard_in(self, rank: int, size: int) -> QuantizedWeight:
+        """Rank `rank`'s share of the input features (row-parallel).
+
+        Unpacked, sliced and repacked, since a shard boundary may split a packed byte. One scale per output channel
+        is the same on all ranks; group scales are sliced with their groups. Raises LowBitError where the
+        shard would split a group.
+        """
+        groups = self.scale.shape[1]
+        if self.in_features % size:
+            raise LowBitError(f"{self.in_features} input features do not divide among {size} ranks; choose another tp")
+        if groups > 1 and groups % size:
+            raise LowBitError(
+                f"{groups} weight groups do not divide among {size} ranks; choose another weights.group_size"
+            )
+        packed = pack_bits(self.codes().chunk(size, dim=1)[rank].contiguous(), self.num_bits)
+        scale, zero = self.scale, self.zero_point
+        if groups > 1:
+            scale, zero = (t.chunk(size, dim=1)[rank].contiguous() for t in (scale, zero))
+        return QuantizedWeight(packed, scale, zero, self.num_bits, self.in_features // size)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The branch of a linear: lora_a bf16 [rank, in_features], lora_b bf16 [out_features, rank]."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+
+    __repr__ = short_repr
+
+    def validate(self, name: str, in_features: int, out_features: int) -> None:
+        """Raise ValueError, naming the tensor, where the factors do not fit a linear of these widths."""
+        check_tensor(f"{name}.lora_a", self.lora_a, torch.bfloat16, (None, in_features), finite=True)
+        rank = self.lora_a.shape[0]
+        check_tensor(f"{name}.lora_b", self.lora_b, torch.bfloat16, (out_features, rank), finite=True)
+
+    def shard_out(self, rank: int, size: int) -> LowRank:
+        return LowRank(self.lora_a, self.lora_b.chunk(size)[rank].contiguous())
+
+    def shard_in(self, rank: int, size: int) -> LowRank:
+        return LowRank(self.lora_a.chunk(size, dim=1)[rank].contiguous(), self.lora_b)
+
+
+class Float32QParams(nn.Module):
+    """A module whose `float32` buffers stay float32: model.bfloat16() moves them, but rounds nothing."""
+
+    float32: tuple[str, ...] = ("scale", "zero_point")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32QParams:
+        exact = {name: self._buffers[name] for name in self.float32 if name in self._buffers}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            moved = self._buffers[name]
+            if before is not None and moved is not None and moved.dtype != before.dtype:
+                self._buffers[name] = before.to(moved.device)
+        return self
+
+
+def _grouped(x: Tensor, group_size: int | None) -> Tensor:
+    size = x.shape[-1] if group_size is None else group_size
+    if x.shape[-1] % size:
+        raise LowBitError(f"group_size={group_size} does not divide {x.shape[-1]} features")
+    return x.unflatten(-1, (-1, size))

@@ -1,0 +1,51 @@
+"""Round-to-nearest quantization of a whole model (QLLM, arXiv 2310.08041, eq. 2): the baseline of better methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from megatron_lowbit.artifact import Fingerprint, LowBitCheckpoint
+from megatron_lowbit.config import LowBitError, WeightsConfig
+from megatron_lowbit.quant.affine import QuantizedWeight, Scheme
+from megatron_lowbit.runtime.distributed import env_rank
+from megatron_lowbit.runtime.metrics import progress
+
+
+def quantize_model(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    config: WeightsConfig,
+    fingerprint: Fingerprint,
+    dtype: torch.dtype | None = None,
+) -> LowBitCheckpoint:
+    """Quantize the weights of `linears` ({fqn: module}) and keep every other tensor of `model`, stored as `dtype`.
+
+    Raises LowBitError for a scheme without quantized weights, for NaN or Inf in any parameter, and for a group size
+    that does not divide a weight's width.
+    """
+    scheme = Scheme.parse(config.scheme)
+    if scheme.weight_bits == 16:
+        raise LowBitError(
+            f"weights.scheme={config.scheme} quantizes no weights; choose W4A16, W4A8, W4A4, W6A6 or W8A8"
+        )
+    for name, parameter in model.named_parameters():
+        if name.removesuffix(".weight") not in linears and not torch.isfinite(parameter).all():
+            raise LowBitError(f"{name} holds NaN or Inf; repair the checkpoint before it is quantized")
+    packed = {
+        name: QuantizedWeight.from_float(module.weight, scheme.weight_bits, config.symmetric, config.group_size, name)
+        for name, module in progress(linears.items(), len(linears), f"rounding to {config.scheme}", env_rank())
+    }
+    tensors, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        linear, _, leaf = name.rpartition(".")
+        if (linear in packed and leaf == "weight") or tensor.data_ptr() in seen:
+            continue  # a tied weight (lm_head on the embedding) is stored once
+        seen.add(tensor.data_ptr())
+        tensors[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    bits = scheme.act_bits if config.attention else 16
+    return LowBitCheckpoint(
+        packed, tensors, scheme, config.scheme, config.shard_groups, fingerprint, attention_bits=bits
+    )

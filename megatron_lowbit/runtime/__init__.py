@@ -1,0 +1,1 @@
+"""Processes: ranks, rendezvous, signals, locks and metrics of distributed jobs."""

@@ -1,0 +1,53 @@
+"""Artifacts that several of Megatron's tests save, load and run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from commands import CALIBRATION, run_here
+
+from megatron_lowbit.artifact import Artifact, LowBitCheckpoint
+
+
+def quantize_embedded(folder: Path, **changes: object) -> Path:
+    """All that an artifact can hold, from the embedded model: reassembled norms, o_proj and down_proj, low-rank
+    branches, quantized attention, and plans for two and four ranks."""
+    settings = {
+        "model": "embedded",
+        "weights.method": "qllm",
+        "weights.scheme": "W4A4",
+        "weights.shard_groups": 4,
+        "reassembly.mode": "fixed",
+        "reassembly.expansion": 0.05,
+        "reassembly.o_proj": "true",
+        "correction.mode": "branch",
+        "correction.epochs": 1,
+        "comm.tp_sizes": "[2,4]",
+        "output_dir": folder,
+    }
+    assert run_here("quantize", *(f"{key}={value}" for key, value in (settings | changes).items()), *CALIBRATION) == 0
+    return folder
+
+
+def in_some_blocks(artifact: Artifact) -> Artifact:
+    """The artifact with reassembly in the even blocks alone, and low-rank branches in the first three."""
+    checkpoint = artifact.checkpoint
+    assert checkpoint is not None
+
+    def block(name: str) -> int:
+        return int(name.split(".")[2])
+
+    return Artifact(
+        replaced(
+            checkpoint,
+            reassembly={name: plan for name, plan in checkpoint.reassembly.items() if block(name) % 2 == 0},
+            low_rank={name: branch for name, branch in checkpoint.low_rank.items() if block(name) < 3},
+        ),
+        artifact.plans,
+    )
+
+
+def replaced(checkpoint: LowBitCheckpoint, **changes: Any) -> LowBitCheckpoint:
+    return dataclasses.replace(checkpoint, **changes)

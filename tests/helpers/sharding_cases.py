@@ -1,0 +1,93 @@
+"""What ranks of a RankPool run for test_sharding.py: each holds its share of the shards. Size 1 runs in the test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from megatron_lowbit.config import WeightsConfig
+from megatron_lowbit.qllm.shard_groups import gather_shards, ordered_sum, replicate
+from megatron_lowbit.qllm.sharded_linear import ShardedLinear
+from megatron_lowbit.quant.affine import Scheme
+
+
+def group_of(size: int) -> dist.ProcessGroup | None:
+    return dist.group.WORLD if size > 1 else None
+
+
+def mine(shards: Sequence[Tensor], rank: int, size: int) -> list[Tensor]:
+    each = len(shards) // size
+    return list(shards[rank * each : (rank + 1) * each])
+
+
+def sums(rank: int, size: int, shards: list[Tensor]) -> dict[str, Any]:
+    own = [shard.clone() for shard in mine(shards, rank, size)]
+    total = ordered_sum(own, group_of(size))
+    return {"sum": total, "kept": all(map(torch.equal, own, mine(shards, rank, size)))}
+
+
+def replicated(rank: int, size: int, x: Tensor, upstream: list[Tensor]) -> dict[str, Any]:
+    """x for every shard, each with its own upstream gradient."""
+    x = x.clone().requires_grad_()
+    own = mine(upstream, rank, size)
+    copies = replicate(x, len(own), group_of(size))
+    (grad,) = torch.autograd.grad(copies, [x], own)
+    return {"copies": [copy.detach() for copy in copies], "grad": grad}
+
+
+def gathered(rank: int, size: int, shards: list[Tensor], weights: list[Tensor]) -> dict[str, Any]:
+    """All shards on every rank, and the gradient of a loss that mixes them: sum over s of (weight_s * shard_s^3)."""
+    own = [shard.clone().requires_grad_() for shard in mine(shards, rank, size)]
+    everything = gather_shards(own, group_of(size))
+    loss = sum((weight * shard**3).sum() for weight, shard in zip(weights, everything, strict=True))
+    assert isinstance(loss, Tensor)
+    grads = torch.autograd.grad(loss, own)
+    return {"shards": [shard.detach() for shard in everything], "grads": list(grads), "loss": loss.detach()}
+
+
+def gathered_in_part(rank: int, size: int, shards: list[Tensor], used: int) -> list[Tensor | None]:
+    """A loss of one shard alone: on every rank, also those that do not own it, backward has to work."""
+    own = [shard.clone().requires_grad_() for shard in mine(shards, rank, size)]
+    everything = gather_shards(own, group_of(size))
+    return list(torch.autograd.grad((everything[used] * 2).sum(), own, allow_unused=True))
+
+
+def linear(
+    rank: int, size: int, kind: str, weight: Tensor, x: Tensor, upstream: Tensor, shards: int, branch: bool
+) -> dict[str, Any]:
+    """A quantized ShardedLinear with a low-rank correction: its output, gradients and packed weight.
+
+    x: the input over all shards; upstream: the gradient of the output over all shards.
+    """
+    dim, group = (0, group_of(size)) if kind == "column" else (1, group_of(size))
+    own = mine([part.contiguous() for part in weight.chunk(shards, dim)], rank, size)
+    module = ShardedLinear("some_proj", kind, own, None, group)  # type: ignore[arg-type]
+    parameters = module.add_low_rank(3, branch, torch.Generator().manual_seed(0))
+    assert module.lora_shared is not None and module.lora_shards is not None
+    with torch.no_grad():  # B as if trained: the same numbers over all shards at every size
+        outputs = weight.shape[0]
+        b = 0.05 * torch.randn(outputs, 3, generator=torch.Generator().manual_seed(1))
+        if kind == "column":
+            for shard, values in zip(module.lora_shards, mine(b.chunk(shards), rank, size), strict=True):
+                shard.copy_(values)
+        else:
+            module.lora_shared.copy_(b)
+    module.quantize(Scheme(4, 4), WeightsConfig(scheme="W4A4"))
+    x = x if kind == "column" else x.chunk(size, -1)[rank]
+    upstream = upstream.chunk(size, -1)[rank] if kind == "column" else upstream
+    x = x.clone().requires_grad_()
+    y = module(x)
+    x_grad, shared, *own_grads = torch.autograd.grad(y, [x, *parameters], upstream)
+    packed, low_rank = module.packed(), module.low_rank()
+    return {
+        "y": y.detach(),
+        "x_grad": x_grad,
+        "shared": shared,
+        "own": own_grads,
+        "packed": [packed.packed_weight, packed.scale, packed.zero_point],
+        "low_rank": None if low_rank is None else [low_rank.lora_a, low_rank.lora_b],
+    }

@@ -1,0 +1,61 @@
+"""Triton's kernels against the reference (triton_cases.py): interpreted, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_lowbit.comm.codec import Codec, WireFormat
+
+HERE = Path(__file__).parent
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+
+
+def run(*arguments: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(HERE / "triton_cases.py"), *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_triton
+def test_same_bits_as_the_reference_in_the_interpreter():
+    """Triton looks at the variable when it is imported, so in a process of its own."""
+    assert int(run("cpu", TRITON_INTERPRET="1")) >= 40
+
+
+@needs_triton
+def test_they_compile_for_a_gpu(tmp_path):
+    """What the interpreter lets pass, the compiler may not."""
+    assert run("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)) == "6\n"
+
+
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_same_bits_as_the_reference_on_a_gpu():
+    assert int(run("cuda", TRITON_INTERPRET="0")) >= 40
+
+
+def test_scales_of_bf16_features_are_infinite():
+    """Triton knows them by that."""
+    bits = torch.tensor([4, 16, 4, 16], dtype=torch.uint8)
+    format = WireFormat(Codec(torch.ones(2, 4), torch.ones(2, 4), bits, rank1=True))
+    assert format.scale.tolist() == 2 * [[1.0, float("inf"), 1.0, float("inf")]]
+    assert format.zero_point.tolist() == 2 * [[1.0, 0.0, 1.0, 0.0]]
+
+
+def test_importing_the_package_does_not_import_triton():
+    code = "import sys, megatron_lowbit.kernels; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
