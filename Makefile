@@ -27,7 +27,7 @@ test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 test-slurm: slurm-packages $(VENV)/.test
-	EVERY_LAUNCHER=1 $(BIN)/python -m pytest -s -rs tests/test_slurm.py tests/test_slurm_jobs.py
+	EVERY_LAUNCHER=1 $(BIN)/python -m pytest -s -rs tests/launch/test_slurm.py tests/launch/test_slurm_jobs.py
 
 # Never fails: where Slurm cannot be installed its tests are skipped, and say why.
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge

@@ -55,7 +55,7 @@ def _main(argv: list[str] | None) -> int:
         from megatron_lowbit.launch.bench import arguments
 
         code = arguments.told(argv[1], argv[2:])
-        return import_module(f"megatron_lowbit.launch.{argv[1]}").main(argv[2:]) if code is None else code
+        return import_module(f"megatron_lowbit.launch.bench.{argv[1]}").main(argv[2:]) if code is None else code
     if argv[0] == "slurm":
         from megatron_lowbit.launch.slurm import render as slurm
 

@@ -23,11 +23,14 @@ from megatron_lowbit.comm.build_plan import build_plan, describe
 from megatron_lowbit.config import CommConfig, LowBitError, WeightsConfig
 from megatron_lowbit.launch.bench.config import BenchmarkConfig
 from megatron_lowbit.launch.bench.netlab import on_a_host
-from megatron_lowbit.launch.engines.base import Engine, calibrate_engine, start_engine
+from megatron_lowbit.launch.engines.base import Engine
+from megatron_lowbit.launch.engines.prepare import calibrate_engine
+from megatron_lowbit.launch.engines.start import start_engine
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.launch.saturation import logged, measure_saturation, print_saturation
 from megatron_lowbit.launch.tables import print_table
-from megatron_lowbit.runtime.distributed import Watch, device, env_rank
+from megatron_lowbit.runtime.distributed import Watch, device
+from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger, progress
 
 CONFIG = BenchmarkConfig

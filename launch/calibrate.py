@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lowbit.adapters.huggingface.apply import check_divides
-from megatron_lowbit.artifact import CalibrationStats
 from megatron_lowbit.comm.build_plan import aggregated_range, build_plan
+from megatron_lowbit.comm.plan import CalibrationStats
 from megatron_lowbit.config import CalibrateConfig, CommConfig, LowBitError
-from megatron_lowbit.launch.engines.base import Engine, calibrate_engine, start_engine
+from megatron_lowbit.launch.engines.base import Engine
+from megatron_lowbit.launch.engines.prepare import calibrate_engine
+from megatron_lowbit.launch.engines.start import start_engine
 from megatron_lowbit.launch.layout import calibrating_ranks
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.qllm.resume import State
-from megatron_lowbit.runtime.distributed import env_rank, on_rank_zero
+from megatron_lowbit.runtime.distributed import on_rank_zero
+from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger
 
 CONFIG = CalibrateConfig
@@ -24,7 +27,7 @@ CONFIG = CalibrateConfig
 def run(config: CalibrateConfig, logger: MetricLogger) -> dict[str, Any]:
     dp_group = None
     if calibrating_ranks(config) is not None:
-        from megatron_lowbit.launch.qllm import start_groups  # which imports this module
+        from megatron_lowbit.launch.groups import start_groups
 
         dp_group = start_groups(config)[1]
     engine = start_engine(config)

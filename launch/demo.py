@@ -9,16 +9,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_lowbit.artifact import Artifact, CommPlan
+from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.build_plan import build_plan
+from megatron_lowbit.comm.plan import CommPlan
 from megatron_lowbit.config import CommConfig, DemoConfig, LowBitError, SchemeName, WeightsConfig
 from megatron_lowbit.io.files import ensure_writable
-from megatron_lowbit.launch.engines.base import calibrate_engine, load_windows, start_engine
-from megatron_lowbit.launch.evaluate import full_precision_row, low_bit_row, print_rows
+from megatron_lowbit.launch.engines.prepare import calibrate_engine, load_windows
+from megatron_lowbit.launch.engines.start import start_engine
 from megatron_lowbit.launch.generate import continue_text
 from megatron_lowbit.launch.quantize import save_checkpoint
+from megatron_lowbit.launch.rows import full_precision_row, low_bit_row, print_rows
 from megatron_lowbit.launch.runner import run_stage
-from megatron_lowbit.runtime.distributed import env_rank, on_rank_zero
+from megatron_lowbit.runtime.distributed import on_rank_zero
+from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger
 
 CONFIG = DemoConfig

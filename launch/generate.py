@@ -13,13 +13,16 @@ from functools import partial
 from typing import Any
 
 from megatron_lowbit.config import GenerateConfig, LowBitError, shown
-from megatron_lowbit.launch.engines.base import Engine, GenerateOptions, prepare_artifact, start_engine
-from megatron_lowbit.launch.evaluate import row_name
+from megatron_lowbit.launch.engines.base import Engine, GenerateOptions
+from megatron_lowbit.launch.engines.prepare import prepare_artifact
+from megatron_lowbit.launch.engines.start import start_engine
 from megatron_lowbit.launch.inputs import read_prompts
+from megatron_lowbit.launch.rows import row_name
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.launch.saturation import logged, measure_saturation, print_saturation
 from megatron_lowbit.launch.tokenizer import check_tokenizer
-from megatron_lowbit.runtime.distributed import Watch, env_rank, on_rank_zero
+from megatron_lowbit.runtime.distributed import Watch, on_rank_zero
+from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger
 
 CONFIG = GenerateConfig

@@ -26,7 +26,8 @@ from megatron_lowbit.adapters.patching import remove
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommMode, LowBitError, ParityConfig
 from megatron_lowbit.io.files import read_json, write_tensors
-from megatron_lowbit.launch.engines.base import GenerateOptions, start_engine
+from megatron_lowbit.launch.engines.base import GenerateOptions
+from megatron_lowbit.launch.engines.start import start_engine
 from megatron_lowbit.launch.generate import encode
 from megatron_lowbit.launch.inputs import read_prompts
 from megatron_lowbit.launch.runner import run_stage

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed as dist
 
 from megatron_lowbit.adapters.huggingface.apply import check_divides, model_config
-from megatron_lowbit.artifact import remove_plans
-from megatron_lowbit.config import CalibrateConfig, CommConfig, LowBitError, QuantizeConfig, one_line
+from megatron_lowbit.comm.plan import remove_plans
+from megatron_lowbit.config import CommConfig, LowBitError, QuantizeConfig
 from megatron_lowbit.io.data import Windows, token_windows
 from megatron_lowbit.launch.calibrate import write_plans
-from megatron_lowbit.launch.engines.base import compute_dtype
 from megatron_lowbit.launch.full_precision import tell_full_precision
 from megatron_lowbit.launch.generation import copy_generation_config
+from megatron_lowbit.launch.groups import start_groups
 from megatron_lowbit.launch.inputs import model_name
-from megatron_lowbit.launch.model_folder import check_config, download
-from megatron_lowbit.launch.tokenizer import check_tokenizer, load_tokenizer
+from megatron_lowbit.launch.loading import compute_dtype, read_config, read_tokenizer
+from megatron_lowbit.launch.model_folder import download
+from megatron_lowbit.launch.tokenizer import check_tokenizer
 from megatron_lowbit.layers.linear import activation_groups
 from megatron_lowbit.qllm.block_source import BlockSource
 from megatron_lowbit.qllm.pipeline import GroupResult, Walk
-from megatron_lowbit.runtime.distributed import (
-    device,
-    env_rank,
-    env_world_size,
-    launched,
-    make_groups,
-    on_rank_zero,
-    seed_everything,
-)
+from megatron_lowbit.runtime.distributed import device, on_rank_zero, seed_everything
+from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger
-from megatron_lowbit.runtime.rendezvous import join
 
 
 def quantize_qllm(
@@ -143,44 +133,8 @@ def _check_shards(size: int, shards: dict[int, int], key: str) -> None:
             )
 
 
-def start_groups(config: CalibrateConfig) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """This rank's (tp_group, dp_group)."""
-    ranks = config.tp * config.dp
-    if ranks == 1:
-        return None, None
-    assert launched() and env_world_size() == ranks, "run_stage starts the ranks"
-    join()
-    return make_groups(config.tp, config.dp)
-
-
 def _aligned(windows: Windows) -> Windows:
     """Padded to a multiple of 64 tokens, so that vectorised kernels end at the same places on every number of ranks."""
     extra = -windows.ids.shape[1] % 64
     pad = torch.nn.functional.pad
     return Windows(pad(windows.ids, (0, extra)), pad(windows.mask, (0, extra)))
-
-
-def read_config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    hf_config = _read("config", folder, partial(AutoConfig.from_pretrained, trust_remote_code=False))
-    check_config(hf_config, folder)
-    return hf_config
-
-
-def read_tokenizer(folder: Path) -> Any:
-    return _read("tokenizer", folder, load_tokenizer)
-
-
-def _read(what: str, folder: Path, loader: Any) -> Any:
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(None):
-            warnings.simplefilter("ignore")
-            return loader(folder)
-    except LowBitError:
-        raise
-    except Exception as error:  # whatever transformers and tokenizers raise
-        raise LowBitError(f"cannot read the {what} of {str(folder)!r}: {one_line(error)}") from None

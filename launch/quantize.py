@@ -8,17 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_lowbit.artifact import LowBitCheckpoint
 from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.launch.calibrate import usable_sizes, write_plans, written
 from megatron_lowbit.launch.dry_run.report import dry_run
-from megatron_lowbit.launch.engines.base import Engine, calibrate_engine, start_engine
+from megatron_lowbit.launch.engines.base import Engine
+from megatron_lowbit.launch.engines.prepare import calibrate_engine
+from megatron_lowbit.launch.engines.start import start_engine
 from megatron_lowbit.launch.generation import copy_generation_config
 from megatron_lowbit.launch.layout import quantize_method
 from megatron_lowbit.launch.qllm import quantize_qllm
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.layers.linear import activation_groups
-from megatron_lowbit.runtime.distributed import env_rank, on_rank_zero
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
+from megatron_lowbit.runtime.distributed import on_rank_zero
+from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger
 
 CONFIG = QuantizeConfig

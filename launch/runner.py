@@ -28,8 +28,9 @@ from megatron_lowbit.launch.bench.netlab import FIRST_HOST, network, no_namespac
 from megatron_lowbit.launch.inputs import check_inputs
 from megatron_lowbit.launch.layout import check_layout, world_of
 from megatron_lowbit.runtime import launcher_env, preemption, presence
-from megatron_lowbit.runtime.distributed import ToldError, env_rank, launched, on_every_rank, on_rank_zero
+from megatron_lowbit.runtime.distributed import ToldError, on_every_rank, on_rank_zero
 from megatron_lowbit.runtime.folder_lock import FolderLock
+from megatron_lowbit.runtime.launcher_env import env_rank, launched
 from megatron_lowbit.runtime.metrics import MetricLogger, environment
 from megatron_lowbit.runtime.preemption import REQUEUE, Preempted
 from megatron_lowbit.runtime.rendezvous import join

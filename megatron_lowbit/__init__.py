@@ -47,23 +47,26 @@ if TYPE_CHECKING:
     from megatron_lowbit.adapters.huggingface.apply import apply_to_huggingface
     from megatron_lowbit.adapters.megatron.apply import apply_to_megatron
     from megatron_lowbit.adapters.patching import remove, saturation
-    from megatron_lowbit.artifact import Artifact, CalibrationStats, CommPlan, LowBitCheckpoint
-    from megatron_lowbit.comm.reducers import HybridReducer, VirtualReducer
+    from megatron_lowbit.artifact import Artifact
+    from megatron_lowbit.comm.plan import CalibrationStats, CommPlan
+    from megatron_lowbit.comm.reducers import HybridReducer
+    from megatron_lowbit.comm.virtual import VirtualReducer
     from megatron_lowbit.config import LowBitError
+    from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Artifact": "artifacts",
-    "CalibrationStats": "artifacts",
-    "CommPlan": "artifacts",
-    "HybridReducer": "collectives",
-    "LowBitCheckpoint": "artifacts",
+    "Artifact": "artifact",
+    "CalibrationStats": "comm.plan",
+    "CommPlan": "comm.plan",
+    "HybridReducer": "comm.reducers",
+    "LowBitCheckpoint": "quant.checkpoint",
     "LowBitError": "config",
-    "VirtualReducer": "collectives",
+    "VirtualReducer": "comm.virtual",
     "apply_to_deepspeed": "adapters.deepspeed",
-    "apply_to_huggingface": "adapters.huggingface",
-    "apply_to_megatron": "adapters.megatron",
+    "apply_to_huggingface": "adapters.huggingface.apply",
+    "apply_to_megatron": "adapters.megatron.apply",
     "remove": "adapters.patching",
     "saturation": "adapters.patching",
 }

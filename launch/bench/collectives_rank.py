@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_lowbit.artifact import SitePlan
 from megatron_lowbit.comm.autotune import measure_costs, one_round, slowest
 from megatron_lowbit.comm.build_plan import synthetic_plan
 from megatron_lowbit.comm.cost import CostTable
+from megatron_lowbit.comm.plan import SitePlan
 from megatron_lowbit.comm.reducers import LOW_BIT, HybridReducer
 from megatron_lowbit.config import CommMode, LowBitError
 from megatron_lowbit.io.files import write_json

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_lowbit.comm.reducers import Traffic, VirtualReducer
+from megatron_lowbit.comm.reducers import Traffic
+from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.runtime.distributed import all_gather_stack
 
 GROUP = 32  # values that share a scale

@@ -15,18 +15,17 @@ import torch
 from torch import nn
 
 from megatron_lowbit.adapters.huggingface.apply import check_divides, decoder_blocks, find_linears, model_config
+from megatron_lowbit.adapters.huggingface.skeleton import skeleton
 from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.kernels import packed_bytes
 from megatron_lowbit.launch.dry_run.cost_model import Rates, Shape, Work, calibrate_stage, find_rates, stages
-from megatron_lowbit.launch.engines.base import compute_dtype
 from megatron_lowbit.launch.inputs import model_name
+from megatron_lowbit.launch.loading import compute_dtype, read_config
 from megatron_lowbit.launch.model_folder import download
-from megatron_lowbit.launch.qllm import read_config
 from megatron_lowbit.launch.tables import number, print_table
 from megatron_lowbit.layers.linear import activation_groups
-from megatron_lowbit.qllm.block_source import skeleton
 from megatron_lowbit.quant.affine import Scheme
-from megatron_lowbit.runtime.distributed import env_rank
+from megatron_lowbit.runtime.launcher_env import env_rank
 
 
 def dry_run(config: QuantizeConfig) -> dict[str, Any]:

@@ -15,27 +15,23 @@ from transformers import GenerationConfig
 
 from megatron_lowbit.adapters import patching
 from megatron_lowbit.adapters.huggingface import apply as huggingface
-from megatron_lowbit.artifact import Artifact, Fingerprint, fingerprint_fields
+from megatron_lowbit.adapters.huggingface.skeleton import skeleton
+from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, StageConfig, WeightsConfig
-from megatron_lowbit.launch.engines.base import (
-    Engine,
-    GenerateOptions,
-    compute_dtype,
-    load_config_and_tokenizer,
-    load_model,
-    take_checkpoints,
-)
+from megatron_lowbit.io.fingerprint import Fingerprint, fingerprint_fields
+from megatron_lowbit.launch.engines.base import Engine, GenerateOptions
+from megatron_lowbit.launch.engines.prepare import take_checkpoints
 from megatron_lowbit.launch.inputs import model_name
-from megatron_lowbit.qllm.block_source import skeleton
+from megatron_lowbit.launch.loading import compute_dtype, load_config_and_tokenizer, load_model
 from megatron_lowbit.runtime.distributed import (
     all_gather_stack,
     all_gather_values,
     device,
     group_rank,
-    launched,
     on_rank_zero,
     world_size,
 )
+from megatron_lowbit.runtime.launcher_env import launched
 from megatron_lowbit.runtime.rendezvous import join
 
 
@@ -218,8 +214,7 @@ class MegatronEngine(Engine):
         return torch.empty(tokens, ids.shape[0], config.hidden_size, dtype=config.params_dtype, device=ids.device)
 
     def _views(self, kind: str) -> Mapping[str, Any]:
-        from megatron_lowbit.adapters.megatron.apply import find_linears
-        from megatron_lowbit.adapters.megatron.layout import COLUMN, find_prefix, parts
+        from megatron_lowbit.adapters.megatron.layout import COLUMN, find_linears, find_prefix, parts
 
         views: dict[str, Any] = {}
         prefix = find_prefix(self.names)
@@ -236,15 +231,13 @@ class MegatronEngine(Engine):
         return self._views("column")
 
     def site_names(self) -> Mapping[str, str]:
-        from megatron_lowbit.adapters.megatron.apply import find_linears
-        from megatron_lowbit.adapters.megatron.layout import find_prefix, parts
+        from megatron_lowbit.adapters.megatron.layout import find_linears, find_prefix, parts
 
         prefix, linears = find_prefix(self.names), find_linears(self.model)
         return {path: parts(prefix, layer, role, self.names)[0] for (layer, role), (path, _) in linears.items()}
 
     def site_pairs(self) -> dict[str, tuple[Any, Any]]:
-        from megatron_lowbit.adapters.megatron.apply import find_linears
-        from megatron_lowbit.adapters.megatron.layout import COLUMN, find_prefix, parts
+        from megatron_lowbit.adapters.megatron.layout import COLUMN, find_linears, find_prefix, parts
 
         originals, pairs, prefix = patching.original_modules(self.model), {}, find_prefix(self.names)
         for (layer, role), (path, module) in find_linears(self.model).items():
@@ -260,7 +253,7 @@ class MegatronEngine(Engine):
 
     def fingerprint(self) -> Fingerprint:
         """Of the whole model, on every rank."""
-        from megatron_lowbit.adapters.megatron import apply as megatron
+        from megatron_lowbit.adapters import megatron
 
         mine = megatron.fingerprint(self.model, self.names)["weights"]
         if self.pp_group is not None:

@@ -20,7 +20,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_lowbit.artifact import Artifact, LowBitCheckpoint
+from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import (
     CommConfig,
     CorrectionConfig,
@@ -31,10 +31,13 @@ from megatron_lowbit.config import (
     WeightsConfig,
 )
 from megatron_lowbit.io.files import read_json, write_json
-from megatron_lowbit.launch.engines.base import Engine, load_windows, round_weights, start_engine
-from megatron_lowbit.launch.evaluate import full_precision_row, low_bit_row, print_rows
+from megatron_lowbit.launch.engines.base import Engine
+from megatron_lowbit.launch.engines.prepare import load_windows, round_weights
+from megatron_lowbit.launch.engines.start import start_engine
 from megatron_lowbit.launch.qllm import quantize_qllm
+from megatron_lowbit.launch.rows import full_precision_row, low_bit_row, print_rows
 from megatron_lowbit.quant.affine import Scheme
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.runtime.metrics import MetricLogger
 
 GAMMAS = (0.01, 0.03, 0.05)

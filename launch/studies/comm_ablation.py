@@ -21,12 +21,14 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_lowbit.adapters import patching
-from megatron_lowbit.artifact import Artifact, CalibrationStats
+from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.build_plan import build_plan
+from megatron_lowbit.comm.plan import CalibrationStats
 from megatron_lowbit.config import CommConfig, EvaluateConfig, LowBitError, WeightsConfig
 from megatron_lowbit.launch.bench.peers import VirtualGroupInt4
-from megatron_lowbit.launch.engines.base import calibrate_engine, load_windows, start_engine
-from megatron_lowbit.launch.evaluate import applied_row, check_unused, explained, full_precision_row
+from megatron_lowbit.launch.engines.prepare import calibrate_engine, load_windows
+from megatron_lowbit.launch.engines.start import start_engine
+from megatron_lowbit.launch.rows import applied_row, check_unused, explained, full_precision_row
 from megatron_lowbit.launch.saturation import print_saturation
 from megatron_lowbit.launch.studies.synthetic import MakeReducer, synthetic_rows
 from megatron_lowbit.launch.tables import Justify, number, print_table

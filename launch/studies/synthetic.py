@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_lowbit.artifact import CalibrationStats
-from megatron_lowbit.comm.reducers import VirtualReducer
+from megatron_lowbit.comm.plan import CalibrationStats
+from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.config import CommConfig, EvaluateConfig
 from megatron_lowbit.io.data import Windows
-from megatron_lowbit.launch.engines.base import Engine, calibrate_engine
-from megatron_lowbit.launch.evaluate import sqnr_windows
+from megatron_lowbit.launch.engines.base import Engine
+from megatron_lowbit.launch.engines.prepare import calibrate_engine
+from megatron_lowbit.launch.rows import sqnr_windows
 from megatron_lowbit.quality import Batch, sqnr_db
 from megatron_lowbit.runtime.metrics import MetricLogger
 

@@ -1,6 +1,6 @@
 """Train the embedded model: the small Llama that `megatron-lowbit demo` runs without a network.
 
-The text is the Python standard library's own source (megatron_lowbit.io.data, `stdlib:train`), the tokenizer a byte-level
+The text is the Python standard library's own source (io/data.py, `stdlib:train`), the tokenizer a byte-level
 BPE trained on the same text, the model a Llama with grouped-query attention (8 query heads, 4 KV heads):
 1.3 M parameters, 2.6 MB in bf16. The modules of `stdlib:validation` are never read here.
 

@@ -19,8 +19,10 @@ from torch import nn
 
 from megatron_lowbit.adapters import arguments, patching, saving
 from megatron_lowbit.adapters.huggingface import apply as huggingface
-from megatron_lowbit.artifact import Artifact, Fingerprint, check_fingerprint, model_fingerprint
+from megatron_lowbit.adapters.huggingface.attention import quantize_attention
+from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError, one_line
+from megatron_lowbit.io.fingerprint import Fingerprint, check_fingerprint, model_fingerprint
 from megatron_lowbit.layers.linear import QuantRowParallelLinear
 from megatron_lowbit.runtime.distributed import group_rank, world_size
 from megatron_lowbit.runtime.metrics import require
@@ -168,5 +170,5 @@ def apply_to_deepspeed(
     patching.swap(engine.module, replacements)
     saving.save_as_artifact(engine.module, artifact)
     if checkpoint is not None and quantized:
-        patching.quantize_attention(engine.module, checkpoint, huggingface.model_config(engine.module))
+        quantize_attention(engine.module, checkpoint, huggingface.model_config(engine.module))
     return engine

@@ -16,21 +16,24 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from megatron_lowbit.adapters import arguments, readers, training
-from megatron_lowbit.adapters.huggingface import attention
-from megatron_lowbit.artifact import Artifact, CommPlan, LowBitCheckpoint, SitePlan
+from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.autotune import measure_costs
 from megatron_lowbit.comm.cost import CostTable
 from megatron_lowbit.comm.drift import Saturation
-from megatron_lowbit.comm.reducers import HybridGather, HybridReducer, Traffic, VirtualReducer
+from megatron_lowbit.comm.plan import CommPlan, SitePlan
+from megatron_lowbit.comm.reducers import HybridReducer, Traffic
+from megatron_lowbit.comm.sequence_parallel import HybridGather
+from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
 from megatron_lowbit.layers.linear import (
     DenseShard,
     QuantColumnParallelLinear,
     QuantRowParallelLinear,
-    ReassembledNorm,
     activation_groups,
     check_fits,
 )
+from megatron_lowbit.layers.reassembled_norm import ReassembledNorm
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 
 logger = logging.getLogger("megatron_lowbit")
@@ -329,16 +332,6 @@ def norms(model: nn.Module, checkpoint: LowBitCheckpoint, plain: Collection[str]
             f"the model has no norm {missing[0]}, which the checkpoint reassembles; quantize this model again"
         )
     return replacements
-
-
-def quantize_attention(model: Any, checkpoint: LowBitCheckpoint, config: Any) -> None:
-    """Have the model's attention quantize Q, K and V and pack the cache; undone by `remove`."""
-    act_bits = attention.possible_bits(model, checkpoint.linears, checkpoint.attention_bits)
-    if act_bits == 16:
-        return
-    owners = {name.rpartition(".")[0] for name in checkpoint.linears}
-    modules = [m for name, m in model.named_modules() if name in owners and attention.takes_part(m)]
-    undo_with(model, attention.Quantized(modules, config, act_bits))
 
 
 def undo_with(model: Any, undo: Callable[[], None]) -> None:

@@ -23,15 +23,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from megatron_lowbit.adapters import deepspeed_saving, patching
-from megatron_lowbit.artifact import (
-    TOKENIZER_FILES,
-    Artifact,
-    Fingerprint,
-    LowBitCheckpoint,
-    check_fingerprint,
-    remove_plans,
-)
+from megatron_lowbit.artifact import Artifact
+from megatron_lowbit.comm.plan import remove_plans
 from megatron_lowbit.config import LowBitError, one_line
+from megatron_lowbit.io.fingerprint import Fingerprint, check_fingerprint
+from megatron_lowbit.quant.checkpoint import TOKENIZER_FILES, LowBitCheckpoint
 
 logger = logging.getLogger("megatron_lowbit")
 

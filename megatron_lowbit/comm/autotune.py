@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_lowbit.artifact import SitePlan
 from megatron_lowbit.comm.codec import Codec
 from megatron_lowbit.comm.cost import TUNED, CostTable
+from megatron_lowbit.comm.plan import SitePlan
 from megatron_lowbit.comm.reducers import HybridReducer
 from megatron_lowbit.runtime.distributed import device
 

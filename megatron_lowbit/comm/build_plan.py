@@ -21,10 +21,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_lowbit.artifact import CalibrationStats, CommPlan, FeatureRange, SitePlan
 from megatron_lowbit.comm.bit_allocation import RANK1, STATIC, allocate_bits
 from megatron_lowbit.comm.clipping import WIDTHS
 from megatron_lowbit.comm.codec import Codec
+from megatron_lowbit.comm.plan import CalibrationStats, CommPlan, FeatureRange, SitePlan
 from megatron_lowbit.config import CommConfig, LowBitError
 from megatron_lowbit.kernels import BF16_BITS, header_bytes, squared_sizes
 from megatron_lowbit.quant.affine import qparams_from_range

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_lowbit.artifact import SitePlan
+from megatron_lowbit.comm.plan import SitePlan
 from megatron_lowbit.kernels import exact_decode, exact_encode
 from megatron_lowbit.quant.affine import Float32QParams
 

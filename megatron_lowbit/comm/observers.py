@@ -35,9 +35,10 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from megatron_lowbit.artifact import CalibrationStats, FeatureRange, Fingerprint
 from megatron_lowbit.comm.clipping import WIDTHS, RunningHistogram
+from megatron_lowbit.comm.plan import CalibrationStats, FeatureRange
 from megatron_lowbit.config import LowBitError
+from megatron_lowbit.io.fingerprint import Fingerprint
 from megatron_lowbit.kernels import squared_sizes
 from megatron_lowbit.runtime.distributed import all_gather_stack, all_gather_values, start_all_gather, world_size
 

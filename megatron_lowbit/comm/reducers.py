@@ -24,7 +24,6 @@ order in which a stock all-reduce adds, and rounds, is the backend's own.)
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -32,13 +31,13 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from megatron_lowbit.artifact import SitePlan
 from megatron_lowbit.comm.agreement import Agreement
-from megatron_lowbit.comm.codec import Codec, WireFormat
+from megatron_lowbit.comm.codec import WireFormat
 from megatron_lowbit.comm.cost import CostTable
 from megatron_lowbit.comm.drift import DriftGuard, Saturation
 from megatron_lowbit.comm.exact_sum import ExactSum
 from megatron_lowbit.comm.exchange import Arrival, Exchange
+from megatron_lowbit.comm.plan import SitePlan
 from megatron_lowbit.config import CommMode, LowBitError, check_mode
 from megatron_lowbit.runtime.distributed import all_gather_stack, reduce_scatter
 
@@ -387,124 +386,6 @@ class HybridReducer(_OverRanks, _Reducer):
         return total
 
 
-class HybridGather(_OverRanks):
-    """All-gather of activations at one site: the other half of sequence parallelism, before a column-parallel linear.
-
-    codec: of one sender, the activation itself, whose ranges are the same on every rank. drift_threshold: as
-    comm.drift_threshold (drift.py).
-    """
-
-    def __init__(self, codec: Codec, tp_group: dist.ProcessGroup, drift_threshold: float | None = None):
-        super().__init__()
-        if codec.senders != 1:
-            raise LowBitError(f"a plan of one sender's ranges is needed here, not of {codec.senders}")
-        self.format, self.tp_group, self.traffic = WireFormat(codec), tp_group, Traffic()
-        self.guard = DriftGuard(drift_threshold, [self.format])
-        tensors = codec.tensors().items()
-        self.agreement = Agreement(tp_group, [drift_threshold, *(part for item in tensors for part in item)])
-
-    def at(self, site: str) -> None:
-        """Give it the site's name, which messages then say."""
-        self.agreement.site = self.guard.site = site
-
-    def saturation(self) -> Saturation:
-        """Return what this process has encoded so far, and whether the site has fallen back. Waits for the device."""
-        return self.guard.saturation()
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        """x [length / N, ..., E] -> [length, ..., E] in rank order; the gradient is reduce-scattered, not quantized."""
-        return _GatherFromSequenceParallelRegion.apply(x, self)
-
-    def _forward(self, x: Tensor) -> Tensor:
-        y = self._gather(x)
-        self.guard.look(y)
-        return y
-
-    def _gather(self, x: Tensor) -> Tensor:
-        self.agreement.check(x, share=dist.get_world_size(self.tp_group))
-        if self.guard.tripped:
-            return self._stock(x)
-        message = self.format.pack(x.reshape(-1, x.shape[-1]), 0)
-        if self.guard.due(x) and self.guard.trips(self.agreement.largest, x, dist.get_rank(self.tp_group)):
-            return self._stock(x)
-        gathered = self._gathered(message, x.numel())
-        return self.format.unpack_reduce(gathered.flatten(0, 1).unsqueeze(0), x.dtype).view(-1, *x.shape[1:])
-
-    def _stock(self, x: Tensor) -> Tensor:
-        message = x if x.element_size() == 2 else x.to(torch.bfloat16)
-        return self._gathered(message.contiguous(), x.numel()).flatten(0, 1).to(x.dtype)
-
-    def _gathered(self, message: Tensor, values: int) -> Tensor:
-        self.traffic.count(message, values)
-        return Exchange(self.agreement).all_gather(message).wait()
-
-
-class VirtualReducer(_Reducer):
-    """HybridReducer's twin for one process that holds the partial sums of all ranks. Counts the bytes of one rank."""
-
-    def all_reduce(self, partials: Sequence[Tensor]) -> Tensor:
-        """Partial sums [..., E] of ranks 0 .. N-1 -> their sum, in their dtype; each gets the gradient as it is."""
-        return _VirtualReduce.apply(self, *partials)
-
-    def _forward(self, partials: Sequence[Tensor]) -> Tensor:
-        y = self._sum(partials)
-        self.guard.look(y)
-        return y
-
-    def _sum(self, partials: Sequence[Tensor]) -> Tensor:
-        x, ranks = partials[0], len(partials)
-        if self.low_bit and self.plan is not None and ranks != self.plan.tp_size:
-            raise LowBitError(f"the communication plan is for tp_size {self.plan.tp_size}, there are {ranks} shards")
-        rows = [p.reshape(-1, x.shape[-1]) for p in partials]
-        mode = self._mode_of(x)
-        if mode not in LOW_BIT:
-            return self._stock(partials)
-        check = self.guard.due(x)
-        if mode == "exact_sum":
-            assert self.exact is not None
-            codes = [self.exact.encode(own, rank) for rank, own in enumerate(rows)]
-            if check and self._drifted(x):
-                return self._stock(partials)
-            self.traffic.count(codes[0], x.numel())
-            return self.exact.decode(self.exact.add(codes), x.dtype).view(x.shape)
-        assert self.first is not None
-        messages = torch.stack([self.first.pack(own, rank) for rank, own in enumerate(rows)])
-        if mode == "one_shot":
-            if check and self._drifted(x):
-                return self._stock(partials)
-            self.traffic.count(messages[0], x.numel())
-            return self.first.unpack_reduce(messages, x.dtype).view(x.shape)
-        assert self.second is not None
-        self.traffic.count(messages[0], x.numel())
-        stripes = messages.split(-(-len(rows[0]) // ranks) or 1, dim=1)
-        sums = [self.first.requantize(stripe.contiguous(), self.second, rank) for rank, stripe in enumerate(stripes)]
-        if check and self._drifted(x):
-            self.traffic.values -= x.numel()  # they are sent again
-            return self._stock(partials)
-        self.traffic.count(sums[0])
-        return self.second.unpack_reduce(torch.cat(sums).unsqueeze(0), x.dtype).view(x.shape)
-
-    def _stock(self, partials: Sequence[Tensor]) -> Tensor:
-        x, dtype = partials[0], self._wire_dtype(partials[0])
-        exact = torch.promote_types(dtype, torch.float32)
-        total = torch.stack([p.to(dtype) for p in partials]).to(exact).sum(0).to(dtype)
-        self.traffic.count(total, x.numel())
-        return total.to(x.dtype)
-
-
-class _VirtualReduce(torch.autograd.Function):
-    """_ReduceFromTensorParallelRegion for all ranks at once."""
-
-    @staticmethod
-    def forward(ctx, reducer: VirtualReducer, *partials: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.ranks = len(partials)
-        return reducer._forward(partials)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return (None, *[grad] * ctx.ranks)
-
-
 class _ReduceFromTensorParallelRegion(torch.autograd.Function):
     """Forward the (quantized) all-reduce, backward the identity: Megatron's mapping of that name."""
 
@@ -528,18 +409,3 @@ class _ReduceScatterToSequenceParallelRegion(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         return all_gather_stack(grad.contiguous(), ctx.group).flatten(0, 1), None
-
-
-class _GatherFromSequenceParallelRegion(torch.autograd.Function):
-    """Forward the quantized all-gather along the first dimension, backward the reduce-scatter."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, gather: HybridGather) -> Tensor:  # type: ignore[override]
-        ctx.group, ctx.shape = gather.tp_group, x.shape
-        return gather._forward(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        mine = grad.new_empty(ctx.shape)
-        reduce_scatter(mine, grad.contiguous(), ctx.group)
-        return mine, None

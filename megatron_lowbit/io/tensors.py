@@ -5,7 +5,7 @@ A check raises ValueError that names the tensor; whoever reads the file adds its
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,12 @@ def one_value(name: str, tensors: Mapping[str, Tensor]) -> int:
     if tensor.numel() != 1 or tensor.is_floating_point() or tensor.is_complex():
         raise ValueError(f"{name} is {_brief(tensor)}, not one whole number")
     return int(tensor)
+
+
+def refuse_unused(names: Iterable[str]) -> None:
+    """Raise ValueError for a tensor that nothing reads: what its JSON says of it was lost."""
+    for name in sorted(names):
+        raise ValueError(f"the tensor {name} belongs to nothing, or is there twice")
 
 
 def short_repr(owner: Any) -> str:

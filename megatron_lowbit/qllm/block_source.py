@@ -10,8 +10,7 @@ it returns, and which of its linears read the same tensor.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,9 @@ from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.adapters.huggingface import attention
 from megatron_lowbit.adapters.huggingface.apply import InputGroup, Kind
 from megatron_lowbit.adapters.huggingface.outliers import Scales, outlier_scales, scale_linear, scale_norm
-from megatron_lowbit.artifact import bit_sum
+from megatron_lowbit.adapters.huggingface.skeleton import skeleton, stored_buffers
 from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
+from megatron_lowbit.io.fingerprint import bit_sum
 from megatron_lowbit.io.hf_names import ModelWeights, untie
 from megatron_lowbit.layers.linear import activation_groups
 from megatron_lowbit.qllm.sharded_linear import ShardedLinear
@@ -51,31 +51,6 @@ class Call:
         """The hidden states after the block."""
         output = block(hidden, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def _no_parameters() -> Iterator[None]:
-    """Parameters made inside go to the meta device at once; buffers (rotary frequencies) stay real."""
-    register = nn.Module.register_parameter
-
-    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:  # one that is, is tied: it has to stay the same object
-            param = nn.Parameter(param.to("meta"), requires_grad=False)
-        register(self, name, param)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def skeleton(hf_config: Any, dtype: torch.dtype) -> Any:
-    """The model without weights, for inference."""
-    from transformers import AutoModelForCausalLM
-
-    with _no_parameters():
-        return AutoModelForCausalLM.from_config(hf_config, dtype=dtype).eval()
 
 
 class BlockSource:
@@ -385,12 +360,6 @@ class BlockSource:
         tensor = self.weights.read(name, shape, dim, start, stop)
         # Linears are quantized from float32; the rest has to agree with the activations' dtype.
         return tensor.to(self.device, torch.float32 if linear else self.dtype, copy=True)
-
-
-def stored_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """[(name, buffer)] of those that a checkpoint holds, such as a router's correction of its scores."""
-    stored = module.state_dict(keep_vars=True)
-    return [(name, buffer) for name, buffer in module.named_buffers() if name in stored]
 
 
 def _same(one: Call, other: Call) -> bool:

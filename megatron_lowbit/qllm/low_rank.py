@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from megatron_lowbit.config import CorrectionConfig, LowBitError
-from megatron_lowbit.layers.linear import ReassembledNorm
+from megatron_lowbit.layers.reassembled_norm import ReassembledNorm
 from megatron_lowbit.qllm.sharded_linear import ShardedLinear
 from megatron_lowbit.runtime.distributed import all_gather_stack
 

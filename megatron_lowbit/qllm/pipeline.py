@@ -26,22 +26,15 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from megatron_lowbit.adapters.huggingface import attention
-from megatron_lowbit.artifact import (
-    CalibrationStats,
-    CheckpointPart,
-    FeatureRange,
-    fingerprint_fields,
-    fingerprint_of,
-    merge_parts,
-    write_checkpoint,
-)
 from megatron_lowbit.comm.build_plan import build_plan
 from megatron_lowbit.comm.observers import RangeObserver, SharedSteps
-from megatron_lowbit.comm.reducers import VirtualReducer
+from megatron_lowbit.comm.plan import CalibrationStats, FeatureRange
+from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.io.data import Windows
 from megatron_lowbit.io.files import complete
-from megatron_lowbit.layers.linear import ReassembledNorm, rms_gain
+from megatron_lowbit.io.fingerprint import fingerprint_fields, fingerprint_of
+from megatron_lowbit.layers.reassembled_norm import ReassembledNorm, rms_gain
 from megatron_lowbit.qllm.block_source import BlockSource, Call
 from megatron_lowbit.qllm.hidden_stream import HiddenStream
 from megatron_lowbit.qllm.low_rank import add_low_rank, train, trainable_norms
@@ -50,8 +43,10 @@ from megatron_lowbit.qllm.search import Search
 from megatron_lowbit.qllm.shard_groups import ordered_sum
 from megatron_lowbit.qllm.sharded_linear import PreparedNorm, ShardedLinear
 from megatron_lowbit.quant.affine import Scheme
+from megatron_lowbit.quant.checkpoint import CheckpointPart, merge_parts, write_checkpoint
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
-from megatron_lowbit.runtime.distributed import Watch, env_rank, group_rank, on_every_rank, on_rank_zero, world_size
+from megatron_lowbit.runtime.distributed import Watch, group_rank, on_every_rank, on_rank_zero, world_size
+from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger, peak_memory, progress
 
 

@@ -27,7 +27,7 @@ from typing import Any
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_lowbit.artifact import CalibrationStats, CheckpointPart, Ranges, merge_parts, verify_files
+from megatron_lowbit.comm.plan import CalibrationStats, Ranges
 from megatron_lowbit.config import CalibrateConfig, LowBitError, QuantizeConfig, RatesConfig, defaults
 from megatron_lowbit.io.files import (
     SEAL,
@@ -41,7 +41,9 @@ from megatron_lowbit.io.files import (
     write_sealed,
     write_tensors,
 )
-from megatron_lowbit.runtime.distributed import Watch, all_gather_values, env_rank, on_every_rank, on_rank_zero
+from megatron_lowbit.quant.checkpoint import CheckpointPart, merge_parts, verify_files
+from megatron_lowbit.runtime.distributed import Watch, all_gather_values, on_every_rank, on_rank_zero
+from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.preemption import Preempted
 
 # These may differ when a run is resumed.

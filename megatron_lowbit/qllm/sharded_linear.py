@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from megatron_lowbit.comm.reducers import VirtualReducer
+from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.config import LowBitError, WeightsConfig
 from megatron_lowbit.kernels import pack_bits
 from megatron_lowbit.qllm.shard_groups import gather_shards, ordered_sum, replicate

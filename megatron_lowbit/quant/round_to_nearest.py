@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from megatron_lowbit.artifact import Fingerprint, LowBitCheckpoint
 from megatron_lowbit.config import LowBitError, WeightsConfig
+from megatron_lowbit.io.fingerprint import Fingerprint
 from megatron_lowbit.quant.affine import QuantizedWeight, Scheme
-from megatron_lowbit.runtime.distributed import env_rank
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
+from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import progress
 
 

@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.io.files import parse_json
-from megatron_lowbit.runtime.distributed import env_world_size
+from megatron_lowbit.runtime.launcher_env import env_world_size
 from megatron_lowbit.runtime.wandb_run import WandbRun
 
 T = TypeVar("T")

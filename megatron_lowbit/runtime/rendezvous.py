@@ -31,7 +31,8 @@ from torch.distributed import distributed_c10d
 
 from megatron_lowbit.config import LowBitError, one_line
 from megatron_lowbit.runtime import preemption, presence
-from megatron_lowbit.runtime.distributed import device, env_rank, env_world_size
+from megatron_lowbit.runtime.distributed import device
+from megatron_lowbit.runtime.launcher_env import env_rank, env_world_size
 from megatron_lowbit.runtime.preemption import Preempted
 
 LIMIT, COLLECTIVES = "MEGATRON_LOWBIT_RENDEZVOUS_SECONDS", "MEGATRON_LOWBIT_COLLECTIVE_SECONDS"

@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_lowbit.artifact import LowBitCheckpoint
+from megatron_lowbit.adapters.huggingface.skeleton import skeleton
 from megatron_lowbit.comm.observers import as_windows, window_statistics
 from megatron_lowbit.config import LowBitError, QuantizeConfig, WeightsConfig
 from megatron_lowbit.io.hf_names import ModelWeights
 from megatron_lowbit.launch import main
-from megatron_lowbit.launch.qllm import read_config
-from megatron_lowbit.qllm.block_source import BlockSource, skeleton
+from megatron_lowbit.launch.loading import read_config
+from megatron_lowbit.qllm.block_source import BlockSource
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 # Renamed head; experts that are stacked; a buffer that is stored; positional arguments, tuples, a batch in the mask.
 QUICK = ("opt", "mixtral", "gpt_neox", "deepseek_v3", "bloom")
@@ -124,7 +125,7 @@ def test_a_head_of_its_own_is_kept_although_the_config_ties_it(method, folders, 
     options = [f"model={tmp_path / 'model'}", f"weights.method={method}", f"output_dir={tmp_path / 'out'}"]
     text = [*family_matrix.TEXT, *family_matrix.TRAIN] if method == "qllm" else []
     assert main(["quantize", "weights.scheme=W4A16", *options, *text]) == 0
-    from megatron_lowbit.launch.engines.base import _from_checkpoint
+    from megatron_lowbit.launch.loading import _from_checkpoint
 
     checkpoint = LowBitCheckpoint.load(tmp_path / "out")
     model = _from_checkpoint(read_config(tmp_path / "out"), checkpoint, torch.float32)

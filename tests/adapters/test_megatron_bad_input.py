@@ -10,10 +10,11 @@ from commands import needs_megatron
 from tiny_models import build, make_artifact, save_artifact
 
 from megatron_lowbit.adapters.huggingface import apply as huggingface
-from megatron_lowbit.artifact import Artifact, LowBitCheckpoint
+from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import WeightsConfig
 from megatron_lowbit.kernels import pack_bits
 from megatron_lowbit.quant.affine import QuantizedWeight
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.round_to_nearest import quantize_model
 
 pytestmark = needs_megatron

@@ -26,7 +26,8 @@ from tiny_models import build, save_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_lowbit.artifact import Artifact, CalibrationStats
+from megatron_lowbit.artifact import Artifact
+from megatron_lowbit.comm.plan import CalibrationStats
 
 pytestmark = needs_megatron
 

@@ -124,7 +124,7 @@ def test_find_prefix(names, prefix):
 def test_split_rows_undoes_the_fusing(role, shape):
     """All ranks' rows, split into the parts and put together in rank order, are the parts again; so a checksum of a
     part over the ranks is that of Hugging Face's linear."""
-    from megatron_lowbit.adapters.megatron.apply import split_rows
+    from megatron_lowbit.adapters.megatron.layout import split_rows
 
     layout, tp = make(*shape), shape[-1]
     sizes = layout.part_rows(role)

@@ -20,9 +20,10 @@ from torch import Tensor
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.adapters.huggingface import apply as huggingface
-from megatron_lowbit.artifact import Artifact, LowBitCheckpoint
+from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import WeightsConfig
 from megatron_lowbit.kernels import unpack_bits
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.round_to_nearest import quantize_model
 
 pytestmark = needs_megatron

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build, make_artifact, save_artifact
 from transformers import AutoModelForCausalLM
 
-from megatron_lowbit.artifact import Artifact, LowBitCheckpoint
+from megatron_lowbit.artifact import Artifact
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 pytestmark = needs_megatron
 

@@ -68,7 +68,7 @@ def assert_low_bit(layer: Any, weights: WeightsConfig | None = None) -> None:
 
 def test_the_linears_of_a_layer(spec):
     """They alone: all else in the copy is what it was, and so is the whole original."""
-    from megatron_lowbit.adapters.megatron.apply import lowbit_spec
+    from megatron_lowbit.adapters.megatron.spec import lowbit_spec
 
     original = spec()
     rewritten = lowbit_spec(original)
@@ -93,7 +93,7 @@ def test_the_linears_of_a_layer(spec):
 )
 def test_a_scheme_is_the_classes_own(spec, weights):
     """Two specs with two schemes do not know of each other, nor does one without."""
-    from megatron_lowbit.adapters.megatron.apply import lowbit_spec
+    from megatron_lowbit.adapters.megatron.spec import lowbit_spec
 
     rewritten, other = lowbit_spec(spec(), weights), lowbit_spec(spec(), "W6A6")
     assert_low_bit(rewritten, WeightsConfig(scheme=weights) if isinstance(weights, str) else weights)
@@ -104,7 +104,7 @@ def test_a_scheme_is_the_classes_own(spec, weights):
 def test_a_block_of_layers(spec):
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    from megatron_lowbit.adapters.megatron.apply import lowbit_spec
+    from megatron_lowbit.adapters.megatron.spec import lowbit_spec
 
     block = TransformerBlockSubmodules([spec(), spec(qk_layernorm=True)], layer_norm=nn.LayerNorm)
     rewritten = lowbit_spec(block, "W4A8")
@@ -128,8 +128,8 @@ def test_nested_containers_and_partials():
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    from megatron_lowbit.adapters.megatron.apply import lowbit_spec
     from megatron_lowbit.adapters.megatron.layers import LowBitColumnParallelLinear, LowBitRowParallelLinear
+    from megatron_lowbit.adapters.megatron.spec import lowbit_spec
 
     plain = functools.partial(nn.Linear, 2)
     inner = functools.partial(RowParallelLinear, 4, bias=False)
@@ -149,7 +149,7 @@ def test_nested_containers_and_partials():
 def test_a_spec_without_linears_is_refused():
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    from megatron_lowbit.adapters.megatron.apply import lowbit_spec
+    from megatron_lowbit.adapters.megatron.spec import lowbit_spec
 
     for nothing in (ModuleSpec(module=nn.Identity), Nest([], {}, ()), None):
         with pytest.raises(LowBitError, match=r"^the spec names no ColumnParallelLinear or RowParallelLinear;.*$"):
@@ -158,7 +158,7 @@ def test_a_spec_without_linears_is_refused():
 
 def test_experts_and_router_stay(spec, one_rank):
     """In the spec, and in the model that is built from it; the embedding and the output layer are no part of it."""
-    from megatron_lowbit.adapters.megatron.apply import lowbit_spec
+    from megatron_lowbit.adapters.megatron.spec import lowbit_spec
 
     original = spec(num_experts=2)
     rewritten = lowbit_spec(original)
@@ -187,7 +187,7 @@ def test_transformer_engine_that_is_not_there(monkeypatch):
     from megatron.core.extensions import transformer_engine, transformer_engine_spec_provider
     from megatron.core.models.gpt import gpt_layer_specs
 
-    from megatron_lowbit.adapters.megatron.apply import lowbit_spec
+    from megatron_lowbit.adapters.megatron.spec import lowbit_spec
 
     if transformer_engine.HAVE_TE:
         pytest.skip("Transformer Engine is installed")

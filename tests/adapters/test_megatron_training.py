@@ -12,8 +12,9 @@ from commands import needs_megatron
 from megatron_cases import token_ids
 from tiny_models import build, make_artifact, make_stats
 
-from megatron_lowbit.artifact import Artifact, CalibrationStats, FeatureRange
+from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.build_plan import build_plan
+from megatron_lowbit.comm.plan import CalibrationStats, FeatureRange
 from megatron_lowbit.config import CommConfig
 
 pytestmark = needs_megatron

@@ -15,7 +15,7 @@ import megatron_lowbit as lowbit
 from megatron_lowbit.adapters import readers
 from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.config import LowBitError
-from megatron_lowbit.layers.linear import ReassembledNorm
+from megatron_lowbit.layers.reassembled_norm import ReassembledNorm
 
 
 class Routed(nn.Module):

@@ -14,7 +14,8 @@ from torch import nn
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.adapters.huggingface import attention
-from megatron_lowbit.artifact import Artifact, LowBitCheckpoint
+from megatron_lowbit.artifact import Artifact
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 _SIZES = {"vocab_size": 128, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
 OWN = {

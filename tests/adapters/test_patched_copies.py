@@ -22,8 +22,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import megatron_lowbit as lowbit
 from megatron_lowbit.adapters import patching
 from megatron_lowbit.adapters.huggingface import apply as huggingface
-from megatron_lowbit.artifact import Artifact, LowBitCheckpoint
+from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import LowBitError, WeightsConfig
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.round_to_nearest import quantize_model
 
 

@@ -12,7 +12,8 @@ import megatron_lowbit as lowbit
 from megatron_lowbit.adapters import patching
 from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.config import LowBitError
-from megatron_lowbit.layers.linear import QuantColumnParallelLinear, ReassembledNorm
+from megatron_lowbit.layers.linear import QuantColumnParallelLinear
+from megatron_lowbit.layers.reassembled_norm import ReassembledNorm
 
 
 def loss_of(model: nn.Module) -> Tensor:

@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from megatron_lowbit.artifact import CalibrationStats, FeatureRange
 from megatron_lowbit.comm.bit_allocation import RANK1, WIDTHS, allocate_bits
 from megatron_lowbit.comm.build_plan import build_plan
+from megatron_lowbit.comm.plan import CalibrationStats, FeatureRange
 from megatron_lowbit.config import CommConfig
 from megatron_lowbit.kernels import codes_per_word, hybrid_pack, hybrid_row_bytes, hybrid_unpack_reduce, packed_bytes
 

@@ -6,7 +6,7 @@ import pytest
 import sequence_parallel_cases as cases
 import torch
 
-from megatron_lowbit.artifact import CalibrationStats
+from megatron_lowbit.comm.plan import CalibrationStats
 
 
 def token_batches() -> cases.Batches:

@@ -10,10 +10,10 @@ import rank_cases
 import torch
 from observing import observe
 
-from megatron_lowbit.artifact import CalibrationStats, FeatureRange
 from megatron_lowbit.comm.build_plan import build_plan
 from megatron_lowbit.comm.clipping import BINS, WIDTHS, RunningHistogram
 from megatron_lowbit.comm.observers import RangeObserver
+from megatron_lowbit.comm.plan import CalibrationStats, FeatureRange
 from megatron_lowbit.config import CommConfig, LowBitError
 
 

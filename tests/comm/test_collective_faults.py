@@ -24,7 +24,7 @@ SITE = "model.layers.0.mlp.down_proj: "
 
 def outcomes(folder: Path, case: str, modes: list[str], size: int) -> list[dict[str, dict]]:
     """{mode: what came of it} of each rank that lived."""
-    script = Path(__file__).with_name("fault_cases.py")
+    script = Path(__file__).parents[1] / "helpers" / "fault_cases.py"
     ranks = [
         subprocess.Popen(
             [sys.executable, str(script), case, ",".join(modes), str(folder), str(rank), str(size)],

@@ -17,7 +17,7 @@ from megatron_lowbit.comm import autotune
 from megatron_lowbit.comm.build_plan import synthetic_plan
 from megatron_lowbit.comm.codec import WireFormat
 from megatron_lowbit.comm.cost import CostTable
-from megatron_lowbit.comm.reducers import VirtualReducer
+from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.config import CommConfig, LowBitError
 
 # exact_sum is the fastest up to 1 KiB, then bf16, and one_shot from about 4 KiB on.

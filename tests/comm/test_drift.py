@@ -18,10 +18,10 @@ from torch import Tensor
 import megatron_lowbit as lowbit
 from megatron_lowbit.adapters.huggingface.apply import apply_to_huggingface
 from megatron_lowbit.adapters.patching import row_parallel_modules
-from megatron_lowbit.artifact import CommPlan, SitePlan
 from megatron_lowbit.comm.build_plan import synthetic_plan
 from megatron_lowbit.comm.drift import DRIFT_INTERVAL
-from megatron_lowbit.comm.reducers import VirtualReducer
+from megatron_lowbit.comm.plan import CommPlan, SitePlan
+from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.config import CommConfig, CommMode
 
 MODES = ["one_shot", "two_shot", "exact_sum"]

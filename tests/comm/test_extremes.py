@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_lowbit.comm.build_plan import synthetic_plan
 from megatron_lowbit.comm.cost import CostTable
-from megatron_lowbit.comm.reducers import VirtualReducer
+from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.config import CommConfig, CommMode
 
 HUGE, NAN, INF, MINUS_INF, TWICE = range(5)  # the tokens; the others are plain

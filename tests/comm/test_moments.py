@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from observing import observe
 
-from megatron_lowbit.artifact import CalibrationStats
 from megatron_lowbit.comm.build_plan import build_plan
 from megatron_lowbit.comm.observers import RangeObserver
-from megatron_lowbit.comm.reducers import VirtualReducer
+from megatron_lowbit.comm.plan import CalibrationStats
+from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.config import CommConfig
 
 WINDOWS, LENGTH, FEATURES = 3, 40, 24

@@ -9,10 +9,10 @@ import sequence_parallel_cases as cases
 import torch
 from torch import Tensor
 
-from megatron_lowbit.artifact import CalibrationStats, FeatureRange, SitePlan
 from megatron_lowbit.comm.build_plan import build_plan
 from megatron_lowbit.comm.codec import Codec
-from megatron_lowbit.comm.reducers import VirtualReducer
+from megatron_lowbit.comm.plan import CalibrationStats, FeatureRange, SitePlan
+from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.config import CommConfig
 
 LENGTH, BATCH = 8, 3

@@ -10,9 +10,9 @@ import rank_cases
 import torch
 from torch import Tensor
 
-from megatron_lowbit.artifact import CalibrationStats, FeatureRange, SitePlan
 from megatron_lowbit.comm.build_plan import build_plan, synthetic_plan
-from megatron_lowbit.comm.reducers import VirtualReducer
+from megatron_lowbit.comm.plan import CalibrationStats, FeatureRange, SitePlan
+from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.config import CommConfig, LowBitError
 
 BF16 = 2.0**-8

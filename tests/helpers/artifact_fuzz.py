@@ -23,7 +23,7 @@ from torch import nn
 
 from megatron_lowbit.adapters import patching
 from megatron_lowbit.adapters.huggingface.apply import apply_to_huggingface
-from megatron_lowbit.artifact import CalibrationStats
+from megatron_lowbit.comm.plan import CalibrationStats
 from megatron_lowbit.config import LowBitError
 
 VALUES = [None, True, 0, 1, -1, 2, 3, 5, 7, 16, 1.5, 2.0, -0.5, 1e300, 2**70, "", "x", "W4A4", "W9A9", "W16A16", "none"]

@@ -1,6 +1,6 @@
 """Random and mutated command lines and config files, and what becomes of them: a config, or one line and exit code 2.
 
-    python tests/config_fuzz.py FIRST COUNT      cases FIRST .. FIRST + COUNT - 1 in this process, and their counts
+    python tests/helpers/config_fuzz.py FIRST COUNT    cases FIRST .. FIRST + COUNT - 1 in this process
 
 A case is made from its number alone, so that a failure can be repeated.
 """

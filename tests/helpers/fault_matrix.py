@@ -1,4 +1,4 @@
-"""What happens under every launcher when something goes wrong: `python tests/fault_matrix.py [WORD ...]` prints it.
+"""What happens under every launcher when something goes wrong: python tests/helpers/fault_matrix.py [WORD ...]
 
 Only rows that hold all the words are run. Launchers, ranks and faults are real, mpirun where it is installed (apt-get
 install openmpi-bin); srun is its variables set by hand (tests of Slurm itself: make test-slurm). Each row: the fault;

@@ -1,4 +1,4 @@
-"""Kills every command and runs it again: `python tests/kill_matrix.py [KILLS] [SEED]` prints a line per command.
+"""Kills every command and runs it again: python tests/helpers/kill_matrix.py [KILLS] [SEED], a line per command.
 
 A command is killed by SIGKILL, SIGTERM or SIGINT, at a random moment or right before one of the calls that change a
 folder. The same command, run again, has to end with the results and artifacts of a run that nobody disturbed, and to

@@ -8,7 +8,8 @@ from typing import Any
 
 from commands import CALIBRATION, run_here
 
-from megatron_lowbit.artifact import Artifact, LowBitCheckpoint
+from megatron_lowbit.artifact import Artifact
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 
 def quantize_embedded(folder: Path, **changes: object) -> Path:

@@ -14,8 +14,9 @@ from megatron_groups import parallel
 from torch import Tensor, nn
 
 import megatron_lowbit as lowbit
-from megatron_lowbit.artifact import Artifact, LowBitCheckpoint
+from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommMode, LowBitError
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 LENGTH = 8  # tokens of a window: sequence parallelism shares them among up to 4 ranks
 

@@ -41,7 +41,7 @@ def applied(folder: Path, artifact: Artifact | Path | None, **options: Any) -> A
 def plain(folder: Path, scheme: str | None = None, **options: Any) -> Any:
     """A GPTModel as a user builds it before it loads a checkpoint, with NaN where it has to be loaded."""
     from megatron_lowbit.adapters.megatron import model as megatron_model
-    from megatron_lowbit.adapters.megatron.apply import block_spec, llama_spec, lowbit_spec
+    from megatron_lowbit.adapters.megatron.spec import block_spec, llama_spec, lowbit_spec
 
     config, spec = hf_config(folder), None
     if scheme is not None:
@@ -54,7 +54,7 @@ def plain(folder: Path, scheme: str | None = None, **options: Any) -> Any:
 
 def traits(model: Any) -> dict[str, Any]:
     """What of a low-bit model is in no tensor of its state_dict."""
-    from megatron_lowbit.adapters.megatron.apply import find_linears
+    from megatron_lowbit.adapters.megatron.layout import find_linears
 
     found: dict[str, Any] = {}
     for key, (_, layer) in find_linears(model).items():

@@ -57,7 +57,8 @@ def moe(rank: int, size: int) -> dict[str, str]:
         from megatron.core.models.gpt.gpt_model import GPTModel
         from megatron.core.transformer.transformer_config import TransformerConfig
 
-        from megatron_lowbit.adapters.megatron.apply import find_linears, lowbit_spec
+        from megatron_lowbit.adapters.megatron.layout import find_linears
+        from megatron_lowbit.adapters.megatron.spec import lowbit_spec
 
         config = TransformerConfig(
             num_layers=1,
@@ -82,7 +83,8 @@ def loaded(
     """What a GPTModel that was built to round holds after a full-precision checkpoint has been loaded into it."""
     with parallel(size):
         from megatron_lowbit.adapters.megatron import model as megatron_model
-        from megatron_lowbit.adapters.megatron.apply import block_spec, find_linears, llama_spec, lowbit_spec
+        from megatron_lowbit.adapters.megatron.layout import find_linears
+        from megatron_lowbit.adapters.megatron.spec import block_spec, llama_spec, lowbit_spec
 
         hf = tiny_models.build(architecture)
         config = megatron_model.transformer_config(hf.config, sequence_parallel=sequence_parallel)
@@ -119,7 +121,8 @@ def by_recipe(rank: int, size: int, recipe: Recipe, default: str | None) -> dict
         from megatron.core.quantization.quant_config import RecipeConfig
 
         from megatron_lowbit.adapters.megatron import model as megatron_model
-        from megatron_lowbit.adapters.megatron.apply import find_linears, llama_spec, lowbit_spec
+        from megatron_lowbit.adapters.megatron.layout import find_linears
+        from megatron_lowbit.adapters.megatron.spec import llama_spec, lowbit_spec
 
         hf, original = tiny_models.build("qwen2"), megatron_model.transformer_config
 
@@ -147,7 +150,7 @@ def unquantized_spec(rank: int, size: int, artifact: Artifact) -> dict[str, Any]
     """A model of lowbit_spec without a scheme is Megatron's own, weights and gradients and all, until an artifact is
     applied."""
     with parallel(size):
-        from megatron_lowbit.adapters.megatron.apply import llama_spec, lowbit_spec
+        from megatron_lowbit.adapters.megatron.spec import llama_spec, lowbit_spec
 
         hf = tiny_models.build("llama")
         plain, model = gpt_model(hf, spec=llama_spec()), gpt_model(hf, spec=lowbit_spec(llama_spec()))
@@ -167,7 +170,7 @@ def artifact_over_rounded(
     """Plans, or a whole artifact, over a model that was rounded on load; and an artifact of other weights."""
     with parallel(size):
         from megatron_lowbit.adapters.megatron import model as megatron_model
-        from megatron_lowbit.adapters.megatron.apply import block_spec, llama_spec, lowbit_spec
+        from megatron_lowbit.adapters.megatron.spec import block_spec, llama_spec, lowbit_spec
 
         hf = tiny_models.build("llama")
         config = megatron_model.transformer_config(hf.config)
@@ -191,7 +194,8 @@ def partial_load(rank: int, size: int) -> dict[str, Any]:
     """A state dict in two pieces, as from two files: only a layer whose weight has come is rounded."""
     with parallel(size):
         from megatron_lowbit.adapters.megatron import model as megatron_model
-        from megatron_lowbit.adapters.megatron.apply import find_linears, llama_spec, lowbit_spec
+        from megatron_lowbit.adapters.megatron.layout import find_linears
+        from megatron_lowbit.adapters.megatron.spec import llama_spec, lowbit_spec
 
         hf = tiny_models.build("llama")
         state = gpt_model(hf, spec=llama_spec()).state_dict()

@@ -140,7 +140,7 @@ def in_training(scheme: str | None, sequence_parallel: bool, norms_inside: bool 
 
     from megatron_lowbit.adapters.megatron import cpu_shims
     from megatron_lowbit.adapters.megatron import model as megatron_model
-    from megatron_lowbit.adapters.megatron.apply import block_spec, lowbit_spec
+    from megatron_lowbit.adapters.megatron.spec import block_spec, lowbit_spec
 
     hf = tiny_models.build("llama")
     config = megatron_model.transformer_config(hf.config, sequence_parallel=sequence_parallel)
@@ -183,7 +183,7 @@ def step(wrapped: Any, optimizer: Any) -> float:
 def straight_through_gradients(rank: int, size: int, scheme: str, sequence_parallel: bool) -> dict[str, Any]:
     """Return of every linear of a spec: input, upstream gradient, output, x.grad, weight.grad, and its weight."""
     with parallel(size):
-        from megatron_lowbit.adapters.megatron.apply import find_linears
+        from megatron_lowbit.adapters.megatron.layout import find_linears
 
         wrapped, _ = in_training(scheme, sequence_parallel)
         results: dict[str, Any] = {}
@@ -248,7 +248,8 @@ def packed_or_trained(rank: int, size: int) -> dict[str, Any]:
 
     with parallel(size):
         from megatron_lowbit.adapters.megatron import model as megatron_model
-        from megatron_lowbit.adapters.megatron.apply import block_spec, find_linears, lowbit_spec
+        from megatron_lowbit.adapters.megatron.layout import find_linears
+        from megatron_lowbit.adapters.megatron.spec import block_spec, lowbit_spec
 
         hf = tiny_models.build("llama")
         spec = lowbit_spec(block_spec(megatron_model.transformer_config(hf.config)), "W4A8")
@@ -288,7 +289,7 @@ def said_at_first(rank: int, size: int) -> dict[str, list[str]]:
     with parallel(size):
         from megatron_lowbit.adapters.megatron import model as megatron_model
         from megatron_lowbit.adapters.megatron import training as megatron_training
-        from megatron_lowbit.adapters.megatron.apply import block_spec, lowbit_spec
+        from megatron_lowbit.adapters.megatron.spec import block_spec, lowbit_spec
 
         lines: list[str] = []
         handler = logging.Handler()

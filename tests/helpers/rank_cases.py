@@ -20,11 +20,11 @@ from recorded_collectives import RecordedCollectives
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_lowbit.artifact import SitePlan
 from megatron_lowbit.comm import exchange, reducers
 from megatron_lowbit.comm.autotune import measure_costs
 from megatron_lowbit.comm.cost import CostTable
 from megatron_lowbit.comm.observers import RangeObserver
+from megatron_lowbit.comm.plan import SitePlan
 from megatron_lowbit.comm.reducers import HybridReducer
 from megatron_lowbit.config import CommMode, LowBitError
 from megatron_lowbit.runtime.distributed import all_gather_values, gather_values, on_rank_zero

@@ -16,11 +16,11 @@ from safetensors.torch import load
 from tiny_models import batches, build
 
 from megatron_lowbit.adapters.huggingface import apply as huggingface
-from megatron_lowbit.artifact import CalibrationStats
 from megatron_lowbit.comm.observers import calibrate
+from megatron_lowbit.comm.plan import CalibrationStats
 from megatron_lowbit.config import CalibrateConfig, LowBitError, QuantizeConfig, load_config
 from megatron_lowbit.io.data import Windows
-from megatron_lowbit.launch.qllm import read_config
+from megatron_lowbit.launch.loading import read_config
 from megatron_lowbit.qllm import resume
 from megatron_lowbit.qllm.block_source import BlockSource
 from megatron_lowbit.qllm.pipeline import Walk

@@ -10,13 +10,14 @@ from recorded_collectives import RecordedCollectives
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from megatron_lowbit.artifact import CalibrationStats, SitePlan
 from megatron_lowbit.comm.codec import Codec
 from megatron_lowbit.comm.cost import CostTable
 from megatron_lowbit.comm.observers import calibrate
-from megatron_lowbit.comm.reducers import HybridGather, HybridReducer
+from megatron_lowbit.comm.plan import CalibrationStats, SitePlan
+from megatron_lowbit.comm.reducers import HybridReducer
+from megatron_lowbit.comm.sequence_parallel import HybridGather
 from megatron_lowbit.config import CommMode, LowBitError
-from megatron_lowbit.launch.engines.base import share_of_batch
+from megatron_lowbit.launch.engines.prepare import share_of_batch
 
 
 def upstream_of(rank: int, shape: torch.Size) -> Tensor:

@@ -13,13 +13,13 @@ import torch
 
 from megatron_lowbit.comm.codec import Codec, WireFormat
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
 
 def run(*arguments: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(HERE / "triton_cases.py"), *arguments],
+        [sys.executable, "-W", "ignore", str(HELPERS / "triton_cases.py"), *arguments],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,

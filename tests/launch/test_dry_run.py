@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from commands import run_here
 
-from megatron_lowbit.artifact import LowBitCheckpoint
 from megatron_lowbit.config import QuantizeConfig, load_config
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 PAPER = [config for config in CONFIGS if config.stem not in ("debug_cpu", "w4a8_hybrid")]

@@ -40,7 +40,7 @@ def test_what_is_compared_at_which_size():
 
 def test_a_run(tmp_path, capsys):
     """One rank against two virtual ones: the sums of a float32 model are exact, so the bits are the same."""
-    from megatron_lowbit.launch.engines.base import load_config_and_tokenizer, load_model
+    from megatron_lowbit.launch.loading import load_config_and_tokenizer, load_model
     from megatron_lowbit.launch.quantize import CONFIG
 
     config = CONFIG(model=str(embedded_folder()))

@@ -20,7 +20,7 @@ from rank_pool import RankPool
 from safetensors.torch import load_file, save_file
 from tiny_models import save_model
 
-from megatron_lowbit.artifact import LowBitCheckpoint
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 TEXT = [
     *("calibration.data=stdlib:calibration", "calibration.samples=4", "calibration.sequence_length=64"),

@@ -10,7 +10,7 @@ import torch
 from commands import COMMAND, run_here, run_there
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from megatron_lowbit.artifact import CalibrationStats
+from megatron_lowbit.comm.plan import CalibrationStats
 from megatron_lowbit.config import RatesConfig
 from megatron_lowbit.launch.dry_run.cost_model import OBSERVING_BYTES, ROUNDING_BYTES, find_rates
 from megatron_lowbit.qllm import pipeline

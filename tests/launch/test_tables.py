@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from megatron_lowbit.config import EvaluateConfig, ParityConfig, QuantizeConfig, load_config
-from megatron_lowbit.launch import benchmark, evaluate, generate, parity
+from megatron_lowbit.launch import benchmark, generate, parity
 from megatron_lowbit.launch.bench import collectives, kernels
 from megatron_lowbit.launch.bench.config import BenchmarkCollectivesConfig, BenchmarkKernelsConfig
 from megatron_lowbit.launch.dry_run import report as dry_run
+from megatron_lowbit.launch.rows import print_rows
 from megatron_lowbit.launch.studies import comm_ablation
 from megatron_lowbit.launch.tables import number
 
@@ -49,7 +50,7 @@ def words(out: str) -> set[str]:
 
 
 def test_evaluate(capsys):
-    evaluate.print_rows([WIDE, {**WIDE, "name": "adaptive_correction", "kl": None}], "a model of a long name " * 5)
+    print_rows([WIDE, {**WIDE, "name": "adaptive_correction", "kl": None}], "a model of a long name " * 5)
     out = printed(capsys)
     assert {"64", "5.23e+11", "12.34567", "-12.3", "32.1234", "12,345,678", "adaptive_correction", "-"} <= words(out)
     assert "on the first 4,096 tokens" in " ".join(out.split())
@@ -57,7 +58,7 @@ def test_evaluate(capsys):
 
 
 def test_evaluate_explains_only_what_is_there(capsys):
-    evaluate.print_rows([{**WIDE, "sqnr_db": None, "bits_per_value": None, "bytes_per_token": None}])
+    print_rows([{**WIDE, "sqnr_db": None, "bits_per_value": None, "bytes_per_token": None}])
     assert "SQNR:" not in printed(capsys)
 
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from commands import COMMAND, EVALUATION, needs_deepspeed, run_here, run_there
 
-from megatron_lowbit.artifact import Artifact, LowBitCheckpoint
+from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import EvaluateConfig, load_config
 from megatron_lowbit.launch import qllm
-from megatron_lowbit.launch.engines.base import start_engine
+from megatron_lowbit.launch.engines.start import start_engine
 from megatron_lowbit.qllm.pipeline import Walk
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 SETTINGS = [
     *("model=embedded", "weights.scheme=W4A4", "calibration.data=stdlib:calibration", "calibration.samples=4"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from commands import COMMAND, needs_deepspeed, needs_megatron, run_here, run_there
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 MODEL, STORIES = DATA / "models" / "stories260K", DATA / "text" / "tinystories_ascii_clean400.json"
 
 pytestmark = pytest.mark.skipif(

@@ -15,7 +15,7 @@ from commands import COMMAND, ranks_of, run_here, run_there, started
 from tiny_models import save_model
 from unfinished_runs import artifact_files, done, kill_when, killed_at, metrics, quantize, renamed
 
-from megatron_lowbit.artifact import LowBitCheckpoint
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 # Three blocks in groups of one.
 

@@ -11,20 +11,14 @@ import torch
 from commands import run_here
 from torch import nn
 
-from megatron_lowbit.artifact import (
-    Artifact,
-    CalibrationStats,
-    CommPlan,
-    FeatureRange,
-    LowBitCheckpoint,
-    SitePlan,
-    check_fingerprint,
-    model_fingerprint,
-)
+from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.codec import Codec
+from megatron_lowbit.comm.plan import CalibrationStats, CommPlan, FeatureRange, SitePlan
 from megatron_lowbit.config import LowBitError, WeightsConfig
 from megatron_lowbit.io.files import ensure_writable, read_json, write_json, write_sealed
+from megatron_lowbit.io.fingerprint import check_fingerprint, model_fingerprint
 from megatron_lowbit.quant.affine import QuantizedWeight, Scheme
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.round_to_nearest import quantize_model
 
 SITE = "model.layers.0.mlp.down_proj"

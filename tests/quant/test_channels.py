@@ -4,7 +4,7 @@ import oracles
 import pytest
 import torch
 
-from megatron_lowbit.layers.linear import Reassembly
+from megatron_lowbit.layers.reassembled_norm import Reassembly
 from megatron_lowbit.qllm.reassembly import build_plan, merge_error, num_splits
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 

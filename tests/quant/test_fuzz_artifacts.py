@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build, make_artifact, make_stats, save_artifact, save_model
 
 from megatron_lowbit.adapters.huggingface.apply import apply_to_huggingface
-from megatron_lowbit.artifact import Artifact, CalibrationStats, CommPlan, LowBitCheckpoint
+from megatron_lowbit.artifact import Artifact
+from megatron_lowbit.comm.plan import CalibrationStats, CommPlan
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.io.files import sha256
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 QLLM = [
     *("calibration.data=stdlib:calibration", "calibration.samples=4", "calibration.sequence_length=64"),

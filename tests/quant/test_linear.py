@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_lowbit import kernels
-from megatron_lowbit.comm.reducers import VirtualReducer
+from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.layers import linear
 from megatron_lowbit.layers.linear import QuantColumnParallelLinear, QuantRowParallelLinear, activation_groups
 from megatron_lowbit.quant.affine import QuantizedWeight, Scheme, choose_qparams, quantize

@@ -11,7 +11,8 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from megatron_lowbit.config import LowBitError, WeightsConfig
-from megatron_lowbit.layers.linear import QuantColumnParallelLinear, ReassembledNorm, rms_gain
+from megatron_lowbit.layers.linear import QuantColumnParallelLinear
+from megatron_lowbit.layers.reassembled_norm import ReassembledNorm, rms_gain
 from megatron_lowbit.qllm.reassembly import build_plan
 from megatron_lowbit.qllm.sharded_linear import ShardedLinear
 from megatron_lowbit.quant.affine import LowRank, QuantizedWeight, Scheme, choose_qparams, fake_quantize, quantize

@@ -18,7 +18,8 @@ from unfinished_runs import artifact_files, done, kill_when, metrics, quantize
 
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.runtime import folder_lock
-from megatron_lowbit.runtime.folder_lock import PATIENCE, FolderLock
+from megatron_lowbit.runtime.folder_lock import FolderLock
+from megatron_lowbit.temporary import PATIENCE
 
 
 def elsewhere(folder: Path, age: float = 0.0, **values: object) -> Path:

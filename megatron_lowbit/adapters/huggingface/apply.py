@@ -19,8 +19,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from megatron_lowbit.adapters import arguments, patching, readers, saving
-from megatron_lowbit.artifact import Artifact, Fingerprint, check_fingerprint, model_fingerprint
+from megatron_lowbit.adapters.huggingface.attention import quantize_attention
+from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
+from megatron_lowbit.io.fingerprint import Fingerprint, check_fingerprint, model_fingerprint
 from megatron_lowbit.layers.linear import DenseShard, QuantRowParallelLinear
 
 Kind = Literal["column", "row"]
@@ -225,5 +227,5 @@ def apply_to_huggingface(
     patching.swap(model, replacements)
     saving.save_as_artifact(model, artifact, fingerprint)
     if checkpoint is not None and quantized:
-        patching.quantize_attention(model, checkpoint, model_config(model))
+        quantize_attention(model, checkpoint, model_config(model))
     return model

@@ -24,8 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_lowbit.adapters.patching import undo_with
 from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, unpack_bits
 from megatron_lowbit.quant.affine import choose_qparams, fake_quantize, quantize
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.runtime.distributed import env_rank
 
 logger = logging.getLogger("megatron_lowbit")
@@ -238,3 +240,13 @@ def _decode(rows: Tensor, num_bits: int, width: int) -> Tensor:
     qparams = rows[..., -_QPARAM_BYTES:].clone(memory_format=torch.contiguous_format)  # floats lie at multiples of four
     scale, zero_point = qparams.view(torch.float32).split(1, dim=-1)
     return dequantize(unpack_bits(packed, num_bits, width), scale, zero_point)
+
+
+def quantize_attention(model: Any, checkpoint: LowBitCheckpoint, config: Any) -> None:
+    """Have the model's attention quantize Q, K and V and pack the cache; undone by `remove`."""
+    act_bits = possible_bits(model, checkpoint.linears, checkpoint.attention_bits)
+    if act_bits == 16:
+        return
+    owners = {name.rpartition(".")[0] for name in checkpoint.linears}
+    modules = [m for name, m in model.named_modules() if name in owners and takes_part(m)]
+    undo_with(model, Quantized(modules, config, act_bits))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.adapters.huggingface.apply import InputGroup
 from megatron_lowbit.config import LowBitError
-from megatron_lowbit.layers.linear import rms_gain
+from megatron_lowbit.layers.reassembled_norm import rms_gain
 
 SHARE = 0.01
 Scales = dict[str, tuple[Tensor | None, Tensor | None]]  # {fqn in the block: what multiplies (outputs, inputs)}

@@ -37,17 +37,10 @@ from megatron_lowbit.adapters.megatron.layout import (
     split_rows,
 )
 from megatron_lowbit.adapters.megatron.replacements import Twins
-from megatron_lowbit.adapters.megatron.spec import (
-    block_spec,
-    llama_lowbit_spec,
-    llama_spec,
-    llama_w4a4_spec,
-    llama_w4a16_spec,
-    lowbit_spec,
-    qwen3_lowbit_spec,
-)
-from megatron_lowbit.artifact import Artifact, Fingerprint, LowBitCheckpoint, check_fingerprint
+from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
+from megatron_lowbit.io.fingerprint import Fingerprint, check_fingerprint
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.runtime.distributed import group_rank, world_size
 
 _SAME_CONFIG = "build the model with the config that was quantized"
@@ -162,21 +155,3 @@ def check_shapes(model: Any, artifact: Artifact) -> None:
             here = [out_features, layout.in_features(role)]
             if there != here:
                 raise LowBitError(f"{name} is {there} in the artifact and {here} in the GPTModel; {_SAME_CONFIG}")
-
-
-__all__ = [
-    "apply_to_megatron",
-    "block_spec",
-    "core_version",
-    "find_linears",
-    "fingerprint",
-    "layout_of",
-    "llama_lowbit_spec",
-    "llama_spec",
-    "llama_w4a4_spec",
-    "llama_w4a16_spec",
-    "lowbit_spec",
-    "model_chunks",
-    "qwen3_lowbit_spec",
-    "split_rows",
-]

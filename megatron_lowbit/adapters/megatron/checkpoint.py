@@ -26,8 +26,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_lowbit.adapters import patching
-from megatron_lowbit.adapters.megatron import apply as megatron
+from megatron_lowbit.adapters import megatron, patching
 from megatron_lowbit.adapters.megatron import attention, training
 from megatron_lowbit.adapters.megatron.layers import (
     LowBitColumnParallelLinear,
@@ -40,11 +39,12 @@ from megatron_lowbit.adapters.megatron.layers import (
 from megatron_lowbit.adapters.megatron.layout import COLUMN, NORMS, PATHS
 from megatron_lowbit.adapters.megatron.norms import LowBitNorm
 from megatron_lowbit.adapters.megatron.sharded_state import Shape, check_bytes, empty_codec, empty_linear
-from megatron_lowbit.artifact import SitePlan
 from megatron_lowbit.comm.codec import Codec
+from megatron_lowbit.comm.plan import SitePlan
 from megatron_lowbit.comm.reducers import HybridReducer
 from megatron_lowbit.config import CommMode, LowBitError, one_line
-from megatron_lowbit.layers.linear import QuantRowParallelLinear, Reassembly
+from megatron_lowbit.layers.linear import QuantRowParallelLinear
+from megatron_lowbit.layers.reassembled_norm import Reassembly
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 from megatron_lowbit.runtime.distributed import all_gather_values, on_rank_zero
 from megatron_lowbit.temporary import beside, remove, remove_dead

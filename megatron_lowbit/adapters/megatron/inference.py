@@ -32,7 +32,7 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 )
 from torch import Tensor
 
-from megatron_lowbit.adapters.megatron import apply as megatron
+from megatron_lowbit.adapters import megatron
 from megatron_lowbit.adapters.megatron import cpu_shims
 from megatron_lowbit.adapters.megatron.layout import layout_of
 from megatron_lowbit.config import LowBitError

@@ -37,10 +37,11 @@ from megatron_lowbit.adapters.megatron.round_on_load import (
     round_column,
     round_row,
 )
-from megatron_lowbit.artifact import SitePlan, row_bit_sums
 from megatron_lowbit.comm.codec import Codec
-from megatron_lowbit.comm.reducers import HybridGather
+from megatron_lowbit.comm.plan import SitePlan
+from megatron_lowbit.comm.sequence_parallel import HybridGather
 from megatron_lowbit.config import LowBitError, WeightsConfig
+from megatron_lowbit.io.fingerprint import row_bit_sums
 from megatron_lowbit.layers.linear import DenseShard, QuantColumnParallelLinear, QuantRowParallelLinear
 from megatron_lowbit.runtime.distributed import world_size
 

@@ -22,15 +22,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megatron_lowbit.adapters import megatron
 from megatron_lowbit.adapters.huggingface import apply as huggingface
-from megatron_lowbit.adapters.megatron import apply as megatron
+from megatron_lowbit.adapters.huggingface.skeleton import skeleton
 from megatron_lowbit.adapters.megatron import cpu_shims
+from megatron_lowbit.adapters.megatron.apply import check_shapes
 from megatron_lowbit.adapters.megatron.layers import full_weight
 from megatron_lowbit.adapters.megatron.layout import COLUMN, NORMS, Layout, find_prefix, norm_name, parts
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
 from megatron_lowbit.io.hf_names import ModelWeights
-from megatron_lowbit.qllm.block_source import skeleton
 from megatron_lowbit.runtime.distributed import all_gather_stack, gather_values, group_rank, world_size
 from megatron_lowbit.runtime.rendezvous import collective_limit
 
@@ -207,7 +208,7 @@ def load_rest(model: Any, artifact: Artifact, hf_config: Any) -> None:
         raise LowBitError("the artifact holds no lowbit.json: it has plans only; load the model's own weights first")
     known, read = _reader(checkpoint.tensors, hf_config)
     for chunk in megatron.model_chunks(model):
-        megatron.check_shapes(chunk, artifact)
+        check_shapes(chunk, artifact)
         _load(chunk, known, read, hf_config, linears=False)
         chunk._lowbit_fingerprint = checkpoint.fingerprint
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lowbit.adapters.megatron import sharded_state
-from megatron_lowbit.layers.linear import ReassembledNorm
+from megatron_lowbit.layers.reassembled_norm import ReassembledNorm
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 
 

@@ -30,11 +30,12 @@ from megatron_lowbit.adapters.megatron.layout import (
     parts,
 )
 from megatron_lowbit.adapters.megatron.norms import LowBitNorm
-from megatron_lowbit.artifact import Artifact, LowBitCheckpoint
+from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.codec import Codec
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.layers.linear import QuantColumnParallelLinear, QuantRowParallelLinear
 from megatron_lowbit.quant.affine import LowRank, QuantizedWeight
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 from megatron_lowbit.runtime.distributed import group_rank
 

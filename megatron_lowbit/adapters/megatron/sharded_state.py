@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lowbit.artifact import SitePlan
 from megatron_lowbit.comm.codec import Codec
+from megatron_lowbit.comm.plan import SitePlan
 from megatron_lowbit.comm.reducers import HybridReducer
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.kernels import packed_bytes
-from megatron_lowbit.layers.linear import QuantColumnParallelLinear, QuantRowParallelLinear, Reassembly
+from megatron_lowbit.layers.linear import QuantColumnParallelLinear, QuantRowParallelLinear
+from megatron_lowbit.layers.reassembled_norm import Reassembly
 from megatron_lowbit.quant.affine import LowRank, QuantizedWeight
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 from megatron_lowbit.runtime.distributed import group_rank, world_size

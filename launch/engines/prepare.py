@@ -1,0 +1,168 @@
+"""What a stage does with an engine before it runs: round weights, read texts, calibrate ranges, make an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from megatron_lowbit.adapters import patching
+from megatron_lowbit.adapters.huggingface import apply as huggingface
+from megatron_lowbit.adapters.huggingface import attention
+from megatron_lowbit.artifact import Artifact
+from megatron_lowbit.comm.agreement import digest
+from megatron_lowbit.comm.build_plan import build_plan
+from megatron_lowbit.comm.observers import calibrate
+from megatron_lowbit.comm.plan import CalibrationStats
+from megatron_lowbit.comm.reducers import LOW_BIT
+from megatron_lowbit.config import (
+    CalibrateConfig,
+    CommConfig,
+    LowBitError,
+    WeightsConfig,
+)
+from megatron_lowbit.io.data import Windows, token_windows
+from megatron_lowbit.launch.engines.base import Engine
+from megatron_lowbit.launch.full_precision import tell_full_precision
+from megatron_lowbit.launch.inputs import no_data
+from megatron_lowbit.launch.tokenizer import check_tokenizer
+from megatron_lowbit.qllm.resume import PassState
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
+from megatron_lowbit.quant.round_to_nearest import quantize_model
+from megatron_lowbit.runtime.distributed import Watch, group_rank, on_rank_zero, world_size
+from megatron_lowbit.runtime.launcher_env import env_rank
+from megatron_lowbit.runtime.metrics import MetricLogger, progress
+
+
+def take_checkpoints(
+    given: LowBitCheckpoint | None, model: nn.Module, weights: Sequence[WeightsConfig], dtype: torch.dtype | None
+) -> dict[str, LowBitCheckpoint]:
+    """{scheme: checkpoint}: the artifact's, or the model rounded as `weights` say."""
+    if given is not None:
+        return {given.scheme_name: given}
+    made: dict[str, LowBitCheckpoint] = {
+        w.scheme: round_weights(model, w, dtype) for w in weights if w.scheme != "none"
+    }
+    if made:
+        tell_full_precision(model)
+    return made
+
+
+def round_weights(model: nn.Module, weights: WeightsConfig, dtype: torch.dtype | None) -> LowBitCheckpoint:
+    """Round-to-nearest checkpoint of an unsharded, unpatched model; what is not quantized is stored as `dtype`."""
+    linears = {name: linear for name, (_, linear) in huggingface.find_linears(model).items()}
+    checkpoint = quantize_model(model, linears, weights, huggingface.fingerprint(model), dtype)
+    return replace(checkpoint, attention_bits=attention.possible_bits(model, linears, checkpoint.attention_bits))
+
+
+def load_windows(engine: Engine, section: Any, key: str, logger: MetricLogger) -> Windows:
+    """The section's token windows, read and tokenized by rank 0, which also says what it has read."""
+    if section.data is None:
+        raise LowBitError(no_data(key))
+    check_tokenizer(engine.tokenizer)
+    arguments = (section.data, section.samples, section.sequence_length, engine.context, key, section.text_column)
+    tell = partial(logger.read, key)
+    return Windows(**on_rank_zero(lambda: vars(token_windows(engine.tokenizer, *arguments, tell=tell))))
+
+
+def calibrate_engine(
+    engine: Engine,
+    section: Any,
+    tp_sizes: list[int],
+    logger: MetricLogger,
+    comm: CommConfig,
+    sites: Mapping[str, Any] | None = None,
+    resumed: CalibrateConfig | None = None,
+) -> CalibrationStats:
+    """One calibration pass of the unpatched engine over calibration.data; with comm.gather also of what column-parallel
+    linears read. sites: other than the engine's own. resumed: the config of a pass whose state is kept in its
+    output_dir, and continued from there; without, a pass that is told to stop starts over."""
+    windows = load_windows(engine, section, "calibration", logger)
+    count, fingerprint = windows.num_batches(section.batch_size), engine.fingerprint()
+    lag, state = world_size(engine.pp_group) - 1, None
+    if resumed is not None:
+        named = {"calibration.data's tokens": windows.digest(), "model's weights": str(digest([fingerprint]))}
+        state = PassState(resumed, named, count, lag)
+    done = 0 if state is None else state.done
+
+    def logged():
+        rest = islice(windows.batches(section.batch_size), done, None)
+        batches = rest if state is not None else Watch(lag=lag).each(rest)
+        for number, (ids, mask) in enumerate(progress(batches, count - done, "calibrating", env_rank()), done):
+            yield share_of_batch(ids, mask, engine.dp_group)
+            logger.log(calibration_batch=number + 1, calibration_tokens=int(mask.sum()))
+
+    run_blocks = partial(engine, logits_to_keep=1)  # logits of every token would be computed for nobody
+    inputs = engine.inputs() if comm.gather else None
+    groups = (engine.dp_group, engine.pp_group)
+    arguments = (fingerprint, section.ema_gamma, engine.group, inputs, *groups, comm.clipping == "histogram")
+    return calibrate(run_blocks, sites or engine.sites(), logged(), tp_sizes, *arguments, state=state)
+
+
+def share_of_batch(
+    ids: torch.Tensor, mask: torch.Tensor, dp_group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This data-parallel rank's neighbouring windows of a batch; where they do not divide, the last get padding."""
+    size, rank = world_size(dp_group), group_rank(dp_group)
+    missing = -len(ids) % size
+    if missing:
+        ids, mask = (torch.cat([t, t.new_zeros(missing, t.shape[1])]) for t in (ids, mask))
+    return ids.chunk(size)[rank], mask.chunk(size)[rank]
+
+
+def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artifact:
+    """What evaluate and generate apply: the given artifact, or one made here from weights.* and comm.*.
+
+    Raises LowBitError for a setting that the artifact, or the layout, would leave without effect.
+    """
+    comm: CommConfig = config.comm
+    plans = engine.plans
+    scheme = engine.checkpoint.scheme_name if engine.checkpoint else "none"
+    if config.weights.scheme not in ("none", scheme):
+        raise LowBitError(
+            f"artifact {config.artifact!r} holds {scheme} weights, not weights.scheme={config.weights.scheme}"
+        )
+    for key in ("group_size", "symmetric", "shard_groups"):
+        value = getattr(config.weights, key)
+        if value != getattr(WeightsConfig(), key) and config.weights.scheme == "none":
+            why = "the artifact decides it" if engine.checkpoint else "it needs a weights.scheme"
+            raise LowBitError(f"weights.{key}={value} would have no effect: {why}")
+    low_bit = comm.mode in LOW_BIT
+    if low_bit and engine.tp_size == 1:
+        raise LowBitError(
+            f"comm.mode={comm.mode} has nobody to talk to at tp=1; set tp (engine=deepspeed) or virtual_tp"
+        )
+    defaults = CommConfig()
+    keys = (
+        "preset",
+        "bits",
+        "bf16_fraction",
+        "selection",
+        "symmetric",
+        "scale",
+        "allocation",
+        "clipping",
+        "second_bits",
+        "carrier_bits",
+    )
+    given = [key for key in keys if getattr(comm, key) != getattr(defaults, key)]
+    if given and (engine.tp_size in plans or not low_bit):
+        key = given[0]
+        why = "the artifact's plan decides it" if engine.tp_size in plans else "it needs comm.mode=one_shot"
+        raise LowBitError(f"comm.{key}={getattr(comm, key)} would have no effect: {why}")
+    if low_bit and engine.tp_size not in plans:
+        if not engine.full_precision:
+            raise LowBitError(
+                f"artifact {config.artifact!r} has no plan for tp={engine.tp_size}; set model to calibrate one"
+            )
+        stats = calibrate_engine(engine, config.calibration, [engine.tp_size], logger, comm)
+        plans = {engine.tp_size: build_plan(stats, engine.tp_size, comm, config.seed)}
+    artifact = Artifact(engine.checkpoint, plans)
+    patching.choose_plan(artifact, engine.tp_size, comm.mode)  # a missing plan is told now, not after an evaluation
+    return artifact

@@ -1,0 +1,245 @@
+"""LowBitCheckpoint: packed weights under Hugging Face names, whole (unsharded) tensors.
+
+<folder>/lowbit*.safetensors, lowbit.json
+<folder>/config.json, tokenizer...          and generation_config.json, where the model has one, so that the folder
+                                            loads without the original model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_lowbit.config import LowBitError
+from megatron_lowbit.io.files import (
+    FORMAT,
+    complete,
+    discard,
+    read_meta,
+    read_tensors,
+    sha256,
+    write_sealed,
+    write_tensors,
+)
+from megatron_lowbit.io.fingerprint import Fingerprint
+from megatron_lowbit.io.manifest import CheckpointManifest, checked
+from megatron_lowbit.io.tensors import refuse_unused, short_repr
+from megatron_lowbit.quant.affine import LowRank, QuantizedWeight, Scheme
+from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
+
+TOKENIZER_FILES = (
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+    *("spiece.model", "sentencepiece*"),
+)
+
+
+@dataclass
+class CheckpointPart:
+    """What some blocks contribute to a LowBitCheckpoint, as one safetensors file.
+
+    linears and other tensors by Hugging Face name; reassembly by the module that carries it out (a norm, whose
+    output it is, or a linear, whose input); low_rank by linear.
+    """
+
+    linears: dict[str, QuantizedWeight] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    reassembly: dict[str, ReassemblyPlan] = field(default_factory=dict)
+    low_rank: dict[str, LowRank] = field(default_factory=dict)
+
+    __repr__ = short_repr
+
+    def save(self, path: Path) -> PartMeta:
+        """Write the file; returns what lowbit.json has to say about it."""
+        tensors = dict(self.tensors)
+        for owner, names in ((self.linears, _WEIGHT), (self.reassembly, _PLAN), (self.low_rank, _LOW_RANK)):
+            for name, value in owner.items():
+                tensors |= {f"{name}.{leaf}": getattr(value, leaf) for leaf in names}
+        return {
+            "files": {path.name: write_tensors(path, tensors)},
+            "in_features": {name: weight.in_features for name, weight in self.linears.items()},
+            "reassembly": {name: [plan.in_features, plan.width] for name, plan in self.reassembly.items()},
+            "low_rank": sorted(self.low_rank),
+        }
+
+
+PartMeta = dict[str, Any]
+
+
+_WEIGHT = ("packed_weight", "scale", "zero_point")
+
+
+_PLAN = ("src_idx", "dst_idx", "coefficient")
+
+
+_LOW_RANK = ("lora_a", "lora_b")
+
+
+def merge_parts(parts: Sequence[PartMeta]) -> PartMeta:
+    """The description of several parts as one."""
+    merged: PartMeta = {"files": {}, "in_features": {}, "reassembly": {}, "low_rank": []}
+    for part in parts:
+        for key in ("files", "in_features", "reassembly"):
+            merged[key].update(part[key])
+        merged["low_rank"] += part["low_rank"]
+    return merged
+
+
+@dataclass(frozen=True)
+class LowBitCheckpoint:
+    """Quantized linears and all other tensors under Hugging Face names, independent of framework and tp_size.
+
+    reassembly, low_rank: as in CheckpointPart. attention_bits: of Q, K and V; 16 leaves them as they are.
+    """
+
+    linears: dict[str, QuantizedWeight]
+    tensors: dict[str, Tensor]
+    scheme: Scheme
+    scheme_name: str
+    shard_groups: int
+    fingerprint: Fingerprint
+    reassembly: dict[str, ReassemblyPlan] = field(default_factory=dict)
+    low_rank: dict[str, LowRank] = field(default_factory=dict)
+    attention_bits: int = 16
+
+    __repr__ = short_repr
+
+    def save(self, folder: str | Path) -> None:
+        part = CheckpointPart(self.linears, self.tensors, self.reassembly, self.low_rank)
+        meta = part.save(Path(folder) / "lowbit.safetensors")
+        write_checkpoint(folder, meta, self.scheme_name, self.shard_groups, self.attention_bits, self.fingerprint)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> LowBitCheckpoint:
+        """The tensors are mapped from their files: pages come into memory as they are used."""
+        stem = Path(folder) / "lowbit"
+        keys = (
+            "files",
+            "fingerprint",
+            "scheme",
+            "shard_groups",
+            "attention_bits",
+            "in_features",
+            "reassembly",
+            "low_rank",
+        )
+        meta = read_meta(stem, *keys)
+        with complete(stem.with_suffix(".json")):
+            checked(CheckpointManifest, meta)
+        _check_beside(Path(folder), meta.get("beside", {}))
+        tensors: dict[str, Tensor] = {}
+        where: dict[str, Path] = {}
+        for file, checksum in meta["files"].items():
+            path = Path(folder) / file
+            found = read_tensors(path, checksum)
+            with complete(path):
+                refuse_unused(found.keys() & tensors.keys())
+            tensors |= found
+            where |= dict.fromkeys(found, path)
+        scheme = Scheme.parse(meta["scheme"])
+
+        def take(name: str, leaves: tuple[str, ...]) -> dict[str, Tensor]:
+            return {leaf: tensors.pop(f"{name}.{leaf}") for leaf in leaves}
+
+        linears: dict[str, QuantizedWeight] = {}
+        plans: dict[str, ReassemblyPlan] = {}
+        low_rank: dict[str, LowRank] = {}
+        for name, in_features in meta["in_features"].items():
+            with complete(where.get(f"{name}.packed_weight", stem)):
+                weight = QuantizedWeight(**take(name, _WEIGHT), num_bits=scheme.weight_bits, in_features=in_features)
+                weight.validate(name)
+                linears[name] = weight
+        for name, (in_features, width) in meta["reassembly"].items():
+            with complete(where.get(f"{name}.src_idx", stem)):
+                plans[name] = ReassemblyPlan(**take(name, _PLAN), in_features=in_features, width=width)
+                plans[name].validate(name)
+        for name in meta["low_rank"]:
+            with complete(where.get(f"{name}.lora_a", stem)):
+                low_rank[name] = LowRank(**take(name, _LOW_RANK))
+                low_rank[name].validate(name, linears[name].in_features, len(linears[name].packed_weight))
+        bits, fingerprint = meta["attention_bits"], meta["fingerprint"]
+        names = (scheme, meta["scheme"], meta["shard_groups"], fingerprint)
+        checkpoint = cls(linears, tensors, *names, plans, low_rank, bits)
+        with complete(stem.with_suffix(".json")):
+            checkpoint.validate()
+        return checkpoint
+
+    def validate(self) -> None:
+        """Raise ValueError where the parts, each of which is valid by itself, do not fit together."""
+        strange = [name for name in self.linears if name not in self.fingerprint["weights"]]
+        if strange:
+            raise ValueError(f"its fingerprint lacks the linear {strange[0]}")
+        if self.attention_bits not in (16, self.scheme.act_bits):
+            raise ValueError(f"attention_bits is {self.attention_bits}, not 16 or those of {self.scheme_name}")
+        for name, plan in self.reassembly.items():
+            readers = [self.linears[name]] if name in self.linears else self.linears.values()
+            if not any(weight.in_features == plan.width for weight in readers):
+                raise ValueError(f"{name} is reassembled to {plan.width} channels, which no linear reads")
+        leaves = {*_WEIGHT, *_PLAN, *_LOW_RANK} - {"scale"}  # a model may have a tensor of that name
+        refuse_unused(name for name in self.tensors if name.rpartition(".")[2] in leaves)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors, packed."""
+        return self.linear_bytes() + sum(t.nbytes for t in self.tensors.values())
+
+    def linear_bytes(self) -> int:
+        """Bytes of the quantized linears: codes, scales, zero points, plans and branches."""
+        owners = ((self.linears, _WEIGHT), (self.reassembly, _PLAN), (self.low_rank, _LOW_RANK))
+        return sum(getattr(v, leaf).nbytes for owner, names in owners for v in owner.values() for leaf in names)
+
+    def ideal_bytes(self) -> float:
+        """bits * parameters / 8 of the quantized linears: what no format can be below."""
+        bits = self.scheme.weight_bits
+        return sum(w.packed_weight.shape[0] * w.in_features * bits / 8 for w in self.linears.values())
+
+
+def write_checkpoint(
+    folder: str | Path, part: PartMeta, scheme: str, shard_groups: int, attention_bits: int, fingerprint: Fingerprint
+) -> None:
+    """Write lowbit.json over the files of `part` and the model's config and tokenizer, which are there already, and
+    remove the files of the checkpoint that was there before."""
+    folder = Path(folder)
+    meta = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "scheme": scheme,
+        "shard_groups": shard_groups,
+        "attention_bits": attention_bits,
+        **part,
+        "beside": _beside(folder),
+    }
+    write_sealed(folder / "lowbit.json", meta)
+    for file in folder.glob("lowbit*.safetensors"):
+        if file.name not in part["files"]:
+            discard(file)
+
+
+def _beside(folder: Path) -> dict[str, str]:
+    """{name: checksum} of the folder's config, generation config and tokenizer."""
+    patterns = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+    return {file.name: sha256(file) for file in files}
+
+
+def _check_beside(folder: Path, checksums: Mapping[str, str]) -> None:
+    for name, checksum in checksums.items():
+        file = folder / name
+        try:
+            same = sha256(file) == checksum
+        except OSError:
+            same = False
+        if not same:
+            raise LowBitError(
+                f"{str(file)!r} is missing or not what was written with the artifact (its checksum differs); put the "
+                "file back, or write the artifact again"
+            )
+
+
+def verify_files(folder: Path, part: PartMeta) -> None:
+    """Raise LowBitError where a file of `part` is missing or not what was written."""
+    for name, checksum in part["files"].items():
+        if not (folder / name).exists() or sha256(folder / name) != checksum:
+            raise LowBitError(f"{str(folder / name)!r} is missing or corrupt (its checksum differs)")
