@@ -22,8 +22,8 @@ from megatron_lowbit.comm.autotune import measure_costs, one_round, slowest
 from megatron_lowbit.comm.build_plan import synthetic_plan
 from megatron_lowbit.comm.cost import CostTable
 from megatron_lowbit.comm.plan import SitePlan
-from megatron_lowbit.comm.reducers import LOW_BIT, HybridReducer
-from megatron_lowbit.config import CommMode, LowBitError
+from megatron_lowbit.comm.reducers import HybridReducer, is_low_bit
+from megatron_lowbit.config import LowBitError
 from megatron_lowbit.io.files import write_json
 from megatron_lowbit.launch.arguments import fail
 from megatron_lowbit.launch.bench.config import BenchmarkCollectivesConfig
@@ -83,11 +83,11 @@ def measure_cell(
     rows = []
     for name, reducer in algorithms.items():
         result = reducer.all_reduce(inputs[name].clone())
-        if name in LOW_BIT:
+        if is_low_bit(name):
             _check_equal(name, result, group)
         bits, handed = reducer.traffic.bits_per_value, reducer.traffic.bytes
-        mode = reducer.chosen(x.numel()) if isinstance(reducer, HybridReducer) else None
-        link = link_bytes(reducer, mode, ranks, tokens, handed)
+        chosen = reducer.choose(x.numel()) if isinstance(reducer, HybridReducer) else None
+        link = link_bytes(reducer, ranks, handed) if chosen is None else chosen.link_bytes(tokens, features, ranks)
         rows.append(
             {
                 "name": f"{name}, {ranks} ranks, {size_text(size)}",
@@ -95,7 +95,7 @@ def measure_cell(
                 "bytes": size,
                 "rate": config.rate,
                 "algorithm": name,
-                "mode": mode,
+                "mode": chosen and chosen.name,
                 "bits_per_value": bits,
                 "link_bytes": link,
                 "ideal_seconds": None if config.rate is None else 8 * link / bits_per_second(config.rate),
@@ -142,14 +142,10 @@ def algorithm(name: str, plan: SitePlan, group: dist.ProcessGroup, costs: CostTa
     return HybridReducer(plan, group, name, None, costs if name == "auto" else None)  # type: ignore[arg-type]
 
 
-def link_bytes(reducer: Any, mode: CommMode | None, ranks: int, tokens: int, handed: int) -> float:
+def link_bytes(reducer: Any, ranks: int, handed: int) -> float:
     """Bytes that one rank has to send or receive; handed: those it handed to torch.distributed (module docstring)."""
     if isinstance(reducer, GroupInt4):  # ranks stripes in the first hop, one in the second
         return (ranks - 1) * 2 * handed / (ranks + 1)
-    if mode == "one_shot":
-        return (ranks - 1) * handed
-    if mode == "two_shot":
-        return (ranks - 1) * -(-tokens // ranks) * (reducer.first.row_bytes + reducer.second.row_bytes)
     return 2 * (ranks - 1) / ranks * handed
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_lowbit.comm.reducers import Traffic
+from megatron_lowbit.comm.collectives.base import Traffic
 from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.runtime.distributed import all_gather_stack
 

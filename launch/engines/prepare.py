@@ -20,7 +20,7 @@ from megatron_lowbit.comm.agreement import digest
 from megatron_lowbit.comm.build_plan import build_plan
 from megatron_lowbit.comm.observers import calibrate
 from megatron_lowbit.comm.plan import CalibrationStats
-from megatron_lowbit.comm.reducers import LOW_BIT
+from megatron_lowbit.comm.reducers import is_low_bit
 from megatron_lowbit.config import (
     CalibrateConfig,
     CommConfig,
@@ -133,7 +133,7 @@ def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artif
         if value != getattr(WeightsConfig(), key) and config.weights.scheme == "none":
             why = "the artifact decides it" if engine.checkpoint else "it needs a weights.scheme"
             raise LowBitError(f"weights.{key}={value} would have no effect: {why}")
-    low_bit = comm.mode in LOW_BIT
+    low_bit = is_low_bit(comm.mode)
     if low_bit and engine.tp_size == 1:
         raise LowBitError(
             f"comm.mode={comm.mode} has nobody to talk to at tp=1; set tp (engine=deepspeed) or virtual_tp"

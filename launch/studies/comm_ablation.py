@@ -69,7 +69,7 @@ def run_comm_ablation(config: EvaluateConfig, logger: MetricLogger) -> dict[str,
         engine.apply(Artifact(), "bf16")
         for site, module in patching.row_parallel_modules(engine.model).items():
             module.reducer = make(site)
-            module.reducer.at(site)
+            module.reducer.set_site(site)
         about = {"weights": "none", "communication": name}
         measured = applied_row(engine, name, about, windows, config.evaluation, reference, logger)
         rows.append(_completed(measured, rows[0]["perplexity"]))

@@ -18,10 +18,11 @@ from torch import distributed as dist
 from megatron_lowbit.adapters import arguments, readers, training
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.autotune import measure_costs
+from megatron_lowbit.comm.collectives.base import Traffic
 from megatron_lowbit.comm.cost import CostTable
 from megatron_lowbit.comm.drift import Saturation
 from megatron_lowbit.comm.plan import CommPlan, SitePlan
-from megatron_lowbit.comm.reducers import HybridReducer, Traffic
+from megatron_lowbit.comm.reducers import HybridReducer
 from megatron_lowbit.comm.sequence_parallel import HybridGather
 from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
@@ -56,7 +57,7 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
         replaced[name] = original
         for part in replacement.modules():
             if isinstance(part, HybridReducer | HybridGather | VirtualReducer):
-                part.at(name)
+                part.set_site(name)
         if device.type != "cpu":
             _move_to_cpu(original, replacement)
     training.mark_orphans(model, replaced)

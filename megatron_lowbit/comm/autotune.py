@@ -18,9 +18,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_lowbit.comm.codec import Codec
+from megatron_lowbit.comm.collectives import COLLECTIVES
 from megatron_lowbit.comm.cost import TUNED, CostTable
 from megatron_lowbit.comm.plan import SitePlan
-from megatron_lowbit.comm.reducers import HybridReducer
+from megatron_lowbit.comm.reducers import HybridReducer, is_low_bit
 from megatron_lowbit.runtime.distributed import device
 
 Way = TypeVar("Way", bound=str)
@@ -38,7 +39,7 @@ def measure_costs(group: dist.ProcessGroup, plan: SitePlan, sizes: Sequence[int]
     sizes: bytes of the bf16 tensor, rounded down to whole tokens, at least one.
     """
     features = len(plan.first.bits)
-    modes = [mode for mode in TUNED if mode != "two_shot" or plan.second is not None]
+    modes = [mode for mode in TUNED if not is_low_bit(mode) or COLLECTIVES[mode].possible(plan)]
     reducers = {mode: HybridReducer(plan, group, mode) for mode in modes}
     rows: dict[str, list[tuple[int, float]]] = {mode: [] for mode in modes}
     for tokens in sorted({max(1, size // (2 * features)) for size in sizes}, reverse=True):

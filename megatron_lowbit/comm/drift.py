@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.comm.codec import WireFormat
-from megatron_lowbit.comm.exact_sum import ExactSum
+from megatron_lowbit.comm.collectives.exact_sum import ExactFormat
 from megatron_lowbit.config import DRIFT_THRESHOLD
 
 logger = logging.getLogger("megatron_lowbit")
@@ -56,7 +56,7 @@ class Saturation:
 class DriftGuard:
     """Watch one site. threshold: a share above it is too much, None: never fall back, but warn. parts: of its hops."""
 
-    def __init__(self, threshold: float | None, parts: Sequence[WireFormat | ExactSum]):
+    def __init__(self, threshold: float | None, parts: Sequence[WireFormat | ExactFormat]):
         self.threshold, self.parts = threshold, list(parts)
         self.site = ""  # its name in the model, for the log
         self.tripped = False
@@ -127,5 +127,5 @@ class DriftGuard:
         return largest
 
 
-def _totals(part: WireFormat | ExactSum) -> list[int]:
+def _totals(part: WireFormat | ExactFormat) -> list[int]:
     return part.tally.sum(0).tolist()

@@ -15,7 +15,7 @@ Small messages are latency, and on a CPU all of them travel in one all-to-all. O
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -27,6 +27,8 @@ from megatron_lowbit.runtime.distributed import start_all_gather
 
 UNDER_WAY = 2  # halves of messages
 TAG = 0  # of messages; those of a pair of ranks arrive in order
+MOST_PIECES = 4  # of a message, so that a CPU packs and adds one up while others are on their way
+PIECE_VALUES = 2**20  # from one rank to another: 512 KiB of 4 bits. Smaller ones cost more than they hide
 LARGE = 2**17  # bytes from one rank to another from which rounds are faster
 
 
@@ -110,3 +112,11 @@ def finish(works: list[dist.Work | None]) -> None:
     while works:
         if work := works.pop():
             work.wait()
+
+
+def in_pieces(rows: Tensor, sums: Tensor, ranks: int, receivers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """rows [tokens, E] and where their sums are to go, in up to MOST_PIECES, each of a multiple of `ranks` tokens, or
+    the last; receivers: ranks that share a piece."""
+    count = 1 if rows.is_cuda else min(MOST_PIECES, max(1, rows.numel() // (PIECE_VALUES * receivers)))
+    each = max(1, -(-len(rows) // (count * ranks)) * ranks)
+    return zip(rows.split(each), sums.split(each), strict=True)

@@ -8,14 +8,15 @@ from torch import distributed as dist
 
 from megatron_lowbit.comm.agreement import Agreement
 from megatron_lowbit.comm.codec import Codec, WireFormat
+from megatron_lowbit.comm.collectives.base import Traffic
 from megatron_lowbit.comm.drift import DriftGuard, Saturation
 from megatron_lowbit.comm.exchange import Exchange
-from megatron_lowbit.comm.reducers import Traffic, _OverRanks
+from megatron_lowbit.comm.reducers import OverRanks
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.runtime.distributed import reduce_scatter
 
 
-class HybridGather(_OverRanks):
+class HybridGather(OverRanks):
     """All-gather of activations at one site: the other half of sequence parallelism, before a column-parallel linear.
 
     codec: of one sender, the activation itself, whose ranges are the same on every rank. drift_threshold: as
@@ -31,7 +32,7 @@ class HybridGather(_OverRanks):
         tensors = codec.tensors().items()
         self.agreement = Agreement(tp_group, [drift_threshold, *(part for item in tensors for part in item)])
 
-    def at(self, site: str) -> None:
+    def set_site(self, site: str) -> None:
         """Give it the site's name, which messages then say."""
         self.agreement.site = self.guard.site = site
 

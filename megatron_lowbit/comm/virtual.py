@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_lowbit.comm.reducers import LOW_BIT, _Reducer
+from megatron_lowbit.comm.reducers import Reducer
 from megatron_lowbit.config import LowBitError
 
 
-class VirtualReducer(_Reducer):
+class VirtualReducer(Reducer):
     """HybridReducer's twin for one process that holds the partial sums of all ranks. Counts the bytes of one rank."""
 
     def all_reduce(self, partials: Sequence[Tensor]) -> Tensor:
@@ -23,49 +23,15 @@ class VirtualReducer(_Reducer):
         return _VirtualReduce.apply(self, *partials)
 
     def _forward(self, partials: Sequence[Tensor]) -> Tensor:
-        y = self._sum(partials)
-        self.guard.look(y)
-        return y
-
-    def _sum(self, partials: Sequence[Tensor]) -> Tensor:
-        x, ranks = partials[0], len(partials)
+        ranks = len(partials)
         if self.low_bit and self.plan is not None and ranks != self.plan.tp_size:
             raise LowBitError(f"the communication plan is for tp_size {self.plan.tp_size}, there are {ranks} shards")
-        rows = [p.reshape(-1, x.shape[-1]) for p in partials]
-        mode = self._mode_of(x)
-        if mode not in LOW_BIT:
-            return self._stock(partials)
-        check = self.guard.due(x)
-        if mode == "exact_sum":
-            assert self.exact is not None
-            codes = [self.exact.encode(own, rank) for rank, own in enumerate(rows)]
-            if check and self._drifted(x):
-                return self._stock(partials)
-            self.traffic.count(codes[0], x.numel())
-            return self.exact.decode(self.exact.add(codes), x.dtype).view(x.shape)
-        assert self.first is not None
-        messages = torch.stack([self.first.pack(own, rank) for rank, own in enumerate(rows)])
-        if mode == "one_shot":
-            if check and self._drifted(x):
-                return self._stock(partials)
-            self.traffic.count(messages[0], x.numel())
-            return self.first.unpack_reduce(messages, x.dtype).view(x.shape)
-        assert self.second is not None
-        self.traffic.count(messages[0], x.numel())
-        stripes = messages.split(-(-len(rows[0]) // ranks) or 1, dim=1)
-        sums = [self.first.requantize(stripe.contiguous(), self.second, rank) for rank, stripe in enumerate(stripes)]
-        if check and self._drifted(x):
-            self.traffic.values -= x.numel()  # they are sent again
-            return self._stock(partials)
-        self.traffic.count(sums[0])
-        return self.second.unpack_reduce(torch.cat(sums).unsqueeze(0), x.dtype).view(x.shape)
-
-    def _stock(self, partials: Sequence[Tensor]) -> Tensor:
-        x, dtype = partials[0], self._wire_dtype(partials[0])
-        exact = torch.promote_types(dtype, torch.float32)
-        total = torch.stack([p.to(dtype) for p in partials]).to(exact).sum(0).to(dtype)
-        self.traffic.count(total, x.numel())
-        return total.to(x.dtype)
+        collective, drifted = self._next(partials[0])
+        y = collective.simulate(partials, self.traffic, drifted)
+        if y is None:
+            y = self.stock.simulate(partials, self.traffic)
+        self.guard.look(y)
+        return y
 
 
 class _VirtualReduce(torch.autograd.Function):

@@ -62,10 +62,10 @@ def test_a_reduce_scatter_goes_by_the_costs_of_two_hops():
     """One-shot's cost does not halve as theirs do: where it alone is fast, a reduce-scatter stays in bf16."""
     rows = {"bf16": ((64, 1.0),), "one_shot": ((64, 0.5),), "two_shot": ((64, 2.0),)}
     reducer = VirtualReducer(PLAN, "auto", costs=CostTable(2, 64, rows))
-    assert (reducer.chosen(32), reducer.chosen(32, scattered=True)) == ("one_shot", "bf16")
+    assert (reducer.choose(32).name, reducer.choose(32, scattered=True).name) == ("one_shot", "bf16")
     rows["two_shot"] = ((64, 0.8),)
     reducer = VirtualReducer(PLAN, "auto", costs=CostTable(2, 64, rows))
-    assert (reducer.chosen(32), reducer.chosen(32, scattered=True)) == ("one_shot", "two_shot")
+    assert (reducer.choose(32).name, reducer.choose(32, scattered=True).name) == ("one_shot", "two_shot")
 
 
 def test_a_reduce_scatter_is_sent_as_it_is_chosen(two_ranks):
@@ -159,7 +159,7 @@ def test_a_table_is_for_one_number_of_ranks():
 def test_auto_is_the_mode_it_chooses(two_ranks, tokens, mode):
     partials = torch.randn(2, tokens, 64, generator=torch.Generator().manual_seed(tokens))
     expected = VirtualReducer(PLAN, mode).all_reduce(list(partials))
-    assert VirtualReducer(PLAN, "auto", costs=TABLE).chosen(64 * tokens) == mode
+    assert VirtualReducer(PLAN, "auto", costs=TABLE).choose(64 * tokens).name == mode
     assert torch.equal(VirtualReducer(PLAN, "auto", costs=TABLE).all_reduce(list(partials)), expected)
     for rank in two_ranks.run(rank_cases.all_reduce, PLAN, partials, "plain", "auto", TABLE):
         assert torch.equal(rank["y"], expected)

@@ -105,7 +105,7 @@ def test_calls_that_the_guard_does_not_see_are_in_the_share():
     before = reducer.saturation()
     for number in range(20):
         for rank, x in enumerate(partial_sums(10 + number, 400)):
-            reducer.first.pack(x, rank)
+            reducer.formats.first().pack(x, rank)
     counts = reducer.saturation()
     assert counts.saturated - before.saturated > 0.02 * 5 * 40, "as many as would be a drift of the next call alone"
     reducer.all_reduce(list(partial_sums(2)))
@@ -117,7 +117,7 @@ def test_virtual_ranks_switch_with_the_real_ones(two_ranks, mode, caplog):
     calls = stream(10)
     real = two_ranks.run(rank_cases.drifting, PLAN, calls, mode, 0.05)
     virtual = VirtualReducer(PLAN, mode, 0.05)
-    virtual.at("model.layers.0")
+    virtual.set_site("model.layers.0")
     with caplog.at_level(logging.WARNING, "megatron_lowbit"):
         sums = [virtual.all_reduce(list(partials)) for partials in calls]
     assert all(torch.equal(a, b) for a, b in zip(sums, real[0]["sums"], strict=True))

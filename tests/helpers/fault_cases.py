@@ -43,7 +43,7 @@ def main(case: str, mode: str, group: dist.ProcessGroup, rank: int, size: int) -
     if case == "mode" and faulty:
         mode = {"one_shot": "two_shot", "two_shot": "exact_sum", "exact_sum": "bf16", "bf16": "one_shot"}[mode]
     reducer = HybridReducer(plan, group, mode)  # type: ignore[arg-type]
-    reducer.at("model.layers.0.mlp.down_proj")
+    reducer.set_site("model.layers.0.mlp.down_proj")
     tokens = TOKENS
     if case in ("killed", "later", "new"):  # after calls that went well
         for _ in range(2):

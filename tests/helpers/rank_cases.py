@@ -20,7 +20,7 @@ from recorded_collectives import RecordedCollectives
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_lowbit.comm import exchange, reducers
+from megatron_lowbit.comm import exchange
 from megatron_lowbit.comm.autotune import measure_costs
 from megatron_lowbit.comm.cost import CostTable
 from megatron_lowbit.comm.observers import RangeObserver
@@ -102,7 +102,7 @@ def all_reduce_in_rounds(
     rank: int, size: int, plan: SitePlan, partials: Tensor, mode: CommMode, piece_values: int
 ) -> dict[str, Any]:
     """`all_reduce` as if its messages were large: in pieces of so many values per receiver, and in pairwise rounds."""
-    with mock.patch.object(exchange, "LARGE", 0), mock.patch.object(reducers, "PIECE_VALUES", piece_values):
+    with mock.patch.object(exchange, "LARGE", 0), mock.patch.object(exchange, "PIECE_VALUES", piece_values):
         return all_reduce(rank, size, plan, partials, "plain", mode)
 
 
@@ -348,7 +348,7 @@ def drifting(
 ) -> dict[str, Any]:
     """The sums of this rank's calls[i][rank]; what was logged; float64 all-reduces, which only the guard makes."""
     reducer, logged = HybridReducer(plan, dist.group.WORLD, mode, threshold), Logged()
-    reducer.at("model.layers.0")
+    reducer.set_site("model.layers.0")
     logging.getLogger("megatron_lowbit").addHandler(logged)
     with RecordedCollectives() as recorded:
         sums = [(reducer.reduce_scatter if scatter else reducer.all_reduce)(partials[rank]) for partials in calls]

@@ -172,7 +172,7 @@ def take_plans(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
             mode = before.mode if before is not None and before.low_bit else None
             options = (None,) if before is None else (before.guard.threshold, before.costs)
             layer.low_bit.reducer = HybridReducer(layer.plans[size], layer.tp_group, mode, *options)
-            layer.low_bit.reducer.at("" if before is None else before.guard.site)
+            layer.low_bit.reducer.set_site("" if before is None else before.guard.site)
 
 
 def empty_codec(senders: int, features: int) -> Codec:

@@ -1,4 +1,5 @@
-"""Partial sums as integers whose sum over the ranks cannot overflow (ours): any stock all-reduce adds them exactly.
+"""exact_sum (ours): partial sums as integers whose sum over the ranks cannot overflow, which any stock all-reduce adds
+exactly.
 
     q_r  = clamp(round((x - center_r) / step), -Q, Q)        Q = floor((2^(carrier_bits - 1) - 1) / N)
     sum ~= step * sum_r q_r + sum_r center_r                 step = half_range / Q, shared by all ranks, per feature
@@ -16,13 +17,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
+from megatron_lowbit.comm.collectives.base import Collective, Drifted, Formats, Ranks, Traffic, as_rows, register
+from megatron_lowbit.comm.collectives.stock import scatter_sum
 from megatron_lowbit.comm.plan import SitePlan
 from megatron_lowbit.kernels import exact_decode, exact_encode
 from megatron_lowbit.quant.affine import Float32QParams
 
 
-class ExactSum(Float32QParams):
+class ExactFormat(Float32QParams):
     """Encodes and decodes as a SitePlan says. Counts values, those of them that lay beyond the range, and tokens that
     hold NaN or Inf."""
 
@@ -61,3 +65,38 @@ class ExactSum(Float32QParams):
     def add(self, codes: Sequence[Tensor]) -> Tensor:
         """What an all-reduce makes of the codes of all ranks."""
         return torch.stack(list(codes)).sum(0, dtype=codes[0].dtype)
+
+
+@register("exact_sum")
+class ExactSum(Collective):
+    def __init__(self, formats: Formats):
+        super().__init__(formats)
+        self.format = formats.get("exact", lambda: ExactFormat(formats.plan))
+
+    def all_reduce(self, x: Tensor, ranks: Ranks, reuse: bool, drifted: Drifted | None) -> Tensor | None:
+        codes = self.format.encode(as_rows(x), ranks.rank)
+        if drifted is not None and drifted():
+            return None
+        ranks.traffic.count(codes, x.numel())
+        with ranks.agreement:
+            dist.all_reduce(codes, group=ranks.agreement.group)
+        return self.format.decode(codes, x.dtype).view(x.shape)
+
+    def reduce_scatter(self, x: Tensor, ranks: Ranks, drifted: Drifted | None) -> Tensor | None:
+        codes = self.format.encode(as_rows(x), ranks.rank)
+        if drifted is not None and drifted():
+            return None
+        total = scatter_sum(codes, x.numel(), ranks)
+        return self.format.decode(total, x.dtype).view(len(x) // ranks.size, *x.shape[1:])
+
+    def simulate(self, partials: Sequence[Tensor], traffic: Traffic, drifted: Drifted | None) -> Tensor | None:
+        x = partials[0]
+        codes = [self.format.encode(as_rows(own), rank) for rank, own in enumerate(partials)]
+        if drifted is not None and drifted():
+            return None
+        traffic.count(codes[0], x.numel())
+        return self.format.decode(self.format.add(codes), x.dtype).view(x.shape)
+
+    def link_bytes(self, tokens: int, features: int, ranks: int) -> float:
+        row = features + 1 if self.format.carrier_bits == 8 else 4 * -(-(features + 1) // 2)
+        return 2 * (ranks - 1) / ranks * tokens * row
