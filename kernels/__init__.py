@@ -9,20 +9,18 @@ from megatron_lowbit.kernels import cpu as cpu  # registers its kernels
 from megatron_lowbit.kernels import gpu as gpu
 from megatron_lowbit.kernels.exact import exact_decode, exact_encode
 from megatron_lowbit.kernels.hybrid import (
-    BF16_BITS,
-    header_bytes,
     hybrid_pack,
-    hybrid_row_bytes,
     hybrid_unpack_reduce,
     hybrid_unpack_reduce_into,
     hybrid_unpack_reduce_requantize,
-    squared_sizes,
 )
 from megatron_lowbit.kernels.packing import codes_per_word, pack_bits, packed_bytes, unpack_bits
 from megatron_lowbit.kernels.reference import dequantize, quant_linear, reassemble
+from megatron_lowbit.kernels.wire_format import BF16_BITS, Format, header_bytes, hybrid_row_bytes, squared_sizes
 
 __all__ = [
     "BF16_BITS",
+    "Format",
     "codes_per_word",
     "dequantize",
     "exact_decode",

@@ -28,7 +28,7 @@ from megatron_lowbit.temporary import beside, remove, remove_dead, scratch_folde
 
 logger = logging.getLogger("megatron_lowbit")
 
-SOURCE = Path(__file__).with_name("hybrid.cpp")
+SOURCE = Path(__file__).with_name("csrc") / "hybrid.cpp"
 HEADERS = sorted(SOURCE.parent.glob("*.h"))
 # No fast-math and no fused multiply-add: results are those of the torch reference.
 FLAGS = ["-std=c++17", "-O2", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]

@@ -16,7 +16,7 @@ import logging
 import os
 import subprocess
 import threading
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +24,15 @@ from torch import Tensor
 from megatron_lowbit.kernels import build
 from megatron_lowbit.kernels.exact import carrier_words, decode_reference, encode_reference, exact_decode, exact_encode
 from megatron_lowbit.kernels.hybrid import (
-    BF16_BITS,
     hybrid_pack,
-    hybrid_row_bytes,
     hybrid_unpack_reduce_into,
     hybrid_unpack_reduce_requantize,
     pack_reference,
     requantize_reference,
-    unpack_reduce_reference,
+    unpack_reduce_into_reference,
 )
 from megatron_lowbit.kernels.ops import kernel, written
+from megatron_lowbit.kernels.wire_format import BF16_BITS, Format
 
 logger = logging.getLogger("megatron_lowbit")
 
@@ -54,93 +53,68 @@ class _Format(ctypes.Structure):
         ("rank1", ctypes.c_int64),
     ]
 
-    def __init__(self, scale: Tensor, zero_point: Tensor, order: Tensor, tiers: Sequence[int], rank1: bool):
-        scale, zero_point, order = scale.contiguous(), zero_point.contiguous(), order.contiguous()
-        numbers = (ctypes.c_int64 * len(tiers))(*tiers)
+    def __init__(self, format: Format):
+        scale, zero_point, order = (tensor.contiguous() for tensor in format[:3])
+        numbers = (ctypes.c_int64 * len(format.tiers))(*format.tiers)
         self.alive = scale, zero_point, order, numbers
         pointers = scale.data_ptr(), zero_point.data_ptr(), order.data_ptr(), ctypes.addressof(numbers)
-        super().__init__(*pointers, len(tiers) // 2, order.shape[0], rank1)
+        super().__init__(*pointers, len(format.tiers) // 2, format.features, format.rank1)
 
 
 @kernel(hybrid_pack, "cpu")
-def _pack(
-    x: Tensor, scale: Tensor, zero_point: Tensor, order: Tensor, tiers: Sequence[int], rank1: bool
-) -> tuple[Tensor, Tensor]:
+def _pack(x: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     """hybrid_pack; see there."""
-    library = _library()
-    good = library and x.dim() == 2 and x.dtype in _DTYPES and order.shape == x.shape[1:] and scale.dim() == 1
-    format = _format(scale, zero_point, order, tiers, rank1) if good else None
-    if library is None or format is None:
-        return pack_reference(x, scale, zero_point, order, tiers, rank1)
+    library, format = _library(), Format(*flat)
+    good = x.dim() == 2 and x.dtype in _DTYPES and format.order.shape == x.shape[1:] and format.scale.dim() == 1
+    ours = _format(format) if library and good else None
+    if library is None or ours is None:
+        return pack_reference(x, format)
     if x.stride(1) != 1:
         x = x.contiguous()
-    message = x.new_empty((x.shape[0], hybrid_row_bytes(tiers, rank1)), dtype=torch.uint8)
+    message = x.new_empty((x.shape[0], format.row_bytes), dtype=torch.uint8)
     tally = torch.empty(3, dtype=torch.int64)
     not_valid = library.lowbit_pack(
-        *(ctypes.byref(format), x.data_ptr(), _DTYPES[x.dtype], x.shape[0], x.stride(0)),
+        *(ctypes.byref(ours), x.data_ptr(), _DTYPES[x.dtype], x.shape[0], x.stride(0)),
         *(message.data_ptr(), tally.data_ptr(), torch.get_num_threads()),
     )
-    return pack_reference(x, scale, zero_point, order, tiers, rank1) if not_valid else (message, tally)
+    return pack_reference(x, format) if not_valid else (message, tally)
 
 
 @kernel(hybrid_unpack_reduce_into, "cpu")
-def _unpack_reduce(
-    messages: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    order: Tensor,
-    tiers: Sequence[int],
-    rank1: bool,
-    out: Tensor,
-) -> None:
+def _unpack_reduce(messages: Tensor, *rest: Any) -> None:
     """hybrid_unpack_reduce_into; see there."""
-    library = _library()
-    good = library and out.dtype in _DTYPES and _messages_fit(messages, scale, tiers, rank1)
-    good = good and out.shape == (messages.shape[1], *order.shape) and out.is_contiguous()
-    format = _format(scale, zero_point, order, tiers, rank1) if good else None
-    if library is not None and format is not None:
+    library, format, out = _library(), Format(*rest[:5]), rest[5]
+    good = library and out.dtype in _DTYPES and _messages_fit(messages, format)
+    good = good and out.shape == (messages.shape[1], *format.order.shape) and out.is_contiguous()
+    ours = _format(format) if good else None
+    if library is not None and ours is not None:
         messages = _with_plain_rows(messages)
         not_valid = library.lowbit_unpack_reduce(
-            *(ctypes.byref(format), messages.data_ptr(), *messages.shape[:2], *messages.stride()[:2]),
+            *(ctypes.byref(ours), messages.data_ptr(), *messages.shape[:2], *messages.stride()[:2]),
             *(out.data_ptr(), _DTYPES[out.dtype], torch.get_num_threads()),
         )
         if not not_valid:
             return written(out)
-    out.copy_(unpack_reduce_reference(messages, scale, zero_point, order, tiers, rank1, out.dtype))
+    unpack_reduce_into_reference(messages, format, out)
 
 
 @kernel(hybrid_unpack_reduce_requantize, "cpu")
-def _requantize(
-    messages: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    order: Tensor,
-    tiers: Sequence[int],
-    rank1: bool,
-    second_scale: Tensor,
-    second_zero_point: Tensor,
-    second_order: Tensor,
-    second_tiers: Sequence[int],
-    second_rank1: bool,
-) -> tuple[Tensor, Tensor]:
+def _requantize(messages: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     """hybrid_unpack_reduce_requantize; see there."""
-    first = scale, zero_point, order, tiers, rank1
-    second = second_scale, second_zero_point, second_order, second_tiers, second_rank1
-    library = _library()
-    good = library and _messages_fit(messages, scale, tiers, rank1)
-    good = good and second_order.shape == order.shape and second_scale.dim() == 1
-    format = _format(*first) if good else None
-    second_format = _format(*second) if good else None
-    if library is None or format is None or second_format is None:
-        return requantize_reference(messages, *first, *second)
+    library, format, second = _library(), Format(*flat[:5]), Format(*flat[5:])
+    good = library and _messages_fit(messages, format)
+    good = good and second.order.shape == format.order.shape and second.scale.dim() == 1
+    ours, theirs = (_format(one) if good else None for one in (format, second))
+    if library is None or ours is None or theirs is None:
+        return requantize_reference(messages, format, second)
     messages = _with_plain_rows(messages)
-    out = messages.new_empty((messages.shape[1], hybrid_row_bytes(second_tiers, second_rank1)))
+    out = messages.new_empty((messages.shape[1], second.row_bytes))
     tally = torch.empty(3, dtype=torch.int64)
     not_valid = library.lowbit_requantize(
-        *(ctypes.byref(format), messages.data_ptr(), *messages.shape[:2], *messages.stride()[:2]),
-        *(ctypes.byref(second_format), out.data_ptr(), tally.data_ptr(), torch.get_num_threads()),
+        *(ctypes.byref(ours), messages.data_ptr(), *messages.shape[:2], *messages.stride()[:2]),
+        *(ctypes.byref(theirs), out.data_ptr(), tally.data_ptr(), torch.get_num_threads()),
     )
-    return requantize_reference(messages, *first, *second) if not_valid else (out, tally)
+    return requantize_reference(messages, format, second) if not_valid else (out, tally)
 
 
 @kernel(exact_encode, "cpu")
@@ -188,14 +162,14 @@ def _per_feature(center: Tensor, step: Tensor, features: int) -> bool:
     )
 
 
-def _messages_fit(messages: Tensor, scale: Tensor, tiers: Sequence[int], rank1: bool) -> bool:
+def _messages_fit(messages: Tensor, format: Format) -> bool:
     """What the reference would refuse goes to the reference, whose errors are torch's."""
     return (
         messages.dim() == 3
         and messages.dtype == torch.uint8
-        and messages.shape[2] >= hybrid_row_bytes(tiers, rank1)
-        and scale.dim() == 2
-        and scale.shape[0] == messages.shape[0] > 0
+        and messages.shape[2] >= format.row_bytes
+        and format.scale.dim() == 2
+        and format.scale.shape[0] == messages.shape[0] > 0
     )
 
 
@@ -204,8 +178,9 @@ def _with_plain_rows(messages: Tensor) -> Tensor:
     return messages if messages.stride(2) == 1 else messages.contiguous()
 
 
-def _format(scale: Tensor, zero_point: Tensor, order: Tensor, tiers: Sequence[int], rank1: bool) -> _Format | None:
+def _format(format: Format) -> _Format | None:
     """None for a plan that the kernels do not take; they see themselves whether `order` has every feature once."""
+    scale, zero_point, order, tiers, rank1 = format
     features = order.shape[0] if order.dim() == 1 else 0
     widths = list(tiers[::2])
     bf16_first = sorted(widths, key=lambda bits: bits != BF16_BITS) == widths  # where rank-1 ranges look for them
@@ -220,7 +195,7 @@ def _format(scale: Tensor, zero_point: Tensor, order: Tensor, tiers: Sequence[in
         or not all(tensor.device.type == "cpu" for tensor in (scale, zero_point, order))
     ):
         return None
-    return _Format(scale, zero_point, order, tiers, rank1)
+    return _Format(format)
 
 
 _loading = threading.Lock()

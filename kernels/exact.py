@@ -34,7 +34,10 @@ def encode_reference(x: Tensor, center: Tensor, step: Tensor, largest: int, carr
     return high * 2**16 + low, tally
 
 
-exact_encode = define("exact_encode", encode_reference)
+exact_encode = define(
+    "exact_encode(Tensor x, Tensor center, Tensor step, int largest, int carrier_bits) -> (Tensor, Tensor)",
+    encode_reference,
+)
 
 
 def carrier_words(features: int, carrier_bits: int) -> int:
@@ -59,7 +62,10 @@ def decode_reference(total: Tensor, center: Tensor, step: Tensor, carrier_bits: 
     return y.masked_fill(total[:, features : features + 1] != 0, torch.nan).to(dtype)
 
 
-exact_decode = define("exact_decode", decode_reference)
+exact_decode = define(
+    "exact_decode(Tensor total, Tensor center, Tensor step, int carrier_bits, ScalarType dtype) -> Tensor",
+    decode_reference,
+)
 
 
 @fake(exact_decode)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -18,14 +17,14 @@ from torch import Tensor
 
 from megatron_lowbit.kernels.hybrid import (
     hybrid_pack,
-    hybrid_row_bytes,
     hybrid_unpack_reduce_into,
     hybrid_unpack_reduce_requantize,
     pack_reference,
     requantize_reference,
-    unpack_reduce_reference,
+    unpack_reduce_into_reference,
 )
 from megatron_lowbit.kernels.ops import kernel, written
+from megatron_lowbit.kernels.wire_format import Format
 
 logger = logging.getLogger("megatron_lowbit")
 
@@ -50,8 +49,9 @@ def _kernels(rows: int, row_bytes: int, *large: Tensor) -> Any:
     return _import() if max(reach) < 2**31 else None
 
 
-def _plain(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]
+def _plain(format: Format) -> Format:
+    scale, zero_point, order = (tensor.contiguous() for tensor in format[:3])
+    return Format(scale, zero_point, order, format.tiers, format.rank1)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -60,56 +60,35 @@ def _rows(x: Tensor) -> Tensor:
 
 
 @kernel(hybrid_pack, "cuda")
-def _pack(
-    x: Tensor, scale: Tensor, zero_point: Tensor, order: Tensor, tiers: Sequence[int], rank1: bool
-) -> tuple[Tensor, Tensor]:
+def _pack(x: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     """hybrid_pack; see there."""
-    kernels = _kernels(x.shape[0], hybrid_row_bytes(tiers, rank1), x)
+    format = Format(*flat)
+    kernels = _kernels(x.shape[0], format.row_bytes, x)
     if kernels is None:
-        return pack_reference(x, scale, zero_point, order, tiers, rank1)
+        return pack_reference(x, format)
     with torch.cuda.device(x.device):  # Triton launches on the current one
-        return kernels.pack(_rows(x), *_plain(scale, zero_point, order), tiers, rank1)
+        return kernels.pack(_rows(x), _plain(format))
 
 
 @kernel(hybrid_unpack_reduce_into, "cuda")
-def _unpack_reduce(
-    messages: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    order: Tensor,
-    tiers: Sequence[int],
-    rank1: bool,
-    out: Tensor,
-) -> None:
+def _unpack_reduce(messages: Tensor, *rest: Any) -> None:
     """hybrid_unpack_reduce_into; see there."""
-    kernels = _kernels(messages.shape[1], order.shape[0], messages)
+    format, out = Format(*rest[:5]), rest[5]
+    kernels = _kernels(messages.shape[1], format.features, messages)
     if kernels is None or not out.is_contiguous():
-        out.copy_(unpack_reduce_reference(messages, scale, zero_point, order, tiers, rank1, out.dtype))
+        unpack_reduce_into_reference(messages, format, out)
         return
     with torch.cuda.device(messages.device):
-        kernels.unpack_reduce(_rows(messages), *_plain(scale, zero_point, order), tiers, rank1, out)
+        kernels.unpack_reduce(_rows(messages), _plain(format), out)
     written(out)
 
 
 @kernel(hybrid_unpack_reduce_requantize, "cuda")
-def _requantize(
-    messages: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    order: Tensor,
-    tiers: Sequence[int],
-    rank1: bool,
-    second_scale: Tensor,
-    second_zero_point: Tensor,
-    second_order: Tensor,
-    second_tiers: Sequence[int],
-    second_rank1: bool,
-) -> tuple[Tensor, Tensor]:
+def _requantize(messages: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     """hybrid_unpack_reduce_requantize; see there."""
-    first, second = (scale, zero_point, order), (second_scale, second_zero_point, second_order)
-    kernels = _kernels(messages.shape[1], hybrid_row_bytes(second_tiers, second_rank1), messages)
+    format, second = Format(*flat[:5]), Format(*flat[5:])
+    kernels = _kernels(messages.shape[1], second.row_bytes, messages)
     if kernels is None:
-        return requantize_reference(messages, *first, tiers, rank1, *second, second_tiers, second_rank1)
-    qparams = *_plain(*first), tiers, rank1, *_plain(*second), second_tiers, second_rank1
+        return requantize_reference(messages, format, second)
     with torch.cuda.device(messages.device):
-        return kernels.requantize(_rows(messages), *qparams)
+        return kernels.requantize(_rows(messages), _plain(format), _plain(second))

@@ -1,137 +1,43 @@
-"""The wire format of partial sums, in plain torch: the oracle of the faster kernels, and what runs without them.
+"""Ops on the wire format (wire_format.py) in plain torch: the oracle of the faster kernels, and what runs without them.
 
-One token row (arXiv 2411.07942; tiers of other widths and the token's own size are ours):
-
-    [ header | tier 0 | tier 1 | ... ]     a tier: `count` features of `bits` each; 16 bits are bf16, fewer are codes
-
-`order` lists the features in this order, `tiers` is [bits, count, bits, count, ...], and codes of a tier are packed as
-in packing.py. The paper's format is two tiers, 16 and 4 bits.
-
-Both schemes normalize a value by its feature's static qparams, v = x (1 / scale_f) + zero_f, and decode
-x^ = (v^ - zero_f) scale_f; L = 2^b - 1 is a tier's largest code:
-
-static   code = clamp(round(v)), v^ = code                      scale_f, zero_f: the feature's calibrated range
-         header: none where a tier is bf16, which carries the NaN; else one byte, 1 for a token that holds NaN or Inf.
-rank-1   u = v (1 / s_t), w = u + clip(u, K); code = clamp(round(w (L / 2 a_b) + L / 2))
-         w^ = (code - L / 2) (2 a_b / L), u^ = w^ - clip(w^ / 2, K), v^ = u^ s_t        clip(u, K) = clamp(u, -K, K)
-         scale_f: the feature's calibrated standard deviation, zero_f: minus its mean over that; s_t: the token's own
-         size, 2^(j / 8), so that a header of one byte, j + 128, says it. 0: s_t = 0; 255: a v is NaN or Inf.
-
-The size s_t is the geometric mean of the largest |v| of every GROUP neighbouring features. The largest of all would
-grow with their number and with every outlier: 4096 Gaussian values have 20.0 dB in 4 bits with the mean, 18.4 with the
-largest; Laplacian ones 16.7 and 13.9. A lone large value still has its say: of n coded features s_t is at least the
-largest |v| / (1 + n / 1280), about where clipping that one costs as much as the wider step costs all others. So a value
-far beyond all calibrated ones takes the bits of its token's others; it alone counts as saturated.
-
-Beyond K a step is twice as wide, since large values are rare: the slopes 2 and 1 of u -> w are all that is left of the
-companding that is best for them. a_b = LOADING[b] is where the codes end. (K and a_b: of least error on partial sums of
-two small Llamas, on Gaussian and Laplacian ones; the optimum is flat.)
-
-Arithmetic is float32, multiplying by reciprocals, one operation at a time (no fused multiply-add), rounding half to
-even, and a token's size is found in integers: so every backend makes the same codes and the same sums. A token that
-holds NaN or Inf on any rank comes out as NaN in all its features, on every rank: its header says so or, where a static
-format has none, its bf16 features, which are all sent as NaN then.
+A Format is five arguments of an op, because schemas know no tuples of tensors: hybrid_pack(x, *format).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_lowbit.kernels.ops import define, fake
-from megatron_lowbit.kernels.packing import pack_bits, packed_bytes, unpack_bits
+from megatron_lowbit.kernels.packing import pack_bits, unpack_bits
+from megatron_lowbit.kernels.wire_format import (
+    BF16_BITS,
+    BROKEN,
+    FAR,
+    KNEE,
+    Format,
+    code_span,
+    header_bytes,
+    header_scale,
+    tier_slices,
+    token_header,
+)
 
-BF16_BITS = 16
-LOADING = {2: 1.1, 3: 1.5, 4: 1.6, 5: 1.7, 6: 1.9, 7: 2.0, 8: 2.2}
-KNEE = 0.6  # K, in a token's sizes
-GROUP = 64  # features; the C++ kernels' blocks are as many
-OCTAVE = 8  # scales of a token from one power of 2 to the next
-BROKEN = 255  # header of a token that holds NaN or Inf
-FAR = 16.0  # calibrated standard deviations, beyond which a value of a rank-1 tier counts as saturated
-
-# Mantissa bits of the scales 2^(i / 8), and of the thresholds 2^((i + 1/2) / 8) between them.
-MANTISSAS = [round((2 ** (i / OCTAVE) - 1) * 2**23) for i in range(OCTAVE)]
-THRESHOLDS = [math.ceil((2 ** ((i + 0.5) / OCTAVE) - 1) * 2**23) for i in range(OCTAVE)]
-
-
-def tier_slices(tiers: Sequence[int]) -> Iterator[tuple[int, int, int, int, int]]:
-    """(bits, first feature in wire order, number of features, first byte after the header, number of bytes)."""
-    feature = byte = 0
-    for bits, count in zip(tiers[::2], tiers[1::2], strict=True):
-        size = 2 * count if bits == BF16_BITS else packed_bytes(count, bits)
-        yield bits, feature, count, byte, size
-        feature, byte = feature + count, byte + size
+FORMAT = "Tensor scale, Tensor zero_point, Tensor order, int[] tiers, bool rank1"
+SECOND = "Tensor scale2, Tensor zero_point2, Tensor order2, int[] tiers2, bool rank1_2"
 
 
-def header_bytes(tiers: Sequence[int], rank1: bool) -> int:
-    """Bytes in front of every row."""
-    return 1 if rank1 or BF16_BITS not in tiers[::2] else 0
-
-
-def code_span(bits: int) -> float:
-    """2 a_b / L: the step of a token's codes in w."""
-    return 2 * LOADING[bits] / (2**bits - 1)
-
-
-def headroom(coded: int) -> int:
-    """8 log2 of how many times s_t the largest |v| of so many coded features may be."""
-    return math.floor(OCTAVE * math.log2(1 + coded / 1280))
-
-
-def scale_header(largest: Tensor) -> Tensor:
-    """float32 max |v| -> uint8 header of the nearest scale (on a log axis): exact, from the bits of the float."""
-    bits = largest.view(torch.int32)
-    thresholds = torch.tensor(THRESHOLDS, dtype=torch.int32, device=bits.device)
-    eighth = ((bits & 0x7FFFFF).unsqueeze(-1) >= thresholds).sum(-1)
-    header = (OCTAVE * ((bits >> 23) - 127) + eighth).clamp_(-127, 126) + 128
-    header = torch.where(largest > 0, header, 0)
-    return torch.where(torch.isfinite(largest), header, BROKEN).to(torch.uint8)
-
-
-def token_header(size: Tensor, coded: int) -> Tensor:
-    """float32 |v| [tokens, E] in the features' own order, 0 for those in bf16 -> uint8 [tokens, 1], the header of s_t.
-
-    Groups of zeros have no say. The mean of their headers is rounded half up.
-    """
-    groups = torch.nn.functional.pad(size, (0, -size.shape[1] % GROUP)).unflatten(1, (-1, GROUP)).amax(2)
-    header = scale_header(groups).int()
-    largest, count = header.amax(1, keepdim=True), (header > 0).sum(1, keepdim=True)
-    mean = (2 * header.sum(1, keepdim=True) + count) // (2 * count.clamp_min(1))
-    return torch.where(largest == BROKEN, BROKEN, torch.maximum(mean, largest - headroom(coded))).to(torch.uint8)
-
-
-def header_scale(header: Tensor) -> Tensor:
-    """uint8 -> float32 s_t; NaN for a broken token."""
-    j = header.to(torch.int32) - 128
-    mantissas = torch.tensor(MANTISSAS, dtype=torch.int32, device=header.device)
-    scale = ((((j >> 3) + 127) << 23) | mantissas[(j & 7).long()]).view(torch.float32)
-    return torch.where(header == 0, 0.0, torch.where(header == BROKEN, torch.nan, scale))
-
-
-def squared_sizes(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """s_t^2 of tokens none of whose features is in bf16. x: float [tokens, E]; mean, std: [E]. float64 [tokens]."""
-    normed = torch.where(std > 0, (x - mean) / std, 0.0).float()
-    return header_scale(token_header(normed.abs_(), x.shape[1])).double().square().squeeze(1)
-
-
-def hybrid_row_bytes(tiers: Sequence[int], rank1: bool) -> int:
-    """Bytes of one token on the wire."""
-    return header_bytes(tiers, rank1) + sum(size for *_, size in tier_slices(tiers))
-
-
-def pack_reference(
-    x: Tensor, scale: Tensor, zero_point: Tensor, order: Tensor, tiers: Sequence[int], rank1: bool
-) -> tuple[Tensor, Tensor]:
+def pack_reference(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     """Encode one rank's partial sums.
 
-    x: float [tokens, E]; scale, zero_point: float32 [E] in the features' own order, inf and 0 for those in bf16 (Triton
-    relies on it); order: int64 [E]. Returns (uint8 [tokens, hybrid_row_bytes(tiers, rank1)], int64 [3]: the values; of
+    x: float [tokens, E]. Returns (uint8 [tokens, hybrid_row_bytes(tiers, rank1)], int64 [3]: the values; of
     them those that lay beyond their static range by more than half a step (rank-1: more than FAR standard deviations
     from their mean), or were NaN; the tokens that travel as NaN).
     """
+    scale, zero_point, order, tiers, rank1 = format
     values = x.float()
     broken = (0 * values).sum(1, keepdim=True)  # NaN for a token that holds NaN or Inf, else 0
     parts: list[Tensor] = []
@@ -165,29 +71,27 @@ def pack_reference(
     return torch.cat(parts, dim=1), tally
 
 
-hybrid_pack = define("hybrid_pack", pack_reference)
+def pack_flat(x: Tensor, *format: Any) -> tuple[Tensor, Tensor]:
+    """pack_reference, with the arguments of the op."""
+    return pack_reference(x, Format(*format))
+
+
+hybrid_pack = define(f"hybrid_pack(Tensor x, {FORMAT}) -> (Tensor, Tensor)", pack_flat)
 
 
 @fake(hybrid_pack)
-def _(x, scale, zero_point, order, tiers, rank1):
-    row = hybrid_row_bytes(tiers, rank1)
+def _(x, *format):
+    row = Format(*format).row_bytes
     return x.new_empty((x.shape[0], row), dtype=torch.uint8), x.new_empty(3, dtype=torch.int64)
 
 
-def unpack_reduce_reference(
-    messages: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    order: Tensor,
-    tiers: Sequence[int],
-    rank1: bool,
-    dtype: torch.dtype,
-) -> Tensor:
+def unpack_reduce_reference(messages: Tensor, format: Format, dtype: torch.dtype) -> Tensor:
     """Decode the messages of N ranks and sum them in rank order, so that every rank ends with the same bits.
 
-    messages: uint8 [N, tokens, row_bytes]; scale, zero_point: float32 [N, E] in the features' own order, each sender's.
+    messages: uint8 [N, tokens, row_bytes]; format: of all N senders.
     Returns [tokens, E] in `dtype`, features in their own order; the sum is float32.
     """
+    scale, zero_point, order, tiers, rank1 = format
     tokens, header = messages.shape[1], header_bytes(tiers, rank1)
     total = scale.new_zeros(tokens, order.shape[0])
     for message, rank_scale, rank_zero in zip(messages, scale[:, order], zero_point[:, order], strict=True):
@@ -208,81 +112,54 @@ def unpack_reduce_reference(
     return total.index_select(1, torch.argsort(order)).to(dtype)
 
 
-def unpack_reduce_into_reference(
-    messages: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    order: Tensor,
-    tiers: Sequence[int],
-    rank1: bool,
-    out: Tensor,
-) -> None:
+def unpack_reduce_into_reference(messages: Tensor, format: Format, out: Tensor) -> None:
     """unpack_reduce_reference, into `out` [tokens, E]: memory that is there already needs no fresh pages."""
-    out.copy_(unpack_reduce_reference(messages, scale, zero_point, order, tiers, rank1, out.dtype))
+    out.copy_(unpack_reduce_reference(messages, format, out.dtype))
 
 
-hybrid_unpack_reduce_into = define("hybrid_unpack_reduce_into", unpack_reduce_into_reference, mutates_args=("out",))
+def unpack_reduce_into_flat(messages: Tensor, *format_and_out: Any) -> None:
+    """unpack_reduce_into_reference, with the arguments of the op."""
+    unpack_reduce_into_reference(messages, Format(*format_and_out[:5]), format_and_out[5])
+
+
+hybrid_unpack_reduce_into = define(
+    f"hybrid_unpack_reduce_into(Tensor messages, {FORMAT}, Tensor(a!) out) -> ()", unpack_reduce_into_flat
+)
 
 
 @fake(hybrid_unpack_reduce_into)
-def _(messages, scale, zero_point, order, tiers, rank1, out):
+def _(messages, *format_and_out):
     pass
 
 
-def hybrid_unpack_reduce(
-    messages: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    order: Tensor,
-    tiers: Sequence[int],
-    rank1: bool,
-    dtype: torch.dtype,
-) -> Tensor:
+def hybrid_unpack_reduce(messages: Tensor, format: Format, dtype: torch.dtype) -> Tensor:
     """unpack_reduce_reference, by the kernel of the device."""
-    total = scale.new_empty((messages.shape[1], order.shape[0]), dtype=dtype)
-    hybrid_unpack_reduce_into(messages, scale, zero_point, order, tiers, rank1, total)
+    total = format.scale.new_empty((messages.shape[1], format.features), dtype=dtype)
+    hybrid_unpack_reduce_into(messages, *format, total)
     return total
 
 
-def requantize_reference(
-    messages: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    order: Tensor,
-    tiers: Sequence[int],
-    rank1: bool,
-    second_scale: Tensor,
-    second_zero_point: Tensor,
-    second_order: Tensor,
-    second_tiers: Sequence[int],
-    second_rank1: bool,
-) -> tuple[Tensor, Tensor]:
+def requantize_reference(messages: Tensor, format: Format, second: Format) -> tuple[Tensor, Tensor]:
     """hybrid_unpack_reduce in float32, then hybrid_pack with the qparams of the sum: between the hops of two_shot.
 
     Returns what hybrid_pack does.
     """
-    total = unpack_reduce_reference(messages, scale, zero_point, order, tiers, rank1, torch.float32)
-    return pack_reference(total, second_scale, second_zero_point, second_order, second_tiers, second_rank1)
+    return pack_reference(unpack_reduce_reference(messages, format, torch.float32), second)
 
 
-hybrid_unpack_reduce_requantize = define("hybrid_unpack_reduce_requantize", requantize_reference)
+def requantize_flat(messages: Tensor, *formats: Any) -> tuple[Tensor, Tensor]:
+    """requantize_reference, with the arguments of the op."""
+    return requantize_reference(messages, Format(*formats[:5]), Format(*formats[5:]))
+
+
+hybrid_unpack_reduce_requantize = define(
+    f"hybrid_unpack_reduce_requantize(Tensor messages, {FORMAT}, {SECOND}) -> (Tensor, Tensor)", requantize_flat
+)
 
 
 @fake(hybrid_unpack_reduce_requantize)
-def _(
-    messages,
-    scale,
-    zero_point,
-    order,
-    tiers,
-    rank1,
-    second_scale,
-    second_zero_point,
-    second_order,
-    second_tiers,
-    second_rank1,
-):
-    row = hybrid_row_bytes(second_tiers, second_rank1)
+def _(messages, *formats):
+    row = Format(*formats[5:]).row_bytes
     return messages.new_empty((messages.shape[1], row)), messages.new_empty(3, dtype=torch.int64)
 
 

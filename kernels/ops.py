@@ -14,11 +14,11 @@ import torch
 from torch import library
 
 
-def define(name: str, reference: Callable[..., Any], mutates_args: tuple[str, ...] = ()) -> Any:
-    """The op megatron_lowbit::<name>, which is `reference` where no kernel is registered."""
+def define(schema: str, reference: Callable[..., Any]) -> Any:
+    """The op megatron_lowbit::<schema>, which is `reference` where no kernel is registered."""
+    name, bracket, types = schema.partition("(")
     qualified = f"megatron_lowbit::{name}"
-    schema = library.infer_schema(reference, mutates_args=mutates_args)
-    library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
+    library.define(qualified, bracket + types, tags=torch.Tag.pt2_compliant_tag)
     library.impl(qualified, "default", reference)
     return getattr(torch.ops.megatron_lowbit, name).default
 

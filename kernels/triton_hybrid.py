@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lowbit.kernels.hybrid import (
+from megatron_lowbit.kernels.wire_format import (
     BF16_BITS,
     BROKEN,
     FAR,
@@ -32,10 +32,10 @@ from megatron_lowbit.kernels.hybrid import (
     KNEE,
     MANTISSAS,
     THRESHOLDS,
+    Format,
     code_span,
     header_bytes,
     headroom,
-    hybrid_row_bytes,
 )
 
 ROUND: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23
@@ -96,7 +96,7 @@ def _clip(value):
 
 @triton.jit
 def _scale_header(largest):
-    """scale_header of hybrid.py: float32 -> int32."""
+    """scale_header of wire_format.py: float32 -> int32."""
     bits = largest.to(tl.int32, bitcast=True)
     j = 8 * ((bits >> 23) - 127)
     for i in tl.static_range(8):
@@ -107,7 +107,7 @@ def _scale_header(largest):
 
 @triton.jit
 def _header_scale(header):
-    """header_scale of hybrid.py: int32 -> float32."""
+    """header_scale of wire_format.py: int32 -> float32."""
     j = header - 128
     bits = ((j >> 3) + 127) << 23
     for i in tl.static_range(8):
@@ -128,7 +128,7 @@ def _row_facts(
     x, x_rows, good, features, headroom, scale, zero_point,
     RANK1: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """([TOKENS] whether a row holds NaN or Inf; rank-1 only: token_header of hybrid.py, and how many lie far out)."""
+    """([TOKENS] whether a row holds NaN or Inf; rank-1 only: its token_header, and how many lie far out)."""
     WIDE: tl.constexpr = BLOCK if BLOCK > GROUP_SIZE else GROUP_SIZE  # whole groups
     GROUPS: tl.constexpr = WIDE // GROUP_SIZE
     broken = tl.zeros([TOKENS, WIDE], tl.int32)
@@ -390,88 +390,60 @@ def requantize_kernel(
     _count(tally, tokens * features, outside, nonfinite)
 
 
-def pack(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    order: Tensor,
-    tiers: Sequence[int],
-    rank1: bool,
-    tile: tuple[int, int] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """hybrid_pack; see there. x: rows of values side by side; scale, zero_point, order: contiguous.
+def pack(x: Tensor, format: Format, tile: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+    """hybrid_pack; see there. x: rows of values side by side; the format's tensors: contiguous.
 
     tile: tokens and features that a program holds at a time, powers of 2 and no fewer than 8 features.
     """
     tokens, features = x.shape
-    row_bytes = hybrid_row_bytes(tiers, rank1)
-    message = x.new_empty((tokens, row_bytes), dtype=torch.uint8)
+    message = x.new_empty((tokens, format.row_bytes), dtype=torch.uint8)
     tally = torch.zeros(3, dtype=torch.int64, device=x.device)
     if tokens:
         at_once, block = tile or _tile(tokens)
         pack_kernel[(triton.cdiv(tokens, at_once),)](
-            *(x, x.stride(0), tokens, features, _headroom(tiers), scale, zero_point, order),
-            *(message, row_bytes, tally),
-            *_format(tiers, rank1),
+            *(x, x.stride(0), tokens, features, _headroom(format.tiers), *format[:3]),
+            *(message, format.row_bytes, tally),
+            *_format(format.tiers, format.rank1),
             **_options(at_once, block),
         )
     return message, tally
 
 
-def unpack_reduce(
-    messages: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    order: Tensor,
-    tiers: Sequence[int],
-    rank1: bool,
-    total: Tensor,
-    tile: tuple[int, int] | None = None,
-) -> None:
+def unpack_reduce(messages: Tensor, format: Format, total: Tensor, tile: tuple[int, int] | None = None) -> None:
     """hybrid_unpack_reduce_into, into `total`; see there. Layouts and `tile` as in `pack`."""
-    (ranks, tokens, _), features = messages.shape, order.shape[0]
+    ranks, tokens, _ = messages.shape
     if tokens:
         at_once, block = tile or _tile(tokens)
         unpack_reduce_kernel[(triton.cdiv(tokens, at_once),)](
-            *(messages, messages.stride(0), messages.stride(1), ranks, tokens, features),
-            *(scale, zero_point, order, total),
-            *_format(tiers, rank1),
+            *(messages, messages.stride(0), messages.stride(1), ranks, tokens, format.features),
+            *(*format[:3], total),
+            *_format(format.tiers, format.rank1),
             **_options(at_once, block),
         )
 
 
 def requantize(
     messages: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    order: Tensor,
-    tiers: Sequence[int],
-    rank1: bool,
-    second_scale: Tensor,
-    second_zero_point: Tensor,
-    second_order: Tensor,
-    second_tiers: Sequence[int],
-    second_rank1: bool,
+    format: Format,
+    second: Format,
     tile: tuple[int, int] | None = None,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """hybrid_unpack_reduce_requantize; see there. Layouts and `tile` as in `pack`; programs: at most so many."""
-    (ranks, tokens, _), features = messages.shape, order.shape[0]
-    row_bytes = hybrid_row_bytes(second_tiers, second_rank1)
-    message = messages.new_empty((tokens, row_bytes))
+    (ranks, tokens, _), features = messages.shape, format.features
+    message = messages.new_empty((tokens, second.row_bytes))
     tally = torch.zeros(3, dtype=torch.int64, device=messages.device)
     if tokens:
         at_once, block = tile or _tile(tokens)
         tiles = triton.cdiv(tokens, at_once)
         programs = min(tiles, programs or PROGRAMS_PER_SM * _multiprocessors(messages.device))
-        scratch = scale.new_empty((programs, at_once, features))
-        counts, *first = _format(tiers, rank1)
-        second_counts, *second = _format(second_tiers, second_rank1)
+        scratch = format.scale.new_empty((programs, at_once, features))
+        counts, *constants = _format(format.tiers, format.rank1)
+        second_counts, *second_constants = _format(second.tiers, second.rank1)
         requantize_kernel[(programs,)](
             *(messages, messages.stride(0), messages.stride(1), ranks, tokens, tiles, features),
-            *(scale, zero_point, order, counts, _headroom(second_tiers)),
-            *(second_scale, second_zero_point, second_order, second_counts),
-            *(message, row_bytes, tally, scratch, *first, *second),
+            *(*format[:3], counts, _headroom(second.tiers), *second[:3], second_counts),
+            *(message, second.row_bytes, tally, scratch, *constants, *second_constants),
             **_options(at_once, block),
         )
     return message, tally

@@ -50,7 +50,7 @@ def test_the_wheel_holds_every_file(built):
     (wheel,) = built.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == package_files()
-    assert {"megatron_lowbit/slurm/stage.sbatch", "megatron_lowbit/kernels/hybrid.cpp"} <= names
+    assert {"megatron_lowbit/slurm/stage.sbatch", "megatron_lowbit/kernels/csrc/hybrid.cpp"} <= names
 
 
 IMPORT = """

@@ -112,21 +112,20 @@ def cases(config: BenchmarkKernelsConfig, x: Tensor) -> Iterator[Case]:
     for format in SHARES:
         first, second = codec(format, features, most, 1.0), codec("paper", features, 1, float(most))
         formats = [WireFormat(c) for c in (first, second)]
-        qparams = [(f.scale, f.zero_point, f.order, f.tiers, f.rank1) for f in formats]
-        scale, zero_point, *rest = qparams[0]
-        own = x, scale[0], zero_point[0], *rest
-        yield format, "pack", 1, kernels.hybrid_pack, hybrid.pack_reference, own
+        scale, zero_point, *rest = formats[0].of_all()
+        own = x, *formats[0].of_sender(0)
+        yield format, "pack", 1, kernels.hybrid_pack, hybrid.pack_flat, own
         messages = torch.stack([kernels.hybrid_pack(*own)[0]] * most)
         for ranks in config.ranks:
             some = messages[:ranks], scale[:ranks], zero_point[:ranks], *rest
             arguments: tuple[Any, ...] = *some, torch.empty_like(x)
-            ours, reference = kernels.hybrid_unpack_reduce_into, hybrid.unpack_reduce_into_reference
+            ours, reference = kernels.hybrid_unpack_reduce_into, hybrid.unpack_reduce_into_flat
             yield format, "unpack", ranks, ours, reference, arguments
         for ranks in config.ranks:
             some = messages[:ranks], scale[:ranks], zero_point[:ranks], *rest
-            arguments = *some, qparams[1][0][0], qparams[1][1][0], *qparams[1][2:]
+            arguments = *some, *formats[1].of_sender(0)
             op = kernels.hybrid_unpack_reduce_requantize
-            yield format, "requantize", ranks, op, hybrid.requantize_reference, arguments
+            yield format, "requantize", ranks, op, hybrid.requantize_flat, arguments
     center, step = torch.zeros(features), torch.ones(features)
     for bits in (8, 16):
         largest = (2 ** (bits - 1) - 1) // most

@@ -8,8 +8,9 @@ The k widest features travel in bf16, all others as num_bits codes whose scale a
 from m_ij and M_ij, are known to every rank and never travel. bits per value = b + (16 - b) k / E: 4.1875 at b = 4,
 k = E / 64.
 
-comm.scale=rank1 takes a feature's standard deviation for its scale and sends the token's own size (kernels/hybrid.py).
-comm.allocation=adaptive gives every feature of every site its own bits (allocation.py), of the same total size.
+comm.scale=rank1 takes a feature's standard deviation for its scale and sends the token's own size
+(kernels/wire_format.py).
+comm.allocation=adaptive gives every feature of every site its own bits (bit_allocation.py), of the same total size.
 The sum has ranges of its own, for the second hop of two_shot.
 """
 

@@ -4,7 +4,7 @@
     WireFormat  the same laid out for the kernels, as buffers of a module that follows the model's device
 
 Both static ranges (arXiv 2411.07942) and rank-1 scales (ours: step(t, f) = s_t c_f, with c_f the calibrated standard
-deviation of feature f and s_t the token's own size in |x - mean| / c) are described in kernels/hybrid.py.
+deviation of feature f and s_t the token's own size in |x - mean| / c) are described in kernels/wire_format.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from megatron_lowbit.config import LowBitError
 from megatron_lowbit.io.tensors import check_scale, check_tensor, one_value, short_repr
 from megatron_lowbit.kernels import (
     BF16_BITS,
+    Format,
     hybrid_pack,
     hybrid_row_bytes,
     hybrid_unpack_reduce,
@@ -115,6 +116,14 @@ class WireFormat(Float32QParams):
         """Whether any value is coded."""
         return any(bits != BF16_BITS for bits in self.tiers[::2])
 
+    def of_all(self) -> Format:
+        """Return how the messages of all senders are laid out."""
+        return Format(self.scale, self.zero_point, self.order, self.tiers, self.rank1)
+
+    def of_sender(self, sender: int) -> Format:
+        """Return how those of one are."""
+        return Format(self.scale[sender], self.zero_point[sender], self.order, self.tiers, self.rank1)
+
     def pack(self, x: Tensor, sender: int) -> Tensor:
         """x float [tokens, E] -> uint8 [tokens, row_bytes]."""
         self._follow(x)
@@ -123,30 +132,25 @@ class WireFormat(Float32QParams):
                 f"a message of {x.shape[-1]} features, where the communication plan has {len(self.order)}: "
                 "it belongs to another model; calibrate this one"
             )
-        qparams = self.scale[sender], self.zero_point[sender]
-        message, tally = hybrid_pack(x, *qparams, self.order, self.tiers, self.rank1)
+        message, tally = hybrid_pack(x, *self.of_sender(sender))
         self.tally[sender].add_(tally)
         return message
 
     def unpack_reduce(self, messages: Tensor, dtype: torch.dtype) -> Tensor:
         """uint8 [senders, tokens, row_bytes] -> the decoded sum [tokens, E]."""
         self._follow(messages)
-        return hybrid_unpack_reduce(messages, self.scale, self.zero_point, self.order, self.tiers, self.rank1, dtype)
+        return hybrid_unpack_reduce(messages, self.of_all(), dtype)
 
     def unpack_reduce_into(self, messages: Tensor, out: Tensor) -> None:
         """unpack_reduce, into `out` [tokens, E]."""
         self._follow(messages)
-        hybrid_unpack_reduce_into(messages, self.scale, self.zero_point, self.order, self.tiers, self.rank1, out)
+        hybrid_unpack_reduce_into(messages, *self.of_all(), out)
 
     def requantize(self, messages: Tensor, second: WireFormat, rank: int = 0) -> Tensor:
         """Messages of all senders -> their sum as `rank` encodes it with `second`: uint8 [tokens, row_bytes]."""
         self._follow(messages)
         second._follow(messages)
-        message, tally = hybrid_unpack_reduce_requantize(
-            messages,
-            *(self.scale, self.zero_point, self.order, self.tiers, self.rank1),
-            *(second.scale[0], second.zero_point[0], second.order, second.tiers, second.rank1),
-        )
+        message, tally = hybrid_unpack_reduce_requantize(messages, *self.of_all(), *second.of_sender(0))
         second.tally[rank].add_(tally)
         return message
 

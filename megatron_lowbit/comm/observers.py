@@ -10,8 +10,8 @@ rank-1 scales are made. A token whose root mean square is above LARGE times the 
 before it counts there: its own size travels with it, and the attention sink that every window begins with would else
 decide on the features' proportions for all tokens. (On stories260K with that token 100 times as large, SQNR of the
 others at TP=4 is 20.8 dB instead of 9.2; where there is no such token nothing changes.)
-Their crest is recorded too, the root mean square of the tokens' sizes s_t (kernels/hybrid.py), each in the standard
-deviations of its own window: the error of rank-1 codes is proportional to it.
+Their crest is recorded too, the root mean square of the tokens' sizes s_t (kernels/wire_format.py), each in the
+standard deviations of its own window: the error of rank-1 codes is proportional to it.
 
 One window is one step of the average however many go through the model at once, so calibration.batch_size changes the
 speed, not the ranges. (A step over 16 windows takes their common, wider range, at a cost of 1.8 dB on stories260K.)

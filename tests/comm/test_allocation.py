@@ -11,7 +11,14 @@ from megatron_lowbit.comm.bit_allocation import RANK1, WIDTHS, allocate_bits
 from megatron_lowbit.comm.build_plan import build_plan
 from megatron_lowbit.comm.plan import CalibrationStats, FeatureRange
 from megatron_lowbit.config import CommConfig
-from megatron_lowbit.kernels import codes_per_word, hybrid_pack, hybrid_row_bytes, hybrid_unpack_reduce, packed_bytes
+from megatron_lowbit.kernels import (
+    Format,
+    codes_per_word,
+    hybrid_pack,
+    hybrid_row_bytes,
+    hybrid_unpack_reduce,
+    packed_bytes,
+)
 
 
 def weights(seed: int, *features: int, spread: float = 1.0) -> dict[str, torch.Tensor]:
@@ -113,7 +120,7 @@ def test_the_error_of_rank1_codes():
     for bits in WIDTHS:
         format = torch.ones(256), torch.zeros(256), torch.arange(256), [bits, 256], True
         message = hybrid_pack(x, *format)[0][None]
-        y = hybrid_unpack_reduce(message, *(t[None] for t in format[:2]), *format[2:], torch.float32)
+        y = hybrid_unpack_reduce(message, Format(*(t[None] for t in format[:2]), *format[2:]), torch.float32)
         measured.append(10 * ((x - y).square().sum() / x.square().sum()).log10())
     table = 10 * torch.tensor(RANK1).log10()
     assert ((torch.stack(measured).diff() - table.diff()).abs() < 0.7).all()

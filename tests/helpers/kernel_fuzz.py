@@ -18,7 +18,7 @@ from kernel_inputs import DTYPES, Plan, assert_same_bits, assert_same_messages
 from torch import Tensor
 
 from megatron_lowbit import kernels
-from megatron_lowbit.kernels import build, cpu, exact, hybrid
+from megatron_lowbit.kernels import Format, build, cpu, exact, hybrid
 
 SPECIAL = [float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 3e38, -6e4, 1e-40, 5e-324]
 
@@ -54,7 +54,7 @@ def hybrid_call(chance: random.Random) -> str:
         x, rank = spoiled(plan.x[chance.randrange(ranks)], chance), chance.randrange(ranks)
         assert_same_messages(
             kernels.hybrid_pack(x, *plan.qparams(rank)),
-            hybrid.pack_reference(x, *plan.qparams(rank)),
+            hybrid.pack_reference(x, Format(*plan.qparams(rank))),
             *(plan.tiers, plan.rank1),
         )
         return op
@@ -63,15 +63,15 @@ def hybrid_call(chance: random.Random) -> str:
         messages = torch.randint(0, 256, messages.shape, dtype=torch.uint8)
     if op == "unpack":
         out = chance.choice(DTYPES)
-        ours = kernels.hybrid_unpack_reduce(messages, *all_ranks, out)
-        assert_same_bits(ours, hybrid.unpack_reduce_reference(messages, *all_ranks, out))
+        ours = kernels.hybrid_unpack_reduce(messages, Format(*all_ranks), out)
+        assert_same_bits(ours, hybrid.unpack_reduce_reference(messages, Format(*all_ranks), out))
         return op
     second = Plan(
         [16, 1, 4, len(plan.order) - 1] if len(plan.order) > 1 else [4, 1], 1, chance.random() < 0.5, dtype, 1
     )
     assert_same_messages(
         kernels.hybrid_unpack_reduce_requantize(messages, *all_ranks, *second.qparams(0)),
-        hybrid.requantize_reference(messages, *all_ranks, *second.qparams(0)),
+        hybrid.requantize_reference(messages, Format(*all_ranks), Format(*second.qparams(0))),
         *(second.tiers, second.rank1),
     )
     return op

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_lowbit.kernels import hybrid
+from megatron_lowbit.kernels import Format, hybrid, wire_format
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -40,14 +40,14 @@ class Plan:
         return self.scale[rank], self.zero_point[rank], self.order, self.tiers, self.rank1
 
     def messages(self) -> torch.Tensor:
-        packed = [hybrid.pack_reference(x, *self.qparams(rank))[0] for rank, x in enumerate(self.x)]
+        packed = [hybrid.pack_reference(x, Format(*self.qparams(rank)))[0] for rank, x in enumerate(self.x)]
         return torch.stack(packed)
 
 
 def one_nan(message: torch.Tensor, tiers: list[int], rank1: bool) -> torch.Tensor:
     """The message with one NaN for all: torch's casts make different ones, by where a value lies in its tensor."""
-    message, header = message.clone(), hybrid.header_bytes(tiers, rank1)
-    parts = [(header + byte, size) for bits, _, _, byte, size in hybrid.tier_slices(tiers) if bits == 16]
+    message, header = message.clone(), wire_format.header_bytes(tiers, rank1)
+    parts = [(header + byte, size) for bits, _, _, byte, size in wire_format.tier_slices(tiers) if bits == 16]
     for start, size in parts:
         words = message[:, start : start + size].clone(memory_format=torch.contiguous_format).view(torch.int16)
         words[words.view(torch.bfloat16).isnan()] = 0x7FC0

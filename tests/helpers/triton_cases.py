@@ -12,7 +12,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from megatron_lowbit.kernels import hybrid, triton_hybrid
+from megatron_lowbit.kernels import Format, hybrid, triton_hybrid, wire_format
 
 TILE = (2, 8)  # several tiles of tokens and blocks of features even in small tensors
 WIDE_TILE = (2, 128)  # of rows with more groups than one; two of them at a time
@@ -58,8 +58,8 @@ def inputs(tokens: int, features: int, kind: str, dtype: torch.dtype, seed: int)
 
 def without_nan_bits(message: Tensor, tiers: list[int], rank1: bool) -> Tensor:
     """All bf16 NaN made one: which NaN it is differs between backends."""
-    message, header = message.clone(), hybrid.header_bytes(tiers, rank1)
-    spans = [(header + byte, size) for bits, _, _, byte, size in hybrid.tier_slices(tiers) if bits == 16 and size]
+    message, header = message.clone(), wire_format.header_bytes(tiers, rank1)
+    spans = [(header + byte, size) for bits, _, _, byte, size in wire_format.tier_slices(tiers) if bits == 16 and size]
     for start, size in spans:
         value = message[:, start : start + size].clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
         value[value.isnan()] = float("nan")
@@ -81,11 +81,11 @@ def check(tiers: list[int], rank1: bool, tokens: int, ranks: int, kind: str, dty
     sent = []
     for rank in range(ranks):
         x = inputs(tokens, len(order), kind if rank == 0 else "plain", dtype, rank).to(device)
-        arguments = (x, scale[rank], zero_point[rank], order, tiers, rank1)
+        arguments = (x, Format(scale[rank], zero_point[rank], order, tiers, rank1))
         expected = hybrid.pack_reference(*arguments)
         check_message(triton_hybrid.pack(*arguments, tile=tile), expected, tiers, rank1, case)
         sent.append(expected[0])
-    first = (torch.stack(sent), scale, zero_point, order, tiers, rank1)
+    first = (torch.stack(sent), Format(scale, zero_point, order, tiers, rank1))
     ours = torch.empty(tokens, len(order), dtype=dtype, device=device)
     triton_hybrid.unpack_reduce(*first, ours, tile=tile)
     total = hybrid.unpack_reduce_reference(*first, dtype)
@@ -93,10 +93,10 @@ def check(tiers: list[int], rank1: bool, tokens: int, ranks: int, kind: str, dty
     features = len(order)
     second_tiers = [6, features] if rank1 else [16, features // 3, 8, features - features // 3]
     second = plan(second_tiers, 1, 2, device)
-    second_format = (second[0][0], second[1][0], second[2], second_tiers, not rank1)
+    second_format = Format(second[0][0], second[1][0], second[2], second_tiers, not rank1)
     # One program takes all tiles, so that its scratch rows are used again.
-    again = triton_hybrid.requantize(*first, *second_format, tile=tile, programs=1)
-    check_message(again, hybrid.requantize_reference(*first, *second_format), second_tiers, not rank1, case)
+    again = triton_hybrid.requantize(*first, second_format, tile=tile, programs=1)
+    check_message(again, hybrid.requantize_reference(*first, second_format), second_tiers, not rank1, case)
 
 
 POINTERS = {

@@ -1,4 +1,4 @@
-"""The C++ kernels of kernels/hybrid.cpp: bit for bit what the torch reference makes, and their build."""
+"""The C++ kernels of kernels/csrc/hybrid.cpp: bit for bit what the torch reference makes, and their build."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_lowbit import kernels
-from megatron_lowbit.kernels import build, cpu, exact, hybrid
+from megatron_lowbit.kernels import Format, build, cpu, exact, hybrid
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -51,13 +51,13 @@ def test_same_bits_as_the_reference(tiers, rank1):
             plan = Plan(tiers, tokens, rank1, DTYPES[(number + turn) % 4], ranks, shuffled=turn == 3)
             for rank, x in enumerate(plan.x):
                 ours = kernels.hybrid_pack(x, *plan.qparams(rank))
-                assert_same_messages(ours, hybrid.pack_reference(x, *plan.qparams(rank)), tiers, rank1)
+                assert_same_messages(ours, hybrid.pack_reference(x, Format(*plan.qparams(rank))), tiers, rank1)
             messages, all_ranks = plan.messages(), plan.qparams(slice(None))
-            ours = kernels.hybrid_unpack_reduce(messages, *all_ranks, dtype)
-            assert_same_bits(ours, hybrid.unpack_reduce_reference(messages, *all_ranks, dtype))
+            ours = kernels.hybrid_unpack_reduce(messages, Format(*all_ranks), dtype)
+            assert_same_bits(ours, hybrid.unpack_reduce_reference(messages, Format(*all_ranks), dtype))
             second = Plan(TIERS[0] if len(plan.order) == 1 else [16, 1, 4, len(plan.order) - 1], 1, turn > 1, dtype, 1)
             ours = kernels.hybrid_unpack_reduce_requantize(messages, *all_ranks, *second.qparams(0))
-            reference = hybrid.requantize_reference(messages, *all_ranks, *second.qparams(0))
+            reference = hybrid.requantize_reference(messages, Format(*all_ranks), Format(*second.qparams(0)))
             assert_same_messages(ours, reference, second.tiers, second.rank1)
 
 
@@ -72,11 +72,11 @@ def test_wide_rows_and_threads(dtype, rank1):
         for threads in (1, 2):
             torch.set_num_threads(threads)
             ours = kernels.hybrid_pack(plan.x[0], *plan.qparams(0))
-            assert_same_messages(ours, hybrid.pack_reference(plan.x[0], *plan.qparams(0)), plan.tiers, rank1)
-            ours = kernels.hybrid_unpack_reduce(messages, *all_ranks, dtype)
-            assert_same_bits(ours, hybrid.unpack_reduce_reference(messages, *all_ranks, dtype))
+            assert_same_messages(ours, hybrid.pack_reference(plan.x[0], Format(*plan.qparams(0))), plan.tiers, rank1)
+            ours = kernels.hybrid_unpack_reduce(messages, Format(*all_ranks), dtype)
+            assert_same_bits(ours, hybrid.unpack_reduce_reference(messages, Format(*all_ranks), dtype))
             ours = kernels.hybrid_unpack_reduce_requantize(messages, *all_ranks, *plan.qparams(0))
-            reference = hybrid.requantize_reference(messages, *all_ranks, *plan.qparams(0))
+            reference = hybrid.requantize_reference(messages, Format(*all_ranks), Format(*plan.qparams(0)))
             assert_same_messages(ours, reference, plan.tiers, rank1)
     finally:
         torch.set_num_threads(1)
@@ -128,9 +128,9 @@ def test_sums_below_the_normal_numbers():
     messages = plan.messages()
     plan.scale *= 1e-38
     all_ranks = plan.qparams(slice(None))
-    reference = hybrid.unpack_reduce_reference(messages, *all_ranks, torch.bfloat16)
+    reference = hybrid.unpack_reduce_reference(messages, Format(*all_ranks), torch.bfloat16)
     assert ((reference != 0) & (reference.abs() < torch.finfo(torch.bfloat16).tiny)).any()
-    assert_same_bits(kernels.hybrid_unpack_reduce(messages, *all_ranks, torch.bfloat16), reference)
+    assert_same_bits(kernels.hybrid_unpack_reduce(messages, Format(*all_ranks), torch.bfloat16), reference)
 
 
 @needs_compiler
@@ -150,18 +150,18 @@ def test_exact_codes_next_to_halves(smallest):
 @needs_compiler
 def test_strides():
     plan = Plan([16, 7, 4, 36], 9, False, torch.float32, 2)
-    x, expected = plan.x[0], hybrid.pack_reference(plan.x[0], *plan.qparams(0))
+    x, expected = plan.x[0], hybrid.pack_reference(plan.x[0], Format(*plan.qparams(0)))
     wider = torch.full((9, 60), torch.nan)
     wider[:, :43] = x
     for strided in (wider[:, :43], x.t().contiguous().t(), torch.stack([x, x], 2)[:, :, 0]):
         assert_same_messages(kernels.hybrid_pack(strided, *plan.qparams(0)), expected, plan.tiers, False)
     messages, all_ranks = plan.messages(), plan.qparams(slice(None))
-    expected = hybrid.unpack_reduce_reference(messages, *all_ranks, torch.float32)
+    expected = hybrid.unpack_reduce_reference(messages, Format(*all_ranks), torch.float32)
     ranks, tokens, row = messages.shape
     apart = torch.full((tokens, ranks, row + 3), 255, dtype=torch.uint8)
     apart[:, :, :row] = messages.transpose(0, 1)
     for strided in (apart.transpose(0, 1)[:, :, :row], apart.transpose(0, 1), torch.stack([messages] * 2, 3)[..., 0]):
-        assert_same_bits(kernels.hybrid_unpack_reduce(strided, *all_ranks, torch.float32), expected)
+        assert_same_bits(kernels.hybrid_unpack_reduce(strided, Format(*all_ranks), torch.float32), expected)
 
 
 @needs_compiler
@@ -173,12 +173,12 @@ def test_what_the_kernels_do_not_take_goes_to_the_reference():
     for odd in ((plan.x[0].int(), order), (plan.x[0], doubled)):
         x, order = odd
         ours = kernels.hybrid_pack(x, scale, zero_point, order, *rest)
-        assert_same_messages(ours, hybrid.pack_reference(x, scale, zero_point, order, *rest), plan.tiers, False)
+        assert_same_messages(ours, hybrid.pack_reference(x, Format(scale, zero_point, order, *rest)), plan.tiers, False)
     with pytest.raises((IndexError, RuntimeError)):
         kernels.hybrid_pack(plan.x[0], scale, zero_point, order + 100, *rest)
     with pytest.raises((RuntimeError, ValueError)):  # one message, two ranks
         two = torch.stack([scale, scale]), torch.stack([zero_point, zero_point])
-        kernels.hybrid_unpack_reduce(plan.messages(), *two, plan.order, *rest, torch.float32)
+        kernels.hybrid_unpack_reduce(plan.messages(), Format(*two, plan.order, *rest), torch.float32)
 
 
 @needs_compiler
@@ -203,17 +203,17 @@ def test_a_plan_that_changes_in_place(rank1):
         how = order, plan.tiers, plan.rank1
         for rank, x in enumerate(plan.x):
             ours = kernels.hybrid_pack(x, scale[rank], zero_point[rank], *how)
-            assert_same_messages(ours, hybrid.pack_reference(x, *plan.qparams(rank)), plan.tiers, plan.rank1)
+            assert_same_messages(ours, hybrid.pack_reference(x, Format(*plan.qparams(rank))), plan.tiers, plan.rank1)
         messages, all_ranks = plan.messages(), plan.qparams(slice(None))
-        ours = kernels.hybrid_unpack_reduce(messages, scale, zero_point, *how, torch.float32)
-        assert_same_bits(ours, hybrid.unpack_reduce_reference(messages, *all_ranks, torch.float32))
+        ours = kernels.hybrid_unpack_reduce(messages, Format(scale, zero_point, *how), torch.float32)
+        assert_same_bits(ours, hybrid.unpack_reduce_reference(messages, Format(*all_ranks), torch.float32))
 
 
 @needs_compiler
 def test_plans_of_many_threads():
     """Each with plans of its own and with shared ones, while all of them are made."""
     plans = [Plan([16, 2, 4, 60 + number % 5], 5, True, torch.float32, 1) for number in range(40)]
-    expected = [hybrid.pack_reference(plan.x[0], *plan.qparams(0)) for plan in plans]
+    expected = [hybrid.pack_reference(plan.x[0], Format(*plan.qparams(0))) for plan in plans]
 
     def work(first):
         order = plans[first:] + plans[:first]
@@ -251,7 +251,7 @@ def test_modes(monkeypatch):
     monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", "reference")
     assert cpu._library() is None
     ours = kernels.hybrid_pack(plan.x[0], *plan.qparams(0))
-    assert torch.equal(ours[0], hybrid.pack_reference(plan.x[0], *plan.qparams(0))[0])
+    assert torch.equal(ours[0], hybrid.pack_reference(plan.x[0], Format(*plan.qparams(0)))[0])
     monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", "fastest")
     with pytest.raises(RuntimeError, match="MEGATRON_LOWBIT_KERNELS=fastest: use auto, reference, triton or cpu"):
         kernels.hybrid_pack(plan.x[0], *plan.qparams(0))
@@ -268,7 +268,8 @@ x = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
 plan = torch.full((50,), 0.3), torch.full((50,), 7.0), torch.arange(50), [16, 3, 4, 47], False
 for _ in range(2):
     message, tally = kernels.hybrid_pack(x, *plan)
-total = kernels.hybrid_unpack_reduce(message[None], plan[0][None], plan[1][None], *plan[2:], torch.float32)
+format = kernels.Format(plan[0][None], plan[1][None], *plan[2:])
+total = kernels.hybrid_unpack_reduce(message[None], format, torch.float32)
 print(cpu._library() is not None, message.tolist(), tally.tolist(), total.tolist())
 """
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_lowbit import kernels
-from megatron_lowbit.kernels import hybrid
+from megatron_lowbit.kernels import Format, wire_format
 from megatron_lowbit.quant.affine import qparams_from_range
 
 SHAPES = [  # tokens, features, bf16 features
@@ -55,7 +55,7 @@ class Ranks:
         return torch.stack([kernels.hybrid_pack(*rank, *self.format)[0] for rank in ranks])
 
     def reduce(self, messages: torch.Tensor) -> torch.Tensor:
-        return kernels.hybrid_unpack_reduce(messages, *self.qparams, *self.format, torch.float32)
+        return kernels.hybrid_unpack_reduce(messages, Format(*self.qparams, *self.format), torch.float32)
 
     def exact_codes(self) -> tuple[np.ndarray, np.ndarray]:
         """(codes of the low-bit features in float64 arithmetic, where float32 might round to the other neighbour)"""
@@ -154,7 +154,7 @@ def test_values_beyond_the_range_saturate():
     x = torch.tensor([[1e4, 1e4, 1e4], [-1e4, -1e4, -1e4], [3e38, 3e38, 3e38], [-3e38, -3e38, -3e38]])
     format = torch.arange(3), [4, 3], False
     message, tally = kernels.hybrid_pack(x, scale, zero_point, *format)
-    result = kernels.hybrid_unpack_reduce(message[None], scale[None], zero_point[None], *format, torch.float32)
+    result = kernels.hybrid_unpack_reduce(message[None], Format(scale[None], zero_point[None], *format), torch.float32)
     assert tally.tolist() == [12, 12, 0]
     # scales 1, 0.2, 0.2 and zero points 3, -10, 25: code 0 and code 15 stand for these.
     expected = torch.tensor([[12.0, 5.0, -2.0], [-3.0, 2.0, -5.0]]).repeat(2, 1)
@@ -209,7 +209,7 @@ def test_a_feature_of_constant_range_is_exact():
     scale, zero_point = qparams_from_range(value, value, 4)
     format = torch.arange(4), [4, 4], False
     message, tally = kernels.hybrid_pack(value[None], scale, zero_point, *format)
-    result = kernels.hybrid_unpack_reduce(message[None], scale[None], zero_point[None], *format, torch.float32)
+    result = kernels.hybrid_unpack_reduce(message[None], Format(scale[None], zero_point[None], *format), torch.float32)
     assert torch.equal(result[0], value) and tally.tolist() == [4, 0, 0]
 
 
@@ -226,7 +226,9 @@ def test_a_token_that_holds_nan_or_inf_comes_out_as_nan(bad, widths, rank1, feat
     scale[: 3 * (widths[0] == 16)], zero[: 3 * (widths[0] == 16)] = torch.inf, 0.0
     message, tally = kernels.hybrid_pack(x, scale, zero, torch.arange(12), widths, rank1)
     assert tally[0] == x.numel() and tally[2] == 1
-    y = kernels.hybrid_unpack_reduce(message[None], scale[None], zero[None], torch.arange(12), widths, rank1, x.dtype)
+    y = kernels.hybrid_unpack_reduce(
+        message[None], Format(scale[None], zero[None], torch.arange(12), widths, rank1), x.dtype
+    )
     assert y[2].isnan().all() and y[[0, 1, 3, 4]].isfinite().all()
 
 
@@ -248,7 +250,7 @@ def tiered(seed: int, widths: list[int], ranks: int = 3, tokens: int = 40) -> tu
 
 def token_sizes(normed: torch.Tensor, coded: int) -> torch.Tensor:
     """s_t in float64, [..., 1]: the mean, on a log axis of eighths, of the groups' largest |v|, group by group."""
-    groups = [8 * group.abs().amax(-1).log2() for group in normed.split(hybrid.GROUP, -1)]
+    groups = [8 * group.abs().amax(-1).log2() for group in normed.split(wire_format.GROUP, -1)]
     j = torch.stack(groups, -1).round().clamp(-127, 126)
     given = torch.stack(groups, -1) > -math.inf
     mean = (j.where(given, 0).sum(-1) / given.sum(-1).clamp_min(1) + 0.5).floor()
@@ -270,10 +272,12 @@ def test_every_value_is_within_half_a_step(widths, rank1):
         zero = -x.mean(1) / scale
         normed = (x.double() / scale[:, None] + zero[:, None]).masked_fill(bits == 16, 0.0)
         unit = token_sizes(normed, int((bits < 16).sum())) * scale[:, None]
-        end = torch.tensor([hybrid.LOADING.get(b, 1.0) for b in bits.tolist()], dtype=torch.float64)
+        end = torch.tensor([wire_format.LOADING.get(b, 1.0) for b in bits.tolist()], dtype=torch.float64)
         step, u = 2 * end / levels, normed * scale[:, None] / unit
-        fine = 2 * u.abs() + step / 2 <= 2 * hybrid.KNEE  # the value, and what it is decoded to, lie below the knee
-        clipped = (u.abs() - torch.maximum(end / 2, end - hybrid.KNEE)).clamp_min(0)
+        fine = (
+            2 * u.abs() + step / 2 <= 2 * wire_format.KNEE
+        )  # the value, and what it is decoded to, lie below the knee
+        clipped = (u.abs() - torch.maximum(end / 2, end - wire_format.KNEE)).clamp_min(0)
         half_step = torch.maximum(torch.where(fine, step / 4, step / 2), clipped) * unit
         slack = 1e-5 * (1 + u.abs()) * unit
     else:
@@ -289,10 +293,10 @@ def test_every_value_is_within_half_a_step(widths, rank1):
     messages = torch.stack([kernels.hybrid_pack(*rank, order, widths, rank1)[0] for rank in ranks])
     assert messages.shape[2] == kernels.hybrid_row_bytes(widths, rank1)
     for rank in range(len(x)):
-        alone = (t[rank : rank + 1] for t in (messages, scale, zero))
-        y = kernels.hybrid_unpack_reduce(*alone, order, widths, rank1, torch.float32)
+        message, *qparams = (t[rank : rank + 1] for t in (messages, scale, zero))
+        y = kernels.hybrid_unpack_reduce(message, Format(*qparams, order, widths, rank1), torch.float32)
         assert ((y.double() - x[rank]).abs() <= bound[rank]).all()
-    total = kernels.hybrid_unpack_reduce(messages, scale, zero, order, widths, rank1, torch.float32)
+    total = kernels.hybrid_unpack_reduce(messages, Format(scale, zero, order, widths, rank1), torch.float32)
     assert ((total.double() - x.double().sum(0)).abs() <= bound.sum(0) + 1e-5 * x.abs().sum(0)).all()
 
 
@@ -308,9 +312,9 @@ def test_a_tokens_scale_is_the_nearest_on_a_log_axis(device, monkeypatch):
     message, tally = kernels.hybrid_pack(x, torch.ones(3), torch.zeros(3), torch.arange(3), [8, 3], True)
     expected = [*torch.cat([j + 128] * 3).tolist(), 0, 1, 254]
     assert message[:, 0].tolist() == expected
-    assert tally.tolist() == [x.numel(), (x.abs() > hybrid.FAR).sum(), 0]
+    assert tally.tolist() == [x.numel(), (x.abs() > wire_format.FAR).sum(), 0]
     y = kernels.hybrid_unpack_reduce(
-        message[None], torch.ones(1, 3), torch.zeros(1, 3), torch.arange(3), [8, 3], True, torch.float32
+        message[None], Format(torch.ones(1, 3), torch.zeros(1, 3), torch.arange(3), [8, 3], True), torch.float32
     )
     assert (y[-3] == 0).all() and y.isfinite().all()
 
@@ -360,7 +364,9 @@ def test_the_width_of_a_row_costs_nothing(spread, least):
             x[:, 7] *= 10
         format = torch.ones(features), torch.zeros(features), torch.arange(features), [4, features], True
         message, _ = kernels.hybrid_pack(x, *format)
-        y = kernels.hybrid_unpack_reduce(message[None], *(t[None] for t in format[:2]), *format[2:], torch.float32)
+        y = kernels.hybrid_unpack_reduce(
+            message[None], Format(*(t[None] for t in format[:2]), *format[2:]), torch.float32
+        )
         sqnr = 10 * (x.square().sum() / (x - y).square().sum()).log10().item()
         assert sqnr >= least, (features, sqnr)
 
@@ -370,7 +376,7 @@ def test_codes_get_coarser_beyond_the_knee():
     row = torch.tensor([[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]], dtype=torch.uint8)
     message = torch.cat([torch.tensor([[136]], dtype=torch.uint8), row], 1)  # s_t = 2
     values = kernels.hybrid_unpack_reduce(
-        message[None], torch.ones(1, 16), torch.zeros(1, 16), torch.arange(16), [4, 16], True, torch.float32
+        message[None], Format(torch.ones(1, 16), torch.zeros(1, 16), torch.arange(16), [4, 16], True), torch.float32
     )
     w = [(code - 7.5) * 3.2 / 15 for code in range(16)]
     expected = [2 * (v / 2 if abs(v) <= 1.2 else v - math.copysign(0.6, v)) for v in w]
@@ -385,7 +391,7 @@ def test_requantizing_is_unpacking_and_packing():
     zero = torch.zeros_like(scale)
     first = order, TIERS[1], True
     messages = torch.stack([kernels.hybrid_pack(*rank, *first)[0] for rank in zip(x, scale, zero, strict=True)])
-    total = kernels.hybrid_unpack_reduce(messages, scale, zero, *first, torch.float32)
+    total = kernels.hybrid_unpack_reduce(messages, Format(scale, zero, *first), torch.float32)
     back = order.flip(0)
     low, high = total.amin(0) * 0.9, total.amax(0) * 0.9  # a tenth too narrow, so that some values saturate
     second = *qparams_from_range(low, high, 8), back, [16, 4, 8, 24], False

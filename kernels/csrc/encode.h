@@ -142,7 +142,7 @@ class Encoder {
     }
   }
 
-  // token_header of hybrid.py, and whether a value lies far out.
+  // token_header of wire_format.py, and whether a value lies far out.
   template <int T>
   void set_scales(Token* tokens, uint32_t* groups) const {
     static_assert(kLanes % T == 0);

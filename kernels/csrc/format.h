@@ -1,4 +1,4 @@
-// The format of a row (hybrid.py): its tiers, the scales of rank-1 tokens, and which features of a row each tier has.
+// The format of a row (wire_format.py): its tiers, the scales of rank-1 tokens, and which features of a row each tier has.
 
 #pragma once
 
