@@ -1,9 +1,6 @@
-# make demo       the whole pipeline on the embedded model, two ranks, no network
-# make test       the tests                    make test-all   the slow ones too: long fuzz runs, and what asks a package index
-# make check      ruff and mypy                make bench      timings (BENCHMARKS.md)
-# make test-slurm jobs on a real Slurm of two nodes, on this machine; installs it with apt as root
-# Each creates .venv and installs what it needs; a second run reuses it. On a machine without a GPU,
-# TORCH_INDEX=URL takes torch from that package index first: PyTorch's for CPU builds spares gigabytes of CUDA.
+# `make help` lists the targets. Each creates .venv and installs what it needs; a second run reuses it. On a machine
+# without a GPU, TORCH_INDEX=URL takes torch from that package index first: PyTorch's for CPU builds spares gigabytes of
+# CUDA.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,28 +9,31 @@ BIN := $(VENV)/bin
 export DS_BUILD_OPS := 0
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test test-all test-slurm slurm-packages check bench clean
+.PHONY: help demo test test-all test-slurm slurm-packages check bench clean
 
-demo: $(VENV)/.run
+demo: $(VENV)/.run ## the whole pipeline on the embedded model, two ranks, no network
 	$(BIN)/megatron-lowbit demo
 
-bench: $(VENV)/.run
+help: ## this list
+	@awk -F ':.* ## ' '/^[a-z-]+:.* ## / {printf "make %-15s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+bench: $(VENV)/.run ## timings (BENCHMARKS.md)
 	$(BIN)/megatron-lowbit benchmark
 
-test: $(VENV)/.test
+test: $(VENV)/.test ## the tests
 	$(BIN)/python -m pytest
 
-test-all: $(VENV)/.test
+test-all: $(VENV)/.test ## the slow tests too: long fuzz runs, and what asks a package index
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-test-slurm: slurm-packages $(VENV)/.test
+test-slurm: slurm-packages $(VENV)/.test ## jobs on a real Slurm of two nodes, on this machine; installs it with apt as root
 	EVERY_LAUNCHER=1 $(BIN)/python -m pytest -s -rs tests/launch/test_slurm.py tests/launch/test_slurm_jobs.py
 
 # Never fails: where Slurm cannot be installed its tests are skipped, and say why.
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 slurm-packages: export DEBIAN_FRONTEND := noninteractive
 slurm-packages: export PATH := $(PATH):/usr/sbin
-slurm-packages:
+slurm-packages: ## install Slurm, where that is possible
 	@if command -v slurmctld && command -v slurmd && command -v sbatch && command -v munged; then exit; fi >/dev/null; \
 	if ! command -v apt-get >/dev/null; then echo "no Slurm: there is no apt-get here"; exit; fi; \
 	if [ "$$(id -u)" != 0 ]; then echo "no Slurm: only root can install $(SLURM_PACKAGES)"; exit; fi; \
@@ -41,7 +41,7 @@ slurm-packages:
 	if said=$$(timeout 300 sh -c "$$install" 2>&1 </dev/null); then echo "installed $(SLURM_PACKAGES)"; \
 	else echo "no Slurm: apt-get: $$(echo "$$said" | tail -n 1)"; fi
 
-check: $(VENV)/.test
+check: $(VENV)/.test ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -60,5 +60,5 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed,megatron,wandb,test]'
 	touch $@ $(VENV)/.run
 
-clean:
+clean: ## remove .venv and what was built
 	rm -rf $(VENV) build *.egg-info
