@@ -37,7 +37,7 @@ from megatron_lowbit.runtime.rendezvous import join
 
 def start_megatron(config: StageConfig, weights: Sequence[WeightsConfig]) -> Engine:
     """start_engine for engine=megatron: each rank builds its share of the GPTModel and reads its own weights."""
-    import megatron_lowbit.adapters.megatron_core  # noqa: F401 (says what to install where that is missing)
+    import megatron_lowbit.adapters.megatron.core  # noqa: F401 (says what to install where that is missing)
     from megatron_lowbit.adapters.megatron import model as megatron_model
 
     assert launched(), "run_stage starts ranks for engine=megatron"
