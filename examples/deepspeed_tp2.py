@@ -37,7 +37,9 @@ def main() -> None:
         before = engine(ids).logits
         lowbit.apply_to_deepspeed(engine, arguments.artifact)  # on every rank
         low_bit = engine(ids).logits
-        text = tokenizer.decode(engine.module.generate(ids, max_new_tokens=12, do_sample=False)[0], skip_special_tokens=True)
+        text = tokenizer.decode(
+            engine.module.generate(ids, max_new_tokens=12, do_sample=False)[0], skip_special_tokens=True
+        )
         seen = lowbit.saturation(engine)  # per site: values sent, and how many lay beyond their calibrated range
         lowbit.remove(engine)  # puts DeepSpeed's own layers back
         after = engine(ids).logits

@@ -6,6 +6,7 @@ import atexit
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 # Before anything imports torch, datasets or transformers: threads, CPU, no network, no cache outside the test run.
 _CACHE = tempfile.TemporaryDirectory(prefix="lowbit-tests-")
@@ -91,3 +92,14 @@ def needs_namespaces():
         reason = f"cannot make network namespaces: {made.stderr.strip()}" if made.returncode else None
     if reason is not None:
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def embedded_artifact(tmp_path_factory):
+    """Folder of the embedded model at W4A4 with plans for two and eight ranks, made by the README's first command."""
+    from commands import CALIBRATION, run_here
+
+    folder = tmp_path_factory.mktemp("embedded")
+    settings = [*CALIBRATION[1:], "comm.tp_sizes=[2,8]", f"output_dir={folder}"]
+    assert run_here("quantize", "--config", Path(__file__).parents[1] / "configs" / "debug_cpu.yaml", *settings) == 0
+    return folder
