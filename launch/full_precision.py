@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from megatron_lowbit.adapters.huggingface.apply import decoder_blocks, find_linears, model_config
-from megatron_lowbit.runtime.distributed import env_rank
+from megatron_lowbit.runtime.launcher_env import env_rank
 
 
 def tell_full_precision(model: Any) -> None:

@@ -18,56 +18,6 @@ import megatron_lowbit
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A module may import those of its own tier and of earlier ones. A new module has to be given its place here.
-TIERS = [
-    {
-        *("config", "embedded", "launcher_env", "messages", "plain_yaml", "preemption", "temporary"),
-        *("kernels", "kernels.build", "kernels.cpu", "kernels.exact", "kernels.gpu", "kernels.hybrid", "kernels.ops"),
-        *("kernels.packing", "kernels.reference", "kernels.triton_hybrid"),
-    },
-    {
-        *("agreement", "allocation", "channels", "clipping", "columns", "distributed", "files", "manifest"),
-        *("quantizer", "streams", "tensors"),
-    },
-    {"hf_weights", "texts", "wandb_run"},
-    {"hf_names", "codec", "data", "folder_lock", "metrics", "presence", "reassembly", "rendezvous", "sharding"},
-    {"artifacts"},
-    {"calibrate", "exact_sum", "ranges", "rounding"},
-    {"cost", "drift", "exchange"},
-    {"linear", "collectives", "tuning", "sharded"},
-    {"correction"},
-    {
-        "adapters",
-        "adapters.arguments",
-        "adapters.attention",
-        "adapters.patching",
-        "adapters.huggingface",
-        "adapters.outliers",
-        "adapters.readers",
-        "adapters.saving",
-        "adapters.training",
-        "adapters.blocks",
-        "adapters.deepspeed",
-        "adapters.deepspeed_saving",
-        "adapters.megatron",
-        "adapters.megatron_attention",
-        "adapters.megatron_checkpoint",
-        "adapters.megatron_core",
-        "adapters.megatron_cpu",
-        "adapters.megatron_inference",
-        "adapters.megatron_layers",
-        "adapters.megatron_layout",
-        "adapters.megatron_model",
-        "adapters.megatron_norm",
-        "adapters.megatron_rounding",
-        "adapters.megatron_sharding",
-        "adapters.megatron_spec",
-        "adapters.megatron_training",
-        "adapters.megatron_twins",
-    },
-    {"evaluate", "search"},
-    {"blockwise", "resume"},
-    {"launch"},  # and all that is below it
 # A room is a folder, or a module outside all folders. A room may import from itself and from those on lower floors.
 FLOORS = [
     {"plain_yaml", "temporary", "embedded"},

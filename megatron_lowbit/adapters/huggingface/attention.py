@@ -28,7 +28,7 @@ from megatron_lowbit.adapters.patching import undo_with
 from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, unpack_bits
 from megatron_lowbit.quant.affine import choose_qparams, fake_quantize, quantize
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
-from megatron_lowbit.runtime.distributed import env_rank
+from megatron_lowbit.runtime.launcher_env import env_rank
 
 logger = logging.getLogger("megatron_lowbit")
 
