@@ -22,7 +22,6 @@ from torch import distributed as dist
 from megatron_lowbit.comm.agreement import Agreement
 from megatron_lowbit.comm.collectives import COLLECTIVES, Collective
 from megatron_lowbit.comm.collectives.base import Drifted, Formats, Ranks, Traffic
-from megatron_lowbit.comm.collectives.stock import Bf16, Native
 from megatron_lowbit.comm.cost import CostTable
 from megatron_lowbit.comm.drift import DriftGuard, Saturation
 from megatron_lowbit.comm.plan import SitePlan
@@ -60,19 +59,16 @@ class Reducer(nn.Module):
         self.plan, self.costs = plan, costs
         self.tp_rank = 0
         self.traffic = Traffic()
-        self.stock = Native() if self.native else Bf16()
-        self.collectives: dict[str, Collective] = {}
+        self.formats = Formats(plan)
+        self.stock = COLLECTIVES["bf16"](self.formats)
+        self.collectives = {name: COLLECTIVES[name](self.formats) for name in self._names()}
         self._choices: dict[tuple[int, bool], Collective] = {}
-        self.formats: Formats | None = None
-        if self.low_bit:
-            self.formats = Formats(self._plan_for_codes())
-            names = [self.mode] if self.mode != "auto" else [name for name, c in COLLECTIVES.items() if c.low_bit]
-            for name in names:
-                if self.mode != "auto" or COLLECTIVES[name].possible(self.formats.plan):
-                    self.collectives[name] = COLLECTIVES[name](self.formats)
-        self.guard = DriftGuard(drift_threshold, [] if self.formats is None else list(self.formats.made.values()))  # type: ignore[arg-type]
+        self.guard = DriftGuard(drift_threshold, list(self.formats.made.values()))  # type: ignore[arg-type]
 
-    def _plan_for_codes(self) -> SitePlan:
+    def _names(self) -> list[str]:
+        """The collectives that the mode may take. Raises LowBitError where it lacks a plan or a cost table."""
+        if not self.low_bit:
+            return [self.mode]
         if self.plan is None:
             raise LowBitError(f"comm.mode={self.mode} needs a communication plan; calibrate one")
         if self.mode == "auto":
@@ -83,7 +79,8 @@ class Reducer(nn.Module):
                     f"the cost table is for tp_size {self.costs.tp_size}, there are {self.plan.tp_size} ranks; "
                     "write one with benchmark collectives --tune"
                 )
-        return self.plan
+            return [name for name, found in COLLECTIVES.items() if found.low_bit and found.possible(self.plan)]
+        return [self.mode]
 
     @property
     def low_bit(self) -> bool:
@@ -108,7 +105,7 @@ class Reducer(nn.Module):
         scattered: in a reduce-scatter. It is half of each way of two hops, bf16 among them, and so goes by their costs.
         """
         if self.mode != "auto" or self.costs is None:
-            return self.collectives.get(self.mode, self.stock)
+            return self.collectives[self.mode]
         if (values, scattered) not in self._choices:
             among = [name for name, c in self.collectives.items() if c.scatters or not scattered]
             name = self.costs.choose(2 * values, among)
@@ -119,7 +116,7 @@ class Reducer(nn.Module):
         """The collective for partial sums x, and what it has to ask once they are encoded, if this call is checked."""
         collective = self.choose(x.numel(), scattered)
         if not collective.low_bit or self.guard.tripped:
-            return self.stock, None
+            return self.stock if collective.low_bit else collective, None
         return collective, (lambda: self.guard.trips(self._largest, x, self.tp_rank)) if self.guard.due(x) else None
 
     def _largest(self, share: Tensor) -> Tensor:
@@ -200,7 +197,8 @@ class HybridReducer(OverRanks, Reducer):
         collective, drifted = self._next(x)
         y = collective.all_reduce(x, self.ranks, reuse, drifted)
         if y is None:
-            y = self.stock.all_reduce(x, self.ranks, reuse)
+            y = self.stock.all_reduce(x, self.ranks, reuse, None)
+        assert y is not None
         self.guard.look(y)
         return y
 
@@ -209,7 +207,8 @@ class HybridReducer(OverRanks, Reducer):
         collective, drifted = self._next(x, scattered=True)
         y = collective.reduce_scatter(x, self.ranks, drifted)
         if y is None:
-            y = self.stock.reduce_scatter(x, self.ranks)
+            y = self.stock.reduce_scatter(x, self.ranks, None)
+        assert y is not None
         self.guard.look(y)
         return y
 

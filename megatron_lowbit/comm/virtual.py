@@ -29,7 +29,8 @@ class VirtualReducer(Reducer):
         collective, drifted = self._next(partials[0])
         y = collective.simulate(partials, self.traffic, drifted)
         if y is None:
-            y = self.stock.simulate(partials, self.traffic)
+            y = self.stock.simulate(partials, self.traffic, None)
+        assert y is not None
         self.guard.look(y)
         return y
 

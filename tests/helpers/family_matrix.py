@@ -1,5 +1,5 @@
 """Run calibrate, quantize (rtn and qllm) and evaluate on a tiny model of every text family in transformers; print what
-came of it as a table of Markdown. `python tests/family_matrix.py [FAMILY ...]`
+came of it as a table of Markdown. `python tests/helpers/family_matrix.py [FAMILY ...]`
 
 Every command runs in this process. `traceback` in the table: it raised instead of printing one line.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from megatron_lowbit.launch import main
 
 TEXT = [f"calibration.data={__file__}", "calibration.samples=2", "calibration.sequence_length=64"]
 LOOK = [f"evaluation.data={__file__}", "evaluation.samples=2", "evaluation.sequence_length=64"]
+KEPT = "in full precision stay "
 TRAIN = ["correction.epochs=1", "correction.batch_size=2", "correction.rank=2", "comm.tp_sizes=[2]"]
 
 
@@ -42,16 +44,22 @@ class Outcome:
 
 def tell(*argv: str) -> tuple[str, str]:
     """(what became of a command, what it said of it)."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err, logged = io.StringIO(), io.StringIO(), io.StringIO()
+    handler, logger = logging.StreamHandler(logged), logging.getLogger("megatron_lowbit")
+    logger.addHandler(handler)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(list(argv))
     except Exception as error:
         return "traceback", f"{type(error).__name__}: {error}".splitlines()[0]
+    finally:
+        logger.removeHandler(handler)
     lines = [line for line in err.getvalue().splitlines() if line.startswith("megatron-lowbit:")]
     if code == 0:
-        kept = [line for line in out.getvalue().splitlines() if line.startswith("in full precision stay ")]
-        return "yes", kept[0] if kept else ""
+        kept = [line for line in out.getvalue().splitlines() if line.startswith(KEPT)][:1]
+        if "Q, K and V stay" in logged.getvalue():
+            kept.append("Q, K and V (attention in code of its own)")
+        return "yes", KEPT + "; ".join(line.removeprefix(KEPT) for line in kept) if kept else ""
     return ("refused" if code == 2 and len(lines) == 1 else "traceback"), " ".join(lines)
 
 

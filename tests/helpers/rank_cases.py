@@ -22,6 +22,7 @@ from torch import distributed as dist
 
 from megatron_lowbit.comm import exchange
 from megatron_lowbit.comm.autotune import measure_costs
+from megatron_lowbit.comm.collectives import COLLECTIVES
 from megatron_lowbit.comm.cost import CostTable
 from megatron_lowbit.comm.observers import RangeObserver
 from megatron_lowbit.comm.plan import SitePlan
@@ -41,6 +42,20 @@ def messages(rank: int, size: int) -> tuple[object, object, object]:
     shapes = [(part["rank"], len(part["text"]), list(part["t"].shape), part["t"].sum().item()) for part in gathered]
     told = on_rank_zero(lambda: {"of": rank})
     return shapes, None if first is None else [part["rank"] for part in first], told
+
+
+def new_collective(rank: int, size: int, code: str, mode: str, partials: Tensor) -> tuple[Tensor, Tensor, float]:
+    """What a collective, defined by lines of Python, makes: the sum, this rank's slice of it, bits per value."""
+    before = dict(COLLECTIVES)
+    try:
+        exec(code, {})
+        reducer = HybridReducer(None, dist.group.WORLD, mode)  # type: ignore[arg-type]
+        whole = reducer.all_reduce(partials[rank])
+        bits = reducer.traffic.bits_per_value
+        return whole, reducer.reduce_scatter(partials[rank]), bits
+    finally:
+        COLLECTIVES.clear()
+        COLLECTIVES.update(before)
 
 
 def raise_on(rank: int, size: int, culprit: int) -> None:

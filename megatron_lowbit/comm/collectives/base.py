@@ -64,9 +64,14 @@ class Formats(nn.Module):
     """The message formats of a site's plan. Each is made when a collective asks for it, and is shared by those that do,
     because a format counts what it encodes."""
 
-    def __init__(self, plan: SitePlan):
+    def __init__(self, site_plan: SitePlan | None):
         super().__init__()
-        self.plan, self.made = plan, nn.ModuleDict()
+        self.site_plan, self.made = site_plan, nn.ModuleDict()
+
+    @property
+    def plan(self) -> SitePlan:
+        assert self.site_plan is not None, "a collective with low_bit = False asks for no format"
+        return self.site_plan
 
     def first(self) -> WireFormat:
         """Return the format of every rank's partial sums."""

@@ -22,13 +22,10 @@ class Bf16(Collective):
 
     low_bit: ClassVar[bool] = False
 
-    def __init__(self) -> None:
-        """It needs no formats."""
-
     def wire_dtype(self, x: Tensor) -> torch.dtype:
         return x.dtype if x.element_size() == 2 else torch.bfloat16
 
-    def all_reduce(self, x: Tensor, ranks: Ranks, reuse: bool, drifted: Drifted | None = None) -> Tensor:
+    def all_reduce(self, x: Tensor, ranks: Ranks, reuse: bool, drifted: Drifted | None) -> Tensor:
         dtype = self.wire_dtype(x)
         own = reuse and x.dtype == dtype and x.is_contiguous()  # the all-reduce works in place
         message = x if own else x.to(dtype, copy=True).contiguous()
@@ -37,10 +34,10 @@ class Bf16(Collective):
             dist.all_reduce(message, group=ranks.agreement.group)
         return message if message.dtype == x.dtype else message.to(x.dtype)
 
-    def reduce_scatter(self, x: Tensor, ranks: Ranks, drifted: Drifted | None = None) -> Tensor:
+    def reduce_scatter(self, x: Tensor, ranks: Ranks, drifted: Drifted | None) -> Tensor:
         return scatter_sum(x.to(self.wire_dtype(x)).contiguous(), x.numel(), ranks).to(x.dtype)
 
-    def simulate(self, partials: Sequence[Tensor], traffic: Traffic, drifted: Drifted | None = None) -> Tensor:
+    def simulate(self, partials: Sequence[Tensor], traffic: Traffic, drifted: Drifted | None) -> Tensor:
         x, dtype = partials[0], self.wire_dtype(partials[0])
         exact = torch.promote_types(dtype, torch.float32)
         total = torch.stack([p.to(dtype) for p in partials]).to(exact).sum(0).to(dtype)
