@@ -58,50 +58,50 @@ class _Config(BaseModel):
 
 class CalibrationConfig(_Config):
     data: str | None = None
-    # text that the ranges are measured on: hub id[:config[:split]], a text file, records (.json, .jsonl, .csv, .tsv,
-    # .parquet), each also .gz or .zst, a folder of datasets.save_to_disk, or stdlib:calibration
+    """text that the ranges are measured on: hub id[:config[:split]], a text file, records (.json, .jsonl, .csv,
+    .tsv, .parquet), each also .gz or .zst, a folder of datasets.save_to_disk, or stdlib:calibration"""
     text_column: str | None = None
-    # column of records to read; none: one that is named text, content, ..., or the longest; conversations by the
-    # tokenizer's chat template
+    """column of records to read; none: one that is named text, content, ..., or the longest; conversations by the
+    tokenizer's chat template"""
     samples: int = Field(128, ge=1)
-    # windows (or documents) taken from it
+    """windows (or documents) taken from it"""
     sequence_length: int | None = Field(None, ge=2)
-    # tokens per window; none: the model's context, at most 2048
+    """tokens per window; none: the model's context, at most 2048"""
     batch_size: int = Field(8, ge=1)
-    # windows per forward pass; the ranges do not depend on it
+    """windows per forward pass; the ranges do not depend on it"""
     ema_gamma: float = Field(0.01, gt=0, le=1)
-    # weight of the newest window in the moving average of the ranges (arXiv 2411.07942)
+    """weight of the newest window in the moving average of the ranges (arXiv 2411.07942)"""
 
 
 class EvaluationConfig(_Config):
     data: str | None = None
-    # text that perplexity is measured on; same forms as calibration.data
+    """text that perplexity is measured on; same forms as calibration.data"""
     text_column: str | None = None
-    # column of records to read, as calibration.text_column
+    """column of records to read, as calibration.text_column"""
     samples: int = Field(128, ge=1)
-    # windows (or documents) taken from it
+    """windows (or documents) taken from it"""
     sequence_length: int | None = Field(None, ge=2)
-    # tokens per window; none: the model's context, at most 2048
+    """tokens per window; none: the model's context, at most 2048"""
     batch_size: int = Field(8, ge=1)
-    # windows per forward pass
+    """windows per forward pass"""
     kl_tokens: int = Field(8192, ge=0)
-    # tokens whose full-precision log-probabilities are kept for the KL divergence
+    """tokens whose full-precision log-probabilities are kept for the KL divergence"""
 
 
 class WeightsConfig(_Config):
     scheme: SchemeName = "none"
-    # bits of weights and activations
+    """bits of weights and activations"""
     method: Literal["rtn", "qllm"] | None = None
-    # rtn: round to nearest; qllm: channel reassembly and low-rank correction; none: qllm where quantize has
-    # calibration.data
+    """rtn: round to nearest; qllm: channel reassembly and low-rank correction; none: qllm where quantize has
+    calibration.data"""
     group_size: int | None = Field(None, ge=1)
-    # input features that share a weight scale; none: one scale per output channel
+    """input features that share a weight scale; none: one scale per output channel"""
     symmetric: bool = False
-    # weights without a zero point
+    """weights without a zero point"""
     shard_groups: int = Field(8, ge=1)
-    # equal slices of a row-parallel input, each with its own activation scale: a multiple of every tp size used
+    """equal slices of a row-parallel input, each with its own activation scale: a multiple of every tp size used"""
     attention: bool | None = None
-    # quantize Q, K and V per token and head, to the bits of the activations; none: with method=qllm and --ablation
+    """quantize Q, K and V per token and head, to the bits of the activations; none: with method=qllm and --ablation"""
 
 
 DRIFT_THRESHOLD = 0.1  # share of values beyond their calibrated range from which a site falls back to bf16
@@ -110,38 +110,39 @@ PAPER = {"scale": "static", "allocation": "uniform"}  # arXiv 2411.07942, where 
 
 class CommConfig(_Config):
     preset: Literal["best", "paper"] = "best"
-    # paper: static ranges and two tiers, where scale and allocation are not given (arXiv 2411.07942)
+    """paper: static ranges and two tiers, where scale and allocation are not given (arXiv 2411.07942)"""
     mode: CommMode | None = None
-    # native: all-reduce in the model's dtype; bf16: all-reduce of bf16 values; one_shot: all-gather of low-bit
-    # messages, local sum; two_shot: all-to-all of them, the sums rounded again and all-gathered; exact_sum: all-reduce
-    # of integers; auto: the fastest for each message, by cost_table; none: one_shot if the artifact has a plan, else
-    # native
+    """native: all-reduce in the model's dtype; bf16: all-reduce of bf16 values; one_shot: all-gather of low-bit
+    messages, local sum; two_shot: all-to-all of them, the sums rounded again and all-gathered; exact_sum: all-reduce
+    of integers; auto: the fastest for each message, by cost_table; none: one_shot if the artifact has a plan, else
+    native"""
     cost_table: str | None = None
-    # mode=auto: file that `benchmark collectives --tune` wrote for as many ranks; none: measured when the model starts
+    """mode=auto: file that `benchmark collectives --tune` wrote for as many ranks; none: measured when the model
+    starts"""
     bits: int = Field(4, ge=2, le=8)
-    # bits of a feature that does not travel in bf16
+    """bits of a feature that does not travel in bf16"""
     bf16_fraction: float = Field(1 / 64, ge=0, le=1)
-    # share of the features that travel in bf16
+    """share of the features that travel in bf16"""
     selection: Literal["top", "random"] = "top"
-    # which features: those of widest range, or any (the paper's control)
+    """which features: those of widest range, or any (the paper's control)"""
     symmetric: bool = False
-    # scale=static: ranges without a zero point
+    """scale=static: ranges without a zero point"""
     scale: Literal["static", "rank1"] = "rank1"
-    # static: a feature's calibrated range; rank1: its standard deviation times the token's own size, which is sent
+    """static: a feature's calibrated range; rank1: its standard deviation times the token's own size, which is sent"""
     allocation: Literal["uniform", "adaptive"] = "adaptive"
-    # adaptive: 2 to 8 bits by feature, of the same size over all sites as bits and bf16_fraction would be
+    """adaptive: 2 to 8 bits by feature, of the same size over all sites as bits and bf16_fraction would be"""
     clipping: Literal["none", "histogram"] = "none"
-    # scale=static: histogram: ranges of least squared error, from a histogram of every feature (clipping.py)
+    """scale=static: histogram: ranges of least squared error, from a histogram of every feature (clipping.py)"""
     second_bits: int = Field(5, ge=2, le=8)
-    # two_shot: bits of the sums on their way back
+    """two_shot: bits of the sums on their way back"""
     carrier_bits: Literal[8, 16] = 8
-    # exact_sum: bits of an integer, of which log2(tp) keep the sum from overflowing
+    """exact_sum: bits of an integer, of which log2(tp) keep the sum from overflowing"""
     drift_threshold: float | None = Field(DRIFT_THRESHOLD, ge=0, le=1)
-    # a site falls back to bf16 where a larger share of its values lies beyond the calibrated range; none: never
+    """a site falls back to bf16 where a larger share of its values lies beyond the calibrated range; none: never"""
     gather: bool = False
-    # sequence parallelism: also calibrate and quantize the all-gather of the normed activation (engine=megatron)
+    """sequence parallelism: also calibrate and quantize the all-gather of the normed activation (engine=megatron)"""
     tp_sizes: tuple[int, ...] = (2, 4, 8)
-    # tensor-parallel sizes whose ranges one calibration pass records, where they divide the model
+    """tensor-parallel sizes whose ranges one calibration pass records, where they divide the model"""
 
     @model_validator(mode="before")
     @classmethod
@@ -172,16 +173,16 @@ class ReassemblyConfig(_Config):
     """Channel reassembly before a linear's quantization (QLLM, section 4.1)."""
 
     mode: Literal["adaptive", "fixed", "none"] = "adaptive"
-    # adaptive: the expansion with the smallest error of the block's output, none among them; fixed: `expansion`
-    # everywhere
+    """adaptive: the expansion with the smallest error of the block's output, none among them; fixed: `expansion`
+    everywhere"""
     expansion: float = Field(0.01, gt=0, le=1)
-    # mode=fixed: channels added by splitting, as a share of the width (the paper's gamma)
+    """mode=fixed: channels added by splitting, as a share of the width (the paper's gamma)"""
     expansions: tuple[float, ...] = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
-    # mode=adaptive: the candidates
+    """mode=adaptive: the candidates"""
     merge: bool = True
-    # merge as many channels as were added; false: the inputs grow wider (the paper's ablation)
+    """merge as many channels as were added; false: the inputs grow wider (the paper's ablation)"""
     o_proj: bool = False
-    # also before the attention's output projection
+    """also before the attention's output projection"""
 
     @field_validator("expansions")
     @classmethod
@@ -201,52 +202,52 @@ class CorrectionConfig(_Config):
     """Low-rank correction of groups of blocks, by gradient descent (QLLM, section 4.2)."""
 
     mode: Literal["merged", "branch", "none"] = "merged"
-    # merged: deployed as Q(W + BA), trained through that rounding; branch: Q(W) beside BA in bf16
+    """merged: deployed as Q(W + BA), trained through that rounding; branch: Q(W) beside BA in bf16"""
     rank: int = Field(4, ge=1)
-    # of A and B
+    """of A and B"""
     blocks_per_group: int = Field(4, ge=1)
-    # consecutive blocks that are trained together; the last group may be smaller
+    """consecutive blocks that are trained together; the last group may be smaller"""
     epochs: int = Field(2, ge=1)
-    # passes over the calibration windows, per group
+    """passes over the calibration windows, per group"""
     batch_size: int = Field(1, ge=1)
-    # windows per step, of all data-parallel ranks together
+    """windows per step, of all data-parallel ranks together"""
     learning_rate: float = Field(5e-3, gt=0, allow_inf_nan=False)
-    # AdamW's first; it falls linearly to 0
+    """AdamW's first; it falls linearly to 0"""
     train_norms: bool = False
-    # also train the gains of the blocks' norms
+    """also train the gains of the blocks' norms"""
     through_communication: bool = False
-    # the student's partial sums pass the collective of virtual_tp (or tp) ranks, so its error is corrected too
+    """the student's partial sums pass the collective of virtual_tp (or tp) ranks, so its error is corrected too"""
 
 
 class StageConfig(_Config):
     """What all commands share."""
 
     model: str | None = None
-    # folder or hub id of a causal LM; "embedded" is the small Llama inside this package
+    """folder or hub id of a causal LM; "embedded" is the small Llama inside this package"""
     artifact: str | None = None
-    # folder of a LowBitCheckpoint and/or its CommPlans, as calibrate and quantize write it
+    """folder of a LowBitCheckpoint and/or its CommPlans, as calibrate and quantize write it"""
     engine: EngineName = "huggingface"
-    # what runs the model
+    """what runs the model"""
     tp: int = Field(1, ge=1)
-    # tensor-parallel processes (engine=deepspeed or megatron)
+    """tensor-parallel processes (engine=deepspeed or megatron)"""
     pp: int = Field(1, ge=1)
-    # pipeline stages (engine=megatron)
+    """pipeline stages (engine=megatron)"""
     sequence_parallel: bool = False
-    # between the linears each tensor-parallel rank holds a share of the tokens (engine=megatron)
+    """between the linears each tensor-parallel rank holds a share of the tokens (engine=megatron)"""
     virtual_tp: int = Field(1, ge=1)
-    # tensor-parallel ranks simulated inside one process (engine=huggingface)
+    """tensor-parallel ranks simulated inside one process (engine=huggingface)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # auto: bfloat16 on a GPU, float32 on a CPU
+    """auto: bfloat16 on a GPU, float32 on a CPU"""
     seed: int = Field(0, ge=0, lt=2**63)
-    # of every random choice
+    """of every random choice"""
     inject_outliers: float | None = Field(None, gt=0, allow_inf_nan=False)
-    # multiply 1 % of the channels at inject_at by this factor, and undo it in what reads them: the function stays
+    """multiply 1 % of the channels at inject_at by this factor, and undo it in what reads them: the function stays"""
     inject_at: tuple[Literal["norm", "up_down", "v_o"], ...] = ("norm",)
-    # where: a norm's gain and the linears that read it; rows of up and columns of down; rows of v and columns of o
+    """where: a norm's gain and the linears that read it; rows of up and columns of down; rows of v and columns of o"""
     output_dir: str = "runs/lowbit"
-    # results, metrics.jsonl and artifacts
+    """results, metrics.jsonl and artifacts"""
     wandb: Literal["off", "offline", "online"] = "off"
-    # Weights & Biases logging from rank 0
+    """Weights & Biases logging from rank 0"""
 
     @field_validator("wandb", mode="before")
     @classmethod
@@ -258,20 +259,20 @@ class CalibrateConfig(StageConfig):
     calibration: CalibrationConfig = CalibrationConfig()
     comm: CommConfig = CommConfig()
     dp: int = Field(1, ge=1)
-    # data-parallel ranks: each takes a share of the calibration windows (not with engine=deepspeed, nor method=rtn)
+    """data-parallel ranks: each takes a share of the calibration windows (not with engine=deepspeed, nor method=rtn)"""
 
 
 class RatesConfig(_Config):
     """What a rank does per second, for --dry-run; none: measured on this machine (the network: left out)."""
 
     flops: float | None = Field(None, gt=0, allow_inf_nan=False)
-    # floating-point operations of matrix products, as reached rather than as advertised
+    """floating-point operations of matrix products, as reached rather than as advertised"""
     memory: float | None = Field(None, gt=0, allow_inf_nan=False)
-    # bytes read and written, for rounding and statistics
+    """bytes read and written, for rounding and statistics"""
     disk: float | None = Field(None, gt=0, allow_inf_nan=False)
-    # bytes of weights read or written
+    """bytes of weights read or written"""
     network: float | None = Field(None, gt=0, allow_inf_nan=False)
-    # bytes received from other ranks
+    """bytes received from other ranks"""
 
 
 class QuantizeConfig(CalibrateConfig):
@@ -279,11 +280,11 @@ class QuantizeConfig(CalibrateConfig):
     reassembly: ReassemblyConfig = ReassemblyConfig()
     correction: CorrectionConfig = CorrectionConfig()
     dry_run: bool = False
-    # print shards, shapes, bytes and time per group, and stop (also --dry-run)
+    """print shards, shapes, bytes and time per group, and stop (also --dry-run)"""
     architecture: dict[str, Any] | None = None
-    # fields of the model's config.json, so that a dry run needs no download
+    """fields of the model's config.json, so that a dry run needs no download"""
     rates: RatesConfig = RatesConfig()
-    # of the machine that a dry run is about, where it is not this one
+    """of the machine that a dry run is about, where it is not this one"""
 
 
 class GenerateConfig(StageConfig):
@@ -291,31 +292,31 @@ class GenerateConfig(StageConfig):
     comm: CommConfig = CommConfig()
     weights: WeightsConfig = WeightsConfig()
     prompt: str = Field("Once upon a time", min_length=1)
-    # text to continue
+    """text to continue"""
     prompts: str | None = None
-    # text file of prompts, one per line, instead of `prompt`
+    """text file of prompts, one per line, instead of `prompt`"""
     batching: Literal["static", "dynamic"] = "dynamic"
-    # engine=megatron: its StaticInferenceEngine, or DynamicInferenceEngine (continuous batching)
+    """engine=megatron: its StaticInferenceEngine, or DynamicInferenceEngine (continuous batching)"""
     max_batch: int = Field(8, ge=1)
-    # engine=megatron: prompts in flight at once
+    """engine=megatron: prompts in flight at once"""
     max_new_tokens: int = Field(64, ge=1)
-    # tokens to add
+    """tokens to add"""
     temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
-    # 0: greedy
+    """0: greedy"""
 
 
 class ParityConfig(StageConfig):
     output_dir: str = "runs/parity"
     engines: tuple[EngineName, ...] = ("huggingface", "deepspeed", "megatron")
-    # engines to compare; huggingface, which is the reference, is always among them
+    """engines to compare; huggingface, which is the reference, is always among them"""
     tp_sizes: tuple[int, ...] = (1, 2, 4)
-    # tensor-parallel sizes: real ranks, on huggingface virtual ones
+    """tensor-parallel sizes: real ranks, on huggingface virtual ones"""
     prompts: str | None = None
-    # text file of prompts, one per line
+    """text file of prompts, one per line"""
     max_new_tokens: int = Field(32, ge=1)
-    # tokens to add to each
+    """tokens to add to each"""
     outcomes: bool = False
-    # run one engine at one size here and write what it computes, for the parity run that started it
+    """run one engine at one size here and write what it computes, for the parity run that started it"""
 
 
 class EvaluateConfig(StageConfig):
@@ -324,9 +325,9 @@ class EvaluateConfig(StageConfig):
     comm: CommConfig = CommConfig()
     weights: WeightsConfig = WeightsConfig()
     ablation: bool = False
-    # quantize in every way the QLLM paper compares, and evaluate each (also --ablation)
+    """quantize in every way the QLLM paper compares, and evaluate each (also --ablation)"""
     comm_ablation: bool = False
-    # send the partial sums of virtual_tp ranks in every way we know, and evaluate each (also --comm-ablation)
+    """send the partial sums of virtual_tp ranks in every way we know, and evaluate each (also --comm-ablation)"""
     reassembly: ReassemblyConfig = ReassemblyConfig()
     correction: CorrectionConfig = CorrectionConfig()
 
@@ -345,9 +346,9 @@ class DemoConfig(StageConfig):
     calibration: CalibrationConfig = CalibrationConfig(data="stdlib:calibration", samples=64)
     evaluation: EvaluationConfig = EvaluationConfig(data="stdlib:validation", samples=64)
     prompt: str = Field("def read_lines(path):\n", min_length=1)
-    # text the sample continues
+    """text the sample continues"""
     max_new_tokens: int = Field(48, ge=1)
-    # tokens of the sample
+    """tokens of the sample"""
 
 
 StageT = TypeVar("StageT", bound=BaseModel)

@@ -29,13 +29,13 @@ class BenchmarkConfig(StageConfig):
     output_dir: str = "runs/benchmark"
     calibration: CalibrationConfig = CalibrationConfig(data="stdlib:calibration", samples=16)
     repeats: int = Field(40, ge=2)
-    # pairs of forwards, one on each side of every comparison
+    """pairs of forwards, one on each side of every comparison"""
     tokens: int = Field(1024, ge=1)
-    # tokens per forward
+    """tokens per forward"""
     comm: CommConfig = CommConfig()
-    # how partial sums travel in the rows that are not bf16
+    """how partial sums travel in the rows that are not bf16"""
     rate: Rate = None
-    # every rank's link, such as 1gbit (needs root, ip and tc); none: loopback
+    """every rank's link, such as 1gbit (needs root, ip and tc); none: loopback"""
 
     @model_validator(mode="after")
     def _low_bit(self) -> BenchmarkConfig:
@@ -53,11 +53,11 @@ class BenchmarkKernelsConfig(StageConfig):
     tokens: int = Field(4096, ge=1)
     features: int = Field(4096, ge=64)
     ranks: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field((2, 4, 8), min_length=1)
-    # numbers of messages that are added
+    """numbers of messages that are added"""
     repeats: int = Field(11, ge=3)
-    # rounds of all that is compared
+    """rounds of all that is compared"""
     compile: bool = True
-    # also torch.compile of the reference
+    """also torch.compile of the reference"""
 
 
 class BenchmarkCollectivesConfig(StageConfig):
@@ -65,25 +65,25 @@ class BenchmarkCollectivesConfig(StageConfig):
 
     output_dir: str = "runs/benchmark_collectives"
     comm: CommConfig = CommConfig()
-    # bits and scales of our collectives; the plan is calibrated on random partial sums
+    """bits and scales of our collectives; the plan is calibrated on random partial sums"""
     ranks: tuple[int, ...] = (2, 4, 8)
-    # numbers of processes
+    """numbers of processes"""
     sizes: tuple[int, ...] = (2**16, 2**20, 2**22, 2**24)
-    # bytes of a bf16 tensor [tokens, 1024] (below 2 KiB: of one token); 64KiB and 1MiB are understood
+    """bytes of a bf16 tensor [tokens, 1024] (below 2 KiB: of one token); 64KiB and 1MiB are understood"""
     rate: Rate = None
-    # every rank's link, such as 100mbit, 1gbit or 10gbit (needs root, ip and tc); none: loopback
+    """every rank's link, such as 100mbit, 1gbit or 10gbit (needs root, ip and tc); none: loopback"""
     tune: bool = False
-    # write <output_dir>/costs-tp<N>.json, which comm.cost_table takes, and add auto to the algorithms (also --tune)
+    """write <output_dir>/costs-tp<N>.json, which comm.cost_table takes, and add auto to the algorithms (also --tune)"""
     algorithms: tuple[Literal["bf16", "fp32", "group32", "one_shot", "two_shot", "exact_sum", "auto"], ...] = (
         *("bf16", "fp32", "group32"),
         *("one_shot", "two_shot", "exact_sum"),
     )
-    # bf16, fp32: stock all-reduces, the former always among them; group32: two-shot with dynamic groups of 32 (peers);
-    # auto: the fastest of ours, as measured before
+    """bf16, fp32: stock all-reduces, the former always among them; group32: two-shot with dynamic groups of 32
+    (peers); auto: the fastest of ours, as measured before"""
     repeats: int = Field(200, ge=3)
-    # rounds of all algorithms, at most
+    """rounds of all algorithms, at most"""
     cell_seconds: float = Field(10, gt=0, allow_inf_nan=False)
-    # time for the rounds of one number of ranks and one size; there are at least three rounds
+    """time for the rounds of one number of ranks and one size; there are at least three rounds"""
 
     @field_validator("ranks", "sizes", "algorithms", mode="before")
     @classmethod

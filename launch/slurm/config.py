@@ -24,11 +24,11 @@ class _Config(BaseModel):
 
 class ContainerConfig(_Config):
     runtime: Literal["none", "pyxis", "apptainer"] = "none"
-    # pyxis: srun --container-image; apptainer: apptainer exec
+    """pyxis: srun --container-image; apptainer: apptainer exec"""
     image: str | None = None
-    # a .sqsh or .sif file, or a registry's name of an image
+    """a .sqsh or .sif file, or a registry's name of an image"""
     mounts: tuple[str, ...] = ()
-    # FROM:TO, beside the working directory, which is always there
+    """FROM:TO, beside the working directory, which is always there"""
 
     @model_validator(mode="after")
     def _has_an_image(self) -> ContainerConfig:
@@ -41,17 +41,17 @@ class Resources(_Config):
     """Of one stage, or of all that do not say otherwise."""
 
     nodes: int | None = Field(None, ge=1)
-    # nodes of a job
+    """nodes of a job"""
     tasks_per_node: int | None = Field(None, ge=1)
-    # ranks on each: nodes x tasks_per_node must be the stage's tp x pp x dp
+    """ranks on each: nodes x tasks_per_node must be the stage's tp x pp x dp"""
     gpus_per_node: int | None = Field(None, ge=0)
-    # 0: none are asked for
+    """0: none are asked for"""
     cpus_per_task: int | None = Field(None, ge=1)
-    # cores of a rank
+    """cores of a rank"""
     time: str | None = None
-    # limit, such as "04:00:00"; a stage that needs longer makes way in time and goes on in the requeued job
+    """limit, such as "04:00:00"; a stage that needs longer makes way in time and goes on in the requeued job"""
     launcher: Launcher | None = None
-    # srun: a task per rank; torchrun, deepspeed: a task per node, which starts the node's ranks
+    """srun: a task per rank; torchrun, deepspeed: a task per node, which starts the node's ranks"""
 
     @field_validator("time", mode="before")
     @classmethod
@@ -65,46 +65,48 @@ class Resources(_Config):
 
 class StageJob(Resources):
     command: str | None = None
-    # stage of megatron-lowbit; none: the entry's own name
+    """stage of megatron-lowbit; none: the entry's own name"""
     arguments: tuple[str, ...] = ()
-    # as on the command line: --config FILE (beside the pipeline file, or else in the working folder), key.path=value
+    """as on the command line: --config FILE (beside the pipeline file, or else in the working folder),
+    key.path=value"""
     array: tuple[tuple[str, ...], ...] = ()
-    # a job array: further arguments, one list per task; the next stage's task i follows task i if it has as many
+    """a job array: further arguments, one list per task; the next stage's task i follows task i if it has as many"""
 
 
 class SlurmConfig(Resources):
     stages: dict[str, StageJob] = {}
-    # in the order they run; each starts when the one before has succeeded
+    """in the order they run; each starts when the one before has succeeded"""
     arguments: tuple[str, ...] = ()
-    # of every stage, before its own
+    """of every stage, before its own"""
     job_name: str = Field("lowbit", pattern=r"^[\w.+-]+$")
-    # jobs are named job_name-stage
+    """jobs are named job_name-stage"""
     partition: str | None = None
-    # none: the cluster's default
+    """none: the cluster's default"""
     account: str | None = None
-    # none: the user's default
+    """none: the user's default"""
     options: tuple[str, ...] = ()
-    # further options of sbatch, such as --qos=long or --constraint=a100
+    """further options of sbatch, such as --qos=long or --constraint=a100"""
     setup: tuple[str, ...] = ()
-    # lines of bash before the stage starts: module load ..., source .venv/bin/activate, export NCCL_SOCKET_IFNAME=...
+    """lines of bash before the stage starts: module load ..., source .venv/bin/activate, export
+    NCCL_SOCKET_IFNAME=..."""
     container: ContainerConfig = ContainerConfig()
     python: str = Field("python", pattern=r"^[\w./+-]+$")
-    # interpreter, as `setup` or the container provides it
+    """interpreter, as `setup` or the container provides it"""
     nodes: int = Field(1, ge=1)
     tasks_per_node: int = Field(1, ge=1)
     gpus_per_node: int = Field(0, ge=0)
     cpus_per_task: int = Field(1, ge=1)
     launcher: Launcher = "srun"
     notice: int = Field(120, ge=1, le=65535)
-    # seconds before the time limit at which the stage is told to save and make way
+    """seconds before the time limit at which the stage is told to save and make way"""
     wait: int = Field(60, ge=1)
-    # seconds that other ranks are given after one has ended
+    """seconds that other ranks are given after one has ended"""
     output_dir: str = "runs/slurm"
-    # scripts, and the jobs' logs
+    """scripts, and the jobs' logs"""
     template: str | None = None
-    # an sbatch template of your own instead of slurm/stage.sbatch
+    """an sbatch template of your own instead of slurm/stage.sbatch"""
     variables: dict[str, str] = {}
-    # {name: text} of further {{name}} in it
+    """{name: text} of further {{name}} in it"""
 
     @model_validator(mode="after")
     def _has_stages(self) -> SlurmConfig:
