@@ -11,7 +11,11 @@ import json
 import os
 import sys
 import time
+from collections.abc import Collection
+from functools import partial
 from typing import NoReturn
+
+from pydantic import BaseModel
 
 from megatron_lowbit.config import (
     CalibrateConfig,
@@ -22,11 +26,11 @@ from megatron_lowbit.config import (
     ParityConfig,
     QuantizeConfig,
     StageConfig,
-    defaults,
     load_config,
 )
 from megatron_lowbit.launch import STAGES
 from megatron_lowbit.launch.bench.config import BenchmarkConfig
+from megatron_lowbit.launch.help import WIDTH, explain_keys
 from megatron_lowbit.launch.inputs import check_inputs
 from megatron_lowbit.launch.layout import check_layout
 from megatron_lowbit.runtime import launcher_env
@@ -75,18 +79,27 @@ def _tell_torchrun(line: str) -> None:
 
 
 class Parser(argparse.ArgumentParser):
+    """Reads a command's arguments; a slip is a LowBitError, and --help ends with the keys of the command's config."""
+
+    def __init__(self, *, prog: str, description: str, config: type[BaseModel], unused: Collection[str] = ()):
+        super().__init__(
+            prog=prog, description=description, formatter_class=partial(argparse.HelpFormatter, width=WIDTH)
+        )
+        self.config, self.unused = config, unused
+
+    def format_help(self) -> str:
+        return f"{super().format_help()}\n{explain_keys(self.config(), self.unused)}"
+
     def error(self, message: str) -> NoReturn:
         said = message if len(message) <= 500 else f"{message[:480]} ..."
         raise LowBitError(f"{said} (see {self.prog} --help)")
 
 
 def parse(name: str, config_class: type[StageConfig], argv: list[str]) -> tuple[StageConfig, int | None]:
-    keys = "\n".join(f"  {key}={'none' if value is None else value}" for key, value in defaults(config_class()).items())
     parser = Parser(
         prog=f"megatron-lowbit {name}",
         description=STAGES[name],
-        epilog=f"config keys and their defaults (explained in {config_class.__module__}):\n{keys}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        config=config_class,
     )
     parser.add_argument("--config", help="YAML file of config keys")
     parser.add_argument("--model", help="same as model=...")

@@ -77,7 +77,7 @@ def write_plans(
         plan = build_plan(stats, size, config.comm, config.seed)
         on_rank_zero(partial(plan.save, folder))
         if env_rank() == 0:
-            print(f"wrote the plan for tp_size {size}: {len(plan.sites)} sites, {plan.description}")
+            print(f"wrote the plan for tp_size {size}: {len(plan.sites)} sites, {plan.label}")
         table = []
         for name, site in plan.sites.items():
             r = stats.ranges[size][name]
@@ -85,7 +85,7 @@ def write_plans(
             table.append([name, width.max().item(), width.median().item(), len(site.first.bf16_idx)])
         columns = ["site", "widest", "median", "bf16_features"]
         logger.table(f"ranges_tp{size}", columns, table, plot=("site", "widest"))
-        rows.append({"name": f"tp{size}", "tp_size": size, "sites": len(plan.sites), "communication": plan.description})
+        rows.append({"name": f"tp{size}", "tp_size": size, "sites": len(plan.sites), "communication": plan.label})
     logger.artifact("plans", written(folder, "calibration.*", "comm_plan_tp*.*"))
     return rows
 

@@ -41,8 +41,8 @@ def communication(engine: Engine, artifact: Artifact, mode: CommMode | None) -> 
     if engine.tp_size == 1:
         return "none"
     if mode not in ("native", "bf16") and engine.tp_size in artifact.plans:
-        description = artifact.plans[engine.tp_size].description
-        return description if mode in (None, "one_shot") else f"{mode} {description}"
+        label = artifact.plans[engine.tp_size].label
+        return label if mode in (None, "one_shot") else f"{mode} {label}"
     return "bf16" if mode == "bf16" else _dtype(engine)
 
 

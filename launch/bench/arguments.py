@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-
-from megatron_lowbit.config import LowBitError, defaults, load_config
+from megatron_lowbit.config import LowBitError, load_config
 from megatron_lowbit.launch.arguments import Parser, fail
 from megatron_lowbit.launch.bench.config import (
     UNUSED,
@@ -32,16 +30,11 @@ def told(kind: str, argv: list[str]) -> int | None:
 
 
 def parse_collectives(argv: list[str]) -> BenchmarkCollectivesConfig:
-    keys = [
-        f"  {key}={'none' if value is None else value}"
-        for key, value in defaults(BenchmarkCollectivesConfig()).items()
-        if key not in NOT_HERE
-    ]
     parser = Parser(
         prog="megatron-lowbit benchmark collectives",
         description="time all-reduces over real processes, on loopback or behind links of a given rate",
-        epilog="config keys and their defaults (explained in megatron_lowbit.launch.bench.config):\n" + "\n".join(keys),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        config=BenchmarkCollectivesConfig,
+        unused=NOT_HERE,
     )
     parser.add_argument("--config", help="YAML file of config keys")
     for key, what in {
@@ -67,7 +60,9 @@ def parse_collectives(argv: list[str]) -> BenchmarkCollectivesConfig:
 
 def parse_kernels(argv: list[str]) -> BenchmarkKernelsConfig:
     what = "time the ops of the wire formats on one thread, against eager torch, torch.compile and a copy"
-    parser = Parser(prog="megatron-lowbit benchmark kernels", description=what)
+    parser = Parser(
+        prog="megatron-lowbit benchmark kernels", description=what, config=BenchmarkKernelsConfig, unused=UNUSED
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     config = load_config(BenchmarkKernelsConfig, None, parser.parse_args(argv).overrides)
     refuse_unused(config, UNUSED)

@@ -51,7 +51,9 @@ class BenchmarkKernelsConfig(StageConfig):
 
     output_dir: str = "runs/benchmark_kernels"
     tokens: int = Field(4096, ge=1)
+    """tokens of a message"""
     features: int = Field(4096, ge=64)
+    """values per token"""
     ranks: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field((2, 4, 8), min_length=1)
     """numbers of messages that are added"""
     repeats: int = Field(11, ge=3)

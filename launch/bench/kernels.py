@@ -4,7 +4,7 @@
     unpack          messages of N ranks -> bf16 of their sum    decode  from them
     requantize      messages of N ranks -> the message of their sum, between the hops of two_shot
 
-Formats: `paper` (static, 1/64 in bf16, 4 bits) and `default` (rank-1, tiers of 2 to 8 bits in about the shares that
+Formats: `paper` (static, 1/64 in bf16, 4 bits) and `default` (per-token, tiers of 2 to 8 bits in about the shares that
 calibration gives them, in no order). What is compared takes turns on the same tensors. As in a collective, `unpack`
 writes to memory that is there and all other results are new tensors; `copy_share` compares with a copy into memory that
 is there, `clone_share` with one that is new. Shares are of bytes read and written per second.

@@ -11,7 +11,7 @@ Launcher = Literal["srun", "torchrun", "deepspeed"]
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     @field_validator("*")
     @classmethod
@@ -23,12 +23,14 @@ class _Config(BaseModel):
 
 
 class ContainerConfig(_Config):
+    """The image that the stages run in."""
+
     runtime: Literal["none", "pyxis", "apptainer"] = "none"
-    """pyxis: srun --container-image; apptainer: apptainer exec"""
+    """what starts the container: pyxis: srun --container-image; apptainer: apptainer exec"""
     image: str | None = None
     """a .sqsh or .sif file, or a registry's name of an image"""
     mounts: tuple[str, ...] = ()
-    """FROM:TO, beside the working directory, which is always there"""
+    """folders to mount, each as FROM:TO, beside the working directory, which is always there"""
 
     @model_validator(mode="after")
     def _has_an_image(self) -> ContainerConfig:
@@ -45,11 +47,11 @@ class Resources(_Config):
     tasks_per_node: int | None = Field(None, ge=1)
     """ranks on each: nodes x tasks_per_node must be the stage's tp x pp x dp"""
     gpus_per_node: int | None = Field(None, ge=0)
-    """0: none are asked for"""
+    """GPUs on each node; 0: none are asked for"""
     cpus_per_task: int | None = Field(None, ge=1)
     """cores of a rank"""
     time: str | None = None
-    """limit, such as "04:00:00"; a stage that needs longer makes way in time and goes on in the requeued job"""
+    """time limit, such as "04:00:00"; a stage that needs longer makes way in time and goes on in the requeued job"""
     launcher: Launcher | None = None
     """srun: a task per rank; torchrun, deepspeed: a task per node, which starts the node's ranks"""
 
@@ -64,6 +66,8 @@ class Resources(_Config):
 
 
 class StageJob(Resources):
+    """One stage as a job; a resource that is none is what all stages have."""
+
     command: str | None = None
     """stage of megatron-lowbit; none: the entry's own name"""
     arguments: tuple[str, ...] = ()
@@ -74,16 +78,18 @@ class StageJob(Resources):
 
 
 class SlurmConfig(Resources):
+    """A pipeline of stages, the resources of all and the cluster's own ways."""
+
     stages: dict[str, StageJob] = {}
-    """in the order they run; each starts when the one before has succeeded"""
+    """{NAME: job} in the order they run; each starts when the one before has succeeded"""
     arguments: tuple[str, ...] = ()
-    """of every stage, before its own"""
+    """arguments of every stage, before its own"""
     job_name: str = Field("lowbit", pattern=r"^[\w.+-]+$")
     """jobs are named job_name-stage"""
     partition: str | None = None
-    """none: the cluster's default"""
+    """partition of the jobs; none: the cluster's default"""
     account: str | None = None
-    """none: the user's default"""
+    """account of the jobs; none: the user's default"""
     options: tuple[str, ...] = ()
     """further options of sbatch, such as --qos=long or --constraint=a100"""
     setup: tuple[str, ...] = ()
@@ -102,11 +108,11 @@ class SlurmConfig(Resources):
     wait: int = Field(60, ge=1)
     """seconds that other ranks are given after one has ended"""
     output_dir: str = "runs/slurm"
-    """scripts, and the jobs' logs"""
+    """folder of the scripts and of the jobs' logs"""
     template: str | None = None
     """an sbatch template of your own instead of slurm/stage.sbatch"""
     variables: dict[str, str] = {}
-    """{name: text} of further {{name}} in it"""
+    """{name: text} of further {{name}} in the template"""
 
     @model_validator(mode="after")
     def _has_stages(self) -> SlurmConfig:

@@ -39,10 +39,10 @@ LAUNCH = {
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="megatron-lowbit slurm", description=STAGES["slurm"])
+    parser = Parser(prog="megatron-lowbit slurm", description=STAGES["slurm"], config=SlurmConfig)
     parser.add_argument("action", choices=("render", "submit"), help="write the scripts; submit: and send them")
     parser.add_argument("file", help="YAML file (examples: configs/slurm/)")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="keys: launch/slurm_config.py")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     try:
         args = parser.parse_intermixed_args(argv)
         config = with_files_found(load_config(SlurmConfig, args.file, args.overrides), Path(args.file).parent)

@@ -6,8 +6,9 @@
     paper clipped                       ... with ranges of least squared error (clipping.py)
     paper without bf16                  ... with no feature in bf16
     static adaptive                     ... with bits by feature (allocation.py)
-    rank-1 uniform, rank-1 adaptive     the token's own size is sent; the latter is the default
-    rank-1 adaptive two_shot <b>        ... and the sums travel back in b bits
+    per-token uniform                   the token's own size is sent
+    per-token adaptive                  ... with bits by feature: the default
+    per-token adaptive two_shot <b>     ... and the sums travel back in b bits
     exact_sum <b>                       an all-reduce of b-bit integers
     group-32, group-32 two hops         what other systems send: dynamic groups of 32 in Int4 (peers.py)
 
@@ -37,24 +38,24 @@ from megatron_lowbit.runtime.metrics import MetricLogger
 # Falling back to bf16 would hide what a row is about.
 PAPER = CommConfig(preset="paper", mode="one_shot", drift_threshold=None)
 CLIPPED = CommConfig(preset="paper", mode="one_shot", drift_threshold=None, clipping="histogram")
-RANK1 = CommConfig(mode="one_shot", drift_threshold=None)
+PER_TOKEN = CommConfig(mode="one_shot", drift_threshold=None)
 VARIANTS: dict[str, CommConfig | int] = {  # an int: hops of dynamic groups
     "bf16": CommConfig(mode="bf16"),
     "paper": PAPER,
     "paper clipped": CLIPPED,
     "paper without bf16": PAPER.model_copy(update={"bf16_fraction": 0.0}),
     "static adaptive": PAPER.model_copy(update={"allocation": "adaptive"}),
-    "rank-1 uniform": RANK1.model_copy(update={"allocation": "uniform"}),
-    "rank-1 adaptive": RANK1,
+    "per-token uniform": PER_TOKEN.model_copy(update={"allocation": "uniform"}),
+    "per-token adaptive": PER_TOKEN,
     **{
-        f"rank-1 adaptive two_shot {bits}": RANK1.model_copy(update={"mode": "two_shot", "second_bits": bits})
+        f"per-token adaptive two_shot {bits}": PER_TOKEN.model_copy(update={"mode": "two_shot", "second_bits": bits})
         for bits in (4, 5, 6, 8)
     },
     **{f"exact_sum {bits}": PAPER.model_copy(update={"mode": "exact_sum", "carrier_bits": bits}) for bits in (8, 16)},
     "group-32": 1,
     "group-32 two hops": 2,
 }
-ON_SYNTHETIC = ("paper", "rank-1 adaptive", "group-32", "group-32 two hops")
+ON_SYNTHETIC = ("paper", "per-token adaptive", "group-32", "group-32 two hops")
 
 
 def run_comm_ablation(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:

@@ -8,7 +8,7 @@ The k widest features travel in bf16, all others as num_bits codes whose scale a
 from m_ij and M_ij, are known to every rank and never travel. bits per value = b + (16 - b) k / E: 4.1875 at b = 4,
 k = E / 64.
 
-comm.scale=rank1 takes a feature's standard deviation for its scale and sends the token's own size
+comm.scale=per_token takes a feature's standard deviation for its scale and sends the token's own size
 (kernels/wire_format.py).
 comm.allocation=adaptive gives every feature of every site its own bits (bit_allocation.py), of the same total size.
 The sum has ranges of its own, for the second hop of two_shot.
@@ -98,10 +98,10 @@ def _observed(x: Tensor) -> FeatureRange:
 
 def codec_of(ranges: FeatureRange, config: CommConfig, bits: Tensor) -> Codec:
     """How values with these ranges travel; bits: uint8 [E]."""
-    if config.scale == "rank1":
+    if config.scale == "per_token":
         if ranges.mean is None or ranges.std is None:
             raise LowBitError(
-                "the calibration has no standard deviations, which comm.scale=rank1 needs; calibrate again"
+                "the calibration has no standard deviations, which comm.scale=per_token needs; calibrate again"
             )
         scale = _rank1_scale(ranges.std)
         return Codec(scale, -ranges.mean / scale, bits, rank1=True)
@@ -147,7 +147,7 @@ def adaptive_bits(
     ranges: Mapping[str, FeatureRange], sums: Mapping[str, FeatureRange], config: CommConfig, num_bits: int
 ) -> dict[str, Tensor]:
     """{site: uint8 [E]} of all sites under one budget: what `num_bits` and `bf16_fraction` would send."""
-    rank1 = config.scale == "rank1"
+    rank1 = config.scale == "per_token"
     weights, budget, header = {}, 0.0, 8 * header_bytes([num_bits, 1], rank1)
     for name, r in ranges.items():
         features = r.min_vals.shape[1]
@@ -183,8 +183,11 @@ def widest_features(aggregated: Tensor, k: int) -> Tensor:
 
 
 def describe(config: CommConfig) -> str:
-    """What the collective is called in results: int4, random int4/bf16, hybrid int4/bf16, rank-1 tiered and so on."""
-    scale = "rank-1 " if config.scale == "rank1" else "clipped " if config.clipping == "histogram" else ""
+    """What the collective is called in plans: int4, random int4/bf16, hybrid int4/bf16, rank-1 tiered int4 and so on.
+
+    Plans keep the first name of scale=per_token, rank-1; CommPlan.label has today's.
+    """
+    scale = "rank-1 " if config.scale == "per_token" else "clipped " if config.clipping == "histogram" else ""
     if config.allocation == "adaptive":
         return f"{scale}tiered int{config.bits}"
     if config.bf16_fraction == 0:

@@ -181,6 +181,11 @@ class CommPlan:
 
     __repr__ = short_repr
 
+    @property
+    def label(self) -> str:
+        """What results call the collective: the description, where comm.scale=per_token still has its first name."""
+        return self.description.replace("rank-1 ", "per-token ")
+
     def save(self, folder: str | Path) -> None:
         meta = {
             "fingerprint": self.fingerprint,

@@ -59,6 +59,8 @@ class State:
         self.output = Path(config.output_dir)
         self.folder = self.output / "resume"
         values = {key: value for key, value in defaults(config).items() if key not in _FREE_KEYS}
+        if values["comm.scale"] == "per_token":
+            values["comm.scale"] = "rank1"  # its first name: states and names of parts stay what they were
         self.settings: dict[str, Any] = json.loads(json.dumps({"stage": stage, "state": STATE, **values, **inputs}))
 
     def found(self, *keys: str) -> dict[str, Any] | None:

@@ -105,7 +105,7 @@ def assert_same_plans(folder: Path, reference: Path, sizes: tuple[int, ...] = (2
 def test_calibrate_on_any_layout(ranks, artifact, tmp_path, layout):
     """Shards, stages, halves of the windows and halves of their tokens: the ranges of one process that has it all."""
     out = succeed(ranks("calibrate", MODEL, "engine=megatron", *layout, *GATHER, f"output_dir={tmp_path}"))
-    assert out.count("wrote the plan for tp_size 2: 12 sites, rank-1 tiered int4") == 1
+    assert out.count("wrote the plan for tp_size 2: 12 sites, per-token tiered int4") == 1
     assert_same_plans(tmp_path, artifact)
 
 
@@ -125,7 +125,7 @@ def test_quantize_on_four_ranks(artifact, tmp_path):
 
 # evaluate
 
-LOW_BIT = "W4A8 + rank-1 tiered int4"
+LOW_BIT = "W4A8 + per-token tiered int4"
 
 
 @pytest.fixture(scope="module")

@@ -93,7 +93,7 @@ def test_equal_features_get_equal_bits():
 
 
 @pytest.mark.parametrize("hop", ["first", "second"])
-@pytest.mark.parametrize("scale", ["static", "rank1"])
+@pytest.mark.parametrize("scale", ["static", "per_token"])
 def test_a_plan_of_adaptive_bits(scale, hop):
     """No more bytes than the paper's two tiers send, header included, in either hop."""
     generator = torch.Generator().manual_seed(4)
@@ -110,7 +110,7 @@ def test_a_plan_of_adaptive_bits(scale, hop):
     sent, most = (sum(hybrid_row_bytes(c.tiers(), c.rank1) for c in both) for both in (codecs, of_two_tiers))
     assert most - 4 <= sent <= most
     assert len({tuple(codec.tiers()) for codec in codecs}) == 2, "both sites got the same tiers"
-    assert plan.description == ("rank-1 tiered int4" if scale == "rank1" else "tiered int4")
+    assert plan.description == ("rank-1 tiered int4" if scale == "per_token" else "tiered int4")
 
 
 def test_the_error_of_rank1_codes():
@@ -133,7 +133,7 @@ def test_rank1_plans_go_by_the_error_of_rank1_codes():
         {1: {"site": FeatureRange(-one, one, zero[:1], one)}, 2: {"site": FeatureRange(-3 * std, 3 * std, zero, std)}},
         {},
     )
-    bits = build_plan(stats, 2, CommConfig(scale="rank1", allocation="adaptive")).sites["site"].first.bits
+    bits = build_plan(stats, 2, CommConfig(scale="per_token", allocation="adaptive")).sites["site"].first.bits
     weight, budget = {"site": std.double().square().sum(0) / 128}, 4 * 128 + 12 * 2 - 8
     assert torch.equal(bits, allocate_bits(weight, budget, RANK1)["site"])
     assert not torch.equal(bits, allocate_bits(weight, budget)["site"]), "the error of static ranges gives others"
@@ -145,7 +145,7 @@ def test_a_site_of_large_tokens_gets_more_bits():
     sums = {f"site{n}": FeatureRange(-3 * ones[:1], 3 * ones[:1], 0 * ones[:1], ones[:1]) for n in range(2)}
     ranges = {f"site{n}": FeatureRange(-3 * ones, 3 * ones, 0 * ones, ones, torch.full((2,), 4.0**n)) for n in range(2)}
     stats = CalibrationStats({1: sums, 2: ranges}, {})
-    sites = build_plan(stats, 2, CommConfig(preset="paper", scale="rank1", allocation="adaptive")).sites
+    sites = build_plan(stats, 2, CommConfig(preset="paper", scale="per_token", allocation="adaptive")).sites
     usual, large = (sites[name].first.bits.double().mean() for name in ("site0", "site1"))
     assert 1.5 <= large - usual <= 2.5
 
@@ -156,6 +156,6 @@ def test_an_error_counts_by_the_energy_of_its_sites_sum():
     partials = FeatureRange(-3 * ones, 3 * ones, 0 * ones, ones)
     sums = {f"site{n}": FeatureRange(-3 * ones[:1], 3 * ones[:1], 0 * ones[:1], 10.0**n * ones[:1]) for n in range(2)}
     stats = CalibrationStats({1: sums, 2: {name: partials for name in sums}}, {})
-    sites = build_plan(stats, 2, CommConfig(preset="paper", scale="rank1", allocation="adaptive")).sites
+    sites = build_plan(stats, 2, CommConfig(preset="paper", scale="per_token", allocation="adaptive")).sites
     quiet, loud = (sites[name].first.bits.double().mean() for name in ("site0", "site1"))
     assert quiet > loud + 2

@@ -89,7 +89,7 @@ def test_one_rank_changes_its_tokens(tmp_path, size, modes):
 
 
 @pytest.mark.parametrize(
-    "config", [CommConfig(preset="paper"), CommConfig(scale="rank1"), CommConfig(bf16_fraction=0.0)]
+    "config", [CommConfig(preset="paper"), CommConfig(scale="per_token"), CommConfig(bf16_fraction=0.0)]
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_nan_reaches_every_rank(two_ranks, mode, config):

@@ -182,7 +182,7 @@ def test_evaluate_measures_on_its_ranks(tmp_path):
     code, _, stderr = run_there(*LAUNCH, "evaluate", *AUTO, "engine=deepspeed", "tp=2", f"output_dir={tmp_path}")
     assert code == 0, stderr
     full, auto = json.loads((tmp_path / "evaluate.json").read_text())["rows"]
-    assert auto["name"] == "full precision + auto rank-1 tiered int4"
+    assert auto["name"] == "full precision + auto per-token tiered int4"
     assert 4 < auto["bits_per_value"] <= 16 and auto["perplexity"] < 1.1 * full["perplexity"]
 
 

@@ -20,7 +20,7 @@ FLOAT32 = 2.0**-20  # generous: a few float32 operations
 SCHEMES = {
     "best": CommConfig(),
     "static": CommConfig(preset="paper", bf16_fraction=1 / 32),
-    "rank1": CommConfig(preset="paper", scale="rank1", bf16_fraction=1 / 32),
+    "per_token": CommConfig(preset="paper", scale="per_token", bf16_fraction=1 / 32),
     "int6 back": CommConfig(preset="paper", bits=6, second_bits=6, bf16_fraction=0.0),
 }
 
@@ -103,7 +103,7 @@ def test_a_large_message_travels_in_rounds(two_ranks, mode, pieces):
 def test_pieces_and_rounds(request, size, mode, tokens):
     """Up to eight pieces, ranks without a stripe of their own, and more rounds than are under way at a time."""
     pool = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[size])
-    partials, plan = partial_sums(size, tokens), calibrated(size, SCHEMES["rank1"])
+    partials, plan = partial_sums(size, tokens), calibrated(size, SCHEMES["per_token"])
     ranks = pool.run(rank_cases.all_reduce_in_rounds, plan, partials, mode, 66)
     assert {name for rank in ranks for name, _, _ in rank["calls"]} == {"send"}
     assert torch.equal(VirtualReducer(plan, mode).all_reduce(list(partials)), same_on_all(ranks))
@@ -123,7 +123,7 @@ def test_bytes_of_two_shot(four_ranks):
 def test_values_keep_their_dtype(two_ranks):
     partials = partial_sums(2, 5).bfloat16()
     for mode in ("two_shot", "exact_sum"):
-        plan = calibrated(2, SCHEMES["rank1"])
+        plan = calibrated(2, SCHEMES["per_token"])
         y = same_on_all(two_ranks.run(rank_cases.all_reduce, plan, partials, "plain", mode))
         assert y.dtype == torch.bfloat16
         assert torch.equal(VirtualReducer(plan, mode).all_reduce(list(partials)), y)
@@ -135,7 +135,7 @@ def test_values_keep_their_dtype(two_ranks):
     "config",
     [
         CommConfig(preset="paper"),
-        CommConfig(preset="paper", scale="rank1"),
+        CommConfig(preset="paper", scale="per_token"),
         CommConfig(preset="paper", bf16_fraction=0.0),
     ],
 )
@@ -215,7 +215,7 @@ def test_values_beyond_their_range_are_counted():
         reducer.all_reduce([5 * part for part in partials])
         # Of five times a range filled evenly, four fifths lie outside; of a bell, most.
         assert reducer.saturation().saturated - before > 0.3 * partials.numel() > 10 * before, mode
-    calm = VirtualReducer(synthetic_plan(partials, CommConfig(preset="paper", scale="rank1", bf16_fraction=0.0)))
+    calm = VirtualReducer(synthetic_plan(partials, CommConfig(preset="paper", scale="per_token", bf16_fraction=0.0)))
     calm.all_reduce([2 * part for part in partials])
     assert calm.saturation().saturated == 0, "a token's own range holds all of it"
     calm.all_reduce([100 * part for part in partials])
@@ -232,7 +232,7 @@ def test_a_plan_without_ranges_of_the_sum_is_refused():
     with pytest.raises(LowBitError, match=r"comm\.mode=two_shot needs a communication plan"):
         VirtualReducer(None, "two_shot")
     with pytest.raises(LowBitError, match="no standard deviations"):
-        build_plan(CalibrationStats({2: ranges}, {}), 2, CommConfig(preset="paper", scale="rank1"))
+        build_plan(CalibrationStats({2: ranges}, {}), 2, CommConfig(preset="paper", scale="per_token"))
 
 
 @pytest.mark.parametrize("mode", ["two_shot", "exact_sum"])

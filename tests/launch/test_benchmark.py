@@ -24,7 +24,7 @@ def test_slow_links_slow_the_unpatched_engine_down(needs_namespaces, tmp_path):
     assert code == 0, stderr
     assert "links of 20mbit" in stdout
     rows = {row["name"]: row for row in json.loads((tmp_path / "benchmark.json").read_text())["rows"]}
-    low_bit = "two_shot rank-1 tiered int4"
+    low_bit = "two_shot per-token tiered int4"
     assert list(rows) == ["patched, nothing quantized", low_bit, "W4A16", f"W4A8 + {low_bit}"]
     assert all(unpatched > 8 * (786_432 - 2 * 2**16) / 2e7 for row in rows.values() for unpatched, _ in row["pairs"])
     assert all(len(row["pairs"]) == 2 for row in rows.values())

@@ -19,9 +19,9 @@ from megatron_lowbit.launch.studies.comm_ablation import VARIANTS
 from megatron_lowbit.launch.studies.synthetic import ScaledSite, measure_reducers, scaled_sites
 
 NAMES = ["full precision", "bf16", "paper", "paper clipped", "paper without bf16", "static adaptive"]
-NAMES += ["rank-1 uniform", "rank-1 adaptive", *(f"rank-1 adaptive two_shot {bits}" for bits in (4, 5, 6, 8))]
+NAMES += ["per-token uniform", "per-token adaptive", *(f"per-token adaptive two_shot {bits}" for bits in (4, 5, 6, 8))]
 NAMES += ["exact_sum 8", "exact_sum 16", "group-32", "group-32 two hops"]
-TESTED = ("paper", "rank-1 adaptive", "group-32", "group-32 two hops")
+TESTED = ("paper", "per-token adaptive", "group-32", "group-32 two hops")
 BEDS = ("first token x100", "1% of features x50")
 SYNTHETIC = [f"synthetic, {bed}: {name}" for bed in BEDS for name in TESTED]
 COMMAND = ["evaluate", "--comm-ablation", "model=embedded", *CALIBRATION, *EVALUATION]
@@ -57,15 +57,15 @@ def test_bits_are_of_all_hops(rows):
         "paper": 4 + 12 * 2 / features,  # floor(128 / 64) features in bf16
         "paper clipped": 4 + 12 * 2 / features,
         "paper without bf16": 4 + 8 / features,  # one byte tells whether a token is finite
-        "rank-1 uniform": 4 + 12 * 2 / features + 8 / features,
+        "per-token uniform": 4 + 12 * 2 / features + 8 / features,
         "exact_sum 8": 8 * (features + 1) / features,
         "exact_sum 16": 16 * (features + 2) / features,
         "group-32": 4.5,
         "group-32 two hops": 4.5 * 1.5,  # in the second, each of two ranks sends half
     }
     assert {name: rows[name]["bits_per_value"] for name in expected} == pytest.approx(expected)
-    back = [rows[f"rank-1 adaptive two_shot {bits}"]["bits_per_value"] for bits in (4, 5, 6, 8)]
-    assert back == sorted(back) and back[0] > rows["rank-1 adaptive"]["bits_per_value"]
+    back = [rows[f"per-token adaptive two_shot {bits}"]["bits_per_value"] for bits in (4, 5, 6, 8)]
+    assert back == sorted(back) and back[0] > rows["per-token adaptive"]["bits_per_value"]
 
 
 def test_what_arithmetic_says(rows):
@@ -73,8 +73,8 @@ def test_what_arithmetic_says(rows):
     assert sqnr["bf16"] > 45, "eight significant bits"
     assert sqnr["bf16"] > max(sqnr[name] for name in NAMES[2:])
     assert sqnr["exact_sum 16"] > sqnr["exact_sum 8"]
-    back = [sqnr[f"rank-1 adaptive two_shot {bits}"] for bits in (4, 5, 6, 8)]
-    assert back == sorted(back) and back[-1] < sqnr["rank-1 adaptive"] + 0.1
+    back = [sqnr[f"per-token adaptive two_shot {bits}"] for bits in (4, 5, 6, 8)]
+    assert back == sorted(back) and back[-1] < sqnr["per-token adaptive"] + 0.1
     assert sqnr["group-32"] > sqnr["group-32 two hops"] + 1, "the sum is rounded again"
     for bed in BEDS:
         paper = rows[f"synthetic, {bed}: paper"]
@@ -164,7 +164,7 @@ def test_known_errors_give_known_ratios():
 
 def test_no_variant_falls_back():
     assert all(isinstance(v, int) or v.mode == "bf16" or v.drift_threshold is None for v in VARIANTS.values())
-    assert VARIANTS["rank-1 adaptive"] == CommConfig(mode="one_shot", drift_threshold=None), "the default scheme"
+    assert VARIANTS["per-token adaptive"] == CommConfig(mode="one_shot", drift_threshold=None), "the default scheme"
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_calibrate_writes_a_plan_per_size(chain):
         assert set(plan.sites) == SITES
         assert all(site.first.scale.shape == (size, 128) and site.first.bits.max() <= 8 for site in plan.sites.values())
     for size, row in zip((2, 4, 8), results(chain / "plans", "calibrate")["rows"], strict=True):
-        assert row == {"name": f"tp{size}", "tp_size": size, "sites": 12, "communication": "rank-1 tiered int4"}
+        assert row == {"name": f"tp{size}", "tp_size": size, "sites": 12, "communication": "per-token tiered int4"}
 
 
 def test_quantize_writes_a_folder_that_is_a_model(chain):
@@ -73,7 +73,7 @@ def test_quantize_writes_a_folder_that_is_a_model(chain):
 
 def test_evaluate_an_artifact_without_its_model(chain):
     (row,) = results(chain / "evaluate", "evaluate")["rows"]
-    assert row["name"] == "W4A8 + rank-1 tiered int4" and (row["tp"], row["weights"]) == (2, "W4A8")
+    assert row["name"] == "W4A8 + per-token tiered int4" and (row["tp"], row["weights"]) == (2, "W4A8")
     # 12 sites of 128 values, and a budget over all of them: what (2 * 2 + 126 / 2) bytes each would be
     sites = Artifact.load(chain / "artifact").plan(2).sites.values()
     sent = sum(1 - -sum(site.first.bits.tolist()) // 8 for site in sites)  # a byte per token and site says its scale
@@ -85,7 +85,7 @@ def test_evaluate_an_artifact_without_its_model(chain):
 
 def test_generate_with_an_artifact_without_its_model(chain):
     (row,) = results(chain / "generate", "generate")["rows"]
-    assert row["name"] == "W4A8 + rank-1 tiered int4" and row["prompt"] == "def read(path):"
+    assert row["name"] == "W4A8 + per-token tiered int4" and row["prompt"] == "def read(path):"
     assert 0 < row["new_tokens"] <= 6 and isinstance(row["text"], str)
 
 
@@ -133,11 +133,11 @@ def test_artifact_made_on_the_fly_equals_the_saved_one(chain, tmp_path):
     there = [f"artifact={chain / 'artifact'}", "virtual_tp=2", *EVALUATION]
     assert run_here("evaluate", "model=embedded", *there, f"output_dir={tmp_path / 'there'}") == 0
     on_the_fly, saved = rows(tmp_path / "here"), rows(tmp_path / "there")
-    assert list(on_the_fly) == list(saved) == ["full precision", "W4A8 + rank-1 tiered int4"]
+    assert list(on_the_fly) == list(saved) == ["full precision", "W4A8 + per-token tiered int4"]
     for name in on_the_fly:
         for figure in ("perplexity", "kl", "bits_per_value", "bytes_per_token", "tokens"):
             assert on_the_fly[name][figure] == saved[name][figure], (name, figure)
-    low_bit = saved["W4A8 + rank-1 tiered int4"]
+    low_bit = saved["W4A8 + per-token tiered int4"]
     assert saved["full precision"]["kl"] == 0 < low_bit["kl"]
     assert set(low_bit["sites"]) == SITES and min(low_bit["sites"].values()) > 0
     assert low_bit["sqnr_db"] == pytest.approx(sum(low_bit["sites"].values()) / 12)

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from megatron_lowbit import launch
 from megatron_lowbit.config import (
     CalibrateConfig,
     CommConfig,
@@ -14,10 +15,15 @@ from megatron_lowbit.config import (
     LowBitError,
     QuantizeConfig,
     defaults,
+    errors,
+    list_sections,
     load_config,
     one_line,
 )
-from megatron_lowbit.launch.bench.config import BenchmarkConfig
+from megatron_lowbit.launch import arguments
+from megatron_lowbit.launch.bench.config import BenchmarkCollectivesConfig, BenchmarkConfig, BenchmarkKernelsConfig
+from megatron_lowbit.launch.slurm.config import SlurmConfig
+from megatron_lowbit.qllm.resume import State
 from megatron_lowbit.quant.affine import Scheme
 
 STAGES = (BenchmarkConfig, CalibrateConfig, DemoConfig, EvaluateConfig, GenerateConfig, QuantizeConfig)
@@ -383,7 +389,7 @@ def test_scheme_with_other_bits(name, bits):
 def test_a_preset_gives_way_to_what_is_given(tmp_path):
     """preset=paper is static ranges and uniform bits, from a file, an override or code; given keys win in any order."""
     best = load_config(EvaluateConfig, None, []).comm
-    assert (best.preset, best.scale, best.allocation) == ("best", "rank1", "adaptive")
+    assert (best.preset, best.scale, best.allocation) == ("best", "per_token", "adaptive")
     file = tmp_path / "paper.yaml"
     file.write_text("comm:\n  preset: paper\n")
     for paper in (
@@ -394,9 +400,9 @@ def test_a_preset_gives_way_to_what_is_given(tmp_path):
         CommConfig(preset="paper"),
     ):
         assert (paper.scale, paper.allocation, paper.bits, paper.bf16_fraction) == ("static", "uniform", 4, 1 / 64)
-    for overrides in (["comm.scale=rank1", "comm.preset=paper"], ["comm.preset=paper", "comm.scale=rank1"]):
+    for overrides in (["comm.scale=per_token", "comm.preset=paper"], ["comm.preset=paper", "comm.scale=per_token"]):
         mixed = load_config(EvaluateConfig, None, overrides).comm
-        assert (mixed.scale, mixed.allocation) == ("rank1", "uniform")
+        assert (mixed.scale, mixed.allocation) == ("per_token", "uniform")
     assert load_config(EvaluateConfig, str(file), ["comm.preset=best"]).comm == best, "the last one counts"
     assert load_config(EvaluateConfig, str(file), ["comm.allocation=adaptive"]).comm.allocation == "adaptive"
     with pytest.raises(LowBitError, match="selection=random chooses bf16 features"):
@@ -408,3 +414,64 @@ def test_symmetric_ranges_are_the_papers(others):
     with pytest.raises(LowBitError, match=r"symmetric=true is of ranges as they were seen; set comm\.preset=paper"):
         load_config(EvaluateConfig, None, [*others, "comm.symmetric=true"])
     assert load_config(EvaluateConfig, None, ["comm.preset=paper", "comm.symmetric=true"]).comm.symmetric
+
+
+def test_the_first_name_of_per_token_still_works(tmp_path, caplog):
+    """comm.scale was `rank1` once: from a file, an override or Python it is per_token, which is said once."""
+    errors.notice.cache_clear()
+    file = tmp_path / "run.yaml"
+    file.write_text("comm:\n  scale: rank1\n")
+    for comm in (
+        load_config(EvaluateConfig, str(file), []).comm,
+        load_config(EvaluateConfig, None, ["comm.scale=rank1"]).comm,
+        CommConfig(scale="rank1"),
+    ):
+        assert comm == CommConfig(scale="per_token")
+    said = [record.message for record in caplog.records]
+    assert said == ["comm.scale=rank1 is now called comm.scale=per_token; both mean the same"]
+    assert load_config(EvaluateConfig, None, ["comm.preset=paper", "comm.scale=rank1"]).comm.scale == "per_token"
+    assert refused("comm.scale=rank2") == "comm.scale='rank2' is not one of static, per_token"
+
+
+def test_a_notice_is_of_rank_zero(caplog, monkeypatch):
+    errors.notice.cache_clear()
+    monkeypatch.setenv("RANK", "1")
+    assert CommConfig(scale="rank1").scale == "per_token" and not caplog.records
+
+
+def test_states_of_unfinished_runs_keep_the_first_name(tmp_path):
+    """A run that was begun with scale=rank1 is continued, and its parts keep the names that the settings give them."""
+    config = load_config(CalibrateConfig, None, [f"output_dir={tmp_path}"])
+    assert config.comm.scale == "per_token"
+    assert State("calibrate", config, {}).settings["comm.scale"] == "rank1"
+
+
+CONFIGS = [*arguments.CONFIGS.values(), BenchmarkCollectivesConfig, BenchmarkKernelsConfig, SlurmConfig]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
+def test_every_key_has_a_description(config):
+    """Also one whose default alone a command changes; and no section is without a title."""
+    sections = list(list_sections(config()))
+    for section in sections:
+        assert section.title or section.prefix == "", section.prefix
+        for key in section.keys:
+            assert len(key.description) > 4, key.name
+    if "NAME" not in str(sections):  # SlurmConfig's stages have names of the user's choice
+        assert {key.name: key.default for section in sections for key in section.keys} == defaults(config())
+
+
+@pytest.mark.parametrize("command", [*arguments.CONFIGS, "benchmark collectives", "benchmark kernels", "slurm"])
+def test_help_explains_every_key(command, capsys, monkeypatch):
+    """--help prints key, default and description of all that a command takes, on 80 columns whatever the window."""
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as end:
+        launch.main([*command.split(), "--help"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and max(map(len, out.splitlines())) <= 80
+    assert "  output_dir=runs/" in out and "folder of " in out
+    if command in ("evaluate", "quantize"):
+        expected = "  comm.bits=4\n      bits of a feature that does not travel in bf16\n"
+        assert expected in out and "\n\ncomm: Low-bit communication" in out
+    if command == "benchmark kernels":
+        assert "  model=" not in out, "a key that the command refuses"

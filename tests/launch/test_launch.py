@@ -84,7 +84,7 @@ def test_demo_leaves_an_artifact_of_the_whole_model(demo, tmp_path):
     assert {**config, "dtype": None} == {**original, "dtype": None}, "AutoTP's divided shapes were saved"
     use = ["model=embedded", f"artifact={folder / 'artifact'}", "virtual_tp=2", *EVALUATION]
     assert run_here("evaluate", *use, f"output_dir={tmp_path}") == 0
-    real, virtual = rows(folder, "demo")["W4A8 + tiered"], rows(tmp_path, "evaluate")["W4A8 + rank-1 tiered int4"]
+    real, virtual = rows(folder, "demo")["W4A8 + tiered"], rows(tmp_path, "evaluate")["W4A8 + per-token tiered int4"]
     # Bit-identical but where a matrix product of half the width rounds differently and a code flips.
     assert virtual["perplexity"] == pytest.approx(real["perplexity"], rel=1e-3)
     assert virtual["kl"] == pytest.approx(real["kl"], rel=0.02, abs=1e-6)

@@ -18,7 +18,7 @@ from megatron_lowbit.launch.studies import comm_ablation
 from megatron_lowbit.launch.tables import number
 
 WIDE = {
-    "name": "W4A8 + two_shot rank-1 tiered int4",
+    "name": "W4A8 + two_shot per-token tiered int4",
     "tp": 64,
     "perplexity": 523456789012.345,
     "kl": 12.34567,

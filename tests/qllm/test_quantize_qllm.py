@@ -163,7 +163,7 @@ def test_deepspeed_gives_the_perplexity_of_hugging_face(one, tmp_path):
     code, _, stderr = run_there(*COMMAND, "evaluate", f"artifact={one}", *arguments, timeout=600)
     assert code == 0, stderr
     (there,) = json.loads((tmp_path / "there" / "evaluate.json").read_text())["rows"]
-    assert here["communication"] == there["communication"] == "rank-1 tiered int4"
+    assert here["communication"] == there["communication"] == "per-token tiered int4"
     assert there["perplexity"] == pytest.approx(here["perplexity"], rel=1e-4)
 
 

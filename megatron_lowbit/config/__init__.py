@@ -1,0 +1,64 @@
+"""Configuration: one frozen model per command, read from a YAML file and dotted overrides.
+
+    load_config(EvaluateConfig, "run.yaml", ["comm.bits=4", "tp=2"])
+
+sections.py and stages.py hold the keys with their descriptions, loading.py reads them, errors.py words what is wrong.
+"""
+
+from megatron_lowbit.config.errors import LowBitError, one_line, shown
+from megatron_lowbit.config.fields import Key, Section, defaults, list_sections
+from megatron_lowbit.config.loading import load_config, old_name
+from megatron_lowbit.config.sections import (
+    DRIFT_THRESHOLD,
+    CalibrationConfig,
+    CommConfig,
+    CommMode,
+    CorrectionConfig,
+    EngineName,
+    EvaluationConfig,
+    RatesConfig,
+    ReassemblyConfig,
+    SchemeName,
+    WeightsConfig,
+    check_mode,
+)
+from megatron_lowbit.config.stages import (
+    CalibrateConfig,
+    DemoConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    ParityConfig,
+    QuantizeConfig,
+    StageConfig,
+)
+
+__all__ = [
+    "DRIFT_THRESHOLD",
+    "CalibrateConfig",
+    "CalibrationConfig",
+    "CommConfig",
+    "CommMode",
+    "CorrectionConfig",
+    "DemoConfig",
+    "EngineName",
+    "EvaluateConfig",
+    "EvaluationConfig",
+    "GenerateConfig",
+    "Key",
+    "LowBitError",
+    "ParityConfig",
+    "QuantizeConfig",
+    "RatesConfig",
+    "ReassemblyConfig",
+    "SchemeName",
+    "Section",
+    "StageConfig",
+    "WeightsConfig",
+    "check_mode",
+    "defaults",
+    "list_sections",
+    "load_config",
+    "old_name",
+    "one_line",
+    "shown",
+]

@@ -1,0 +1,80 @@
+"""Says in one line what is wrong with the values that somebody gave."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import reprlib
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from megatron_lowbit.config.fields import dotted_keys
+
+logger = logging.getLogger("megatron_lowbit")
+
+
+class LowBitError(Exception):
+    """Bad input: one line that names the value and the fix. Commands print it and exit with code 2."""
+
+
+@cache
+def notice(text: str) -> None:
+    """Log a line, once per process and on rank 0 alone: an old spelling that still works is told and not refused."""
+    if os.environ.get("RANK", "0") in ("", "0"):
+        logger.warning("%s", text)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first non-empty line of an error's message, cut where it is very long."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return _cut(lines[0], 500) if lines else type(error).__name__
+
+
+def shown(value: Any) -> str:
+    """Return the repr of a value that somebody gave, for a message: cut where it is long, whatever the value is."""
+    try:
+        return _cut(_REPR.repr(value), 200)
+    except ValueError:  # Python writes out no integer of more than 4,300 digits
+        return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+
+
+def explain(stage: type[BaseModel], error: ValidationError) -> str:
+    """Return one line for the first problem: the key, the value, and the nearest valid name where one is near."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        valid = dotted_keys(stage)
+        leaves = {name.rpartition(".")[2]: name for name in valid}
+        near = nearest(key, valid) or leaves.get(nearest(key.rpartition(".")[2], list(leaves)) or "")
+        hint = f"; did you mean {near!r}?" if near else f"; valid keys: {', '.join(valid)}"
+        return f"unknown config key {shown(key)}{hint}"
+    key, value = _cut(key, 200), problem["input"]
+    if problem["type"] == "literal_error":
+        choices = [part.strip("' ") for part in str(problem["ctx"]["expected"]).replace(" or ", ", ").split(", ")]
+        near = nearest(str(value), choices) if isinstance(value, str) else None
+        hint = f"; did you mean {near!r}?" if near else ""
+        return f"{key}={shown(value)} is not one of {', '.join(choices)}{hint}"
+    message = _cut(problem["msg"].removeprefix("Value error, "), 300)
+    if not key:  # a rule between settings names them itself
+        return message
+    return f"{key}={shown(value)}: {message[:1].lower()}{message[1:]}"
+
+
+def nearest(name: str, choices: list[str]) -> str | None:
+    """Return the choice that a name is a slip of; None where it could be several, or is no slip at all."""
+    if len(name) > 100:
+        return None
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    return near[0] if near else None
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 20]} ... ({len(text):,} characters)"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 150
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 20

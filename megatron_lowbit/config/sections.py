@@ -1,0 +1,233 @@
+"""Sections of the commands' configs: each a frozen model, and the docstring below a field is its description.
+
+`--help` and docs/configuration.md print these descriptions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from megatron_lowbit.config.errors import LowBitError, explain, nearest, notice, shown
+
+SchemeName = Literal["none", "W4A16", "W4A8", "W4A4", "W6A6", "W8A8"]
+EngineName = Literal["huggingface", "deepspeed", "megatron"]
+CommMode = Literal["native", "bf16", "one_shot", "two_shot", "exact_sum", "auto"]
+
+
+def check_mode(name: str, mode: Any) -> None:
+    """Raise LowBitError where `mode` is neither None nor a CommMode; name: of the argument."""
+    modes = get_args(CommMode)
+    if mode is not None and mode not in modes:
+        near = nearest(str(mode), list(modes))
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise LowBitError(f"{name}={shown(mode)} is not one of {', '.join(modes)}{hint}")
+
+
+class FrozenConfig(BaseModel):
+    """A model whose values are checked when it is made (LowBitError, one line) and stay."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise LowBitError(explain(type(self), error)) from None
+
+    # Sections inside a config are validated as part of it, so that messages name the whole key.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+class CalibrationConfig(FrozenConfig):
+    """Text that the ranges of communication, and QLLM's reassembly and correction, are calibrated on."""
+
+    data: str | None = None
+    """text that the ranges are measured on: hub id[:config[:split]], a text file, records (.json, .jsonl, .csv,
+    .tsv, .parquet), each also .gz or .zst, a folder of datasets.save_to_disk, or stdlib:calibration"""
+    text_column: str | None = None
+    """column of records to read; none: one that is named text, content, ..., or the longest; conversations by the
+    tokenizer's chat template"""
+    samples: int = Field(128, ge=1)
+    """windows (or documents) taken from the text"""
+    sequence_length: int | None = Field(None, ge=2)
+    """tokens per window; none: the model's context, at most 2048"""
+    batch_size: int = Field(8, ge=1)
+    """windows per forward pass; the ranges do not depend on it"""
+    ema_gamma: float = Field(0.01, gt=0, le=1)
+    """weight of the newest window in the moving average of the ranges (arXiv 2411.07942)"""
+
+
+class EvaluationConfig(FrozenConfig):
+    """Text that perplexity and the KL divergence are measured on."""
+
+    data: str | None = None
+    """text that perplexity is measured on; same forms as calibration.data"""
+    text_column: str | None = None
+    """column of records to read, as calibration.text_column"""
+    samples: int = Field(128, ge=1)
+    """windows (or documents) taken from the text"""
+    sequence_length: int | None = Field(None, ge=2)
+    """tokens per window; none: the model's context, at most 2048"""
+    batch_size: int = Field(8, ge=1)
+    """windows per forward pass"""
+    kl_tokens: int = Field(8192, ge=0)
+    """tokens whose full-precision log-probabilities are kept for the KL divergence"""
+
+
+class WeightsConfig(FrozenConfig):
+    """Quantization of weights and activations."""
+
+    scheme: SchemeName = "none"
+    """bits of weights and activations"""
+    method: Literal["rtn", "qllm"] | None = None
+    """rtn: round to nearest; qllm: channel reassembly and low-rank correction; none: qllm where quantize has
+    calibration.data"""
+    group_size: int | None = Field(None, ge=1)
+    """input features that share a weight scale; none: one scale per output channel"""
+    symmetric: bool = False
+    """weights without a zero point"""
+    shard_groups: int = Field(8, ge=1)
+    """equal slices of a row-parallel input, each with its own activation scale: a multiple of every tp size used"""
+    attention: bool | None = None
+    """quantize Q, K and V per token and head, to the bits of the activations; none: with method=qllm and --ablation"""
+
+
+DRIFT_THRESHOLD = 0.1  # share of values beyond their calibrated range from which a site falls back to bf16
+PAPER = {"scale": "static", "allocation": "uniform"}  # arXiv 2411.07942, where it differs from our defaults
+
+
+class CommConfig(FrozenConfig):
+    """Low-bit communication: how the partial sums of row-parallel linears travel (arXiv 2411.07942)."""
+
+    preset: Literal["best", "paper"] = "best"
+    """paper: static ranges and two tiers, where scale and allocation are not given (arXiv 2411.07942)"""
+    mode: CommMode | None = None
+    """native: all-reduce in the model's dtype; bf16: all-reduce of bf16 values; one_shot: all-gather of low-bit
+    messages, local sum; two_shot: all-to-all of them, the sums rounded again and all-gathered; exact_sum: all-reduce
+    of integers; auto: the fastest for each message, by cost_table; none: one_shot if the artifact has a plan, else
+    native"""
+    cost_table: str | None = None
+    """mode=auto: file that `benchmark collectives --tune` wrote for as many ranks; none: measured when the model
+    starts"""
+    bits: int = Field(4, ge=2, le=8)
+    """bits of a feature that does not travel in bf16"""
+    bf16_fraction: float = Field(1 / 64, ge=0, le=1)
+    """share of the features that travel in bf16"""
+    selection: Literal["top", "random"] = "top"
+    """which features: those of widest range, or any (the paper's control)"""
+    symmetric: bool = False
+    """scale=static: ranges without a zero point"""
+    scale: Literal["static", "per_token"] = "per_token"
+    """static: a feature's calibrated range; per_token: its standard deviation times the token's own size, which is
+    sent"""
+    allocation: Literal["uniform", "adaptive"] = "adaptive"
+    """adaptive: 2 to 8 bits by feature, of the same size over all sites as bits and bf16_fraction would be"""
+    clipping: Literal["none", "histogram"] = "none"
+    """scale=static: histogram: ranges of least squared error, from a histogram of every feature"""
+    second_bits: int = Field(5, ge=2, le=8)
+    """two_shot: bits of the sums on their way back"""
+    carrier_bits: Literal[8, 16] = 8
+    """exact_sum: bits of an integer, of which log2(tp) keep the sum from overflowing"""
+    drift_threshold: float | None = Field(DRIFT_THRESHOLD, ge=0, le=1)
+    """a site falls back to bf16 where a larger share of its values lies beyond the calibrated range; none: never"""
+    gather: bool = False
+    """sequence parallelism: also calibrate and quantize the all-gather of the normed activation (engine=megatron)"""
+    tp_sizes: tuple[int, ...] = (2, 4, 8)
+    """tensor-parallel sizes whose ranges one calibration pass records, where they divide the model"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_preset(cls, values: Any) -> Any:
+        return {**PAPER, **values} if isinstance(values, dict) and values.get("preset") == "paper" else values
+
+    @field_validator("scale", mode="before")
+    @classmethod
+    def _old_spelling(cls, value: Any) -> Any:
+        if value == "rank1":
+            notice("comm.scale=rank1 is now called comm.scale=per_token; both mean the same")
+            return "per_token"
+        return value
+
+    @model_validator(mode="after")
+    def _what_goes_together(self) -> CommConfig:
+        if self.selection == "random" and self.allocation == "adaptive":
+            raise ValueError("selection=random chooses bf16 features; set comm.allocation=uniform or comm.preset=paper")
+        if self.clipping == "histogram" and self.scale == "per_token":
+            raise ValueError("clipping=histogram is of static ranges; set comm.scale=static or comm.preset=paper")
+        if self.symmetric and (self.scale == "per_token" or self.clipping == "histogram"):
+            raise ValueError("symmetric=true is of ranges as they were seen; set comm.preset=paper and no clipping")
+        if self.cost_table is not None and self.mode != "auto":
+            raise ValueError("cost_table needs mode=auto")
+        return self
+
+    @field_validator("tp_sizes")
+    @classmethod
+    def _at_least_two(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(size < 2 for size in value):
+            raise ValueError("a tensor-parallel size is at least 2")
+        return value
+
+
+class ReassemblyConfig(FrozenConfig):
+    """Channel reassembly before a linear's quantization (QLLM, section 4.1)."""
+
+    mode: Literal["adaptive", "fixed", "none"] = "adaptive"
+    """adaptive: the expansion with the smallest error of the block's output, none among them; fixed: `expansion`
+    everywhere"""
+    expansion: float = Field(0.01, gt=0, le=1)
+    """mode=fixed: channels added by splitting, as a share of the width (the paper's gamma)"""
+    expansions: tuple[float, ...] = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
+    """mode=adaptive: the candidates"""
+    merge: bool = True
+    """merge as many channels as were added; false: the inputs grow wider (the paper's ablation)"""
+    o_proj: bool = False
+    """also before the attention's output projection"""
+
+    @field_validator("expansions")
+    @classmethod
+    def _shares(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or any(not 0 < ratio <= 1 for ratio in value):
+            raise ValueError("expansions are one or more shares of the width, above 0 and at most 1")
+        return value
+
+    @model_validator(mode="after")
+    def _equal_widths(self) -> ReassemblyConfig:
+        if not self.merge and self.mode == "adaptive":
+            raise ValueError("merge=false needs mode=fixed: all shards have to grow by the same number of channels")
+        return self
+
+
+class CorrectionConfig(FrozenConfig):
+    """Low-rank correction of groups of blocks, by gradient descent (QLLM, section 4.2)."""
+
+    mode: Literal["merged", "branch", "none"] = "merged"
+    """merged: deployed as Q(W + BA), trained through that rounding; branch: Q(W) beside BA in bf16"""
+    rank: int = Field(4, ge=1)
+    """of the correction: columns of B and rows of A"""
+    blocks_per_group: int = Field(4, ge=1)
+    """consecutive blocks that are trained together; the last group may be smaller"""
+    epochs: int = Field(2, ge=1)
+    """passes over the calibration windows, per group"""
+    batch_size: int = Field(1, ge=1)
+    """windows per step, of all data-parallel ranks together"""
+    learning_rate: float = Field(5e-3, gt=0, allow_inf_nan=False)
+    """of AdamW at the first step; it falls linearly to 0"""
+    train_norms: bool = False
+    """also train the gains of the blocks' norms"""
+    through_communication: bool = False
+    """the student's partial sums pass the collective of virtual_tp (or tp) ranks, so its error is corrected too"""
+
+
+class RatesConfig(FrozenConfig):
+    """What a rank does per second, for --dry-run; none: measured on this machine (the network: left out)."""
+
+    flops: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """floating-point operations of matrix products, as reached rather than as advertised"""
+    memory: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """bytes read and written, for rounding and statistics"""
+    disk: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """bytes of weights read or written"""
+    network: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """bytes received from other ranks"""
