@@ -21,7 +21,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from megatron_lowbit.config import LowBitError, load_config, shown
+from megatron_lowbit.config import LowBitError, load_config, old_name, shown
 from megatron_lowbit.launch import STAGES
 from megatron_lowbit.launch.arguments import CONFIGS, Parser, fail, parse
 from megatron_lowbit.launch.layout import check_own, check_world, own_ranks
@@ -83,7 +83,7 @@ def with_files_found(config: SlurmConfig, folder: Path) -> SlurmConfig:
         here, file = Path.cwd(), Path(name)
         for place in (folder, here):
             path = Path(os.path.abspath(place / file))
-            if os.path.isfile(path):  # False for a name that no system takes
+            if os.path.isfile(path) or old_name(str(path)):  # False for a name that no system takes
                 if place == here and not file.is_absolute() and here != folder.absolute():
                     print(f"{name} is not beside the pipeline file; taken from the working folder {here}")
                 return str(path.relative_to(here) if path.is_relative_to(here) else path)

@@ -35,7 +35,7 @@ def load_config(stage: type[StageT], file: str | None, overrides: list[str]) -> 
     if file is not None:
         if (renamed := old_name(file)) is not None:
             model, scheme = renamed
-            notice(f"{file} is now {model} with weights.scheme={scheme}, which is read")
+            notice(f"{file} is not there; {model} is read with weights.scheme={scheme}")
             file, overrides = model, [f"weights.scheme={scheme}", *overrides]
         given = _read_file(stage, file)
     schemes = _take_schemes(stage, given)
@@ -96,7 +96,8 @@ def _chosen_scheme(tree: dict[str, Any]) -> Any:
 
 def _read_file(stage: type[BaseModel], file: str) -> dict[str, Any]:
     def kind_of(path: tuple[str, ...]) -> type | None:
-        return _text_kind(_annotation(stage, list(path[2:] if path[0] == "schemes" else path)))
+        key = path[2:] if path[0] == "schemes" else path
+        return _text_kind(_annotation(stage, list(key))) if key else None
 
     try:
         text = _text_of(file) if os.path.isfile(file) else _text_of_pipe(file)

@@ -15,7 +15,7 @@ from megatron_lowbit.config import RatesConfig
 from megatron_lowbit.launch.dry_run.cost_model import OBSERVING_BYTES, ROUNDING_BYTES, find_rates
 from megatron_lowbit.qllm import pipeline
 
-CONFIG = Path(__file__).parents[2] / "configs" / "llama2_70b_w4a4.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "llama2_70b.yaml"
 RATES = {"flops": 4e14, "memory": 2e12, "disk": 1e9, "network": 1e11}
 TEXT = ["calibration.data=stdlib:calibration", "calibration.samples=2", "calibration.sequence_length=64"]
 
