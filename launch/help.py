@@ -37,7 +37,8 @@ def _explain(key: Key) -> str:
 def describe(key: Key) -> str:
     """Return the key's description, with the words that it takes where the description does not name them all."""
     unnamed = [choice for choice in key.choices if choice not in key.description]
-    return f"{key.description}; one of {', '.join(key.choices)}" if unnamed else key.description
+    words = f"{'some' if isinstance(key.default, tuple) else 'one'} of {', '.join(key.choices)}"
+    return f"{key.description}; {words}" if unnamed else key.description
 
 
 def as_typed(value: Any) -> str:

@@ -33,20 +33,27 @@ def compute_dtype(config: StageConfig) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype, auto)
 
 
-def load_config_and_tokenizer(config: StageConfig, checkpoint: LowBitCheckpoint | None) -> tuple[Any, Any]:
-    """(config, tokenizer) of the model or, without one, of the artifact. Raises LowBitError for what is wrong there."""
-    import transformers
-    from transformers import AutoConfig
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+def source_of(config: StageConfig, checkpoint: LowBitCheckpoint | None) -> str:
+    """Return the folder or hub id of the model's config and tokenizer: config.model or, without one, the artifact."""
     if config.model is None and (checkpoint is None or config.artifact is None):
         raise LowBitError("model is not set; name a folder, a hub id or `embedded`")
-    name = model_name(config.model or config.artifact or "")
+    return model_name(config.model or config.artifact or "")
+
+
+def read_config(name: str | Path) -> Any:
+    """Return the Hugging Face config of a causal LM's folder or hub id; LowBitError where there is none."""
+    from transformers import AutoConfig
+
     with _loading(name):
         hf_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        check_config(hf_config, name)
-        return hf_config, load_tokenizer(name)
+    check_config(hf_config, name)
+    return hf_config
+
+
+def read_tokenizer(name: str | Path) -> Any:
+    """Return the tokenizer of a folder or hub id; LowBitError where there is none."""
+    with _loading(name):
+        return load_tokenizer(name)
 
 
 def load_model(config: StageConfig, hf_config: Any, checkpoint: LowBitCheckpoint | None) -> Any:
@@ -84,8 +91,12 @@ def _from_folder(folder: str, dtype: torch.dtype) -> Any:
 
 
 @contextlib.contextmanager
-def _loading(name: str) -> Iterator[None]:
+def _loading(name: str | Path) -> Iterator[None]:
     """Whatever transformers, safetensors, tokenizers and the hub client raise, as one line; what they print, not."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(None):
             warnings.simplefilter("ignore")
@@ -93,7 +104,7 @@ def _loading(name: str) -> Iterator[None]:
     except LowBitError:
         raise
     except Exception as error:
-        raise LowBitError(f"cannot load model {name!r}: {one_line(error)}") from None
+        raise LowBitError(f"cannot load model {str(name)!r}: {one_line(error)}") from None
 
 
 def _from_checkpoint(hf_config: Any, checkpoint: LowBitCheckpoint, dtype: torch.dtype) -> Any:
@@ -120,29 +131,3 @@ def _from_checkpoint(hf_config: Any, checkpoint: LowBitCheckpoint, dtype: torch.
         )
     model._lowbit_fingerprint = checkpoint.fingerprint
     return model
-
-
-def read_config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    hf_config = _read("config", folder, partial(AutoConfig.from_pretrained, trust_remote_code=False))
-    check_config(hf_config, folder)
-    return hf_config
-
-
-def read_tokenizer(folder: Path) -> Any:
-    return _read("tokenizer", folder, load_tokenizer)
-
-
-def _read(what: str, folder: Path, loader: Any) -> Any:
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(None):
-            warnings.simplefilter("ignore")
-            return loader(folder)
-    except LowBitError:
-        raise
-    except Exception as error:  # whatever transformers and tokenizers raise
-        raise LowBitError(f"cannot read the {what} of {str(folder)!r}: {one_line(error)}") from None

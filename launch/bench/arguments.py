@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_lowbit.config import LowBitError, load_config
+from megatron_lowbit.config import PLAN_KEYS, CommConfig, LowBitError, load_config
 from megatron_lowbit.launch.arguments import Parser, fail
 from megatron_lowbit.launch.bench.config import (
     UNUSED,
@@ -14,8 +14,7 @@ from megatron_lowbit.launch.bench.netlab import no_namespaces
 from megatron_lowbit.launch.inputs import check_package
 from megatron_lowbit.launch.layout import check_alone
 
-NOT_IN_COMM = ("mode", "cost_table", "drift_threshold", "selection", "gather", "tp_sizes")
-NOT_HERE = [*UNUSED, *(f"comm.{key}" for key in NOT_IN_COMM)]
+NOT_HERE = [*UNUSED, *(f"comm.{key}" for key in CommConfig.model_fields if key not in PLAN_KEYS), "comm.selection"]
 
 
 def told(kind: str, argv: list[str]) -> int | None:

@@ -22,7 +22,7 @@ from megatron_lowbit.io.fingerprint import Fingerprint, fingerprint_fields
 from megatron_lowbit.launch.engines.base import Engine, GenerateOptions
 from megatron_lowbit.launch.engines.prepare import take_checkpoints
 from megatron_lowbit.launch.inputs import model_name
-from megatron_lowbit.launch.loading import compute_dtype, load_config_and_tokenizer, load_model
+from megatron_lowbit.launch.loading import compute_dtype, load_model, read_config, read_tokenizer, source_of
 from megatron_lowbit.runtime.distributed import (
     all_gather_stack,
     all_gather_values,
@@ -44,7 +44,8 @@ def start_megatron(config: StageConfig, weights: Sequence[WeightsConfig]) -> Eng
     join()
     megatron_model.initialize(config.tp, config.pp, config.seed % 2**31)
     folder = Artifact.load(config.artifact) if config.artifact is not None else Artifact()
-    hf_config, tokenizer = load_config_and_tokenizer(config, folder.checkpoint)
+    source = source_of(config, folder.checkpoint)
+    hf_config, tokenizer = read_config(source), read_tokenizer(source)
     text_config = getattr(hf_config, "text_config", None) or hf_config
     huggingface.check_divides(text_config, config.tp, "tp", share_kv_heads=True)
     weights_folder = None if config.model is None else _folder(config.model)
@@ -54,7 +55,7 @@ def start_megatron(config: StageConfig, weights: Sequence[WeightsConfig]) -> Eng
     checkpoints = {folder.checkpoint.scheme_name: folder.checkpoint} if folder.checkpoint is not None else {}
     full_precision = config.model is not None
     if config.model is None:
-        assert folder.checkpoint is not None, "load_config_and_tokenizer has asked for a model"
+        assert folder.checkpoint is not None, "source_of has asked for a model"
         megatron_model.load_rest(model, folder, text_config)
     elif config.inject_outliers is not None or (weights and not checkpoints):
         whole = load_model(config, hf_config, folder.checkpoint)  # the whole model, on the CPU

@@ -22,6 +22,7 @@ from megatron_lowbit.comm.observers import calibrate
 from megatron_lowbit.comm.plan import CalibrationStats
 from megatron_lowbit.comm.reducers import is_low_bit
 from megatron_lowbit.config import (
+    PLAN_KEYS,
     CalibrateConfig,
     CommConfig,
     LowBitError,
@@ -138,20 +139,8 @@ def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artif
         raise LowBitError(
             f"comm.mode={comm.mode} has nobody to talk to at tp=1; set tp (engine=deepspeed) or virtual_tp"
         )
-    defaults = CommConfig()
-    keys = (
-        "preset",
-        "bits",
-        "bf16_fraction",
-        "selection",
-        "symmetric",
-        "scale",
-        "allocation",
-        "clipping",
-        "second_bits",
-        "carrier_bits",
-    )
-    given = [key for key in keys if getattr(comm, key) != getattr(defaults, key)]
+    usual = CommConfig()
+    given = [key for key in PLAN_KEYS if getattr(comm, key) != getattr(usual, key)]
     if given and (engine.tp_size in plans or not low_bit):
         key = given[0]
         why = "the artifact's plan decides it" if engine.tp_size in plans else "it needs comm.mode=one_shot"

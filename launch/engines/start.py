@@ -13,7 +13,7 @@ from megatron_lowbit.config import (
 from megatron_lowbit.launch.engines.base import Engine
 from megatron_lowbit.launch.engines.deepspeed import DeepSpeedEngine, init_deepspeed
 from megatron_lowbit.launch.engines.prepare import take_checkpoints
-from megatron_lowbit.launch.loading import load_config_and_tokenizer, load_model
+from megatron_lowbit.launch.loading import load_model, read_config, read_tokenizer, source_of
 from megatron_lowbit.runtime.distributed import (
     device,
     seed_everything,
@@ -32,7 +32,8 @@ def start_engine(config: StageConfig, weights: Sequence[WeightsConfig] = ()) -> 
         return start_megatron(config, weights)
     world = init_deepspeed() if config.engine == "deepspeed" else 1
     folder = Artifact.load(config.artifact) if config.artifact is not None else Artifact()
-    hf_config, tokenizer = load_config_and_tokenizer(config, folder.checkpoint)
+    source = source_of(config, folder.checkpoint)
+    hf_config, tokenizer = read_config(source), read_tokenizer(source)
     model = load_model(config, hf_config, folder.checkpoint)
     text_config = huggingface.model_config(model)
     tp_size = max(config.tp, config.virtual_tp)

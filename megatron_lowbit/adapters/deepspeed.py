@@ -22,7 +22,7 @@ from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.adapters.huggingface.attention import quantize_attention
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError, one_line
-from megatron_lowbit.io.fingerprint import Fingerprint, check_fingerprint, model_fingerprint
+from megatron_lowbit.io.fingerprint import Fingerprint, model_fingerprint
 from megatron_lowbit.layers.linear import QuantRowParallelLinear
 from megatron_lowbit.runtime.distributed import group_rank, world_size
 from megatron_lowbit.runtime.metrics import require
@@ -143,9 +143,7 @@ def apply_to_deepspeed(
     rank, size = group_rank(group), world_size(group)
     reducers = patching.Reducers.of(artifact, size, comm_mode, group)
     here = fingerprint(engine)
-    for what, part in (("the checkpoint", artifact.checkpoint), ("the communication plan", reducers.plan)):
-        if part is not None:
-            check_fingerprint(what, part.fingerprint, here)
+    patching.check_same_model(artifact, reducers.plan, lambda _: here)
     checkpoint = artifact.checkpoint
     columns, rows, unknown = tp_linears(engine)
     if unknown:

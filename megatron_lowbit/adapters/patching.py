@@ -26,6 +26,7 @@ from megatron_lowbit.comm.reducers import HybridReducer
 from megatron_lowbit.comm.sequence_parallel import HybridGather
 from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
+from megatron_lowbit.io.fingerprint import Fingerprint, check_fingerprint
 from megatron_lowbit.layers.linear import (
     DenseShard,
     QuantColumnParallelLinear,
@@ -188,6 +189,16 @@ class Reducers:
 
     def virtual(self, name: str) -> VirtualReducer:
         return VirtualReducer(site_plan(self.plan, name), self.mode, self.drift_threshold, self.costs)
+
+
+def check_same_model(artifact: Artifact, plan: CommPlan | None, here: Callable[[Fingerprint], Fingerprint]) -> None:
+    """Raise LowBitError where the checkpoint or the plan belongs to another model than the one that is patched.
+
+    here: returns the fingerprint of that model, given the one it is compared with.
+    """
+    for what, part in (("the checkpoint", artifact.checkpoint), ("the communication plan", plan)):
+        if part is not None:
+            check_fingerprint(what, part.fingerprint, here(part.fingerprint))
 
 
 def site_plan(plan: CommPlan | None, name: str) -> SitePlan | None:

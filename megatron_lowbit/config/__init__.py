@@ -10,6 +10,7 @@ from megatron_lowbit.config.fields import Key, Section, defaults, list_sections
 from megatron_lowbit.config.loading import load_config, old_name
 from megatron_lowbit.config.sections import (
     DRIFT_THRESHOLD,
+    PLAN_KEYS,
     CalibrationConfig,
     CommConfig,
     CommMode,
@@ -34,6 +35,7 @@ from megatron_lowbit.config.stages import (
 
 __all__ = [
     "DRIFT_THRESHOLD",
+    "PLAN_KEYS",
     "CalibrateConfig",
     "CalibrationConfig",
     "CommConfig",

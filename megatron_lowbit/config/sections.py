@@ -170,6 +170,13 @@ class CommConfig(FrozenConfig):
         return value
 
 
+# What a plan is built from, and so decided by an artifact that has one: all but what counts while the collective runs,
+# and what calibrate records.
+PLAN_KEYS = tuple(
+    key for key in CommConfig.model_fields if key not in ("mode", "cost_table", "drift_threshold", "gather", "tp_sizes")
+)
+
+
 class ReassemblyConfig(FrozenConfig):
     """Channel reassembly before a linear's quantization (QLLM, section 4.1)."""
 
@@ -205,7 +212,7 @@ class CorrectionConfig(FrozenConfig):
     mode: Literal["merged", "branch", "none"] = "merged"
     """merged: deployed as Q(W + BA), trained through that rounding; branch: Q(W) beside BA in bf16"""
     rank: int = Field(4, ge=1)
-    """of the correction: columns of B and rows of A"""
+    """rank of the correction: columns of B and rows of A"""
     blocks_per_group: int = Field(4, ge=1)
     """consecutive blocks that are trained together; the last group may be smaller"""
     epochs: int = Field(2, ge=1)
@@ -213,7 +220,7 @@ class CorrectionConfig(FrozenConfig):
     batch_size: int = Field(1, ge=1)
     """windows per step, of all data-parallel ranks together"""
     learning_rate: float = Field(5e-3, gt=0, allow_inf_nan=False)
-    """of AdamW at the first step; it falls linearly to 0"""
+    """learning rate of AdamW at the first step; it falls linearly to 0"""
     train_norms: bool = False
     """also train the gains of the blocks' norms"""
     through_communication: bool = False

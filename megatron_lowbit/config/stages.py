@@ -89,7 +89,7 @@ class GenerateConfig(StageConfig):
     max_new_tokens: int = Field(64, ge=1)
     """tokens to add"""
     temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """0: greedy"""
+    """temperature of the sampling; 0: greedy"""
 
 
 class ParityConfig(StageConfig):

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,7 @@ from megatron_lowbit.config import (
 from megatron_lowbit.launch import arguments
 from megatron_lowbit.launch.bench.config import BenchmarkCollectivesConfig, BenchmarkConfig, BenchmarkKernelsConfig
 from megatron_lowbit.launch.slurm.config import SlurmConfig
+from megatron_lowbit.launch.tools import configuration
 from megatron_lowbit.qllm.resume import State
 from megatron_lowbit.quant.affine import Scheme
 
@@ -535,3 +537,13 @@ def test_the_file_of_a_scheme_is_that_of_its_model(tmp_path, caplog):
     assert load_config(QuantizeConfig, old, []).output_dir == "runs/real"
     for missing in ("model_w3a3.yaml", "model_.yaml", "other_w4a8.yaml", "model_w4a8.txt"):
         assert "cannot read config file" in refused(stage=QuantizeConfig, file=str(tmp_path / missing))
+
+
+def test_the_page_of_all_keys_is_what_the_code_says():
+    """docs/configuration.md is generated: run the command in its first lines after a change of a key."""
+    file = Path(__file__).parents[2] / "docs" / "configuration.md"
+    assert file.read_text() == configuration.page()
+    for command in CONFIGS:
+        for key in defaults(command()):
+            if command not in (BenchmarkCollectivesConfig, BenchmarkKernelsConfig):  # which refuse some
+                assert f"| `{key}` |" in configuration.page()

@@ -16,13 +16,13 @@ from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 PAPER = [config for config in CONFIGS if config.stem not in ("debug_cpu", "w4a8_hybrid")]
-# {config and scheme: (hidden size, width of Q, width of K and V, intermediate size, blocks)}, from the models' own config.json
+# {config and scheme: (hidden size, width of Q, of K and V, intermediate size, blocks)}, from the models' config.json
 MODELS = {
     "llama2_70b_w4a4": (8192, 8192, 1024, 28672, 80),
     "gemma2_27b_w6a6": (4608, 4096, 2048, 36864, 46),
     "mistral_nemo_12b_w4a8": (5120, 4096, 1024, 14336, 40),
 }
-# {config and scheme: all other weights}: embeddings (Gemma's are tied), the norms of a block (Gemma has four), the last norm
+# {config and scheme: all other weights}: embeddings (Gemma's are tied), a block's norms (Gemma has four), the last norm
 OTHER = {
     "llama2_70b_w4a4": 2 * 32000 * 8192 + 80 * 2 * 8192 + 8192,
     "gemma2_27b_w6a6": 256000 * 4608 + 46 * 4 * 4608 + 4608,

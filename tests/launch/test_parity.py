@@ -40,11 +40,11 @@ def test_what_is_compared_at_which_size():
 
 def test_a_run(tmp_path, capsys):
     """One rank against two virtual ones: the sums of a float32 model are exact, so the bits are the same."""
-    from megatron_lowbit.launch.loading import load_config_and_tokenizer, load_model
+    from megatron_lowbit.launch.loading import load_model, read_config
     from megatron_lowbit.launch.quantize import CONFIG
 
     config = CONFIG(model=str(embedded_folder()))
-    model = load_model(config, load_config_and_tokenizer(config, None)[0], None)
+    model = load_model(config, read_config(config.model), None)
     folder = save_artifact(make_artifact(model, "W4A4"), tmp_path / "artifact")
     (tmp_path / "prompts.txt").write_text("def f(x):\n\nimport os\n")
     arguments = ["model=embedded", f"artifact={folder}", f"prompts={tmp_path / 'prompts.txt'}", "max_new_tokens=4"]

@@ -22,7 +22,7 @@ from megatron_lowbit.adapters import arguments, patching, readers, saving
 from megatron_lowbit.adapters.huggingface.attention import quantize_attention
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
-from megatron_lowbit.io.fingerprint import Fingerprint, check_fingerprint, model_fingerprint
+from megatron_lowbit.io.fingerprint import Fingerprint, model_fingerprint
 from megatron_lowbit.layers.linear import DenseShard, QuantRowParallelLinear
 
 Kind = Literal["column", "row"]
@@ -201,9 +201,7 @@ def apply_to_huggingface(
     check_divides(model_config(model), virtual_tp, "virtual_tp")
     reducers = patching.Reducers.of(artifact, virtual_tp, comm_mode)
     here = fingerprint(model)
-    for what, part in (("the checkpoint", artifact.checkpoint), ("the communication plan", reducers.plan)):
-        if part is not None:
-            check_fingerprint(what, part.fingerprint, here)
+    patching.check_same_model(artifact, reducers.plan, lambda _: here)
     checkpoint = artifact.checkpoint
     quantized = checkpoint is not None and checkpoint.scheme.weight_bits < 16
     replacements: dict[str, nn.Module] = {}

@@ -16,6 +16,7 @@ norms as they were; weights of theirs in the artifact are left, with a warning.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from megatron_lowbit.adapters.megatron.layout import (
 from megatron_lowbit.adapters.megatron.replacements import Twins
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
-from megatron_lowbit.io.fingerprint import Fingerprint, check_fingerprint
+from megatron_lowbit.io.fingerprint import Fingerprint
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.runtime.distributed import group_rank, world_size
 
@@ -108,11 +109,7 @@ def apply_to_megatron(
         check_shapes(chunk, artifact)
         if artifact.checkpoint is not None and artifact.checkpoint.scheme.weight_bits < 16:
             training.check_replaceable(find_linears(chunk).values())
-        for what, part in (("the checkpoint", artifact.checkpoint), ("the communication plan", reducers.plan)):
-            if part is not None:
-                here = fingerprint(chunk, part.fingerprint["weights"])
-                both = here.keys() & part.fingerprint.keys()  # a GPTModel knows no model_type, and pads its vocabulary
-                check_fingerprint(what, *({key: f[key] for key in both} for f in (part.fingerprint, here)))
+        patching.check_same_model(artifact, reducers.plan, partial(_completed, chunk))
         if artifact.checkpoint is not None and artifact.checkpoint.scheme.weight_bits < 16:
             tell_left(chunk, artifact.checkpoint)
     replacements = [Twins(chunk, artifact, reducers).modules() for chunk in chunks]
@@ -129,6 +126,12 @@ def tell_left(model: Any, checkpoint: LowBitCheckpoint) -> None:
     here = tuple(f"{prefix}.{layer.layer_number - 1}." for layer in model.decoder.layers)
     taken = {name for layer, role in linears for name in parts(prefix, layer, role, checkpoint.linears)}
     patching.tell_left(model, checkpoint, [n for n in checkpoint.linears if n in taken or not n.startswith(here)])
+
+
+def _completed(model: Any, expected: Fingerprint) -> Fingerprint:
+    """The fingerprint of a GPTModel, which knows no model_type and pads its vocabulary: those are as expected."""
+    here = fingerprint(model, expected["weights"])
+    return {key: here.get(key, value) for key, value in expected.items()}
 
 
 def check_shapes(model: Any, artifact: Artifact) -> None:
