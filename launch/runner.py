@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_lowbit.config import LowBitError, StageConfig, one_line
+from megatron_lowbit.config import NOTICED, LowBitError, StageConfig, one_line
 from megatron_lowbit.io.files import ensure_writable, write_json, write_text
 from megatron_lowbit.launch.arguments import BAD_INPUT, fail, parse
 from megatron_lowbit.launch.bench.netlab import FIRST_HOST, network, no_namespaces
@@ -147,7 +147,7 @@ def _start_ranks(name: str, argv: list[str], size: int, rate: str | None = None)
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     threads = str(max(1, (os.cpu_count() or 1) // size))
-    base = {"OMP_NUM_THREADS": threads, "PYTHONSAFEPATH": "1", **launcher_env.without_launch(os.environ)}
+    base = {"OMP_NUM_THREADS": threads, "PYTHONSAFEPATH": "1", NOTICED: "1", **launcher_env.without_launch(os.environ)}
     if 0 < torch.cuda.device_count() < size:
         print(f"{size} ranks, {torch.cuda.device_count()} GPUs: running on the CPU", file=sys.stderr)
         base |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}

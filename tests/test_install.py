@@ -54,9 +54,11 @@ def test_the_wheel_holds_every_file(built):
 
 
 IMPORT = """
-import megatron_lowbit as lowbit, megatron_lowbit.linear, megatron_lowbit.launch, torch
+import megatron_lowbit as lowbit, megatron_lowbit.layers.linear, megatron_lowbit.launch, torch
 from megatron_lowbit.kernels import pack_bits
 assert pack_bits(torch.tensor([1, 2], dtype=torch.uint8), 4).tolist() == [0x21]
+from megatron_lowbit.config import CommConfig
+assert CommConfig.model_fields["bits"].description, "docstrings of fields are read from the source"
 print(lowbit.__file__)
 """
 

@@ -15,7 +15,7 @@ class _Config(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _one_line(cls, value: Any) -> Any:
+    def _without_line_breaks(cls, value: Any) -> Any:
         texts = value if isinstance(value, tuple) else (value,)
         if any("\n" in text for text in texts if isinstance(text, str)):
             raise ValueError("write one line, without a line break")

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from megatron_lowbit.config.fields import dotted_keys
 
 logger = logging.getLogger("megatron_lowbit")
+NOTICED = "MEGATRON_LOWBIT_NOTICED"  # set for ranks whose starter has read the same arguments
 
 
 class LowBitError(Exception):
@@ -23,7 +24,7 @@ class LowBitError(Exception):
 @cache
 def notice(text: str) -> None:
     """Log a line, once per process and on rank 0 alone: an old spelling that still works is told and not refused."""
-    if os.environ.get("RANK", "0") in ("", "0"):
+    if os.environ.get("RANK", "0") in ("", "0") and NOTICED not in os.environ:
         logger.warning("%s", text)
 
 

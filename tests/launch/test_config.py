@@ -435,9 +435,12 @@ def test_the_first_name_of_per_token_still_works(tmp_path, caplog):
     assert refused("comm.scale=rank2") == "comm.scale='rank2' is not one of static, per_token"
 
 
-def test_a_notice_is_of_rank_zero(caplog, monkeypatch):
+@pytest.mark.parametrize("variables", [{"RANK": "1"}, {"RANK": "0", errors.NOTICED: "1"}])
+def test_a_notice_is_given_once_for_all_ranks(variables, caplog, monkeypatch):
+    """By rank 0, or by the process that has started the ranks."""
     errors.notice.cache_clear()
-    monkeypatch.setenv("RANK", "1")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     assert CommConfig(scale="rank1").scale == "per_token" and not caplog.records
 
 

@@ -87,6 +87,14 @@ def test_shellcheck_sees_every_launcher_and_container(tmp_path, launcher, runtim
     assert ("apptainer exec --nv" in text) == (runtime == "apptainer")
 
 
+def test_the_file_of_a_scheme_is_found_by_its_old_name(tmp_path, monkeypatch):
+    """run_w4a8.yaml, which run.yaml and weights.scheme=W4A8 have replaced, beside the pipeline file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("model: embedded\nevaluation: {data: 'stdlib:validation'}\n")
+    text = script(tmp_path, stages={"evaluate": {"arguments": ["--config", "run_w4a8.yaml"]}}, tasks_per_node=1)
+    assert "stage=(megatron_lowbit.launch.evaluate --config run_w4a8.yaml)" in text
+
+
 @pytest.mark.parametrize("form", ["--config FILE", "--config=FILE"])
 def test_where_a_relative_config_is_looked_for(tmp_path, monkeypatch, capsys, form):
     """Beside the pipeline file first, then in the working folder; the job, which starts in that, finds it too."""
