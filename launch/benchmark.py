@@ -20,6 +20,7 @@ from torch import distributed as dist
 from megatron_lowbit.adapters import patching
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.build_plan import build_plan, describe
+from megatron_lowbit.comm.plan import label_of
 from megatron_lowbit.config import CommConfig, LowBitError, WeightsConfig
 from megatron_lowbit.launch.bench.config import BenchmarkConfig
 from megatron_lowbit.launch.bench.netlab import on_a_host
@@ -45,7 +46,7 @@ def run(config: BenchmarkConfig, logger: MetricLogger) -> dict[str, Any]:
         raise LowBitError("the benchmark compares collectives: set tp=2 (or engine=huggingface tp=1 virtual_tp=2)")
     stats = calibrate_engine(engine, config.calibration, [size], logger, config.comm)
     plan = build_plan(stats, size, config.comm, config.seed)
-    low_bit = f"{config.comm.mode or 'one_shot'} {describe(config.comm)}"
+    low_bit = f"{config.comm.mode or 'one_shot'} {label_of(describe(config.comm))}"
     artifacts: dict[str, tuple[Artifact, CommConfig | None]] = {
         "patched, nothing quantized": (Artifact(), None),
         low_bit: (Artifact(None, {size: plan}), config.comm),

@@ -185,7 +185,7 @@ def widest_features(aggregated: Tensor, k: int) -> Tensor:
 def describe(config: CommConfig) -> str:
     """What the collective is called in plans: int4, random int4/bf16, hybrid int4/bf16, rank-1 tiered int4 and so on.
 
-    Plans keep the first name of scale=per_token, rank-1; CommPlan.label has today's.
+    Plans keep the first name of scale=per_token, rank-1; plan.label_of returns today's.
     """
     scale = "rank-1 " if config.scale == "per_token" else "clipped " if config.clipping == "histogram" else ""
     if config.allocation == "adaptive":

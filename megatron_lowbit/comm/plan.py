@@ -165,6 +165,11 @@ class SitePlan:
         return cls(first, again, tensors["center"], tensors["half_range"], one_value("carrier_bits", tensors))
 
 
+def label_of(description: str) -> str:
+    """Return a plan's description as results print it: there comm.scale=per_token still has its first name, rank-1."""
+    return description.replace("rank-1 ", "per-token ")
+
+
 @dataclass(frozen=True)
 class CommPlan:
     """{site: SitePlan} of one tensor-parallel size.
@@ -183,8 +188,8 @@ class CommPlan:
 
     @property
     def label(self) -> str:
-        """What results call the collective: the description, where comm.scale=per_token still has its first name."""
-        return self.description.replace("rank-1 ", "per-token ")
+        """What results call the collective."""
+        return label_of(self.description)
 
     def save(self, folder: str | Path) -> None:
         meta = {
