@@ -18,6 +18,7 @@ from commands import CALIBRATION, EVALUATION, needs_deepspeed, run_here
 from pages import MANUAL, ROOT, Command, commands, links, python_blocks
 
 import megatron_lowbit
+from megatron_lowbit.config import defaults
 from megatron_lowbit.launch import STAGES, arguments
 from megatron_lowbit.launch.bench.arguments import parse_collectives, parse_kernels
 from megatron_lowbit.launch.inputs import check_inputs
@@ -192,7 +193,7 @@ def test_size_of_the_readme():
 
 def test_every_key_that_pages_set_is_one():
     """`key=value` in a page's text, where the key has a dot."""
-    known = {key for config in arguments.CONFIGS.values() for key in arguments.defaults(config())}
+    known = {key for config in arguments.CONFIGS.values() for key in defaults(config())}
     for page in MANUAL:
         for key in re.findall(
             r"`((?:comm|weights|calibration|evaluation|correction|reassembly|rates)\.(?!json)\w+)[=`]", page.read_text()
