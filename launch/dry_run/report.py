@@ -1,8 +1,8 @@
 """megatron-lowbit quantize --dry-run: what a run would take, from the model's config alone.
 
 The model is built on the meta device: shards and shapes of every linear, bytes per rank, and operations, bytes and
-seconds of every stage (scale.py), at the rates that this machine reaches on the model's own shapes or at those that
-are given for another one (rates.*).
+seconds of every stage (cost_model.py), at the rates that this machine reaches on the model's own shapes or at those
+that are given for another one (rates.*).
 """
 
 from __future__ import annotations

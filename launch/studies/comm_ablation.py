@@ -5,7 +5,7 @@
     paper                               static ranges, 1/64 of the features in bf16, one_shot (arXiv 2411.07942)
     paper clipped                       ... with ranges of least squared error (clipping.py)
     paper without bf16                  ... with no feature in bf16
-    static adaptive                     ... with bits by feature (allocation.py)
+    static adaptive                     ... with bits by feature (bit_allocation.py)
     per-token uniform                   the token's own size is sent
     per-token adaptive                  ... with bits by feature: the default
     per-token adaptive two_shot <b>     ... and the sums travel back in b bits

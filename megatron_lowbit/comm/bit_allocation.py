@@ -1,7 +1,7 @@
 """Bits by feature: reverse water-filling under one budget over all sites (ours; arXiv 2411.07942 has two tiers, Int4
 and BF16, in every layer alike).
 
-The squared error of a code of b bits is the feature's weight (ranges.py) times error(b):
+The squared error of a code of b bits is the feature's weight (build_plan.py) times error(b):
 1 / (12 (2^b - 1)^2) with static ranges, and as measured with rank-1 scales, whose steps are not all alike. Of all
 features of all sites the one whose next bits lower the weighted error most, per bit, gets them, until the budget is
 spent. The error is convex in b, so taking the steps in the order of their gain is the same as taking them one by one.

@@ -1,1 +1,1 @@
-"""The embedded model: a 1.3 M parameter Llama trained on the Python standard library (launch/train_embedded.py)."""
+"""The embedded model: a Llama of 1.3 M parameters, trained on Python's own source (launch/tools/train_embedded.py)."""

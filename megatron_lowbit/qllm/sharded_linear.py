@@ -5,7 +5,8 @@
                      y = Q(x S) Q(R W)^T + Q(x S) A^T B^T      branch
 
 lora_a [rank, in], lora_b [out, rank] are the factors over all shards; for a column-parallel linear A is shared and B is
-cut along the outputs, for a row-parallel one A is cut along the inputs and B is shared (sharding.py sums its gradient).
+cut along the outputs, for a row-parallel one A is cut along the inputs and B is shared (shard_groups.py sums its
+gradient).
 The rounding Q passes the gradient straight through, so what is trained is what is deployed.
 """
 
