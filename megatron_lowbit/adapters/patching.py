@@ -329,6 +329,8 @@ def norms(model: nn.Module, checkpoint: LowBitCheckpoint, plain: Collection[str]
                 f"the checkpoint's {name} is {tensor.dtype} {list(tensor.shape)}, the model's {list(current.shape)}: "
                 "it belongs to another model; quantize this one"
             )
+        if not torch.isfinite(tensor).all():
+            raise LowBitError(f"the checkpoint's {name} holds NaN or Inf; quantize this model again")
         stored = tensor.to(current.device, current.dtype)
         plan = None if fqn in plain else checkpoint.reassembly.get(fqn)
         if plan is None and torch.equal(stored, current.data):

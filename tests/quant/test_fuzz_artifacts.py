@@ -251,6 +251,12 @@ def test_other_widths_than_the_models_are_refused_when_applied(artifact, fuzzers
         apply_to_huggingface(fuzzers["qllm"].model, artifact, 2)
 
 
+def test_a_norm_that_holds_nan_is_refused_when_applied(artifact, fuzzers):
+    forge(artifact, "post_attention_layernorm.weight", lambda t: first(t, float("nan")))
+    with pytest.raises(LowBitError, match=r"layers\.0\.post_attention_layernorm\.weight holds NaN or Inf"):
+        apply_to_huggingface(fuzzers["qllm"].model, artifact, 2)
+
+
 def test_reprs_are_short(fuzzers, artifact):
     loaded, stats = Artifact.load(artifact), CalibrationStats.load(artifact)
     assert loaded.checkpoint is not None
