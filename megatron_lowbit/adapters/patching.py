@@ -29,7 +29,7 @@ from megatron_lowbit.config import CommConfig, CommMode, LowBitError
 from megatron_lowbit.io.fingerprint import Fingerprint, check_fingerprint
 from megatron_lowbit.layers.linear import (
     DenseShard,
-    QuantColumnParallelLinear,
+    QuantLinear,
     QuantRowParallelLinear,
     activation_groups,
     check_fits,
@@ -228,7 +228,7 @@ def column_parallel(
     low_rank = checkpoint.low_rank.get(name)
     low_rank = None if low_rank is None else low_rank.shard_out(rank, size)
     plan = checkpoint.reassembly.get(name, plan)
-    return QuantColumnParallelLinear(weight, bias, checkpoint.scheme.act_bits, 1, plan, low_rank)
+    return QuantLinear(weight, bias, checkpoint.scheme.act_bits, 1, plan, low_rank)
 
 
 def row_shard(checkpoint: LowBitCheckpoint | None, name: str, rank: int, size: int, dense: Tensor) -> nn.Module:
@@ -243,7 +243,7 @@ def row_shard(checkpoint: LowBitCheckpoint | None, name: str, rank: int, size: i
             f"{name}: {groups} activation shard groups do not divide among tp={size}; "
             f"quantize with a weights.shard_groups that {size} divides"
         )
-    return QuantColumnParallelLinear(
+    return QuantLinear(
         weight.shard_in(rank, size),
         None,
         checkpoint.scheme.act_bits,

@@ -38,8 +38,10 @@ from megatron_lowbit.quant.affine import (
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 
 
-class QuantColumnParallelLinear(Float32QParams):
-    """x [..., in_features] -> [..., out_features_per_partition]; no communication.
+class QuantLinear(Float32QParams):
+    """A quantized linear without communication: x [..., in_features] -> [..., out_features], both of this rank.
+
+    A column-parallel linear is one of these, and so is every shard of a QuantRowParallelLinear, which adds the sum.
 
     act_bits: 16 leaves the activations as they are. act_groups: slices of the input with their own scale per token.
     plan: reassembles x first, where the module before it did not. low_rank: this rank's share of the branch.
@@ -95,7 +97,7 @@ class QuantColumnParallelLinear(Float32QParams):
             )
             codes = quantize(codes, act_scale, act_zero_point, self.act_bits)
         weight = (self.packed_weight, self.scale, self.zero_point, self.weight_bits)
-        y = _QuantLinear.apply(rows, codes, act_scale, act_zero_point, *weight, dtype or x.dtype)
+        y = _QuantLinearFunction.apply(rows, codes, act_scale, act_zero_point, *weight, dtype or x.dtype)
         if self.lora_a is not None and self.lora_b is not None:
             inputs = rows
             if act_scale is not None and act_zero_point is not None:
@@ -109,7 +111,7 @@ class QuantColumnParallelLinear(Float32QParams):
         return f"{self.in_features}, {self.out_features}, {scheme}, act_groups={self.act_groups}"
 
 
-class _QuantLinear(torch.autograd.Function):
+class _QuantLinearFunction(torch.autograd.Function):
     """Forward on codes; backward straight through both roundings: dx = dy W^, W^ the dequantized weight."""
 
     @staticmethod
@@ -201,10 +203,10 @@ def check_fits(name: str, linear: nn.Module, replaced: nn.Module) -> None:
         return
     outputs, inputs = weight.shape
     found, read = [outputs], inputs
-    if isinstance(linear, QuantColumnParallelLinear):  # what it reads may be the output of a reassembling norm
+    if isinstance(linear, QuantLinear):  # what it reads may be the output of a reassembling norm
         found = [linear.out_features]
     elif isinstance(linear, QuantRowParallelLinear):
-        shards = [shard for shard in linear.shards if isinstance(shard, QuantColumnParallelLinear)]
+        shards = [shard for shard in linear.shards if isinstance(shard, QuantLinear)]
         found = [shard.out_features for shard in shards]
         if shards:
             read = sum(s.in_features if s.reassembly is None else s.reassembly.in_features for s in shards)

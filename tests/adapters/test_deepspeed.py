@@ -177,7 +177,7 @@ def test_unknown_layers_are_named_and_left_alone(two_ranks, tmp_path, block):
         for kind, name in (("Tuned_LinearLayer", "gate_proj"), ("Tuned_LinearAllreduce", "down_proj")):
             assert f"{kind} (first: model.layers.{block}.mlp.{name})" in results["warnings"][0]
             assert results["types"][name] == kind
-        assert results["types"]["up_proj"] == "QuantColumnParallelLinear"
+        assert results["types"]["up_proj"] == "QuantLinear"
         assert 0 < (results["after"] - results["before"]).norm() < 0.5 * results["before"].norm()
 
 

@@ -19,7 +19,7 @@ from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.build_plan import build_plan
 from megatron_lowbit.config import CommConfig, LowBitError
-from megatron_lowbit.layers.linear import QuantColumnParallelLinear, QuantRowParallelLinear
+from megatron_lowbit.layers.linear import QuantLinear, QuantRowParallelLinear
 
 FUSED = {"qkv_proj": "self_attn", "gate_up_proj": "mlp"}
 SEPARATE = dict.fromkeys(["q_proj", "k_proj", "v_proj"], "self_attn") | dict.fromkeys(["gate_proj", "up_proj"], "mlp")
@@ -245,7 +245,7 @@ def test_generate_runs_on_a_patched_model():
 def test_modules_take_the_mode_of_what_they_replace(training):
     model = build("llama").train(training)
     lowbit.apply_to_huggingface(model, make_artifact(model, "W4A8"))
-    assert sum(isinstance(m, QuantColumnParallelLinear) for m in model.modules()) == 14
+    assert sum(isinstance(m, QuantLinear) for m in model.modules()) == 14
     assert {m.training for m in model.modules()} == {training}
 
 

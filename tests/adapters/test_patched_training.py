@@ -12,7 +12,7 @@ import megatron_lowbit as lowbit
 from megatron_lowbit.adapters import patching
 from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.config import LowBitError
-from megatron_lowbit.layers.linear import QuantColumnParallelLinear
+from megatron_lowbit.layers.linear import QuantLinear
 from megatron_lowbit.layers.reassembled_norm import ReassembledNorm
 
 
@@ -64,7 +64,7 @@ def test_what_is_left_is_trained_and_packed_weights_are_not(scheme):
     artifact = reassembled(model, artifact)
     lowbit.apply_to_huggingface(model, artifact, 2).train()
     held = {id(p) for group in torch.optim.AdamW(model.parameters()).param_groups for p in group["params"]}
-    modules = [m for m in model.modules() if isinstance(m, QuantColumnParallelLinear | ReassembledNorm)]
+    modules = [m for m in model.modules() if isinstance(m, QuantLinear | ReassembledNorm)]
     assert len(modules) == 2 * (5 + 2 * 2 + 2), "columns, two shards of each row, norms"
     inside = {n: t.clone() for i, m in enumerate(modules) for n, t in ((f"{i}.{n}", t) for n, t in m.named_buffers())}
     losses = train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2), 8)

@@ -8,7 +8,7 @@ import torch
 from megatron_lowbit import kernels
 from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.layers import linear
-from megatron_lowbit.layers.linear import QuantColumnParallelLinear, QuantRowParallelLinear, activation_groups
+from megatron_lowbit.layers.linear import QuantLinear, QuantRowParallelLinear, activation_groups
 from megatron_lowbit.quant.affine import QuantizedWeight, Scheme, choose_qparams, quantize
 
 SCHEMES = ("W4A16", "W4A8", "W4A4", "W6A6", "W8A8")
@@ -64,7 +64,7 @@ def test_column_parallel(scheme, group_size, act_groups, tokens):
     bits = Scheme.parse(scheme)
     weight = QuantizedWeight.from_float(normal(7, 33), bits.weight_bits, group_size=group_size)
     bias, x = normal(7, seed=1), normal(tokens, 33, seed=2)
-    y = QuantColumnParallelLinear(weight, bias, bits.act_bits, act_groups)(x)
+    y = QuantLinear(weight, bias, bits.act_bits, act_groups)(x)
     exact, magnitude = oracle(x, weight, bits.act_bits, act_groups)
     bias64 = bias.double().numpy()
     error = abs(y.double().numpy() - (exact + bias64))
@@ -74,7 +74,7 @@ def test_column_parallel(scheme, group_size, act_groups, tokens):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_leading_dimensions_and_no_tokens(scheme):
     bits = Scheme.parse(scheme)
-    module = QuantColumnParallelLinear(QuantizedWeight.from_float(normal(3, 8), bits.weight_bits), None, bits.act_bits)
+    module = QuantLinear(QuantizedWeight.from_float(normal(3, 8), bits.weight_bits), None, bits.act_bits)
     x = normal(2, 5, 8)
     y = module(x)
     assert y.shape == (2, 5, 3)
@@ -90,7 +90,7 @@ def test_bf16_activations(scheme):
     bits = Scheme.parse(scheme)
     weight = QuantizedWeight.from_float(normal(7, 32), bits.weight_bits)
     x = normal(5, 32, seed=2).bfloat16()
-    y = QuantColumnParallelLinear(weight, None, bits.act_bits)(x)
+    y = QuantLinear(weight, None, bits.act_bits)(x)
     assert y.dtype == torch.bfloat16
     exact, magnitude = oracle(x.float(), weight, bits.act_bits, 1)
     bound = float32_bound(32, magnitude)
@@ -112,7 +112,7 @@ def test_quant_linear_by_hand():
 
 def row_parallel_shards(weight: QuantizedWeight, act_bits: int, shard_groups: int, size: int) -> list:
     groups = activation_groups(weight.in_features, shard_groups)
-    return [QuantColumnParallelLinear(weight.shard_in(r, size), None, act_bits, groups // size) for r in range(size)]
+    return [QuantLinear(weight.shard_in(r, size), None, act_bits, groups // size) for r in range(size)]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -148,7 +148,7 @@ def test_row_parallel_alone_adds_its_bias(scheme):
     bits = Scheme.parse(scheme)
     weight = QuantizedWeight.from_float(normal(5, 24), bits.weight_bits)
     bias, x = normal(5, seed=1), normal(2, 3, 24, seed=2)
-    shard = QuantColumnParallelLinear(weight, None, bits.act_bits, 8)
+    shard = QuantLinear(weight, None, bits.act_bits, 8)
     y = QuantRowParallelLinear([shard], None, bias)(x)
     exact, magnitude = oracle(x.view(6, 24), weight, bits.act_bits, 8)
     bias64 = bias.double().numpy()

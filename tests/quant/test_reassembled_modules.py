@@ -11,7 +11,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from megatron_lowbit.config import LowBitError, WeightsConfig
-from megatron_lowbit.layers.linear import QuantColumnParallelLinear
+from megatron_lowbit.layers.linear import QuantLinear
 from megatron_lowbit.layers.reassembled_norm import ReassembledNorm, rms_gain
 from megatron_lowbit.qllm.reassembly import build_plan
 from megatron_lowbit.qllm.sharded_linear import ShardedLinear
@@ -152,7 +152,7 @@ def test_deployed_linear_with_plan(scheme, merge):
     w, x, bias = normal(7, HIDDEN, seed=8), normal(2, 5, HIDDEN, seed=9), normal(7, seed=10)
     reassembled = (w.double() @ dense_r(plan).T).float()
     weight = QuantizedWeight.from_float(reassembled, bits.weight_bits)
-    y = QuantColumnParallelLinear(weight, bias, bits.act_bits, 1, plan)(x)
+    y = QuantLinear(weight, bias, bits.act_bits, 1, plan)(x)
     xs = plan.activations(x)
     torch.testing.assert_close(xs.double(), x.double() @ dense_s(plan), rtol=1e-5, atol=1e-5)
     if bits.act_bits < 16:
@@ -171,7 +171,7 @@ def test_deployed_linear_with_branch(scheme, with_plan):
     w, x = normal(7, HIDDEN, seed=11), normal(5, HIDDEN, seed=12)
     low_rank = LowRank(normal(3, HIDDEN, seed=13).bfloat16(), normal(7, 3, seed=14).bfloat16())
     weight = QuantizedWeight.from_float(w, bits.weight_bits)
-    y = QuantColumnParallelLinear(weight, None, bits.act_bits, 1, plan, low_rank)(x)
+    y = QuantLinear(weight, None, bits.act_bits, 1, plan, low_rank)(x)
     xs = x if plan is None else plan.activations(x)
     xs = xs if bits.act_bits == 16 else fake_quantize(xs, bits.act_bits)
     a, b, xs = low_rank.lora_a.double(), low_rank.lora_b.double(), xs.double()
@@ -270,7 +270,7 @@ def test_training_forward_is_the_deployed_one(kind, scheme, group_size, correcti
     with torch.no_grad():
         assert torch.equal(packed.dequantize(), torch.cat(linear.effective_weights(), dim))
     act_groups = 1 if kind == "column" else SHARDS
-    deployed = QuantColumnParallelLinear(packed, bias, bits.act_bits, act_groups, plan, low_rank)(x)
+    deployed = QuantLinear(packed, bias, bits.act_bits, act_groups, plan, low_rank)(x)
     # Codes of the activations are equal; the float32 sums are taken in another order.
     terms = (x.abs().amax() * packed.dequantize().abs().sum(1).amax()).item()
     if low_rank is not None:

@@ -42,7 +42,7 @@ from megatron_lowbit.comm.plan import SitePlan
 from megatron_lowbit.comm.sequence_parallel import HybridGather
 from megatron_lowbit.config import LowBitError, WeightsConfig
 from megatron_lowbit.io.fingerprint import row_bit_sums
-from megatron_lowbit.layers.linear import DenseShard, QuantColumnParallelLinear, QuantRowParallelLinear
+from megatron_lowbit.layers.linear import DenseShard, QuantLinear, QuantRowParallelLinear
 from megatron_lowbit.runtime.distributed import world_size
 
 
@@ -164,7 +164,7 @@ class _LowBitLayer:
 class LowBitColumnParallelLinear(_LowBitLayer, ColumnParallelLinear):
     """x [tokens (/ N under sequence parallelism), batch, in] -> ([tokens, batch, out / N], bias or None)."""
 
-    low_bit: QuantColumnParallelLinear | DenseShard | None
+    low_bit: QuantLinear | DenseShard | None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -176,7 +176,7 @@ class LowBitColumnParallelLinear(_LowBitLayer, ColumnParallelLinear):
     def around(
         cls,
         host: nn.Module,
-        low_bit: QuantColumnParallelLinear | DenseShard,
+        low_bit: QuantLinear | DenseShard,
         gated: bool,
         gather: Codec | None,
         drift_threshold: float | None = None,

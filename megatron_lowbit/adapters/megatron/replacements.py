@@ -33,7 +33,7 @@ from megatron_lowbit.adapters.megatron.norms import LowBitNorm
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.codec import Codec
 from megatron_lowbit.config import LowBitError
-from megatron_lowbit.layers.linear import QuantColumnParallelLinear, QuantRowParallelLinear
+from megatron_lowbit.layers.linear import QuantLinear, QuantRowParallelLinear
 from megatron_lowbit.quant.affine import LowRank, QuantizedWeight
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
@@ -77,7 +77,7 @@ class Twins:
         norm = norm_name(self.prefix, layer, next(norm for norm, (_, reader) in NORMS.items() if reader == role))
         by_linear = role in self.reassembling
         plan = checkpoint.reassembly.get(names[0]) or (checkpoint.reassembly.get(norm) if by_linear else None)
-        linear = QuantColumnParallelLinear(weight, None, checkpoint.scheme.act_bits, 1, plan, branch)
+        linear = QuantLinear(weight, None, checkpoint.scheme.act_bits, 1, plan, branch)
         kind = LowBitLayerNormColumnParallelLinear if holds_norm else LowBitColumnParallelLinear
         gated, threshold = role == "linear_fc1" and host.config.gated_linear_unit, self.reducers.drift_threshold
         twin = kind.around(host, linear, gated, gather, threshold)

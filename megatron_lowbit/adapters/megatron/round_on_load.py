@@ -23,7 +23,7 @@ from megatron_lowbit.config import LowBitError, WeightsConfig
 from megatron_lowbit.kernels import pack_bits
 from megatron_lowbit.layers.linear import (
     DenseShard,
-    QuantColumnParallelLinear,
+    QuantLinear,
     QuantRowParallelLinear,
     activation_groups,
 )
@@ -56,12 +56,12 @@ def parse_recipe(quantization_config: Any) -> WeightsConfig:
         raise LowBitError(f"{where}: {key}={problem['input']!r}: {problem['msg'].lower()}") from None
 
 
-def round_column(weight: Tensor, config: WeightsConfig) -> QuantColumnParallelLinear:
+def round_column(weight: Tensor, config: WeightsConfig) -> QuantLinear:
     """This rank's rows [out / N, in] of a column-parallel weight, rounded to config.scheme."""
     scheme = Scheme.parse(config.scheme)
     _check(weight, config)
     qparams = choose_qparams(weight, scheme.weight_bits, config.symmetric, config.group_size)
-    return QuantColumnParallelLinear(_packed(weight, qparams, scheme.weight_bits), None, scheme.act_bits)
+    return QuantLinear(_packed(weight, qparams, scheme.weight_bits), None, scheme.act_bits)
 
 
 def round_row(
@@ -72,7 +72,7 @@ def round_row(
     _check(weight, config, group)
     qparams = _row_qparams(weight, config, group)
     act_groups = _act_groups(weight, config, group)
-    shard = QuantColumnParallelLinear(_packed(weight, qparams, scheme.weight_bits), None, scheme.act_bits, act_groups)
+    shard = QuantLinear(_packed(weight, qparams, scheme.weight_bits), None, scheme.act_bits, act_groups)
     reducer = None if group is None else HybridReducer(None, group, "native")
     return QuantRowParallelLinear([shard], reducer, None, sequence_parallel)
 

@@ -27,7 +27,7 @@ from megatron_lowbit.comm.plan import SitePlan
 from megatron_lowbit.comm.reducers import HybridReducer
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.kernels import packed_bytes
-from megatron_lowbit.layers.linear import QuantColumnParallelLinear, QuantRowParallelLinear
+from megatron_lowbit.layers.linear import QuantLinear, QuantRowParallelLinear
 from megatron_lowbit.layers.reassembled_norm import Reassembly
 from megatron_lowbit.quant.affine import LowRank, QuantizedWeight
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
@@ -51,13 +51,13 @@ class Shape:
         return torch.tensor(astuple(self))
 
 
-def quantized_linear(layer: Any) -> QuantColumnParallelLinear | None:
+def quantized_linear(layer: Any) -> QuantLinear | None:
     """The packed matrix product inside a low-bit layer; None where its weight is in full precision."""
     low_bit = layer.low_bit.shards[0] if isinstance(layer.low_bit, QuantRowParallelLinear) else layer.low_bit
-    return low_bit if isinstance(low_bit, QuantColumnParallelLinear) else None
+    return low_bit if isinstance(low_bit, QuantLinear) else None
 
 
-def shape_of(layer: Any, linear: QuantColumnParallelLinear) -> Shape:
+def shape_of(layer: Any, linear: QuantLinear) -> Shape:
     ranks = world_size(layer.tp_group) if layer.is_row else 1
     return Shape(
         linear.weight_bits,
@@ -144,7 +144,7 @@ def take_reassembly(state_dict: dict[str, Any], prefix: str, rank: int = 0) -> R
     return ReassemblyPlan.from_dense(src - rank * len(merged), coefficient, merged)
 
 
-def own_plan(linear: QuantColumnParallelLinear) -> ReassemblyPlan:
+def own_plan(linear: QuantLinear) -> ReassemblyPlan:
     """The reassembly that a linear carries out itself; the identity where it does none."""
     if linear.reassembly is not None:
         return linear.reassembly.plan()
@@ -182,7 +182,7 @@ def empty_codec(senders: int, features: int) -> Codec:
 
 
 def empty_linear(shape: Shape, out_features: int, scales: int, rank: int | None, ranks: int) -> Any:
-    """A QuantColumnParallelLinear of zeros for one rank to load into.
+    """A QuantLinear of zeros for one rank to load into.
 
     out_features, scales: this rank's rows, and scales per row; rank: of the low-rank branch, None without one; ranks:
     those that share the inputs (1 for a column-parallel linear). Raises LowBitError for a size that splits a shard
@@ -203,7 +203,7 @@ def empty_linear(shape: Shape, out_features: int, scales: int, rank: int | None,
     branch = None
     if rank is not None:
         branch = LowRank(*(torch.zeros(size, dtype=torch.bfloat16) for size in ((rank, inputs), (out_features, rank))))
-    return QuantColumnParallelLinear(weight, None, shape.act_bits, shape.act_groups // ranks, None, branch)
+    return QuantLinear(weight, None, shape.act_bits, shape.act_groups // ranks, None, branch)
 
 
 def _stored_name(name: str) -> str:
