@@ -50,7 +50,7 @@ class _Format(ctypes.Structure):
         ("tiers", ctypes.c_void_p),
         ("num_tiers", ctypes.c_int64),
         ("features", ctypes.c_int64),
-        ("rank1", ctypes.c_int64),
+        ("per_token", ctypes.c_int64),
     ]
 
     def __init__(self, format: Format):
@@ -58,7 +58,7 @@ class _Format(ctypes.Structure):
         numbers = (ctypes.c_int64 * len(format.tiers))(*format.tiers)
         self.alive = scale, zero_point, order, numbers
         pointers = scale.data_ptr(), zero_point.data_ptr(), order.data_ptr(), ctypes.addressof(numbers)
-        super().__init__(*pointers, len(format.tiers) // 2, format.features, format.rank1)
+        super().__init__(*pointers, len(format.tiers) // 2, format.features, format.per_token)
 
 
 @kernel(hybrid_pack, "cpu")
@@ -180,10 +180,10 @@ def _with_plain_rows(messages: Tensor) -> Tensor:
 
 def _format(format: Format) -> _Format | None:
     """None for a plan that the kernels do not take; they see themselves whether `order` has every feature once."""
-    scale, zero_point, order, tiers, rank1 = format
+    scale, zero_point, order, tiers, per_token = format
     features = order.shape[0] if order.dim() == 1 else 0
     widths = list(tiers[::2])
-    bf16_first = sorted(widths, key=lambda bits: bits != BF16_BITS) == widths  # where rank-1 ranges look for them
+    bf16_first = sorted(widths, key=lambda bits: bits != BF16_BITS) == widths  # where per-token ranges look for them
     if (
         not 0 < features < 2**24
         or sum(tiers[1::2]) != features
@@ -191,7 +191,7 @@ def _format(format: Format) -> _Format | None:
         or scale.shape != zero_point.shape
         or scale.shape[-1] != features
         or order.dtype != torch.int64
-        or not (bf16_first or not rank1)
+        or not (bf16_first or not per_token)
         or not all(tensor.device.type == "cpu" for tensor in (scale, zero_point, order))
     ):
         return None

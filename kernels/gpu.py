@@ -51,7 +51,7 @@ def _kernels(rows: int, row_bytes: int, *large: Tensor) -> Any:
 
 def _plain(format: Format) -> Format:
     scale, zero_point, order = (tensor.contiguous() for tensor in format[:3])
-    return Format(scale, zero_point, order, format.tiers, format.rank1)
+    return Format(scale, zero_point, order, format.tiers, format.per_token)
 
 
 def _rows(x: Tensor) -> Tensor:

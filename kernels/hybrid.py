@@ -26,25 +26,25 @@ from megatron_lowbit.kernels.wire_format import (
     token_header,
 )
 
-FORMAT = "Tensor scale, Tensor zero_point, Tensor order, int[] tiers, bool rank1"
-SECOND = "Tensor scale2, Tensor zero_point2, Tensor order2, int[] tiers2, bool rank1_2"
+FORMAT = "Tensor scale, Tensor zero_point, Tensor order, int[] tiers, bool per_token"
+SECOND = "Tensor scale2, Tensor zero_point2, Tensor order2, int[] tiers2, bool per_token2"
 
 
 def pack_reference(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     """Encode one rank's partial sums.
 
-    x: float [tokens, E]. Returns (uint8 [tokens, hybrid_row_bytes(tiers, rank1)], int64 [3]: the values; of
-    them those that lay beyond their static range by more than half a step (rank-1: more than FAR standard deviations
+    x: float [tokens, E]. Returns (uint8 [tokens, hybrid_row_bytes(tiers, per_token)], int64 [3]: the values; of
+    them those that lay beyond their static range by more than half a step (per-token: more than FAR standard deviations
     from their mean), or were NaN; the tokens that travel as NaN).
     """
-    scale, zero_point, order, tiers, rank1 = format
+    scale, zero_point, order, tiers, per_token = format
     values = x.float()
     broken = (0 * values).sum(1, keepdim=True)  # NaN for a token that holds NaN or Inf, else 0
     parts: list[Tensor] = []
     normed = values * scale.reciprocal() + zero_point
     saturated = torch.zeros(1, dtype=torch.int64, device=x.device)
     inverse, nonfinite = broken, broken.isnan()
-    if rank1:
+    if per_token:
         first_code = sum(count for bits, _, count, _, _ in tier_slices(tiers) if bits == BF16_BITS)
         size = normed.abs().index_fill(1, order[:first_code], 0.0)
         saturated += (~(size <= FAR)).sum()
@@ -52,7 +52,7 @@ def pack_reference(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
         nonfinite = parts[0] == BROKEN
         token_scale = header_scale(parts[0])
         inverse = torch.where(token_scale > 0, token_scale.reciprocal(), 0.0)
-    elif header_bytes(tiers, rank1):
+    elif header_bytes(tiers, per_token):
         parts.append(nonfinite.to(torch.uint8))
     for bits, first, count, _, _ in tier_slices(tiers):
         here = order[first : first + count]
@@ -60,7 +60,7 @@ def pack_reference(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
             parts.append((values[:, here] + broken).to(torch.bfloat16).view(torch.uint8))
             continue
         top = 2**bits - 1
-        if rank1:
+        if per_token:
             u = normed[:, here] * inverse
             codes = torch.round((u + u.clamp(-KNEE, KNEE)) * (1 / code_span(bits)) + top / 2)
         else:
@@ -91,22 +91,22 @@ def unpack_reduce_reference(messages: Tensor, format: Format, dtype: torch.dtype
     messages: uint8 [N, tokens, row_bytes]; format: of all N senders.
     Returns [tokens, E] in `dtype`, features in their own order; the sum is float32.
     """
-    scale, zero_point, order, tiers, rank1 = format
-    tokens, header = messages.shape[1], header_bytes(tiers, rank1)
+    scale, zero_point, order, tiers, per_token = format
+    tokens, header = messages.shape[1], header_bytes(tiers, per_token)
     total = scale.new_zeros(tokens, order.shape[0])
     for message, rank_scale, rank_zero in zip(messages, scale[:, order], zero_point[:, order], strict=True):
-        token_scale = header_scale(message[:, :1]) if rank1 else total
+        token_scale = header_scale(message[:, :1]) if per_token else total
         for bits, first, count, byte, size in tier_slices(tiers):
             here, sent = slice(first, first + count), message[:, header + byte : header + byte + size]
             if bits == BF16_BITS:
                 total[:, here] += _as_bf16(sent).float()
                 continue
             codes = unpack_bits(sent, bits, count).float()
-            if rank1:
+            if per_token:
                 w = (codes - (2**bits - 1) / 2) * code_span(bits)
                 codes = (w - (w * 0.5).clamp(-KNEE, KNEE)) * token_scale
             total[:, here] += (codes - rank_zero[here]) * rank_scale[here]
-        if not rank1:  # whose scale is NaN
+        if not per_token:  # whose scale is NaN
             total += torch.where(_travels_as_nan(message, tiers), torch.nan, 0.0)
     # Columns are gathered into place: 0.19 ms for [1024, 128] on a CPU, where scattering them took 0.34 ms.
     return total.index_select(1, torch.argsort(order)).to(dtype)

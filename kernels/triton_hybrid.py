@@ -1,6 +1,6 @@
 """The ops of hybrid.py in Triton, bit for bit: one launch each, a program takes a few tokens' whole rows.
 
-A row is swept once for what holds for all of it (NaN or Inf, and the rank-1 size), and again, from cache by then, tier
+A row is swept once for what holds for all of it (NaN or Inf, and the token's size), and again, from cache by then, tier
 by tier. Requantizing decodes rows into scratch memory that the same program reads back and that stays in the L2 cache.
 
 What the sums and codes depend on is spelt out, the same on a GPU as in Triton's interpreter:
@@ -126,9 +126,9 @@ def _whole(value, LARGEST: tl.constexpr):
 @triton.jit
 def _row_facts(
     x, x_rows, good, features, headroom, scale, zero_point,
-    RANK1: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    PER_TOKEN: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """([TOKENS] whether a row holds NaN or Inf; rank-1 only: its token_header, and how many lie far out)."""
+    """([TOKENS] whether a row holds NaN or Inf; per-token only: its token_header, and how many lie far out)."""
     WIDE: tl.constexpr = BLOCK if BLOCK > GROUP_SIZE else GROUP_SIZE  # whole groups
     GROUPS: tl.constexpr = WIDE // GROUP_SIZE
     broken = tl.zeros([TOKENS, WIDE], tl.int32)
@@ -143,7 +143,7 @@ def _row_facts(
         mask = good[:, None] & here[None, :]
         value = tl.load(x + (x_rows[:, None] + at[None, :]), mask, other=0).to(tl.float32)
         broken |= (~(tl.abs(value) < float("inf"))).to(tl.int32)
-        if RANK1:
+        if PER_TOKEN:
             coded = mask & (tl.load(scale + at, here, other=0.0) < float("inf"))[None, :]
             size = tl.where(coded, tl.abs(_normalized(value, scale, zero_point, at, here)), 0.0)
             undefined |= (size != size).to(tl.int32)  # max may pass over NaN
@@ -162,7 +162,7 @@ def _row_facts(
 @triton.jit
 def _encode_tier(
     x, x_rows, good, first, count, scale, zero_point, order, poison, token_scale, pointers,
-    BITS: tl.constexpr, SPAN: tl.constexpr, RANK1: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    BITS: tl.constexpr, SPAN: tl.constexpr, PER_TOKEN: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes one tier, in words of packing.py. pointers: [TOKENS] its first bytes. Returns the count saturated."""
     LARGEST: tl.constexpr = 2**BITS - 1
@@ -185,12 +185,12 @@ def _encode_tier(
             code = _bf16_bits(value + poison[:, None, None])
         else:
             normed = _normalized(value, scale, zero_point, feature, here)
-            if RANK1:
+            if PER_TOKEN:
                 inverse = tl.where(token_scale > 0, tl.div_rn(1.0, token_scale), 0.0)
                 normed = normed * inverse[:, None, None]
                 normed = (normed + _clip(normed)) * (1 / SPAN) + LARGEST / 2
             code = _whole(normed, LARGEST)
-            if not RANK1:
+            if not PER_TOKEN:
                 outside += (mask & ((code < 0) | (code > LARGEST))).to(tl.int32)
             code = tl.where(mask, tl.minimum(tl.maximum(code, 0), LARGEST), 0)
         if SIZE > 4:
@@ -209,15 +209,17 @@ def _encode_tier(
 @triton.jit
 def _encode(
     x, x_rows, good, features, headroom, scale, zero_point, order, rows, counts,
-    WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
+    WIDTHS: tl.constexpr, SPANS: tl.constexpr, PER_TOKEN: tl.constexpr, HEADER: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """pack_reference for TOKENS rows. x_rows: int32 [TOKENS] offsets in x; rows: [TOKENS] pointers to the messages.
     Returns how many values saturated, and how many rows travel as NaN."""
-    broken, header, saturated = _row_facts(x, x_rows, good, features, headroom, scale, zero_point, RANK1, TOKENS, BLOCK)
+    broken, header, saturated = _row_facts(
+        x, x_rows, good, features, headroom, scale, zero_point, PER_TOKEN, TOKENS, BLOCK
+    )
     poison = tl.where(broken, float("nan"), 0.0)
     token_scale = poison
-    if RANK1:
+    if PER_TOKEN:
         header = tl.where(broken, BROKEN_HEADER, header)
         token_scale = _header_scale(header)
         tl.store(rows, header.to(tl.uint8), good)
@@ -230,7 +232,7 @@ def _encode(
         count = counts[t] // 16
         saturated += _encode_tier(
             x, x_rows, good, first, count, scale, zero_point, order, poison, token_scale, pointers,
-            WIDTHS[t], SPANS[t], RANK1, TOKENS, BLOCK,
+            WIDTHS[t], SPANS[t], PER_TOKEN, TOKENS, BLOCK,
         )  # fmt: skip
         first += count
         pointers += _tier_bytes(count, WIDTHS[t])
@@ -247,7 +249,7 @@ def _tier_bytes(count, BITS: tl.constexpr):
 @triton.jit
 def _decode_tier(
     rows, rank_stride, ranks, good, features, scale, zero_point, order, first, count, byte, mark, total,
-    total_rows, BITS: tl.constexpr, SPAN: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
+    total_rows, BITS: tl.constexpr, SPAN: tl.constexpr, PER_TOKEN: tl.constexpr, HEADER: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Decodes and sums one tier. rows: [TOKENS] pointers to rank 0's messages; byte: the tier's first, in a row; mark:
@@ -273,14 +275,14 @@ def _decode_tier(
                 if 8 % BITS != 0:
                     code |= tl.load(pointer + 1, split, other=0).to(tl.int32) << 8
                 value = ((code >> shift[None, :]) & LARGEST).to(tl.float32)
-                if RANK1:
+                if PER_TOKEN:
                     token_scale = _header_scale(tl.load(sent, good, other=0).to(tl.int32))
                     value = (value - LARGEST / 2) * SPAN
                     value = (value - _clip(value * 0.5)) * token_scale[:, None]
                 own_zero = tl.load(zero_point + rank * features + feature, here, other=0.0)
                 own_scale = tl.load(scale + rank * features + feature, here, other=0.0)
                 summed += (value - own_zero[None, :]) * own_scale[None, :]
-            if not RANK1:
+            if not PER_TOKEN:
                 if HEADER == 1:
                     broken = tl.load(sent, good, other=0) != 0
                 else:
@@ -297,7 +299,7 @@ def _decode_tier(
 @triton.jit
 def _decode(
     rows, rank_stride, ranks, good, features, scale, zero_point, order, total, total_rows, counts,
-    WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
+    WIDTHS: tl.constexpr, SPANS: tl.constexpr, PER_TOKEN: tl.constexpr, HEADER: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """unpack_reduce_reference for TOKENS rows. total_rows: int32 [TOKENS] offsets in total."""
@@ -312,7 +314,7 @@ def _decode(
         count = counts[t] // 16
         _decode_tier(
             rows, rank_stride, ranks, good, features, scale, zero_point, order, first, count, byte, mark, total,
-            total_rows, WIDTHS[t], SPANS[t], RANK1, HEADER, TOKENS, BLOCK,
+            total_rows, WIDTHS[t], SPANS[t], PER_TOKEN, HEADER, TOKENS, BLOCK,
         )  # fmt: skip
         first += count
         byte += _tier_bytes(count, WIDTHS[t])
@@ -325,13 +327,13 @@ _ANY = ["tokens", "ranks", "row_bytes", "token_stride", "rank_stride", "tiles", 
 @triton.jit(do_not_specialize=_ANY)
 def pack_kernel(
     x, x_stride, tokens, features, headroom, scale, zero_point, order, message, row_bytes, tally, counts,
-    WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
+    WIDTHS: tl.constexpr, SPANS: tl.constexpr, PER_TOKEN: tl.constexpr, HEADER: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     outside, nonfinite = _encode(
         x, token * x_stride, token < tokens, features, headroom, scale, zero_point, order, message + token * row_bytes,
-        counts, WIDTHS, SPANS, RANK1, HEADER, TOKENS, BLOCK,
+        counts, WIDTHS, SPANS, PER_TOKEN, HEADER, TOKENS, BLOCK,
     )  # fmt: skip
     _count(tally, tokens * features, outside, nonfinite)
 
@@ -347,14 +349,14 @@ def _count(tally, values, outside, nonfinite):
 @triton.jit(do_not_specialize=_ANY)
 def unpack_reduce_kernel(
     messages, rank_stride, token_stride, ranks, tokens, features, scale, zero_point, order, total, counts,
-    WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
+    WIDTHS: tl.constexpr, SPANS: tl.constexpr, PER_TOKEN: tl.constexpr, HEADER: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     _decode(
         messages + token * token_stride, rank_stride, ranks, token < tokens, features, scale, zero_point, order,
         total, token * features, counts,
-        WIDTHS, SPANS, RANK1, HEADER, TOKENS, BLOCK,
+        WIDTHS, SPANS, PER_TOKEN, HEADER, TOKENS, BLOCK,
     )  # fmt: skip
 
 
@@ -362,8 +364,9 @@ def unpack_reduce_kernel(
 def requantize_kernel(
     messages, rank_stride, token_stride, ranks, tokens, tiles, features, scale, zero_point, order, counts,
     headroom, second_scale, second_zero_point, second_order, second_counts, message, row_bytes, tally, scratch,
-    WIDTHS: tl.constexpr, SPANS: tl.constexpr, RANK1: tl.constexpr, HEADER: tl.constexpr,
-    SECOND_WIDTHS: tl.constexpr, SECOND_SPANS: tl.constexpr, SECOND_RANK1: tl.constexpr, SECOND_HEADER: tl.constexpr,
+    WIDTHS: tl.constexpr, SPANS: tl.constexpr, PER_TOKEN: tl.constexpr, HEADER: tl.constexpr,
+    SECOND_WIDTHS: tl.constexpr, SECOND_SPANS: tl.constexpr,
+    SECOND_PER_TOKEN: tl.constexpr, SECOND_HEADER: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """scratch: float32 [programs, TOKENS, features]."""
@@ -376,13 +379,13 @@ def requantize_kernel(
         _decode(
             messages + token * token_stride, rank_stride, ranks, good, features, scale, zero_point, order,
             scratch, own, counts,
-            WIDTHS, SPANS, RANK1, HEADER, TOKENS, BLOCK,
+            WIDTHS, SPANS, PER_TOKEN, HEADER, TOKENS, BLOCK,
         )  # fmt: skip
         tl.debug_barrier()  # other threads of this program read what a thread wrote
         more_outside, more_nonfinite = _encode(
             scratch, own, good, features, headroom, second_scale, second_zero_point, second_order,
             message + token * row_bytes, second_counts,
-            SECOND_WIDTHS, SECOND_SPANS, SECOND_RANK1, SECOND_HEADER, TOKENS, BLOCK,
+            SECOND_WIDTHS, SECOND_SPANS, SECOND_PER_TOKEN, SECOND_HEADER, TOKENS, BLOCK,
         )  # fmt: skip
         outside += more_outside
         nonfinite += more_nonfinite
@@ -403,7 +406,7 @@ def pack(x: Tensor, format: Format, tile: tuple[int, int] | None = None) -> tupl
         pack_kernel[(triton.cdiv(tokens, at_once),)](
             *(x, x.stride(0), tokens, features, _headroom(format.tiers), *format[:3]),
             *(message, format.row_bytes, tally),
-            *_format(format.tiers, format.rank1),
+            *_format(format.tiers, format.per_token),
             **_options(at_once, block),
         )
     return message, tally
@@ -417,7 +420,7 @@ def unpack_reduce(messages: Tensor, format: Format, total: Tensor, tile: tuple[i
         unpack_reduce_kernel[(triton.cdiv(tokens, at_once),)](
             *(messages, messages.stride(0), messages.stride(1), ranks, tokens, format.features),
             *(*format[:3], total),
-            *_format(format.tiers, format.rank1),
+            *_format(format.tiers, format.per_token),
             **_options(at_once, block),
         )
 
@@ -438,8 +441,8 @@ def requantize(
         tiles = triton.cdiv(tokens, at_once)
         programs = min(tiles, programs or PROGRAMS_PER_SM * _multiprocessors(messages.device))
         scratch = format.scale.new_empty((programs, at_once, features))
-        counts, *constants = _format(format.tiers, format.rank1)
-        second_counts, *second_constants = _format(second.tiers, second.rank1)
+        counts, *constants = _format(format.tiers, format.per_token)
+        second_counts, *second_constants = _format(second.tiers, second.per_token)
         requantize_kernel[(programs,)](
             *(messages, messages.stride(0), messages.stride(1), ranks, tokens, tiles, features),
             *(*format[:3], counts, _headroom(second.tiers), *second[:3], second_counts),
@@ -458,15 +461,17 @@ def _tile(tokens: int) -> tuple[int, int]:
     return (1, 1024) if tokens < MANY_TOKENS else (4, 512)
 
 
-def _format(tiers: Sequence[int], rank1: bool) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...], bool, int]:
-    """A kernel's arguments counts, WIDTHS, SPANS, RANK1 and HEADER.
+def _format(
+    tiers: Sequence[int], per_token: bool
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...], bool, int]:
+    """A kernel's arguments counts, WIDTHS, SPANS, PER_TOKEN and HEADER.
 
     Triton compiles anew for an argument that is 1 or a multiple of 16. Counts differ from layer to layer; 16 times a
     count is always such a multiple.
     """
     counts, widths = tuple(16 * count for count in tiers[1::2]), tuple(tiers[::2])
     spans = tuple(0.0 if bits == BF16_BITS else code_span(bits) for bits in widths)
-    return counts, widths, spans, rank1, header_bytes(tiers, rank1)
+    return counts, widths, spans, per_token, header_bytes(tiers, per_token)
 
 
 def _options(at_once: int, block: int) -> dict[str, int | bool]:

@@ -10,12 +10,12 @@ in packing.py. The paper's format is two tiers, 16 and 4 bits.
 Both schemes normalize a value by its feature's static qparams, v = x (1 / scale_f) + zero_f, and decode
 x^ = (v^ - zero_f) scale_f; L = 2^b - 1 is a tier's largest code:
 
-static   code = clamp(round(v)), v^ = code                      scale_f, zero_f: the feature's calibrated range
-         header: none where a tier is bf16, which carries the NaN; else one byte, 1 for a token that holds NaN or Inf.
-rank-1   u = v (1 / s_t), w = u + clip(u, K); code = clamp(round(w (L / 2 a_b) + L / 2))
-         w^ = (code - L / 2) (2 a_b / L), u^ = w^ - clip(w^ / 2, K), v^ = u^ s_t        clip(u, K) = clamp(u, -K, K)
-         scale_f: the feature's calibrated standard deviation, zero_f: minus its mean over that; s_t: the token's own
-         size, 2^(j / 8), so that a header of one byte, j + 128, says it. 0: s_t = 0; 255: a v is NaN or Inf.
+static     code = clamp(round(v)), v^ = code                    scale_f, zero_f: the feature's calibrated range
+           header: none where a tier is bf16, which carries the NaN; else one byte, 1 for a token with NaN or Inf.
+per-token  u = v (1 / s_t), w = u + clip(u, K); code = clamp(round(w (L / 2 a_b) + L / 2))
+           w^ = (code - L / 2) (2 a_b / L), u^ = w^ - clip(w^ / 2, K), v^ = u^ s_t      clip(u, K) = clamp(u, -K, K)
+           scale_f: the feature's calibrated standard deviation, zero_f: minus its mean over that; s_t: the token's
+           own size, 2^(j / 8), so that a header of one byte, j + 128, says it. 0: s_t = 0; 255: a v is NaN or Inf.
 
 The size s_t is the geometric mean of the largest |v| of every GROUP neighbouring features. The largest of all would
 grow with their number and with every outlier: 4096 Gaussian values have 20.0 dB in 4 bits with the mean, 18.4 with the
@@ -50,7 +50,7 @@ KNEE = 0.6  # K, in a token's sizes
 GROUP = 64  # features; the C++ kernels' blocks are as many
 OCTAVE = 8  # scales of a token from one power of 2 to the next
 BROKEN = 255  # header of a token that holds NaN or Inf
-FAR = 16.0  # calibrated standard deviations, beyond which a value of a rank-1 tier counts as saturated
+FAR = 16.0  # calibrated standard deviations, beyond which a value of a per-token tier counts as saturated
 
 # Mantissa bits of the scales 2^(i / 8), and of the thresholds 2^((i + 1/2) / 8) between them.
 MANTISSAS = [round((2 ** (i / OCTAVE) - 1) * 2**23) for i in range(OCTAVE)]
@@ -61,19 +61,20 @@ class Format(NamedTuple):
     """How the messages of one sender, or of N senders, are laid out.
 
     scale, zero_point: float32 [E], or [N, E], in the features' own order, inf and 0 for those in bf16 (Triton relies on
-    it); order: int64 [E], the features in wire order; tiers: bits, count, bits, count, ...; rank1: per-token scales.
+    it); order: int64 [E], the features in wire order; tiers: bits, count, bits, count, ...; per_token: with a scale
+    per token.
     """
 
     scale: Tensor
     zero_point: Tensor
     order: Tensor
     tiers: Sequence[int]
-    rank1: bool
+    per_token: bool
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one token on the wire."""
-        return hybrid_row_bytes(self.tiers, self.rank1)
+        return hybrid_row_bytes(self.tiers, self.per_token)
 
     @property
     def features(self) -> int:
@@ -89,9 +90,9 @@ def tier_slices(tiers: Sequence[int]) -> Iterator[tuple[int, int, int, int, int]
         feature, byte = feature + count, byte + size
 
 
-def header_bytes(tiers: Sequence[int], rank1: bool) -> int:
+def header_bytes(tiers: Sequence[int], per_token: bool) -> int:
     """Bytes in front of every row."""
-    return 1 if rank1 or BF16_BITS not in tiers[::2] else 0
+    return 1 if per_token or BF16_BITS not in tiers[::2] else 0
 
 
 def code_span(bits: int) -> float:
@@ -140,6 +141,6 @@ def squared_sizes(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return header_scale(token_header(normed.abs_(), x.shape[1])).double().square().squeeze(1)
 
 
-def hybrid_row_bytes(tiers: Sequence[int], rank1: bool) -> int:
+def hybrid_row_bytes(tiers: Sequence[int], per_token: bool) -> int:
     """Bytes of one token on the wire."""
-    return header_bytes(tiers, rank1) + sum(size for *_, size in tier_slices(tiers))
+    return header_bytes(tiers, per_token) + sum(size for *_, size in tier_slices(tiers))

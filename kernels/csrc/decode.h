@@ -69,7 +69,7 @@ class Decoder {
       ++unpacker;
     }
     place<T>(scratch.sums.get(), out);
-    for (int t = 0; t < T && !layout.rank1; ++t) {
+    for (int t = 0; t < T && !layout.per_token; ++t) {
       bool broken = false;
       for (int64_t r = 0; r < ranks_; ++r) broken |= travels_as_nan(messages + r * rank_stride + t * row_stride);
       Word nan = Type::word(std::numeric_limits<float>::quiet_NaN());
@@ -124,7 +124,7 @@ class Decoder {
         auto& own = codes[r * T + t];
         own.from = row + tier.byte;
         own.middle = tier.largest() / 2, own.span = static_cast<float>(tier.code_span());
-        if (layout.rank1) own.scale = header_scale(row[0]);
+        if (layout.per_token) own.scale = header_scale(row[0]);
         if (kLookup != Lookup::kNone)
           for (int i = 0; i < kTable; ++i)  // again and again: the bits above a code are its neighbours'
             own.table[i] = decoded((iota<Lanes>() + i * kLanes) & largest, own);
@@ -159,7 +159,7 @@ class Decoder {
   // v^ of codes.
   INLINE Floats decoded(Lanes codes, const typename Scratch::Codes& own) const {
     Floats value = to_floats(codes);
-    if (!layout.rank1) return value;
+    if (!layout.per_token) return value;
     value = (value - own.middle) * own.span;
     return (value - clip(value * 0.5f, kKnee)) * own.scale;
   }

@@ -70,7 +70,7 @@ class Encoder {
       tokens[t].codes = scratch.codes.get() + t * layout.slots;
       tokens[t].row = scratch.row.get() + t * padded(layout.features);
     }
-    if (layout.rank1) {
+    if (layout.per_token) {
       scales<T>(tokens, ahead, scratch.groups.get());
       codes<T, true, kQuick>(tokens, 0);
     } else {
@@ -80,7 +80,7 @@ class Encoder {
     for (int t = 0; t < T; ++t) {
       if (__builtin_expect(tokens[t].odd, 0)) again(tokens[t], scratch.groups.get());
       tally.saturated += tokens[t].saturated;
-      tally.nonfinite += tokens[t].header == (layout.rank1 ? kBroken : 1);
+      tally.nonfinite += tokens[t].header == (layout.per_token ? kBroken : 1);
       write(tokens[t], out[t]);
     }
   }
@@ -116,7 +116,7 @@ class Encoder {
     return Type::template load<V>(block) * inverse + zero;
   }
 
-  // The tokens' rank-1 scales, and how many values lie far out.
+  // The tokens' per-token scales, and how many values lie far out.
   template <int T>
   void scales(Token* tokens, int64_t ahead, uint32_t* groups) const {
     for (int64_t from = 0; from < layout.features; from += kBlock) {
@@ -192,7 +192,7 @@ class Encoder {
   void again(Token& token, uint32_t* groups) const {
     token.broken = holds_broken(token);
     token.saturated = 0;
-    if (layout.rank1) {
+    if (layout.per_token) {
       token.saturated = measure(token, groups);
       set_scales<1>(&token, groups);
       if (token.broken) token.set_scale(kBroken);
@@ -204,7 +204,7 @@ class Encoder {
   }
 
   // The codes of all features, at the slots of their tiers; counts the values that lie outside them (static).
-  template <int T, bool kRank1, bool quick>
+  template <int T, bool kPerToken, bool quick>
   void codes(Token* tokens, int64_t ahead) const {
     Lanes least[T] = {};  // as 16-bit words
     Floats scale[T];
@@ -225,13 +225,13 @@ class Encoder {
         Floats inverse = own(kInverse), zero = own(kZero), per_step = own(kPerStep), middle = own(kMiddle);
         each<T>([&](auto t) INLINE {
           Floats value = normed<v.value>(block[t], inverse, zero);
-          if (kRank1) {
+          if (kPerToken) {
             value = value * scale[t];
             value = (value + clip(value, kKnee)) * per_step + middle;
           }
           codes[t][v] = round<quick>(value);
           // Of two vectors at once; four of each token are more than there are registers.
-          if (v % 2) pair<quick>(codes[t] + v - 1, from + v / 2 * 32, kRank1 ? nullptr : saturated + t, least[t]);
+          if (v % 2) pair<quick>(codes[t] + v - 1, from + v / 2 * 32, kPerToken ? nullptr : saturated + t, least[t]);
         });
       });
       Bytes bytes[T];
@@ -251,7 +251,7 @@ class Encoder {
     for (int t = 0; t < T; ++t) {
       for (const auto& single : runs_.singles) out[t][single.slot] = row[t][single.feature];
       for (const Tier& tier : layout.tiers) std::memset(out[t] + tier.slot + tier.count, 0, 8);
-      if (!kRank1) tokens[t].saturated = saturated[t];
+      if (!kPerToken) tokens[t].saturated = saturated[t];
 #ifdef LOWBIT_AVX512
       if (quick) tokens[t].odd = _mm512_cmpeq_epi16_mask((__m512i)least[t], _mm512_set1_epi16(-32768));
 #endif

@@ -1,4 +1,4 @@
-// The format of a row (wire_format.py): its tiers, the scales of rank-1 tokens, and which features of a row each tier has.
+// The format of a row (wire_format.py): its tiers, the scales of per-token tokens, and which features of a row each tier has.
 
 #pragma once
 
@@ -12,14 +12,14 @@ struct LowbitFormat {
   const int64_t* tiers;  // bits, count, bits, count, ...
   int64_t num_tiers;
   int64_t features;
-  int64_t rank1;
+  int64_t per_token;
 };
 
 namespace {
 
 constexpr uint16_t kBf16NaN = 0xffff;  // the one that torch's vectorized cast makes
-constexpr uint8_t kBroken = 255;       // header of a rank-1 token that holds NaN or Inf
-constexpr float kFar = 16.0f;          // standard deviations beyond which a rank-1 value counts as saturated
+constexpr uint8_t kBroken = 255;       // header of a per-token token that holds NaN or Inf
+constexpr float kFar = 16.0f;          // standard deviations beyond which a per-token value counts as saturated
 
 // What encoding counts: values, those far from what was calibrated, and tokens that travel as NaN.
 struct Tally {
@@ -32,7 +32,7 @@ struct Tally {
   void store(int64_t* to) const { to[0] = values, to[1] = saturated, to[2] = nonfinite; }
 };
 
-// By bits: where a rank-1 token's codes end, and where their steps double.
+// By bits: where a per-token token's codes end, and where their steps double.
 constexpr double kLoading[] = {0, 0, 1.1, 1.5, 1.6, 1.7, 1.9, 2.0, 2.2};
 constexpr float kKnee = 0.6f;
 
@@ -78,15 +78,15 @@ inline int64_t packed_bytes(int64_t count, int bits) {
 struct Layout {
   std::vector<Tier> tiers;
   int64_t features, header, row_bytes, slots = 0;
-  uint32_t headroom;  // of the largest header of a rank-1 token's groups above that of its scale
+  uint32_t headroom;  // of the largest header of a per-token token's groups above that of its scale
   const int64_t* order;
-  bool rank1, ascending = true;  // ascending: the features of every tier
+  bool per_token, ascending = true;  // ascending: the features of every tier
 
   explicit Layout(const LowbitFormat& format)
-      : features(format.features), order(format.order), rank1(format.rank1 != 0) {
+      : features(format.features), order(format.order), per_token(format.per_token != 0) {
     bool bf16 = false;
     for (int64_t i = 0; i < format.num_tiers; ++i) bf16 |= format.tiers[2 * i] == 16;
-    header = rank1 || !bf16;
+    header = per_token || !bf16;
     row_bytes = header;
     int64_t feature = 0, coded = features;
     for (int64_t i = 0; i < format.num_tiers; ++i) {

@@ -27,7 +27,7 @@ struct KeptFormat {
         zero_point(from.zero_point, from.zero_point + ranks * from.features),
         order(from.order, from.order + from.features),
         tiers(from.tiers, from.tiers + 2 * from.num_tiers),
-        format{scale.data(), zero_point.data(), order.data(), tiers.data(), from.num_tiers, from.features, from.rank1} {}
+        format{scale.data(), zero_point.data(), order.data(), tiers.data(), from.num_tiers, from.features, from.per_token} {}
   KeptFormat(const KeptFormat&) = delete;
   virtual ~KeptFormat() = default;
 
@@ -36,7 +36,7 @@ struct KeptFormat {
 
   bool same(const LowbitFormat& other, int64_t other_ranks) const {
     return ranks == other_ranks && format.features == other.features && format.num_tiers == other.num_tiers &&
-           format.rank1 == other.rank1 && equal(tiers, other.tiers) && equal(order, other.order) &&
+           format.per_token == other.per_token && equal(tiers, other.tiers) && equal(order, other.order) &&
            equal(scale, other.scale) && equal(zero_point, other.zero_point);
   }
 

@@ -141,11 +141,11 @@ def codec(format: str, features: int, ranks: int, spread: float) -> Codec:
     counts = {bits: int(share * features) // 8 * 8 for bits, share in SHARES[format].items()}
     counts[4] += features - sum(counts.values())
     bits = torch.cat([torch.full((count,), width, dtype=torch.uint8) for width, count in counts.items()])
-    rank1 = format == "default"
+    per_token = format == "default"
     unlike = 0.8 + 0.4 * torch.rand(ranks, features)
-    scale = spread * unlike * (1.0 if rank1 else 6 / 15)
-    zero_point = 0.1 * torch.rand(ranks, features) + (0.0 if rank1 else 7.5)
-    return Codec(scale, zero_point, bits[torch.randperm(features)], rank1)
+    scale = spread * unlike * (1.0 if per_token else 6 / 15)
+    zero_point = 0.1 * torch.rand(ranks, features) + (0.0 if per_token else 7.5)
+    return Codec(scale, zero_point, bits[torch.randperm(features)], per_token)
 
 
 def print_rows(config: BenchmarkKernelsConfig, rows: list[dict[str, Any]]) -> None:

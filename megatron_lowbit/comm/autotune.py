@@ -57,7 +57,7 @@ def measure_costs(group: dist.ProcessGroup, plan: SitePlan, sizes: Sequence[int]
 def typical(codec: Codec, tokens: int) -> Tensor:
     """float32 [tokens, E] like those that the plan was made for; far from them, encoding takes other paths."""
     codes = torch.randn(tokens, len(codec.bits), generator=torch.Generator().manual_seed(tokens))
-    if not codec.rank1:  # a static range is about six standard deviations
+    if not codec.per_token:  # a static range is about six standard deviations
         largest = 2.0**codec.bits - 1
         codes = largest / 2 + codes * largest / 6
     return (codes - codec.zero_point[0]) * codec.scale[0]

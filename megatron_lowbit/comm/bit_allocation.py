@@ -2,7 +2,7 @@
 and BF16, in every layer alike).
 
 The squared error of a code of b bits is the feature's weight (build_plan.py) times error(b):
-1 / (12 (2^b - 1)^2) with static ranges, and as measured with rank-1 scales, whose steps are not all alike. Of all
+1 / (12 (2^b - 1)^2) with static ranges, and as measured with per-token scales, whose steps are not all alike. Of all
 features of all sites the one whose next bits lower the weighted error most, per bit, gets them, until the budget is
 spent. The error is convex in b, so taking the steps in the order of their gain is the same as taking them one by one.
 
@@ -24,7 +24,7 @@ STATIC = tuple((2.0**bits - 1) ** -2 for bits in WIDTHS)  # up to a factor, whic
 MOST_LEFT = 7 * 2 * 5  # bits of a site that rounding to words may leave: 7 codes of each tier, 2 bits each
 HALVINGS = 9
 # SQNR in dB of the partial sums of two small Llamas (hidden 64 at 4 ranks, 256 at 8), weighted as in a site's error.
-RANK1 = tuple(10 ** (-sqnr / 10) for sqnr in (9.5, 15.0, 20.9, 26.3, 31.8, 42.5))
+PER_TOKEN = tuple(10 ** (-sqnr / 10) for sqnr in (9.5, 15.0, 20.9, 26.3, 31.8, 42.5))
 
 
 def allocate_bits(weights: Mapping[str, Tensor], budget: float, error: tuple[float, ...] = STATIC) -> dict[str, Tensor]:

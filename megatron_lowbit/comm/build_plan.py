@@ -1,4 +1,4 @@
-"""From calibrated ranges to a CommPlan (Dong et al., arXiv 2411.07942; rank-1 scales and adaptive bits are ours).
+"""From calibrated ranges to a CommPlan (Dong et al., arXiv 2411.07942; per-token scales and adaptive bits are ours).
 
     range_ij = M_ij - m_ij   (asymmetric)   or   2 max(|m_ij|, |M_ij|)   (symmetric)
     R_j      = sum_i range_ij                            the aggregated range of feature j over the ranks i
@@ -22,7 +22,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_lowbit.comm.bit_allocation import RANK1, STATIC, allocate_bits
+from megatron_lowbit.comm.bit_allocation import PER_TOKEN, STATIC, allocate_bits
 from megatron_lowbit.comm.clipping import WIDTHS
 from megatron_lowbit.comm.codec import Codec
 from megatron_lowbit.comm.plan import CalibrationStats, CommPlan, FeatureRange, SitePlan
@@ -103,8 +103,8 @@ def codec_of(ranges: FeatureRange, config: CommConfig, bits: Tensor) -> Codec:
             raise LowBitError(
                 "the calibration has no standard deviations, which comm.scale=per_token needs; calibrate again"
             )
-        scale = _rank1_scale(ranges.std)
-        return Codec(scale, -ranges.mean / scale, bits, rank1=True)
+        scale = _per_token_scale(ranges.std)
+        return Codec(scale, -ranges.mean / scale, bits, per_token=True)
     scale, zero_point = torch.zeros_like(ranges.min_vals), torch.zeros_like(ranges.min_vals)
     for width in bits.unique().tolist():
         own = bits == width
@@ -121,7 +121,7 @@ def codec_of(ranges: FeatureRange, config: CommConfig, bits: Tensor) -> Codec:
     return Codec(scale, zero_point, bits)
 
 
-def _rank1_scale(std: Tensor) -> Tensor:
+def _per_token_scale(std: Tensor) -> Tensor:
     """The standard deviations, and an eighth of the sender's median one for features that never moved; [senders, E].
 
     Codes have no middle, so such a feature is off by about its scale; and if it moves after all, its values must not be
@@ -147,12 +147,12 @@ def adaptive_bits(
     ranges: Mapping[str, FeatureRange], sums: Mapping[str, FeatureRange], config: CommConfig, num_bits: int
 ) -> dict[str, Tensor]:
     """{site: uint8 [E]} of all sites under one budget: what `num_bits` and `bf16_fraction` would send."""
-    rank1 = config.scale == "per_token"
-    weights, budget, header = {}, 0.0, 8 * header_bytes([num_bits, 1], rank1)
+    per_token = config.scale == "per_token"
+    weights, budget, header = {}, 0.0, 8 * header_bytes([num_bits, 1], per_token)
     for name, r in ranges.items():
         features = r.min_vals.shape[1]
         spread = r.max_vals - r.min_vals
-        if rank1 and r.std is not None:
+        if per_token and r.std is not None:
             # A code's error grows with the size of its token. A calibration of an earlier version has no crest.
             spread = r.std if r.crest is None else r.std * r.crest.unsqueeze(1)
         total = sums.get(name)
@@ -162,7 +162,7 @@ def adaptive_bits(
             energy = (total.std.double().square() + total.mean.double().square()).sum().item() or 1.0
         weights[name] = spread.double().square().sum(0) / energy
         budget += num_bits * features + (BF16_BITS - num_bits) * num_bf16(features, config) - header
-    return allocate_bits(weights, budget, RANK1 if rank1 else STATIC)
+    return allocate_bits(weights, budget, PER_TOKEN if per_token else STATIC)
 
 
 def num_bf16(features: int, config: CommConfig) -> int:

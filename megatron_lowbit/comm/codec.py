@@ -3,7 +3,7 @@
     Codec       the plan: tensors of all senders, in the features' own order; what an artifact stores
     WireFormat  the same laid out for the kernels, as buffers of a module that follows the model's device
 
-Both static ranges (arXiv 2411.07942) and rank-1 scales (ours: step(t, f) = s_t c_f, with c_f the calibrated standard
+Both static ranges (arXiv 2411.07942) and per-token scales (ours: step(t, f) = s_t c_f, with c_f the calibrated standard
 deviation of feature f and s_t the token's own size in |x - mean| / c) are described in kernels/wire_format.py.
 """
 
@@ -33,13 +33,13 @@ from megatron_lowbit.quant.affine import Float32QParams
 class Codec:
     """scale, zero_point: float32 [senders, E]; bits: uint8 [E], 16 for bf16; the same bits for every sender.
 
-    rank1: scale is the features' standard deviation and zero_point minus their mean over it.
+    per_token: scale is the features' standard deviation and zero_point minus their mean over it.
     """
 
     scale: Tensor
     zero_point: Tensor
     bits: Tensor
-    rank1: bool = False
+    per_token: bool = False
 
     __repr__ = short_repr
 
@@ -73,25 +73,27 @@ class Codec:
         return [number for pair in pairs for number in pair]
 
     def bits_per_value(self) -> float:
-        return 8 * hybrid_row_bytes(self.tiers(), self.rank1) / len(self.bits)
+        return 8 * hybrid_row_bytes(self.tiers(), self.per_token) / len(self.bits)
 
     def tensors(self) -> dict[str, Tensor]:
         """What an artifact stores."""
-        rank1 = torch.tensor([self.rank1], dtype=torch.uint8)
-        return {"scale": self.scale, "zero_point": self.zero_point, "bits": self.bits, "rank1": rank1}
+        # Artifacts keep the name that per-token scales had when the format was made: "rank1", and "rank-1" in a plan's
+        # description (build_plan.describe).
+        per_token = torch.tensor([self.per_token], dtype=torch.uint8)
+        return {"scale": self.scale, "zero_point": self.zero_point, "bits": self.bits, "rank1": per_token}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Codec:
         """The inverse of `tensors`. Raises KeyError where one is missing."""
-        rank1 = bool(one_value("rank1", tensors))
-        return cls(tensors["scale"], tensors["zero_point"], tensors["bits"], rank1)
+        per_token = bool(one_value("rank1", tensors))
+        return cls(tensors["scale"], tensors["zero_point"], tensors["bits"], per_token)
 
 
 class WireFormat(Float32QParams):
     """Encodes and decodes as a Codec says.
 
     Counts, on the device, values, those of them far from what was calibrated (beyond their static range, or 16 standard
-    deviations away in rank-1), and tokens that travel as NaN.
+    deviations away in per-token), and tokens that travel as NaN.
     """
 
     scale: Tensor  # float32 [senders, E]; inf for bf16
@@ -103,8 +105,8 @@ class WireFormat(Float32QParams):
         """ranks: that encode with it; None: the senders."""
         super().__init__()
         order = codec.order()
-        self.rank1, self.tiers, self.senders = codec.rank1, codec.tiers(), codec.senders
-        self.row_bytes = hybrid_row_bytes(self.tiers, self.rank1)
+        self.per_token, self.tiers, self.senders = codec.per_token, codec.tiers(), codec.senders
+        self.row_bytes = hybrid_row_bytes(self.tiers, self.per_token)
         bf16 = codec.bits == BF16_BITS
         self.register_buffer("scale", codec.scale.masked_fill(bf16, torch.inf), persistent=False)
         self.register_buffer("zero_point", codec.zero_point.masked_fill(bf16, 0.0), persistent=False)
@@ -118,11 +120,11 @@ class WireFormat(Float32QParams):
 
     def of_all(self) -> Format:
         """Return how the messages of all senders are laid out."""
-        return Format(self.scale, self.zero_point, self.order, self.tiers, self.rank1)
+        return Format(self.scale, self.zero_point, self.order, self.tiers, self.per_token)
 
     def of_sender(self, sender: int) -> Format:
         """Return how those of one are."""
-        return Format(self.scale[sender], self.zero_point[sender], self.order, self.tiers, self.rank1)
+        return Format(self.scale[sender], self.zero_point[sender], self.order, self.tiers, self.per_token)
 
     def pack(self, x: Tensor, sender: int) -> Tensor:
         """x float [tokens, E] -> uint8 [tokens, row_bytes]."""

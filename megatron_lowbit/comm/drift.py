@@ -10,7 +10,7 @@ Checked are the low-bit calls 1, 2, 4, 8, ... DRIFT_INTERVAL of a site, then eve
 not fit is met at its first call, and later on a check costs little. Such a call is encoded and counted, and its ranks
 agree on the largest share that is too much, in one all-reduce of eight bytes, before anything is made of its codes.
 Where one is too much, all of them send this call and those that follow in bf16, so they keep on ending with
-the same bits, and tensor-parallel rank 0 logs it once. Rank-1 scales follow a token; what counts there are values
+the same bits, and tensor-parallel rank 0 logs it once. Per-token scales follow a token; what counts there are values
 beyond 16 calibrated standard deviations. Formats without codes check nothing. Neither is anything checked while a CUDA
 graph is captured; a replayed graph counts, but never falls back.
 

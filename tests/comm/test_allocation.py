@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from megatron_lowbit.comm.bit_allocation import RANK1, WIDTHS, allocate_bits
+from megatron_lowbit.comm.bit_allocation import PER_TOKEN, WIDTHS, allocate_bits
 from megatron_lowbit.comm.build_plan import build_plan
 from megatron_lowbit.comm.plan import CalibrationStats, FeatureRange
 from megatron_lowbit.config import CommConfig
@@ -107,13 +107,13 @@ def test_a_plan_of_adaptive_bits(scale, hop):
     plain = build_plan(stats, 2, CommConfig(preset="paper"))
     plan = build_plan(stats, 2, CommConfig(preset="paper", scale=scale, allocation="adaptive"))
     codecs, of_two_tiers = ([getattr(site, hop) for site in p.sites.values()] for p in (plan, plain))
-    sent, most = (sum(hybrid_row_bytes(c.tiers(), c.rank1) for c in both) for both in (codecs, of_two_tiers))
+    sent, most = (sum(hybrid_row_bytes(c.tiers(), c.per_token) for c in both) for both in (codecs, of_two_tiers))
     assert most - 4 <= sent <= most
     assert len({tuple(codec.tiers()) for codec in codecs}) == 2, "both sites got the same tiers"
     assert plan.description == ("rank-1 tiered int4" if scale == "per_token" else "tiered int4")
 
 
-def test_the_error_of_rank1_codes():
+def test_the_error_of_per_token_codes():
     """What a further bit gains, against codes of Gaussian values: within 0.7 dB, as those of real ones are that far."""
     x = torch.randn(1024, 256, generator=torch.Generator().manual_seed(0))
     measured = []
@@ -122,11 +122,11 @@ def test_the_error_of_rank1_codes():
         message = hybrid_pack(x, *format)[0][None]
         y = hybrid_unpack_reduce(message, Format(*(t[None] for t in format[:2]), *format[2:]), torch.float32)
         measured.append(10 * ((x - y).square().sum() / x.square().sum()).log10())
-    table = 10 * torch.tensor(RANK1).log10()
+    table = 10 * torch.tensor(PER_TOKEN).log10()
     assert ((torch.stack(measured).diff() - table.diff()).abs() < 0.7).all()
 
 
-def test_rank1_plans_go_by_the_error_of_rank1_codes():
+def test_per_token_plans_go_by_the_error_of_per_token_codes():
     std = torch.exp(torch.randn(2, 128, generator=torch.Generator().manual_seed(5)))
     one, zero = torch.ones(1, 128), torch.zeros(2, 128)
     stats = CalibrationStats(
@@ -135,7 +135,7 @@ def test_rank1_plans_go_by_the_error_of_rank1_codes():
     )
     bits = build_plan(stats, 2, CommConfig(scale="per_token", allocation="adaptive")).sites["site"].first.bits
     weight, budget = {"site": std.double().square().sum(0) / 128}, 4 * 128 + 12 * 2 - 8
-    assert torch.equal(bits, allocate_bits(weight, budget, RANK1)["site"])
+    assert torch.equal(bits, allocate_bits(weight, budget, PER_TOKEN)["site"])
     assert not torch.equal(bits, allocate_bits(weight, budget)["site"]), "the error of static ranges gives others"
 
 

@@ -130,6 +130,6 @@ def test_a_plan_takes_the_clipped_range_of_each_width(tmp_path):
         build_plan(without, 2, config)
 
 
-def test_rank1_scales_clip_by_themselves():
+def test_per_token_scales_clip_by_themselves():
     with pytest.raises(LowBitError, match=r"^clipping=histogram is of static ranges"):
         CommConfig(clipping="histogram")

@@ -125,7 +125,7 @@ def test_virtual_ranks_switch_with_the_real_ones(two_ranks, mode, caplog):
     assert virtual.saturation().saturated == sum(rank["saturated"] for rank in real) > 0
 
 
-def test_rank1_scales_drift_when_values_are_far_from_all_that_was_calibrated(two_ranks):
+def test_per_token_scales_drift_when_values_are_far_from_all_that_was_calibrated(two_ranks):
     """Five times as large is what they follow; a hundred times is beyond 16 standard deviations."""
     plan = synthetic_plan(partial_sums(0, 400), CommConfig())
     for factor, checks, lines in ((1, len(SCHEDULE), 0), (20, 1, 1)):

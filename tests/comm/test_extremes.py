@@ -54,7 +54,7 @@ def test_never_a_finite_value_for_what_is_not_and_never_a_wrong_one_uncounted(tw
         total = virtual.saturation()
         assert total.nonfinite >= broken.sum() == 3 + (dtype == torch.float16), case
         far = ~((y - exact)[~broken].abs() <= 0.5 * exact[~broken].abs() + 2)
-        if plan.first.rank1 and mode != "exact_sum":
+        if plan.first.per_token and mode != "exact_sum":
             # A token's step follows its largest value: its other values are lost in that step, and it alone is counted.
             assert far.any(1).sum() <= total.saturated - total.nonfinite > 0, (case, far.sum(), total)
             largest = partials.double().abs().amax((0, 2))[~broken]

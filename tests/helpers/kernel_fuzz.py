@@ -24,7 +24,7 @@ SPECIAL = [float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 3e38, -6e4, 1e-
 
 
 def random_tiers(chance: random.Random) -> list[int]:
-    """Bits and counts of at most 300 features; widths of bf16 first, where rank-1 scales look for them, or last."""
+    """Bits and counts of at most 300 features; widths of bf16 first, where per-token scales look for them, or last."""
     widths = chance.sample([2, 3, 4, 5, 6, 7, 8], chance.randint(0, 4))
     widths = chance.choice([[16, *widths], widths or [4], [*widths, 16]])
     counts = [chance.choice([1, 2, 7, 31, 32, 33, 63, 64, 65]) for _ in widths]
@@ -44,18 +44,18 @@ def spoiled(x: Tensor, chance: random.Random) -> Tensor:
 
 
 def hybrid_call(chance: random.Random) -> str:
-    tiers, rank1, tokens = random_tiers(chance), chance.random() < 0.5, chance.choice([0, 1, 2, 3, 4, 5, 9, 17])
+    tiers, per_token, tokens = random_tiers(chance), chance.random() < 0.5, chance.choice([0, 1, 2, 3, 4, 5, 9, 17])
     bf16_first = sorted(tiers[::2], key=lambda bits: bits != 16) == tiers[::2]
     dtype, ranks = chance.choice(DTYPES), chance.choice([1, 1, 2, 3, 4])
     torch.manual_seed(chance.randrange(2**31))
-    plan = Plan(tiers, tokens, rank1 and bf16_first, dtype, ranks, shuffled=chance.random() < 0.5)
+    plan = Plan(tiers, tokens, per_token and bf16_first, dtype, ranks, shuffled=chance.random() < 0.5)
     op = chance.choice(["pack", "unpack", "requantize"])
     if op == "pack":
         x, rank = spoiled(plan.x[chance.randrange(ranks)], chance), chance.randrange(ranks)
         assert_same_messages(
             kernels.hybrid_pack(x, *plan.qparams(rank)),
             hybrid.pack_reference(x, Format(*plan.qparams(rank))),
-            *(plan.tiers, plan.rank1),
+            *(plan.tiers, plan.per_token),
         )
         return op
     messages, all_ranks = plan.messages(), plan.qparams(slice(None))
@@ -72,7 +72,7 @@ def hybrid_call(chance: random.Random) -> str:
     assert_same_messages(
         kernels.hybrid_unpack_reduce_requantize(messages, *all_ranks, *second.qparams(0)),
         hybrid.requantize_reference(messages, Format(*all_ranks), Format(*second.qparams(0))),
-        *(second.tiers, second.rank1),
+        *(second.tiers, second.per_token),
     )
     return op
 

@@ -10,10 +10,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 class Plan:
     """Qparams of some ranks, and their partial sums with all that is awkward."""
 
-    def __init__(self, tiers: list[int], tokens: int, rank1: bool, dtype: torch.dtype, ranks: int, shuffled=False):
+    def __init__(self, tiers: list[int], tokens: int, per_token: bool, dtype: torch.dtype, ranks: int, shuffled=False):
         features = sum(tiers[1::2])
         g = torch.Generator().manual_seed(100 * features + 10 * tokens + ranks)
-        self.tiers, self.rank1 = tiers, rank1
+        self.tiers, self.per_token = tiers, per_token
         place = torch.randperm(features, generator=g)
         tier_of = torch.arange(len(tiers) // 2).repeat_interleave(torch.tensor(tiers[1::2]))[place]
         self.order = place if shuffled else torch.sort(tier_of, stable=True).indices
@@ -37,16 +37,16 @@ class Plan:
         self.x = x.to(dtype)
 
     def qparams(self, rank):
-        return self.scale[rank], self.zero_point[rank], self.order, self.tiers, self.rank1
+        return self.scale[rank], self.zero_point[rank], self.order, self.tiers, self.per_token
 
     def messages(self) -> torch.Tensor:
         packed = [hybrid.pack_reference(x, Format(*self.qparams(rank)))[0] for rank, x in enumerate(self.x)]
         return torch.stack(packed)
 
 
-def one_nan(message: torch.Tensor, tiers: list[int], rank1: bool) -> torch.Tensor:
+def one_nan(message: torch.Tensor, tiers: list[int], per_token: bool) -> torch.Tensor:
     """The message with one NaN for all: torch's casts make different ones, by where a value lies in its tensor."""
-    message, header = message.clone(), wire_format.header_bytes(tiers, rank1)
+    message, header = message.clone(), wire_format.header_bytes(tiers, per_token)
     parts = [(header + byte, size) for bits, _, _, byte, size in wire_format.tier_slices(tiers) if bits == 16]
     for start, size in parts:
         words = message[:, start : start + size].clone(memory_format=torch.contiguous_format).view(torch.int16)
@@ -55,10 +55,10 @@ def one_nan(message: torch.Tensor, tiers: list[int], rank1: bool) -> torch.Tenso
     return message
 
 
-def assert_same_messages(ours, reference, tiers, rank1):
+def assert_same_messages(ours, reference, tiers, per_token):
     assert ours[1].dtype == torch.int64 and torch.equal(ours[1], reference[1])
     assert ours[0].dtype == torch.uint8 and ours[0].shape == reference[0].shape
-    assert torch.equal(one_nan(ours[0], tiers, rank1), one_nan(reference[0], tiers, rank1))
+    assert torch.equal(one_nan(ours[0], tiers, per_token), one_nan(reference[0], tiers, per_token))
 
 
 def assert_same_bits(ours, reference):

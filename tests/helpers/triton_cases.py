@@ -56,9 +56,9 @@ def inputs(tokens: int, features: int, kind: str, dtype: torch.dtype, seed: int)
     return x.to(dtype)
 
 
-def without_nan_bits(message: Tensor, tiers: list[int], rank1: bool) -> Tensor:
+def without_nan_bits(message: Tensor, tiers: list[int], per_token: bool) -> Tensor:
     """All bf16 NaN made one: which NaN it is differs between backends."""
-    message, header = message.clone(), wire_format.header_bytes(tiers, rank1)
+    message, header = message.clone(), wire_format.header_bytes(tiers, per_token)
     spans = [(header + byte, size) for bits, _, _, byte, size in wire_format.tier_slices(tiers) if bits == 16 and size]
     for start, size in spans:
         value = message[:, start : start + size].clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
@@ -67,36 +67,38 @@ def without_nan_bits(message: Tensor, tiers: list[int], rank1: bool) -> Tensor:
     return message
 
 
-def check_message(ours: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tiers, rank1, case) -> None:
+def check_message(ours: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tiers, per_token, case) -> None:
     assert torch.equal(ours[1], expected[1]), ("tally", case, ours[1], expected[1])
-    same = torch.equal(*(without_nan_bits(message, tiers, rank1) for message in (ours[0], expected[0])))
+    same = torch.equal(*(without_nan_bits(message, tiers, per_token) for message in (ours[0], expected[0])))
     assert same, ("message", case)
 
 
-def check(tiers: list[int], rank1: bool, tokens: int, ranks: int, kind: str, dtype: torch.dtype, device: str) -> None:
-    case = (tiers, rank1, tokens, ranks, kind, dtype)
+def check(
+    tiers: list[int], per_token: bool, tokens: int, ranks: int, kind: str, dtype: torch.dtype, device: str
+) -> None:
+    case = (tiers, per_token, tokens, ranks, kind, dtype)
     scale, zero_point, order = plan(tiers, ranks, 1, device)
     zero_point *= kind != "zeros"
     tile = TILE if len(order) < 64 else WIDE_TILE
     sent = []
     for rank in range(ranks):
         x = inputs(tokens, len(order), kind if rank == 0 else "plain", dtype, rank).to(device)
-        arguments = (x, Format(scale[rank], zero_point[rank], order, tiers, rank1))
+        arguments = (x, Format(scale[rank], zero_point[rank], order, tiers, per_token))
         expected = hybrid.pack_reference(*arguments)
-        check_message(triton_hybrid.pack(*arguments, tile=tile), expected, tiers, rank1, case)
+        check_message(triton_hybrid.pack(*arguments, tile=tile), expected, tiers, per_token, case)
         sent.append(expected[0])
-    first = (torch.stack(sent), Format(scale, zero_point, order, tiers, rank1))
+    first = (torch.stack(sent), Format(scale, zero_point, order, tiers, per_token))
     ours = torch.empty(tokens, len(order), dtype=dtype, device=device)
     triton_hybrid.unpack_reduce(*first, ours, tile=tile)
     total = hybrid.unpack_reduce_reference(*first, dtype)
     assert torch.equal(ours.isnan(), total.isnan()) and torch.equal(ours.nan_to_num(), total.nan_to_num()), case
     features = len(order)
-    second_tiers = [6, features] if rank1 else [16, features // 3, 8, features - features // 3]
+    second_tiers = [6, features] if per_token else [16, features // 3, 8, features - features // 3]
     second = plan(second_tiers, 1, 2, device)
-    second_format = Format(second[0][0], second[1][0], second[2], second_tiers, not rank1)
+    second_format = Format(second[0][0], second[1][0], second[2], second_tiers, not per_token)
     # One program takes all tiles, so that its scratch rows are used again.
     again = triton_hybrid.requantize(*first, second_format, tile=tile, programs=1)
-    check_message(again, hybrid.requantize_reference(*first, second_format), second_tiers, not rank1, case)
+    check_message(again, hybrid.requantize_reference(*first, second_format), second_tiers, not per_token, case)
 
 
 POINTERS = {
@@ -113,10 +115,10 @@ def compile_all() -> int:
 
     kernels = (triton_hybrid.pack_kernel, triton_hybrid.unpack_reduce_kernel, triton_hybrid.requantize_kernel)
     compiled = 0
-    for kernel, rank1 in product(kernels, (False, True)):
-        counts, widths, spans, _, header = triton_hybrid._format([16, 3, 6, 5], rank1)
+    for kernel, per_token in product(kernels, (False, True)):
+        counts, widths, spans, _, header = triton_hybrid._format([16, 3, 6, 5], per_token)
         tokens, block = triton_hybrid._tile(4096)
-        constants = {"WIDTHS": widths, "SPANS": spans, "RANK1": rank1, "HEADER": header}
+        constants = {"WIDTHS": widths, "SPANS": spans, "PER_TOKEN": per_token, "HEADER": header}
         constants |= {f"SECOND_{name}": value for name, value in constants.items()}
         constants |= {"TOKENS": tokens, "BLOCK": block}
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -133,13 +135,16 @@ def compile_all() -> int:
 def main(device: str) -> None:
     if device == "compile":
         return print(compile_all())
-    cases = [(tiers, rank1, 3, 2, "plain", torch.float32) for tiers in PLANS for rank1 in (False, True)]
+    cases = [(tiers, per_token, 3, 2, "plain", torch.float32) for tiers in PLANS for per_token in (False, True)]
     cases += [([4, 700], True, 3, 1, "zeros", torch.float32)]
     for tiers in ([16, 3, 4, 19], [4, 13], [4, 20, 16, 5, 2, 9]):
-        for rank1 in (False, True):
-            cases += [(tiers, rank1, 3, 1, kind, torch.float32) for kind in ("constant", "saturated", "broken")]
-            cases += [(tiers, rank1, 1, 1, "plain", dtype) for dtype in (torch.bfloat16, torch.float16)]
-            cases += [(tiers, rank1, 0, 2, "plain", torch.float32), (tiers, rank1, 5, 4, "broken", torch.bfloat16)]
+        for per_token in (False, True):
+            cases += [(tiers, per_token, 3, 1, kind, torch.float32) for kind in ("constant", "saturated", "broken")]
+            cases += [(tiers, per_token, 1, 1, "plain", dtype) for dtype in (torch.bfloat16, torch.float16)]
+            cases += [
+                (tiers, per_token, 0, 2, "plain", torch.float32),
+                (tiers, per_token, 5, 4, "broken", torch.bfloat16),
+            ]
     for case in cases:
         check(*case, device)
     print(len(cases))

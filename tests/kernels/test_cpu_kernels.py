@@ -42,42 +42,44 @@ def mode(monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("rank1", [False, True])
+@pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("tiers", TIERS, ids=str)
-def test_same_bits_as_the_reference(tiers, rank1):
+def test_same_bits_as_the_reference(tiers, per_token):
     for number, tokens in enumerate((0, 1, 3, 17)):
         dtype, ranks = DTYPES[number], (1, 2, 4, 3)[number]
         for turn in range(4):
-            plan = Plan(tiers, tokens, rank1, DTYPES[(number + turn) % 4], ranks, shuffled=turn == 3)
+            plan = Plan(tiers, tokens, per_token, DTYPES[(number + turn) % 4], ranks, shuffled=turn == 3)
             for rank, x in enumerate(plan.x):
                 ours = kernels.hybrid_pack(x, *plan.qparams(rank))
-                assert_same_messages(ours, hybrid.pack_reference(x, Format(*plan.qparams(rank))), tiers, rank1)
+                assert_same_messages(ours, hybrid.pack_reference(x, Format(*plan.qparams(rank))), tiers, per_token)
             messages, all_ranks = plan.messages(), plan.qparams(slice(None))
             ours = kernels.hybrid_unpack_reduce(messages, Format(*all_ranks), dtype)
             assert_same_bits(ours, hybrid.unpack_reduce_reference(messages, Format(*all_ranks), dtype))
             second = Plan(TIERS[0] if len(plan.order) == 1 else [16, 1, 4, len(plan.order) - 1], 1, turn > 1, dtype, 1)
             ours = kernels.hybrid_unpack_reduce_requantize(messages, *all_ranks, *second.qparams(0))
             reference = hybrid.requantize_reference(messages, Format(*all_ranks), Format(*second.qparams(0)))
-            assert_same_messages(ours, reference, second.tiers, second.rank1)
+            assert_same_messages(ours, reference, second.tiers, second.per_token)
 
 
 @needs_compiler
-@pytest.mark.parametrize("rank1", [False, True])
+@pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_wide_rows_and_threads(dtype, rank1):
+def test_wide_rows_and_threads(dtype, per_token):
     """Ascending runs, more in some blocks than in others, which AVX-512 permutes in registers; work for two threads."""
-    plan = Plan([16, 16, 5, 70, 4, 700, 3, 200, 2, 38], 70, rank1, dtype, 3)
+    plan = Plan([16, 16, 5, 70, 4, 700, 3, 200, 2, 38], 70, per_token, dtype, 3)
     messages, all_ranks = plan.messages(), plan.qparams(slice(None))
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             ours = kernels.hybrid_pack(plan.x[0], *plan.qparams(0))
-            assert_same_messages(ours, hybrid.pack_reference(plan.x[0], Format(*plan.qparams(0))), plan.tiers, rank1)
+            assert_same_messages(
+                ours, hybrid.pack_reference(plan.x[0], Format(*plan.qparams(0))), plan.tiers, per_token
+            )
             ours = kernels.hybrid_unpack_reduce(messages, Format(*all_ranks), dtype)
             assert_same_bits(ours, hybrid.unpack_reduce_reference(messages, Format(*all_ranks), dtype))
             ours = kernels.hybrid_unpack_reduce_requantize(messages, *all_ranks, *plan.qparams(0))
             reference = hybrid.requantize_reference(messages, Format(*all_ranks), Format(*plan.qparams(0)))
-            assert_same_messages(ours, reference, plan.tiers, rank1)
+            assert_same_messages(ours, reference, plan.tiers, per_token)
     finally:
         torch.set_num_threads(1)
 
@@ -91,8 +93,8 @@ def test_older_processors(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "_loaded", [])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for tiers in (TIERS[8], TIERS[9]):
-        for rank1 in (False, True):
-            test_same_bits_as_the_reference(tiers, rank1)
+        for per_token in (False, True):
+            test_same_bits_as_the_reference(tiers, per_token)
     for carrier_bits in (8, 16):
         test_exact_sums(65, carrier_bits)
 
@@ -182,10 +184,10 @@ def test_what_the_kernels_do_not_take_goes_to_the_reference():
 
 
 @needs_compiler
-@pytest.mark.parametrize("rank1", [False, True])
-def test_a_plan_that_changes_in_place(rank1):
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_plan_that_changes_in_place(per_token):
     """The kernels keep what they made of a plan; memory that says something else is another plan."""
-    plan = Plan([16, 2, 5, 30, 4, 68], 9, rank1, torch.bfloat16, 2)
+    plan = Plan([16, 2, 5, 30, 4, 68], 9, per_token, torch.bfloat16, 2)
     kept = torch.empty(2, len(plan.order)), torch.empty(2, len(plan.order)), torch.empty_like(plan.order)
     changes = (
         lambda: None,
@@ -193,17 +195,19 @@ def test_a_plan_that_changes_in_place(rank1):
         lambda: plan.zero_point[0].sub_(1),
         lambda: plan.order.copy_(plan.order.flip(0)),
         lambda: setattr(plan, "tiers", [16, 2, 5, 29, 4, 69]),
-        lambda: setattr(plan, "rank1", not plan.rank1),
+        lambda: setattr(plan, "per_token", not plan.per_token),
     )
     for change in changes:
         change()
         for own, of in zip(kept, (plan.scale, plan.zero_point, plan.order), strict=True):
             own.copy_(of)
         scale, zero_point, order = kept
-        how = order, plan.tiers, plan.rank1
+        how = order, plan.tiers, plan.per_token
         for rank, x in enumerate(plan.x):
             ours = kernels.hybrid_pack(x, scale[rank], zero_point[rank], *how)
-            assert_same_messages(ours, hybrid.pack_reference(x, Format(*plan.qparams(rank))), plan.tiers, plan.rank1)
+            assert_same_messages(
+                ours, hybrid.pack_reference(x, Format(*plan.qparams(rank))), plan.tiers, plan.per_token
+            )
         messages, all_ranks = plan.messages(), plan.qparams(slice(None))
         ours = kernels.hybrid_unpack_reduce(messages, Format(scale, zero_point, *how), torch.float32)
         assert_same_bits(ours, hybrid.unpack_reduce_reference(messages, Format(*all_ranks), torch.float32))

@@ -216,18 +216,18 @@ def test_a_feature_of_constant_range_is_exact():
 @pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
 @pytest.mark.parametrize("feature", (0, 4))
 @pytest.mark.parametrize(
-    ("widths", "rank1"), [([4, 12], False), ([4, 12], True), ([16, 3, 4, 9], True), ([16, 3, 4, 9], False)]
+    ("widths", "per_token"), [([4, 12], False), ([4, 12], True), ([16, 3, 4, 9], True), ([16, 3, 4, 9], False)]
 )
-def test_a_token_that_holds_nan_or_inf_comes_out_as_nan(bad, widths, rank1, feature):
+def test_a_token_that_holds_nan_or_inf_comes_out_as_nan(bad, widths, per_token, feature):
     """Every feature of that token is NaN, in bf16 or not, no other token is touched, and it is counted."""
     x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
     x[2, feature] = bad
     scale, zero = torch.full((12,), 0.5), torch.full((12,), 8.0)
     scale[: 3 * (widths[0] == 16)], zero[: 3 * (widths[0] == 16)] = torch.inf, 0.0
-    message, tally = kernels.hybrid_pack(x, scale, zero, torch.arange(12), widths, rank1)
+    message, tally = kernels.hybrid_pack(x, scale, zero, torch.arange(12), widths, per_token)
     assert tally[0] == x.numel() and tally[2] == 1
     y = kernels.hybrid_unpack_reduce(
-        message[None], Format(scale[None], zero[None], torch.arange(12), widths, rank1), x.dtype
+        message[None], Format(scale[None], zero[None], torch.arange(12), widths, per_token), x.dtype
     )
     assert y[2].isnan().all() and y[[0, 1, 3, 4]].isfinite().all()
 
@@ -259,15 +259,15 @@ def token_sizes(normed: torch.Tensor, coded: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("widths", TIERS)
-@pytest.mark.parametrize("rank1", (False, True))
-def test_every_value_is_within_half_a_step(widths, rank1):
-    """static: a step of the feature's range over 2^b - 1; rank-1: of the token's size times the feature's, half of it
-    below the knee, and a value beyond the codes is clipped to their end."""
+@pytest.mark.parametrize("per_token", (False, True))
+def test_every_value_is_within_half_a_step(widths, per_token):
+    """static: a step of the feature's range over 2^b - 1; per-token: of the token's size times the feature's, half of
+    it below the knee, and a value beyond the codes is clipped to their end."""
     x, order = tiered(len(widths), widths)
     bits = torch.empty(len(order), dtype=torch.int64)
     bits[order] = torch.cat([torch.full((n,), b) for b, n in zip(widths[::2], widths[1::2], strict=True)])
     levels = 2.0 ** bits.clamp(max=8) - 1
-    if rank1:
+    if per_token:
         scale = x.std(1)
         zero = -x.mean(1) / scale
         normed = (x.double() / scale[:, None] + zero[:, None]).masked_fill(bits == 16, 0.0)
@@ -290,13 +290,13 @@ def test_every_value_is_within_half_a_step(widths, rank1):
         slack = 1e-5 * x.abs().amax(1)[:, None].double().expand(x.shape)
     bound = torch.where(bits == 16, 2**-8 * x.abs(), half_step + slack)
     ranks = zip(x, scale, zero, strict=True)
-    messages = torch.stack([kernels.hybrid_pack(*rank, order, widths, rank1)[0] for rank in ranks])
-    assert messages.shape[2] == kernels.hybrid_row_bytes(widths, rank1)
+    messages = torch.stack([kernels.hybrid_pack(*rank, order, widths, per_token)[0] for rank in ranks])
+    assert messages.shape[2] == kernels.hybrid_row_bytes(widths, per_token)
     for rank in range(len(x)):
         message, *qparams = (t[rank : rank + 1] for t in (messages, scale, zero))
-        y = kernels.hybrid_unpack_reduce(message, Format(*qparams, order, widths, rank1), torch.float32)
+        y = kernels.hybrid_unpack_reduce(message, Format(*qparams, order, widths, per_token), torch.float32)
         assert ((y.double() - x[rank]).abs() <= bound[rank]).all()
-    total = kernels.hybrid_unpack_reduce(messages, Format(scale, zero, order, widths, rank1), torch.float32)
+    total = kernels.hybrid_unpack_reduce(messages, Format(scale, zero, order, widths, per_token), torch.float32)
     assert ((total.double() - x.double().sum(0)).abs() <= bound.sum(0) + 1e-5 * x.abs().sum(0)).all()
 
 

@@ -93,14 +93,14 @@ def test_fake_of_pack_and_unpack(bits, rows):
 
 @pytest.mark.parametrize(("tokens", "tiers"), [(3, [16, 2, 4, 7]), (0, [16, 2, 4, 7]), (1, [4, 9]), (2, [16, 9])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rank1", (False, True))
-def test_fakes_of_the_wire_format(tokens, tiers, dtype, rank1):
+@pytest.mark.parametrize("per_token", (False, True))
+def test_fakes_of_the_wire_format(tokens, tiers, dtype, per_token):
     scale, zero_point = torch.ones(2, 9), torch.full((2, 9), 8.0)
-    x, format = torch.arange(tokens * 9, dtype=dtype).view(tokens, 9), (torch.arange(9), tiers, rank1)
+    x, format = torch.arange(tokens * 9, dtype=dtype).view(tokens, 9), (torch.arange(9), tiers, per_token)
     check_op(OPS.hybrid_pack, x, scale[0], zero_point[0], *format)
     messages = torch.stack([kernels.hybrid_pack(x, scale[r], zero_point[r], *format)[0] for r in range(2)])
     check_op(OPS.hybrid_unpack_reduce_into, messages, scale, zero_point, *format, torch.empty_like(x))
-    second = scale[0], zero_point[0], torch.arange(9).flip(0), [8, 9], not rank1
+    second = scale[0], zero_point[0], torch.arange(9).flip(0), [8, 9], not per_token
     check_op(OPS.hybrid_unpack_reduce_requantize, messages, scale, zero_point, *format, *second)
 
 

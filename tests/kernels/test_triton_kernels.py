@@ -51,7 +51,7 @@ def test_same_bits_as_the_reference_on_a_gpu():
 def test_scales_of_bf16_features_are_infinite():
     """Triton knows them by that."""
     bits = torch.tensor([4, 16, 4, 16], dtype=torch.uint8)
-    format = WireFormat(Codec(torch.ones(2, 4), torch.ones(2, 4), bits, rank1=True))
+    format = WireFormat(Codec(torch.ones(2, 4), torch.ones(2, 4), bits, per_token=True))
     assert format.scale.tolist() == 2 * [[1.0, float("inf"), 1.0, float("inf")]]
     assert format.zero_point.tolist() == 2 * [[1.0, 0.0, 1.0, 0.0]]
 

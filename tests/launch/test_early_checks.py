@@ -60,8 +60,8 @@ def test_fewer_windows_than_asked_for_are_told(samples, tmp_path, capsys):
 
 @pytest.mark.parametrize("preset", [{}, {"preset": "paper", "scale": "rank1"}, {"preset": "paper"}])
 def test_a_feature_that_never_moved_is_no_noise(preset):
-    """A row of zeros in down_proj (a pruned channel). Codes have no middle, so in rank-1 it is off by about its scale:
-    one of 1.0 would be a hundred times the other features' size here."""
+    """A row of zeros in down_proj (a pruned channel). Codes have no middle, so with per-token scales it is off by about
+    its own: one of 1.0 would be a hundred times the other features' size here."""
     x = 0.01 * torch.randn(2, 512, 128, generator=torch.Generator().manual_seed(0))
     x[:, :, 5] = 0
     wire = WireFormat(synthetic_plan(x, CommConfig(**preset)).first)

@@ -42,14 +42,14 @@ def make_stats() -> CalibrationStats:
 def make_plan(size: int = 2) -> CommPlan:
     sites = {
         SITE: SitePlan(codec(size, [4, 16, 4, 4, 16]), codec(1, [8] * 5), normal(size, 5), normal(5).abs(), 16),
-        "o_proj": SitePlan(codec(size, [8, 2, 3], rank1=True), None, normal(size, 3), normal(3).abs()),
+        "o_proj": SitePlan(codec(size, [8, 2, 3], per_token=True), None, normal(size, 3), normal(3).abs()),
     }
     return CommPlan(sites, size, FINGERPRINT, "hybrid int4/bf16", {"q_proj": codec(1, [4, 4, 16])})
 
 
-def codec(senders: int, bits: list[int], rank1: bool = False) -> Codec:
+def codec(senders: int, bits: list[int], per_token: bool = False) -> Codec:
     qparams = normal(senders, len(bits)), normal(senders, len(bits), seed=1).round()
-    return Codec(*qparams, torch.tensor(bits, dtype=torch.uint8), rank1)
+    return Codec(*qparams, torch.tensor(bits, dtype=torch.uint8), per_token)
 
 
 def make_checkpoint() -> LowBitCheckpoint:
@@ -93,8 +93,8 @@ def test_comm_plan_round_trip(tmp_path):
             for leaf, tensor in site.tensors().items():
                 assert_same(found[name].tensors()[leaf], tensor)
     site, other = loaded.sites[SITE], loaded.sites["o_proj"]
-    assert (site.carrier_bits, site.first.rank1, site.tp_size) == (16, False, 2) and site.second is not None
-    assert other.second is None and other.first.rank1 and other.first.bits.tolist() == [8, 2, 3]
+    assert (site.carrier_bits, site.first.per_token, site.tp_size) == (16, False, 2) and site.second is not None
+    assert other.second is None and other.first.per_token and other.first.bits.tolist() == [8, 2, 3]
 
 
 def test_checkpoint_round_trip(tmp_path):
