@@ -54,18 +54,18 @@ def _main(argv: list[str] | None) -> int:
     if argv[0] == "benchmark" and argv[1:2] in (["collectives"], ["kernels"]):
         from megatron_lowbit.launch.bench import arguments
 
-        code = arguments.told(argv[1], argv[2:])
+        code = arguments.check_arguments(argv[1], argv[2:])
         return import_module(f"megatron_lowbit.launch.bench.{argv[1]}").main(argv[2:]) if code is None else code
     if argv[0] == "slurm":
         from megatron_lowbit.launch.slurm import render as slurm
 
         return slurm.main(argv[1:])
     from megatron_lowbit.config import shown
-    from megatron_lowbit.launch.arguments import fail, told
+    from megatron_lowbit.launch.arguments import check_arguments, fail
 
     if argv[0] not in STAGES:
         return fail(f"unknown stage {shown(argv[0])}; choose one of {', '.join(STAGES)}")
-    code = told(argv[0], argv[1:])
+    code = check_arguments(argv[0], argv[1:])
     if code is not None:
         return code
     from megatron_lowbit.launch.runner import run_stage  # and with it torch
@@ -86,9 +86,9 @@ def _on_the_way() -> None:
     module = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
     stage = module.removeprefix(f"{__name__}.")
     if stage in STAGES and stage != "slurm" and module != stage:
-        from megatron_lowbit.launch.arguments import told
+        from megatron_lowbit.launch.arguments import check_arguments
 
-        code = told(stage, sys.argv[1:])
+        code = check_arguments(stage, sys.argv[1:])
         if code is not None:
             raise SystemExit(code)
 

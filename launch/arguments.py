@@ -1,6 +1,6 @@
 """The arguments of every command, and what can be told of them without torch, whose import takes seconds.
 
-`told(stage, argv)` is called before a stage's module is imported: a slip of the pen is answered at once.
+`check_arguments(stage, argv)` is called before a stage's module is imported: a slip of the pen is answered at once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CONFIGS: dict[str, type[StageConfig]] = {
 }
 
 
-def told(name: str, argv: list[str]) -> int | None:
+def check_arguments(name: str, argv: list[str]) -> int | None:
     """The exit code after one line on standard error, where something is wrong with a stage's arguments; else None."""
     try:
         launcher_env.adopt()
@@ -66,11 +66,11 @@ def fail(message: str) -> int:
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     line = f"megatron-lowbit: {'' if rank in ('', '0') else f'rank {rank}: '}{line}"
     print(line, file=sys.stderr, flush=True)
-    _tell_torchrun(line)
+    _report_to_torchrun(line)
     return BAD_INPUT
 
 
-def _tell_torchrun(line: str) -> None:
+def _report_to_torchrun(line: str) -> None:
     """Let torchrun's own report of the failure end with this line, where it else advises to enable tracebacks."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         record = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
@@ -91,8 +91,8 @@ class Parser(argparse.ArgumentParser):
         return f"{super().format_help()}\n{explain_keys(self.config(), self.unused)}"
 
     def error(self, message: str) -> NoReturn:
-        said = message if len(message) <= 500 else f"{message[:480]} ..."
-        raise LowBitError(f"{said} (see {self.prog} --help)")
+        shown = message if len(message) <= 500 else f"{message[:480]} ..."
+        raise LowBitError(f"{shown} (see {self.prog} --help)")
 
 
 def parse(name: str, config_class: type[StageConfig], argv: list[str]) -> tuple[StageConfig, int | None]:

@@ -30,7 +30,7 @@ from megatron_lowbit.launch.engines.start import start_engine
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.launch.saturation import logged, measure_saturation, print_saturation
 from megatron_lowbit.launch.tables import print_table
-from megatron_lowbit.runtime.distributed import Watch, device
+from megatron_lowbit.runtime.distributed import PreemptionCheck, device
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger, progress
 
@@ -103,7 +103,7 @@ def time_pairs(
     patched = patching.replacing_modules(engine.model)
     seconds = {True: 0.0, False: 0.0}
     pairs = []
-    numbers = Watch().each(range(-3, repeats))
+    numbers = PreemptionCheck().each(range(-3, repeats))
     for number in progress(numbers, repeats + 3, f"timing {name}", env_rank()):
         for with_patch in (True, False) if number % 2 else (False, True):
             engine.remove()

@@ -21,7 +21,7 @@ from megatron_lowbit.launch.rows import row_name
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.launch.saturation import logged, measure_saturation, print_saturation
 from megatron_lowbit.launch.tokenizer import check_tokenizer
-from megatron_lowbit.runtime.distributed import Watch, on_rank_zero
+from megatron_lowbit.runtime.distributed import PreemptionCheck, on_rank_zero
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger
 
@@ -49,13 +49,13 @@ def run(config: GenerateConfig, logger: MetricLogger) -> dict[str, Any]:
         config.max_batch,
         config.seed,
         on_token,
-        Watch().check,
+        PreemptionCheck().check,
     )
-    made = engine.generate(ids, options)
+    generated = engine.generate(ids, options)
     seconds = time.perf_counter() - start
     if text is not None:
         text.end()
-    tokens = sum(map(len, made))
+    tokens = sum(map(len, generated))
     name = row_name(engine, artifact, config.comm.mode)
     saturation = {"name": name, **measure_saturation(engine)}
     logger.log(new_tokens=tokens, seconds=seconds, **logged(saturation))
@@ -64,7 +64,7 @@ def run(config: GenerateConfig, logger: MetricLogger) -> dict[str, Any]:
     decode = partial(engine.tokenizer.decode, skip_special_tokens=True)
     rows = [
         {**saturation, "prompt": prompt, "text": decode(new), "tokens": new, "new_tokens": len(new), "seconds": seconds}
-        for prompt, new in zip(prompts, made, strict=True)
+        for prompt, new in zip(prompts, generated, strict=True)
     ]
     return {"rows": rows}
 
@@ -103,7 +103,7 @@ class Streams:
     def __init__(self, tokenizer: Any, prompts: Sequence[str]):
         self.tokenizer, self.prompts = tokenizer, prompts
         self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.told = ""
+        self.printed = ""
 
     def put(self, number: int, token: int) -> None:
         self.tokens[number].append(token)
@@ -112,15 +112,15 @@ class Streams:
         text = self._text(number)
         if text.endswith("\ufffd"):  # half a character: the next token completes it
             return
-        print(text[len(self.told) :], end="", flush=True)
-        self.told = text
+        print(text[len(self.printed) :], end="", flush=True)
+        self.printed = text
 
     def end(self) -> None:
         if len(self.prompts) > 1:
             for number, prompt in enumerate(self.prompts):
                 print(json.dumps({"prompt": prompt, "text": self._text(number)}, ensure_ascii=False))
         else:
-            print(self._text(0)[len(self.told) :])
+            print(self._text(0)[len(self.printed) :])
 
     def _text(self, number: int) -> str:
         return self.tokenizer.decode(self.tokens[number], skip_special_tokens=True)

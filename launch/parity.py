@@ -95,8 +95,8 @@ def write_outcomes(config: ParityConfig) -> list[dict[str, Any]]:
         with torch.inference_mode():
             for number, prompt in enumerate(prompts):
                 outcome[f"logits.{number}"] = engine(input_ids=torch.tensor([prompt])).logits[0].float()
-        made = engine.generate(prompts, GenerateOptions(config.max_new_tokens))
-        outcome |= {f"tokens.{number}": torch.tensor(tokens) for number, tokens in enumerate(made)}
+        generated = engine.generate(prompts, GenerateOptions(config.max_new_tokens))
+        outcome |= {f"tokens.{number}": torch.tensor(tokens) for number, tokens in enumerate(generated)}
         path = Path(config.output_dir) / f"{mode}.safetensors"
         on_rank_zero(lambda path=path, outcome=outcome: write_tensors(path, outcome))  # type: ignore[misc]
         rows.append({"name": str(mode), "prompts": len(prompts), **measure_saturation(engine)})
@@ -134,12 +134,12 @@ def outcomes_of(config: ParityConfig, engine: str, size: int) -> dict[str, Outco
 
 def _run(command: list[str], environ: dict[str, str]) -> tuple[int | None, str]:
     """(exit code, standard error), the code None after TIMEOUT; the signals of this process are passed on."""
-    deadline, told = time.monotonic() + TIMEOUT, 0
+    deadline, forwarded = time.monotonic() + TIMEOUT, 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ) as process:
         try:
             while time.monotonic() < deadline:
-                for number in preemption.received[told:]:
-                    told += 1
+                for number in preemption.received[forwarded:]:
+                    forwarded += 1
                     process.send_signal(number)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     _, stderr = process.communicate(timeout=0.2)

@@ -14,7 +14,7 @@ from megatron_lowbit.launch.engines.base import Engine
 from megatron_lowbit.launch.saturation import logged, measure_saturation, print_saturation
 from megatron_lowbit.launch.tables import number, print_table
 from megatron_lowbit.quality import SiteTraffic, measure_quality, measure_sqnr
-from megatron_lowbit.runtime.distributed import Watch
+from megatron_lowbit.runtime.distributed import PreemptionCheck
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger, progress
 
@@ -157,15 +157,15 @@ def print_rows(rows: list[dict[str, Any]], title: str | None = None) -> None:
 
 def explained(rows: list[dict[str, Any]]) -> str | None:
     """What the columns of SQNR and of bits and bytes hold, where they hold anything."""
-    told = []
+    notes = []
     if any(row["sqnr_db"] is not None for row in rows):
-        told.append(f"SQNR: mean of the sites, on the first {SQNR_TOKENS:,} tokens.")
+        notes.append(f"SQNR: mean of the sites, on the first {SQNR_TOKENS:,} tokens.")
     if any(row["bits_per_value"] is not None for row in rows):
-        told.append(
+        notes.append(
             "bits/value, bytes/token: what a rank hands over, each message once; in one_shot every one of the other "
             "N - 1 ranks gets a copy."
         )
-    return " ".join(told) or None
+    return " ".join(notes) or None
 
 
 def _kl_tokens(section: EvaluationConfig) -> int:
@@ -174,7 +174,7 @@ def _kl_tokens(section: EvaluationConfig) -> int:
 
 
 def _batches(windows: Windows, section: EvaluationConfig, name: str):
-    batches = Watch().each(windows.batches(section.batch_size))
+    batches = PreemptionCheck().each(windows.batches(section.batch_size))
     return progress(batches, windows.num_batches(section.batch_size), f"evaluating {name}", env_rank())
 
 

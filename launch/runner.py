@@ -28,7 +28,7 @@ from megatron_lowbit.launch.bench.netlab import FIRST_HOST, network, no_namespac
 from megatron_lowbit.launch.inputs import check_inputs
 from megatron_lowbit.launch.layout import check_layout, world_of
 from megatron_lowbit.runtime import launcher_env, preemption, presence
-from megatron_lowbit.runtime.distributed import ToldError, on_every_rank, on_rank_zero
+from megatron_lowbit.runtime.distributed import PeerError, on_every_rank, on_rank_zero
 from megatron_lowbit.runtime.folder_lock import FolderLock
 from megatron_lowbit.runtime.launcher_env import env_rank, launched
 from megatron_lowbit.runtime.metrics import MetricLogger, environment
@@ -79,7 +79,7 @@ def run_rank(name: str, stage: Any, config: StageConfig) -> int:
             write_json(output / f"{name}.json", record)
             logger.summary(seconds=seconds, rows=results["rows"])
         code = 0
-    except ToldError:
+    except PeerError:
         code = BAD_INPUT
     except LowBitError as error:
         code = fail(str(error))
@@ -177,12 +177,12 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
     """Wait for all ranks, and pass signals on to them; after a failure the others get ten seconds. Returns the rank to
     blame, if any."""
     blamed: int | None = None
-    told = 0
+    forwarded = 0
     deadline: float | None = None
     try:
         while any(rank.poll() is None for rank in ranks):
-            for number in preemption.received[told:]:
-                told += 1
+            for number in preemption.received[forwarded:]:
+                forwarded += 1
                 for rank in ranks:
                     rank.send_signal(number)
             codes = [rank.poll() for rank in ranks]

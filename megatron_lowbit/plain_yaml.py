@@ -48,8 +48,8 @@ def parse_yaml(text: str, kind_of: Callable[[tuple[str, ...]], type | None] = la
     except _TooMuch as error:
         raise ValueError(str(error)) from None
     except Exception as error:  # PyYAML's constructors raise whatever int(), datetime and their own regexes do
-        said = " ".join(str(error).split())[:200]
-        raise ValueError(f"not a value of YAML: {said or type(error).__name__}") from None
+        message = " ".join(str(error).split())[:200]
+        raise ValueError(f"not a value of YAML: {message or type(error).__name__}") from None
 
 
 class _TooMuch(Exception):

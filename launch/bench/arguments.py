@@ -17,7 +17,7 @@ from megatron_lowbit.launch.layout import check_alone
 NOT_HERE = [*UNUSED, *(f"comm.{key}" for key in CommConfig.model_fields if key not in PLAN_KEYS), "comm.selection"]
 
 
-def told(kind: str, argv: list[str]) -> int | None:
+def check_arguments(kind: str, argv: list[str]) -> int | None:
     """The exit code after one line on standard error, where something is wrong with the arguments; else None."""
     try:
         config = {"collectives": parse_collectives, "kernels": parse_kernels}[kind](argv)

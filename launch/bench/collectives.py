@@ -40,7 +40,7 @@ from megatron_lowbit.launch.bench.collectives_rank import FEATURES, cell_limit, 
 from megatron_lowbit.launch.bench.config import BenchmarkCollectivesConfig
 from megatron_lowbit.launch.bench.netlab import network, uninterrupted
 from megatron_lowbit.launch.tables import print_table
-from megatron_lowbit.runtime.distributed import Watch
+from megatron_lowbit.runtime.distributed import PreemptionCheck
 from megatron_lowbit.runtime.metrics import MetricLogger, progress, require
 from megatron_lowbit.runtime.rendezvous import on_loopback
 from megatron_lowbit.temporary import scratch_folder
@@ -70,9 +70,9 @@ def run(config: BenchmarkCollectivesConfig, logger: MetricLogger) -> dict[str, A
     rows: list[dict[str, Any]] = []
     cells = [(ranks, size) for ranks in config.ranks for size in config.sizes]
     measured = (cell for ranks in config.ranks for cell in measure(config, ranks))
-    watch = Watch()
+    preemption = PreemptionCheck()
     for (ranks, size), cell in zip(progress(cells, len(cells), "timing"), measured, strict=True):
-        watch.check()
+        preemption.check()
         rows += cell
         logger.log(ranks=ranks, bytes=size, **{f"{row['algorithm']}_seconds": row["seconds"] for row in cell})
     print_rows(config, rows)

@@ -23,9 +23,9 @@ def network(rate: str | None, ranks: int) -> Iterator[list[list[str]]]:
         yield [[]] * ranks
         return
     try:
-        made = call("up", str(ranks), rate)
-        if made.returncode:
-            reason = " ".join((made.stderr.strip().splitlines() or ["netlab.sh failed"])[-1].split())
+        created = call("up", str(ranks), rate)
+        if created.returncode:
+            reason = " ".join((created.stderr.strip().splitlines() or ["netlab.sh failed"])[-1].split())
             raise LowBitError(
                 f"rate={rate}: cannot make network namespaces ({reason}); leave rate out to measure on loopback"
             )

@@ -218,12 +218,12 @@ def _print_stages(totals: dict[str, Any], config: QuantizeConfig) -> None:
     headers = [what.replace(" ", "\n") for what in RESOURCES.values()]
     print_table(("stage", *headers, "seconds"), spent, f"{one}: seconds by what they are spent on")
     rates = totals["rates"]
-    told = [
+    known = [
         f"{what} {rates[key]:.3g} {UNITS[key]} ({'given' if key in rates['given'] else 'measured here'})"
         for key, what in RESOURCES.items()
         if rates[key] is not None
     ]
-    print(f"rates per rank: {', '.join(told)}")
+    print(f"rates per rank: {', '.join(known)}")
     if rates["network"] is None and config.tp * config.dp > 1:
         print("the network's seconds are left out: give rates.network in bytes per second")
     by_resource = {key: sum(stage["seconds"].get(key, 0.0) for stage in totals["stages"].values()) for key in RESOURCES}

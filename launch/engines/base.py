@@ -95,7 +95,7 @@ class Engine:
 
     def generate(self, prompts: Sequence[list[int]], options: GenerateOptions) -> list[list[int]]:
         """The new tokens of every prompt, one after the other; the same on all ranks."""
-        made = []
+        generated = []
         for number, prompt in enumerate(prompts):
             stream = partial(options.on_token, number)
             sampling = (
@@ -110,8 +110,8 @@ class Engine:
                 streamer=_TokenStreamer(stream, options.on_step),
                 **sampling,
             )
-            made.append(output[0, len(prompt) :].tolist())
-        return made
+            generated.append(output[0, len(prompt) :].tolist())
+        return generated
 
 
 class _TokenStreamer:

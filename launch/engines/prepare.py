@@ -36,7 +36,7 @@ from megatron_lowbit.launch.tokenizer import check_tokenizer
 from megatron_lowbit.qllm.resume import PassState
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.round_to_nearest import quantize_model
-from megatron_lowbit.runtime.distributed import Watch, group_rank, on_rank_zero, world_size
+from megatron_lowbit.runtime.distributed import PreemptionCheck, group_rank, on_rank_zero, world_size
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger, progress
 
@@ -94,7 +94,7 @@ def calibrate_engine(
 
     def logged():
         rest = islice(windows.batches(section.batch_size), done, None)
-        batches = rest if state is not None else Watch(lag=lag).each(rest)
+        batches = rest if state is not None else PreemptionCheck(lag=lag).each(rest)
         for number, (ids, mask) in enumerate(progress(batches, count - done, "calibrating", env_rank()), done):
             yield share_of_batch(ids, mask, engine.dp_group)
             logger.log(calibration_batch=number + 1, calibration_tokens=int(mask.sum()))

@@ -164,7 +164,7 @@ def apply_to_deepspeed(
         shard = patching.row_shard(checkpoint, name, rank, size, module.weight)
         replacements[name] = QuantRowParallelLinear([shard], reducers.real(name, group), module.bias)
     if checkpoint is not None and quantized:
-        patching.tell_left(engine.module, checkpoint, replacements)
+        patching.warn_unreplaced(engine.module, checkpoint, replacements)
     patching.swap(engine.module, replacements)
     saving.save_as_artifact(engine.module, artifact)
     if checkpoint is not None and quantized:

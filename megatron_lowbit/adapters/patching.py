@@ -269,7 +269,7 @@ def norms_and_columns(
     return {**linears, **norms(model, checkpoint, plain)}
 
 
-def tell_left(model: nn.Module, checkpoint: LowBitCheckpoint, replaced: Collection[str]) -> None:
+def warn_unreplaced(model: nn.Module, checkpoint: LowBitCheckpoint, replaced: Collection[str]) -> None:
     """Warn of linears that the checkpoint has quantized and the model keeps in full precision.
 
     Raises LowBitError for a model that was rebuilt from the checkpoint: it has no full-precision weights for them.

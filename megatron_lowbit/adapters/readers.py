@@ -42,7 +42,7 @@ class Reads:
         return any(id(output) in self.others for name, output in self.outputs if name == norm)
 
 
-class _Watch(TorchDispatchMode):
+class _ReadTracker(TorchDispatchMode):
     """Notes the operations that take a norm's output while no linear in question runs."""
 
     def __init__(self, reads: Reads):
@@ -64,13 +64,13 @@ def is_norm(module: nn.Module) -> bool:
 
 
 @contextmanager
-def watch_reads(root: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[Reads]:
+def track_reads(root: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[Reads]:
     """Within the context run `root` once, on any device, without gradients; afterwards the Reads are complete.
 
     linears: {fqn: module} whose reads are told apart from all others.
     """
     reads = Reads()
-    mode = _Watch(reads)
+    mode = _ReadTracker(reads)
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -107,7 +107,7 @@ def reads_of_model(model: Any, linears: Mapping[str, nn.Module], device: torch.d
     modes: Sequence[tuple[nn.Module, bool]] = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with watch_reads(model, linears) as reads:
+        with track_reads(model, linears) as reads:
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
     finally:
         for module, training in modes:

@@ -34,7 +34,7 @@ class Agreement:
         self.group, self.plan = group, plan
         self.site = ""  # its name in the model, for messages
         self._digest: int | None = None
-        self._told: tuple[int, torch.dtype] | None = None  # width and dtype that the ranks agreed on
+        self._agreed: tuple[int, torch.dtype] | None = None  # width and dtype that the ranks agreed on
 
     def check(self, x: Tensor, share: int = 1) -> None:
         """x [..., features], before it is sent; share: by how many ranks a batch's tokens are divided.
@@ -44,7 +44,7 @@ class Agreement:
         # On a CPU an idle operation of torch costs as much as 5 % of a small all-reduce: none is called here.
         tokens = x.shape[:-1].numel()
         batch, kind = share * tokens, (x.shape[-1], x.dtype)
-        known = self._told == kind
+        known = self._agreed == kind
         if known and (x.is_cuda or _BATCHES.get(self.group) == batch):
             return
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -68,7 +68,7 @@ class Agreement:
                 f"{self._where()}tensor-parallel ranks 0 .. {size - 1} hold {', '.join(map(str, counts))} tokens; "
                 "give every rank the same batch"
             )
-        self._told = kind
+        self._agreed = kind
         _BATCHES[self.group] = batch
 
     def largest(self, value: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ PIECE_VALUES = 2**20  # from one rank to another: 512 KiB of 4 bits. Smaller one
 LARGE = 2**17  # bytes from one rank to another from which rounds are faster
 
 
-class Arrival:
+class PendingMessages:
     """What a collective will have received once its messages are there."""
 
     def __init__(self, agreement: Agreement, received: Tensor, halves: list[list[dist.Work | None]]):
@@ -53,20 +53,20 @@ class Exchange:
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.under_way: deque[list[dist.Work | None]] = deque()
 
-    def all_gather(self, message: Tensor) -> Arrival:
+    def all_gather(self, message: Tensor) -> PendingMessages:
         """message [...], the same shape on every rank -> [N, ...] in rank order."""
         with self.agreement:
             if message.is_cuda:
                 work, gathered = start_all_gather(message, self.group)
-                return Arrival(self.agreement, gathered, [[work]])
+                return PendingMessages(self.agreement, gathered, [[work]])
             gathered = message.new_empty(self.size, *message.shape)
             if message.nbytes >= LARGE:
                 return self._rounds([message] * self.size, gathered)
             copies = message.expand_as(gathered).contiguous()
             work = dist.all_to_all_single(gathered, copies, group=self.group, async_op=True)
-            return Arrival(self.agreement, gathered, [[work]])
+            return PendingMessages(self.agreement, gathered, [[work]])
 
-    def all_to_all(self, message: Tensor, sizes: list[int]) -> Arrival:
+    def all_to_all(self, message: Tensor, sizes: list[int]) -> PendingMessages:
         """message [sum(sizes), ...]; rank r gets the sizes[r] rows that are its own from all: [N, sizes[r], ...]."""
         mine = sizes[self.rank]
         received = message.new_empty(self.size, mine, *message.shape[1:])
@@ -76,9 +76,9 @@ class Exchange:
             work = dist.all_to_all_single(
                 received.flatten(0, 1), message, [mine] * self.size, sizes, group=self.group, async_op=True
             )
-            return Arrival(self.agreement, received, [[work]])
+            return PendingMessages(self.agreement, received, [[work]])
 
-    def _rounds(self, send: Sequence[Tensor], received: Tensor) -> Arrival:
+    def _rounds(self, send: Sequence[Tensor], received: Tensor) -> PendingMessages:
         """send[r] to rank r, received[r] from it. Returns when the last round has begun."""
         received[self.rank].copy_(send[self.rank])
         halves = []
@@ -94,7 +94,7 @@ class Exchange:
                     works.append(self.group.send([ours], to, TAG))
                 halves.append(works)
                 self.under_way.append(works)
-        return Arrival(self.agreement, received, halves)
+        return PendingMessages(self.agreement, received, halves)
 
     def pipeline(self, pieces: Iterable[tuple[Any, ...]], *stages: Callable[..., Any]) -> None:
         """Each piece through all stages, whose results are the next one's arguments. A stage is a piece behind the one

@@ -32,9 +32,9 @@ from megatron_lowbit.io.tensors import check_tensor, one_value, refuse_unused, s
 class FeatureRange:
     """What calibration knows of the partial sums at one site, per rank and feature: float32 [tp_size, features] each.
 
-    min_vals, max_vals: the moving averages of the ranges; mean, std: over all tokens, for rank-1 scales; crest: float32
-    [tp_size], the root mean square of the tokens' sizes, in standard deviations; clipped: float32 [tp_size, widths, 2,
-    features], low and high of least error for each of clipping.WIDTHS, if recorded.
+    min_vals, max_vals: the moving averages of the ranges; mean, std: over all tokens, for per-token scales; crest:
+    float32 [tp_size], the root mean square of the tokens' sizes, in standard deviations; clipped: float32 [tp_size,
+    widths, 2, features], low and high of least error for each of clipping.WIDTHS, if recorded.
     """
 
     min_vals: Tensor
@@ -161,8 +161,8 @@ class SitePlan:
     def of(cls, tensors: Mapping[str, Tensor]) -> SitePlan:
         """The inverse of `tensors`. Raises KeyError where one is missing."""
         second = _below(tensors, "second.")
-        first, again = Codec.of(_below(tensors, "first.")), Codec.of(second) if second else None
-        return cls(first, again, tensors["center"], tensors["half_range"], one_value("carrier_bits", tensors))
+        first, second_codec = Codec.of(_below(tensors, "first.")), Codec.of(second) if second else None
+        return cls(first, second_codec, tensors["center"], tensors["half_range"], one_value("carrier_bits", tensors))
 
 
 def label_of(description: str) -> str:

@@ -63,7 +63,7 @@ class Reducer(nn.Module):
         self.stock = COLLECTIVES["bf16"](self.formats)
         self.collectives = {name: COLLECTIVES[name](self.formats) for name in self._names()}
         self._choices: dict[tuple[int, bool], Collective] = {}
-        self.guard = DriftGuard(drift_threshold, list(self.formats.made.values()))  # type: ignore[arg-type]
+        self.guard = DriftGuard(drift_threshold, list(self.formats.by_name.values()))  # type: ignore[arg-type]
 
     def _names(self) -> list[str]:
         """The collectives that the mode may take. Raises LowBitError where it lacks a plan or a cost table."""

@@ -29,7 +29,7 @@ logger = logging.getLogger("megatron_lowbit")
 FORMAT = 4
 WITHOUT_SEAL = 3  # the format before, which still loads
 SEAL = "json_sha256"
-_told: set[Path] = set()  # folders whose lack of seals was logged
+_warned: set[Path] = set()  # folders whose lack of seals was logged
 
 
 def ensure_writable(folder: str | Path) -> Path:
@@ -115,8 +115,8 @@ def read_meta(stem: Path, *keys: str) -> dict[str, Any]:
         raise LowBitError(f"cannot read {str(stem)!r}: its JSON is incomplete; write it again")
     if SEAL in meta or meta["format"] == FORMAT:
         check_seal(path, meta)
-    elif path.parent not in _told:
-        _told.add(path.parent)
+    elif path.parent not in _warned:
+        _warned.add(path.parent)
         logger.warning(
             "%r was written by an earlier version, without checksums of its JSON files: a change in them may go "
             "unnoticed; write it again to have them checked",

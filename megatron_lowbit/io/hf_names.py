@@ -46,7 +46,7 @@ class ModelWeights:
             for here, there in ((target, source), (source, target)):
                 if here not in self.origins and there in self.origins:
                     self.origins[here] = self.origins[there]
-        self._made: tuple[_Origin | None, dict[str, Tensor]] = (None, {})
+        self._converted: tuple[_Origin | None, dict[str, Tensor]] = (None, {})
 
     def digest(self) -> str:
         return self.stored.digest()
@@ -82,19 +82,19 @@ class ModelWeights:
 
     def _convert(self, origin: _Origin) -> dict[str, Tensor]:
         """{name: tensor} of all that is made of the same tensors; the last one is kept, for its other names."""
-        if self._made[0] is not origin:
-            self._made = (None, {})
+        if self._converted[0] is not origin:
+            self._converted = (None, {})
             converter = copy.deepcopy(origin.converter)
             for pattern, names in origin.sources.items():
                 for name in names:
                     converter.add_tensor(origin.first, name, pattern, self.stored.whole(name))
             try:
-                made = converter.convert(origin.first, model=self.model, config=self.model.config)
+                converted = converter.convert(origin.first, model=self.model, config=self.model.config)
             except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
                 why = one_line(error)
                 raise LowBitError(f"cannot make {origin.first} of {origin.names[0]} and its like: {why}") from None
-            self._made = (origin, {name: t[0] if isinstance(t, list) else t for name, t in made.items()})
-        return self._made[1]
+            self._converted = (origin, {name: t[0] if isinstance(t, list) else t for name, t in converted.items()})
+        return self._converted[1]
 
 
 def unties(model: Any, known: Collection[str], value: Callable[[str], Tensor]) -> bool:

@@ -45,7 +45,7 @@ from megatron_lowbit.qllm.sharded_linear import PreparedNorm, ShardedLinear
 from megatron_lowbit.quant.affine import Scheme
 from megatron_lowbit.quant.checkpoint import CheckpointPart, merge_parts, write_checkpoint
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
-from megatron_lowbit.runtime.distributed import Watch, group_rank, on_every_rank, on_rank_zero, world_size
+from megatron_lowbit.runtime.distributed import PreemptionCheck, group_rank, on_every_rank, on_rank_zero, world_size
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger, peak_memory, progress
 
@@ -94,7 +94,7 @@ class Walk:
         self.ranges: dict[int, dict[str, FeatureRange]] = {size: {} for size in (1, *tp_sizes)}
         self.files: dict[str, str] = {}  # {stream that the run continues from: its checksum}
         self.calls: dict[int, list[Call]] = {}  # of every block, for so many windows
-        self.watch = Watch()
+        self.watch = PreemptionCheck()
 
     def run(self, save_beside: Callable[[Path], Any]) -> CalibrationStats:
         """Quantize, resuming where an earlier run of the same settings stopped, and write the checkpoint to output_dir.

@@ -42,7 +42,7 @@ from megatron_lowbit.io.files import (
     write_tensors,
 )
 from megatron_lowbit.quant.checkpoint import CheckpointPart, merge_parts, verify_files
-from megatron_lowbit.runtime.distributed import Watch, all_gather_values, on_every_rank, on_rank_zero
+from megatron_lowbit.runtime.distributed import PreemptionCheck, all_gather_values, on_every_rank, on_rank_zero
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.preemption import Preempted
 
@@ -182,7 +182,7 @@ class PassState(State):
 
     def __init__(self, config: CalibrateConfig, inputs: dict[str, str], total: int, lag: int = 0):
         super().__init__("calibrate", config, inputs)
-        self.total, self.watch = total, Watch(SAVE_EVERY, lag)
+        self.total, self.watch = total, PreemptionCheck(SAVE_EVERY, lag)
         found = on_rank_zero(partial(self.found, "files"))
         self.done: int = found["done"] if found else 0
         self.tensors: dict[str, Tensor] = on_every_rank(lambda: self._load(found["files"])) if found else {}
@@ -196,11 +196,11 @@ class PassState(State):
             self.watch.close()
             return
         answer = self.watch.step()
-        if answer != Watch.GO:
+        if answer != PreemptionCheck.GO:
             began = time.monotonic()
             self._save(seen())
             self.watch.save_every = max(SAVE_EVERY, 20 * (time.monotonic() - began))
-        if answer == Watch.STOP:
+        if answer == PreemptionCheck.STOP:
             raise Preempted(f"after {self.done} of {self.total} batches; the same command continues there")
 
     def _path(self) -> Path:

@@ -72,12 +72,12 @@ def steps() -> int:
     return _steps
 
 
-def _came() -> None:
+def _count_step() -> None:
     global _steps
     _steps += 1
 
 
-class ToldError(LowBitError):
+class PeerError(LowBitError):
     """A LowBitError that all ranks share and rank 0 reports."""
 
 
@@ -94,11 +94,11 @@ def on_rank_zero(action: Callable[[], T]) -> T:
             value = action()
         except LowBitError as error:
             message = str(error)
-    _came()
-    told = _broadcast([value, message])
-    if told[1] is not None:
-        raise _shared(told[1])
-    return value if dist.get_rank() == 0 else told[0]  # type: ignore[return-value]
+    _count_step()
+    received = _broadcast([value, message])
+    if received[1] is not None:
+        raise _shared(received[1])
+    return value if dist.get_rank() == 0 else received[0]  # type: ignore[return-value]
 
 
 def on_every_rank(action: Callable[[], T]) -> T:
@@ -110,7 +110,7 @@ def on_every_rank(action: Callable[[], T]) -> T:
         value = action()
     except LowBitError as error:
         mine = str(error)
-    _came()
+    _count_step()
     for rank, message in enumerate(all_gather_values(mine, dist.group.WORLD)):
         if message is not None:
             raise _shared(f"rank {rank}: {message}" if rank else message)
@@ -118,7 +118,7 @@ def on_every_rank(action: Callable[[], T]) -> T:
 
 
 def _shared(message: str) -> LowBitError:
-    return LowBitError(message) if dist.get_rank() == 0 else ToldError(message)
+    return LowBitError(message) if dist.get_rank() == 0 else PeerError(message)
 
 
 def all_gather_values(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
@@ -163,7 +163,7 @@ def _device_of(group: dist.ProcessGroup | None) -> torch.device:
     return torch.device("cpu") if dist.get_backend(group) == "gloo" else device()
 
 
-class Watch:
+class PreemptionCheck:
     """Asked once per step, by all ranks at the same steps: whether to go on. One tiny all-reduce each.
 
     save_every: seconds after which rank 0 also asks for the state to be saved. lag: steps after which an answer is
@@ -182,12 +182,12 @@ class Watch:
 
     def step(self) -> int:
         """GO, SAVE or STOP, the same on all ranks."""
-        wish = self._wish()
+        request = self._request()
         if not dist.is_initialized() or dist.get_world_size() == 1:
-            answer = wish
+            answer = request
         else:
-            _came()
-            value = torch.tensor([wish])
+            _count_step()
+            value = torch.tensor([request])
             work = dist.all_reduce(value, dist.ReduceOp.MAX, self._group, async_op=True)
             self._pending.append((work, value))  # type: ignore[arg-type]
             if len(self._pending) <= self.lag:
@@ -218,7 +218,7 @@ class Watch:
         while self._pending:
             self._pending.popleft()[0].wait()
 
-    def _wish(self) -> int:
+    def _request(self) -> int:
         if preemption.asked():
             return self.STOP
         due = self.save_every is not None and env_rank() == 0 and time.monotonic() - self.saved >= self.save_every

@@ -62,9 +62,9 @@ class MetricLogger:
         path = Path(output_dir) / "metrics.jsonl"
         about = {**environment(), "job": job()}
         settings = _digest({**{k: v for k, v in config.items() if k not in _FREE}, "commit": about["commit"]})
-        self.run_id, told = _continued(path, stage, settings)
-        self.step = 1 + max((record["step"] for record in told), default=-1)
-        self._told = Counter(_about(record) for record in told)
+        self.run_id, records = _continued(path, stage, settings)
+        self.step = 1 + max((record["step"] for record in records), default=-1)
+        self._logged_before = Counter(_about(record) for record in records)
         try:
             self._file = open(path, "a")  # noqa: SIM115 (open for the logger's life)
         except OSError as error:
@@ -75,17 +75,17 @@ class MetricLogger:
         if wandb != "off":
             require("wandb", "wandb")
             everything = {**config, "environment": about}
-            self._run = WandbRun(wandb, Path(output_dir), self.run_id, stage, everything, told)
+            self._run = WandbRun(wandb, Path(output_dir), self.run_id, stage, everything, records)
 
     def log(self, **values: float | int | str) -> None:
         """One record: the step counts up by itself."""
-        self._tell(values)
+        self._record(values)
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]], plot: tuple[str, ...] = ()) -> None:
         """A table, of layers for example: one record. plot: (x, y) of a bar chart in W&B, (x, y, line) of lines."""
         name = "/".join([*map(str, self.labels.values()), name])
         values: dict[str, Any] = {"table": name, "columns": columns, "rows": rows}
-        self._tell({**values, "plot": plot} if plot else values)
+        self._record({**values, "plot": plot} if plot else values)
 
     def read(self, key: str, about: dict[str, Any]) -> None:
         """Say in one line what text was read for a config section (texts.Texts.about), and keep it for the result."""
@@ -118,12 +118,12 @@ class MetricLogger:
             if self._run is not None:
                 self._run.close(exit_code)
 
-    def _tell(self, values: dict[str, Any]) -> None:
+    def _record(self, values: dict[str, Any]) -> None:
         if not self.active:
             return
         values = {**self.labels, **values}
-        if self._told[_about(values)]:  # by an earlier process of this run
-            self._told[_about(values)] -= 1
+        if self._logged_before[_about(values)]:  # by an earlier process of this run
+            self._logged_before[_about(values)] -= 1
             return
         record = self._write({"step": self.step, **values})
         if self._run is not None:

@@ -1,10 +1,10 @@
 """SIGUSR1 and SIGTERM: a scheduler wants its machines back, and the run is to stop where it can be continued.
 
-The handler only notes the signal. Ranks look at each step (`Watch`, in distributed.py), agree, and all leave at the
-same one with exit code 99, which asks the scheduler to run the job again. `install` comes before all slow imports,
-because a SIGUSR1 without a handler kills the process; this file imports nothing slow. A second SIGTERM ends the process
-at once, and so does SIGINT: with one line and exit code 130. A process that another of ours has started (`child_of`)
-leaves that line to its parent, and does not outlive it.
+The handler only notes the signal. Ranks look at each step (`PreemptionCheck`, in distributed.py), agree, and
+all leave at the same one with exit code 99, which asks the scheduler to run the job again. `install` comes before all
+slow imports, because a SIGUSR1 without a handler kills the process; this file imports nothing slow. A second SIGTERM
+ends the process at once, and so does SIGINT: with one line and exit code 130. A process that another of ours has
+started (`child_of`) leaves that line to its parent, and does not outlive it.
 """
 
 from __future__ import annotations

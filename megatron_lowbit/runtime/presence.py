@@ -1,7 +1,7 @@
 """Says for whom a rank waits: a collective that waits does not know who has not come.
 
 Every BEAT seconds each rank tells the store where the ranks met how many steps it has taken (`distributed.steps`). A
-rank that has taken none for TELL_AFTER seconds looks at the others: who has taken fewer, and who has stopped telling.
+rank that has taken none for REPORT_AFTER seconds looks at the others: who has taken fewer, and who has stopped telling.
 The lowest rank of those that wait prints a line. The store is with rank 0; where it does not answer, that is rank 0.
 """
 
@@ -20,7 +20,7 @@ from megatron_lowbit.runtime import distributed
 
 BEAT = 2.0  # seconds
 SILENT = 5  # beats that a rank may miss
-TELL_AFTER = 30.0  # seconds of waiting before a rank says for whom; then twice as long each time
+REPORT_AFTER = 30.0  # seconds of waiting before a rank says for whom; then twice as long each time
 
 
 class Presence:
@@ -29,10 +29,10 @@ class Presence:
     def __init__(self, rank: int, size: int):
         self.rank, self.size = rank, size
         self._over = threading.Event()
-        self._seen: dict[int, tuple[str, int, str, float]] = {}  # {rank: (what it told, steps, host, since when)}
+        self._seen: dict[int, tuple[str, int, str, float]] = {}  # {rank: (its last heartbeat, steps, host, since when)}
         self._mine, self._since = distributed.steps(), time.monotonic()  # my steps, and when they changed
         self._answered = time.monotonic()  # the store
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._tell)]
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._report)]
         for thread in self._threads if size > 1 else ():
             thread.start()
 
@@ -59,7 +59,7 @@ class Presence:
     def _first_of_those_that_wait(self) -> bool:
         now = time.monotonic()
         lower = [self._seen.get(other) for other in range(self.rank)]
-        return all(told is None or told[1] < self._mine or now - told[3] > SILENT * BEAT for told in lower)
+        return all(beat is None or beat[1] < self._mine or now - beat[3] > SILENT * BEAT for beat in lower)
 
     def _beat(self) -> None:
         try:
@@ -74,7 +74,7 @@ class Presence:
                 if (steps := distributed.steps()) != self._mine:
                     self._mine, self._since = steps, now
                 store.set(str(self.rank), f"{number} {steps} {socket.gethostname()}")
-                if now - self._since > TELL_AFTER / 3:
+                if now - self._since > REPORT_AFTER / 3:
                     self._look(store)
                 self._answered = time.monotonic()
         except Exception:  # rank 0 has left; whatever is wrong there, the collectives tell
@@ -83,19 +83,19 @@ class Presence:
     def _look(self, store: dist.Store) -> None:
         for other in range(self.size):
             if other != self.rank and store.check([str(other)]):
-                told = store.get(str(other)).decode()
-                if other not in self._seen or told != self._seen[other][0]:
-                    _, steps, host = told.split(" ", 2)
-                    self._seen[other] = told, int(steps), host, time.monotonic()
+                beat = store.get(str(other)).decode()
+                if other not in self._seen or beat != self._seen[other][0]:
+                    _, steps, host = beat.split(" ", 2)
+                    self._seen[other] = beat, int(steps), host, time.monotonic()
 
-    def _tell(self) -> None:
-        tell_at, since = TELL_AFTER, self._since
+    def _report(self) -> None:
+        report_at, since = REPORT_AFTER, self._since
         while not self._over.wait(min(BEAT, 1.0)):
             if since != self._since:
-                tell_at, since = TELL_AFTER, self._since
+                report_at, since = REPORT_AFTER, self._since
             waited = time.monotonic() - since
-            if waited > tell_at and (who := self.suspects()) and self._first_of_those_that_wait():
-                tell_at = 2 * waited
+            if waited > report_at and (who := self.suspects()) and self._first_of_those_that_wait():
+                report_at = 2 * waited
                 print(
                     f"megatron-lowbit: rank {self.rank} has waited {waited:.0f} s for {who}",
                     file=sys.stderr,

@@ -51,18 +51,18 @@ def join() -> None:
         torch.cuda.set_device(device())
     thread = threading.Thread(target=meeting.run, daemon=True, name="rendezvous")
     thread.start()
-    began, tell_at, told_to_stop = time.monotonic(), presence.TELL_AFTER, None
+    began, report_at, stop_requested = time.monotonic(), presence.REPORT_AFTER, None
     while thread.is_alive():
         thread.join(0.02)
         now = time.monotonic()
-        if preemption.asked() and told_to_stop is None:
-            told_to_stop = now
-        if told_to_stop is not None and now - told_to_stop > 2 * GRACE:
+        if preemption.asked() and stop_requested is None:
+            stop_requested = now
+        if stop_requested is not None and now - stop_requested > 2 * GRACE:
             raise Preempted("its ranks had not met yet")
         if now > meeting.deadline + GRACE:
             raise LowBitError(meeting.late())
-        if now - began > tell_at and thread.is_alive():
-            tell_at *= 2
+        if now - began > report_at and thread.is_alive():
+            report_at *= 2
             waits = f"rank {meeting.rank} has waited {now - began:.0f} s {meeting.waits_for()}"
             print(f"megatron-lowbit: {waits}", file=sys.stderr, flush=True)
     if meeting.error is not None:

@@ -38,18 +38,24 @@ _HEADER, _FRAGMENT, _BLOCK = 7, struct.Struct("<IHB"), 32 * 1024  # of a .wandb 
 
 
 class WandbRun:
-    """The part of logical run `run_id` that this process logs. told: the records that metrics.jsonl had before."""
+    """The part of logical run `run_id` that this process logs. records: the records that metrics.jsonl had before."""
 
     def __init__(
-        self, mode: str, folder: Path, run_id: str, stage: str, config: dict[str, Any], told: Sequence[dict[str, Any]]
+        self,
+        mode: str,
+        folder: Path,
+        run_id: str,
+        stage: str,
+        config: dict[str, Any],
+        records: Sequence[dict[str, Any]],
     ):
         self.mode, self.folder, self.run_id, self.stage = mode, folder.absolute(), run_id, stage
         self._run: Any = None
-        self._told = False  # that something went wrong
+        self._warned = False  # that something went wrong
         self._queue: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # without a network that alone takes up to 20 s
-        self._thread = threading.Thread(target=self._work, args=(config, told), daemon=True, name="wandb")
+        self._thread = threading.Thread(target=self._work, args=(config, records), daemon=True, name="wandb")
         self._thread.start()
 
     def log(self, record: dict[str, Any]) -> None:
@@ -71,14 +77,14 @@ class WandbRun:
         if self._thread.is_alive():
             _say(f"gave up after {CLOSE_SECONDS} s; {self._sync_line()}")
 
-    def _work(self, config: dict[str, Any], told: Sequence[dict[str, Any]]) -> None:
+    def _work(self, config: dict[str, Any], records: Sequence[dict[str, Any]]) -> None:
         with self._guarded("did not start"):
             self._start(config)
         if self._run is None:
             return
         with self._guarded("lacks earlier records"):
             last = self._last_step()
-            for record in told:
+            for record in records:
                 if record["step"] > last:
                     self._log(record)
         for action in iter(self._queue.get, None):
@@ -91,9 +97,9 @@ class WandbRun:
         try:
             yield
         except Exception as error:
-            if not self._told:
+            if not self._warned:
                 _say(f"{what}: {one_line(error)}; all records are in metrics.jsonl")
-            self._told = True
+            self._warned = True
 
     def _start(self, config: dict[str, Any]) -> None:
         import wandb

@@ -251,9 +251,9 @@ def mutated(rng: random.Random, text: str) -> str:
 def attempt(stage: str, argv: list[str]) -> int | None:
     """Everything that is done with a stage's arguments before it runs: None, or the exit code after one line."""
     if stage in BENCHMARKS:
-        return benchmark_arguments.told(stage, argv)
+        return benchmark_arguments.check_arguments(stage, argv)
     if stage != "slurm":
-        return arguments.told(stage, argv)
+        return arguments.check_arguments(stage, argv)
     try:
         config = load_config(SlurmConfig, argv[0], argv[1:])
         slurm.render(slurm.with_files_found(config, Path(argv[0]).parent))

@@ -21,7 +21,7 @@ from megatron_lowbit.config import CalibrateConfig
 from megatron_lowbit.launch import main
 from megatron_lowbit.qllm.resume import PassState
 from megatron_lowbit.runtime import preemption
-from megatron_lowbit.runtime.distributed import Watch
+from megatron_lowbit.runtime.distributed import PreemptionCheck
 from megatron_lowbit.runtime.preemption import Preempted
 
 BATCHES = 9
@@ -110,12 +110,12 @@ def command(rank: int, size: int, port: int, argv: list[str], signals: dict[int,
 
 def steps_until_stopped(rank: int, size: int, lag: int, step: int) -> int:
     """At which step this rank stops when the other gets its signal before step `step`."""
-    before, watch = preemption.install(), Watch(lag=lag)
+    before, watch = preemption.install(), PreemptionCheck(lag=lag)
     try:
         for number in range(20):
             if number == step and rank == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            if watch.step() == Watch.STOP:
+            if watch.step() == PreemptionCheck.STOP:
                 return number
         return -1
     finally:

@@ -100,7 +100,7 @@ def test_a_peer_that_dies_while_ranks_connect():
 
 def test_it_says_whom_it_waits_for():
     def impatient() -> int:
-        presence.TELL_AFTER = 0.1
+        presence.REPORT_AFTER = 0.1
         return joins()
 
     with forked(impatient, **rank(0, 3, free_port(), MEGATRON_LOWBIT_RENDEZVOUS_SECONDS=2)) as child:
@@ -178,7 +178,7 @@ def test_a_rank_that_waits_says_for_whom(culprit, how, who, says):
     """One of three ranks does not come to their next meeting, or is stopped by a signal; another says so."""
 
     def meets() -> int:
-        presence.BEAT, presence.TELL_AFTER = 0.1, 1.5
+        presence.BEAT, presence.REPORT_AFTER = 0.1, 1.5
         joins()
         if int(os.environ["RANK"]) == culprit:
             time.sleep(60)

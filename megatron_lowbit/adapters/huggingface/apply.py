@@ -106,7 +106,7 @@ def input_groups(
     device. tokens: of the run; a linear that reads another number of them (a routed expert) is in no group.
     """
     groups: list[InputGroup] = []
-    with readers.watch_reads(block, {name: module for name, (_, module) in linears.items()}) as reads:
+    with readers.track_reads(block, {name: module for name, (_, module) in linears.items()}) as reads:
         yield groups
     rows = {name.rpartition(".")[0]: name for name, (kind, _) in linears.items() if kind == "row"}
     found: list[tuple[Tensor, str, list[str]]] = []
@@ -221,7 +221,7 @@ def apply_to_huggingface(
         reducer = reducers.virtual(name) if virtual_tp > 1 else None
         replacements[name] = QuantRowParallelLinear(shards, reducer, linear.bias)
     if checkpoint is not None and quantized:
-        patching.tell_left(model, checkpoint, replacements)
+        patching.warn_unreplaced(model, checkpoint, replacements)
     patching.swap(model, replacements)
     saving.save_as_artifact(model, artifact, fingerprint)
     if checkpoint is not None and quantized:

@@ -37,7 +37,7 @@ from megatron_lowbit.adapters.megatron.layout import (
     parts,
     split_rows,
 )
-from megatron_lowbit.adapters.megatron.replacements import Twins
+from megatron_lowbit.adapters.megatron.replacements import Replacements
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
 from megatron_lowbit.io.fingerprint import Fingerprint
@@ -111,8 +111,8 @@ def apply_to_megatron(
             training.check_replaceable(find_linears(chunk).values())
         patching.check_same_model(artifact, reducers.plan, partial(_completed, chunk))
         if artifact.checkpoint is not None and artifact.checkpoint.scheme.weight_bits < 16:
-            tell_left(chunk, artifact.checkpoint)
-    replacements = [Twins(chunk, artifact, reducers).modules() for chunk in chunks]
+            warn_unreplaced(chunk, artifact.checkpoint)
+    replacements = [Replacements(chunk, artifact, reducers).modules() for chunk in chunks]
     for chunk, modules in zip(chunks, replacements, strict=True):
         patching.swap(chunk, modules)
         if artifact.checkpoint is not None:
@@ -120,12 +120,12 @@ def apply_to_megatron(
     return model
 
 
-def tell_left(model: Any, checkpoint: LowBitCheckpoint) -> None:
+def warn_unreplaced(model: Any, checkpoint: LowBitCheckpoint) -> None:
     """Warn of linears in this stage's layers that the checkpoint has quantized and the model keeps as they are."""
     prefix, linears = find_prefix(checkpoint.linears), find_linears(model)
     here = tuple(f"{prefix}.{layer.layer_number - 1}." for layer in model.decoder.layers)
     taken = {name for layer, role in linears for name in parts(prefix, layer, role, checkpoint.linears)}
-    patching.tell_left(model, checkpoint, [n for n in checkpoint.linears if n in taken or not n.startswith(here)])
+    patching.warn_unreplaced(model, checkpoint, [n for n in checkpoint.linears if n in taken or not n.startswith(here)])
 
 
 def _completed(model: Any, expected: Fingerprint) -> Fingerprint:

@@ -272,30 +272,32 @@ def _empty_modules(
         else:
             full_weight(host)
             shard = dense_shard(host)
-        twin: Any
+        replacement: Any
         if column:
             kind = (
                 LowBitLayerNormColumnParallelLinear
                 if hasattr(host, "layer_norm_weight")
                 else LowBitColumnParallelLinear
             )
-            twin = kind.around(host, shard, role == "linear_fc1" and host.config.gated_linear_unit, plans.get(1))
+            replacement = kind.from_host(
+                host, shard, role == "linear_fc1" and host.config.gated_linear_unit, plans.get(1)
+            )
         else:
             reducer = None
             if group is not None:
                 mode: CommMode | None = None if layout.tp_size in plans else "native"
                 reducer = HybridReducer(plans.get(layout.tp_size), group, mode)
             sequence_parallel = group is not None and host.config.sequence_parallel
-            twin = LowBitRowParallelLinear.around(
+            replacement = LowBitRowParallelLinear.from_host(
                 host, QuantRowParallelLinear([shard], reducer, None, sequence_parallel), plans
             )
         if shape is not None:
-            twin.grouped, twin.attention_bits = bool(shape.grouped), shape.attention_bits
+            replacement.grouped, replacement.attention_bits = bool(shape.grouped), shape.attention_bits
             plan = stored.empty_reassembly(inside, 1 if column else layout.tp_size)
-            twin.stores_reassembly = plan is not None
+            replacement.stores_reassembly = plan is not None
             if plan is not None and not plan.is_identity:
                 shard.reassembly = Reassembly(plan)
-        modules[path] = twin
+        modules[path] = replacement
     modules |= _empty_norms(model, shapes, described)
     return modules, bits
 
@@ -308,8 +310,8 @@ def _empty_plan(stored: _Stored, path: str, size: int) -> SitePlan | Codec:
     shape = stored.shape(path, f"plan_tp{size}.first.scale")
     assert shape is not None, "a plan is stored whole"
     second = stored.shape(path, f"plan_tp{size}.second.scale")
-    again = None if second is None else empty_codec(*second)
-    return SitePlan(empty_codec(*shape), again, torch.zeros(shape), torch.ones(shape[1]))
+    second_codec = None if second is None else empty_codec(*second)
+    return SitePlan(empty_codec(*shape), second_codec, torch.zeros(shape), torch.ones(shape[1]))
 
 
 def _empty_norms(

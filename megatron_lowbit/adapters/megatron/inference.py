@@ -190,24 +190,24 @@ def _dynamic(
     controller.ends = torch.tensor(ends, device=torch.cuda.current_device(), dtype=torch.int64)
     controller.sampling_rng.manual_seed(seed)
     engine = DynamicInferenceEngine(controller, context, enable_cuda_graph=False, random_seed=seed)
-    made: list[list[int]] = [[] for _ in requests]
+    generated: list[list[int]] = [[] for _ in requests]
     waiting, idle = list(enumerate(requests)), 0
     while waiting or engine.has_unfinished_requests():
         while waiting and len(engine.requests) < max_batch:
             number, request = waiting.pop(0)
             engine.add_request(number, request.prompt, _sampling(temperature, request.max_new_tokens))
         running = {number: entry.record for number, entry in engine.requests.items()}
-        before = sum(map(len, made))
+        before = sum(map(len, generated))
         engine.step_modern()
         for number in sorted(running):
             tokens = [token for part in running[number].requests for token in part.generated_tokens]
-            for token in tokens[len(made[number]) :]:
-                made[number].append(int(token))
+            for token in tokens[len(generated[number]) :]:
+                generated[number].append(int(token))
                 on_token(number, int(token))
-        idle = 0 if sum(map(len, made)) > before else idle + 1
+        idle = 0 if sum(map(len, generated)) > before else idle + 1
         if idle > _PATIENCE:
             raise LowBitError(f"Megatron's engine makes no progress with {len(running)} requests; lower max_batch")
-    return made
+    return generated
 
 
 def _buffer_gb(model: Any, length: int, max_batch: int) -> float:
@@ -228,12 +228,12 @@ class _StreamingController(TextGenerationController):
     """Tells every sampled token (Megatron's own streaming runs the model in a second thread), and ends a request by any
     of several tokens."""
 
-    tell: Callable[[list[int], list[bool]], None]
+    on_tokens: Callable[[list[int], list[bool]], None]
     ends: Tensor
 
     def sample_from_logits(self, *args: Any, **kwargs: Any) -> Tensor:
         tokens = super().sample_from_logits(*args, **kwargs)
-        self.tell(tokens.tolist(), kwargs["generation_started"].tolist())
+        self.on_tokens(tokens.tolist(), kwargs["generation_started"].tolist())
         return tokens
 
     def update_generation_status(
@@ -263,7 +263,7 @@ def _static(
     on_step: Callable[[], None],
 ) -> list[list[int]]:
     """Batches of requests that ask for the same number of tokens (the engine takes it from the first of a batch)."""
-    made: list[list[int]] = [[] for _ in requests]
+    generated: list[list[int]] = [[] for _ in requests]
     last = [[end] for end in ends]
     pending = list(range(len(requests)))
     while pending:
@@ -271,17 +271,17 @@ def _static(
         batch = [number for number in pending if requests[number].max_new_tokens == size][:max_batch]
         pending = [number for number in pending if number not in batch]
 
-        def tell(tokens: list[int], started: list[bool], batch: list[int] = batch, size: int = size) -> None:
+        def on_tokens(tokens: list[int], started: list[bool], batch: list[int] = batch, size: int = size) -> None:
             for number, token, begun in zip(batch, tokens, started, strict=True):
-                if begun and len(made[number]) < size and made[number][-1:] not in last:
-                    made[number].append(token)
+                if begun and len(generated[number]) < size and generated[number][-1:] not in last:
+                    generated[number].append(token)
                     on_token(number, token)
 
         config = _wrapper_config(model, len(batch), max(len(requests[number].prompt) for number in batch) + size)
         wrapper = _SteppingWrapper(model, config, StaticInferenceContext.from_config(config))
         wrapper.on_step = on_step
         controller = _StreamingController(wrapper, _NoTokenizer(model.vocab_size))
-        controller.tell = tell
+        controller.on_tokens = on_tokens
         controller.ends = torch.tensor(ends, device=torch.cuda.current_device(), dtype=torch.int64)
         controller.sampling_rng.manual_seed(seed)
         engine = StaticInferenceEngine(controller, len(batch), random_seed=seed, legacy=True)
@@ -293,7 +293,7 @@ def _static(
             for number in batch
         ]
         engine.generate(inference_requests=queue)
-    return made
+    return generated
 
 
 def _free_buffers() -> None:

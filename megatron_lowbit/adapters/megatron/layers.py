@@ -64,7 +64,7 @@ class _LowBitLayer:
     attention_bits: int  # of Q, K and V, kept here for distributed checkpoints
     stores_reassembly: bool  # some layer of this role reassembles its own input
     plans: dict[int, Any]  # for distributed checkpoints: SitePlans by tp_size; of a column {1: Codec of its gather}
-    weight_came = False  # with the state dict that is being loaded
+    weight_loaded = False  # with the state dict that is being loaded
     name_there = ""  # this layer's, in that state dict
     held: bool  # a trainer holds the weight of the layer whose place this one has taken
     row_sums: Tensor | None  # row_bit_sums of the weight that was rounded on load: the model's identity
@@ -74,7 +74,7 @@ class _LowBitLayer:
         self.low_bit, self.recipe, self.plans, self.row_sums = None, self.default_recipe, {}, None
         self.gated, self.grouped, self.attention_bits, self.stores_reassembly = gated, False, 16, False
         self.held = False
-        megatron_training.untold(self)
+        megatron_training.mark_unreported(self)
 
     def adopt(self, host: nn.Module, low_bit: nn.Module, gated: bool = False) -> None:
         """Become the low-bit twin of `host`, a layer of Megatron's or Transformer Engine's, which stays as it is."""
@@ -132,7 +132,7 @@ class _LowBitLayer:
         assert self.weight is not None, "a layer is rounded once"
         self.row_sums, self.grouped = row_bit_sums(self.weight.detach()), config.group_size is not None
         self.weight, self.low_bit = None, low_bit
-        megatron_training.untold(self)
+        megatron_training.mark_unreported(self)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
         """Megatron's own until the layer is low-bit; then packed weights, qparams, reassembly, branch and plans."""
@@ -141,12 +141,12 @@ class _LowBitLayer:
         return sharded_state.sharded_state(self, prefix, sharded_offsets, metadata)
 
     def _after_load_state_dict(self, *_: Any) -> None:
-        if self.weight_came:
+        if self.weight_loaded:
             self.on_load(self.name_there)
-            megatron_training.tell_when_loaded()
+            megatron_training.report_when_loaded()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.weight_came = f"{prefix}weight" in state_dict  # a partial load must not round what is not there yet
+        self.weight_loaded = f"{prefix}weight" in state_dict  # a partial load must not round what is not there yet
         self.name_there = prefix.rstrip(".")
         sharded_state.take_plans(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
@@ -173,7 +173,7 @@ class LowBitColumnParallelLinear(_LowBitLayer, ColumnParallelLinear):
         self.register_load_state_dict_post_hook(self._after_load_state_dict)
 
     @classmethod
-    def around(
+    def from_host(
         cls,
         host: nn.Module,
         low_bit: QuantLinear | DenseShard,
@@ -201,7 +201,7 @@ class LowBitColumnParallelLinear(_LowBitLayer, ColumnParallelLinear):
 
     def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None):
         rounding = self.rounding()
-        megatron_training.tell()
+        megatron_training.report_rounding()
         if self.low_bit is None and rounding is None:
             return super().forward(input_, weight, runtime_gather_output)
         x = self.gathered_input(input_)
@@ -259,8 +259,8 @@ class LowBitLayerNormColumnParallelLinear(LowBitColumnParallelLinear):
             self.layer_norm_weight = nn.Parameter(gain, requires_grad=False)
 
     @classmethod
-    def around(cls, host: Any, *args: Any, **kwargs: Any):  # type: ignore[override]
-        layer = super().around(host, *args, **kwargs)
+    def from_host(cls, host: Any, *args: Any, **kwargs: Any):  # type: ignore[override]
+        layer = super().from_host(host, *args, **kwargs)
         layer.layer_norm_weight = host.layer_norm_weight
         layer.register_parameter("layer_norm_bias", getattr(host, "layer_norm_bias", None))
         return layer
@@ -288,7 +288,7 @@ class LowBitRowParallelLinear(_LowBitLayer, RowParallelLinear):
         self.register_load_state_dict_post_hook(self._after_load_state_dict)
 
     @classmethod
-    def around(
+    def from_host(
         cls, host: nn.Module, low_bit: QuantRowParallelLinear, plans: dict[int, SitePlan]
     ) -> LowBitRowParallelLinear:
         """The low-bit twin of a row-parallel layer."""
@@ -303,7 +303,7 @@ class LowBitRowParallelLinear(_LowBitLayer, RowParallelLinear):
 
     def forward(self, input_: Tensor):
         rounding = self.rounding()
-        megatron_training.tell()
+        megatron_training.report_rounding()
         if self.low_bit is None and rounding is None:
             return super().forward(input_)
         if not self.input_is_parallel:

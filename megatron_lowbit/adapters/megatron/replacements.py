@@ -1,4 +1,4 @@
-"""The low-bit twins of a GPTModel's layers, made from an artifact's whole tensors for one rank."""
+"""The low-bit replacements of a GPTModel's layers, made from an artifact's whole tensors for one rank."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 from megatron_lowbit.runtime.distributed import group_rank
 
 
-class Twins:
+class Replacements:
     """model: a GPTModel (one pipeline stage); reducers: how partial sums travel, the artifact's plan for this tp_size.
 
     Layers of one role get tensors of the same names and shapes, whatever each of them needs, because Megatron stacks
@@ -57,16 +57,16 @@ class Twins:
         self.reassembling = self._reassembling_linears() if self.checkpoint is not None else set()
 
     def modules(self) -> dict[str, nn.Module]:
-        """{path: twin} of the linears and norms that change."""
-        made: dict[str, nn.Module] = {}
+        """{path: replacement} of the linears and norms that change."""
+        modules: dict[str, nn.Module] = {}
         for (layer, role), (path, host) in find_linears(self.model).items():
             if role not in COLUMN:
-                made[path] = self._row(layer, role, host)
+                modules[path] = self._row(layer, role, host)
             elif self.checkpoint is not None:
-                made[path] = self._column(self.checkpoint, layer, role, host)
+                modules[path] = self._column(self.checkpoint, layer, role, host)
             elif (gather := self._gather(self._parts(layer, role)[0], host)) is not None:
-                made[path] = self._dense_column(role, host, gather)
-        return made | (self._norms(self.checkpoint) if self.checkpoint is not None else {})
+                modules[path] = self._dense_column(role, host, gather)
+        return modules | (self._norms(self.checkpoint) if self.checkpoint is not None else {})
 
     def _column(self, checkpoint: LowBitCheckpoint, layer: int, role: Role, host: Any) -> nn.Module:
         names, rows = self._parts(layer, role), self.layout.rank_rows(role, self.rank)
@@ -80,22 +80,22 @@ class Twins:
         linear = QuantLinear(weight, None, checkpoint.scheme.act_bits, 1, plan, branch)
         kind = LowBitLayerNormColumnParallelLinear if holds_norm else LowBitColumnParallelLinear
         gated, threshold = role == "linear_fc1" and host.config.gated_linear_unit, self.reducers.drift_threshold
-        twin = kind.around(host, linear, gated, gather, threshold)
-        twin.grouped = weight.scale.shape[1] > 1
-        twin.attention_bits = checkpoint.attention_bits if role == "linear_qkv" else 16
-        twin.stores_reassembly = any_layer(checkpoint.reassembly, names[0]) or (
+        replacement = kind.from_host(host, linear, gated, gather, threshold)
+        replacement.grouped = weight.scale.shape[1] > 1
+        replacement.attention_bits = checkpoint.attention_bits if role == "linear_qkv" else 16
+        replacement.stores_reassembly = any_layer(checkpoint.reassembly, names[0]) or (
             by_linear and any_layer(checkpoint.reassembly, norm)
         )
         stored = checkpoint.tensors.get(f"{norm}.weight")
-        if isinstance(twin, LowBitLayerNormColumnParallelLinear) and stored is not None:
-            twin.set_gain(stored)
-        return twin
+        if isinstance(replacement, LowBitLayerNormColumnParallelLinear) and stored is not None:
+            replacement.set_gain(stored)
+        return replacement
 
     def _dense_column(self, role: Role, host: Any, gather: Codec) -> nn.Module:
         """In full precision (or rounded as the host is), with a low-bit all-gather of its input."""
         kind = LowBitLayerNormColumnParallelLinear if hasattr(host, "layer_norm_weight") else LowBitColumnParallelLinear
         gated, threshold = role == "linear_fc1" and host.config.gated_linear_unit, self.reducers.drift_threshold
-        return kind.around(host, dense_shard(host), gated, gather, threshold)
+        return kind.from_host(host, dense_shard(host), gated, gather, threshold)
 
     def _row(self, layer: int, role: Role, host: Any) -> nn.Module:
         (name,), group = self._parts(layer, role), tp_group(host)
@@ -108,15 +108,15 @@ class Twins:
         # A single rank sends nothing, but its checkpoint may be loaded by several.
         stored = self.artifact.plans if self.plan is not None or self.layout.tp_size == 1 else {}
         sites = {size: plan.sites[name] for size, plan in stored.items() if name in plan.sites}
-        twin = LowBitRowParallelLinear.around(host, low_bit, sites)
+        replacement = LowBitRowParallelLinear.from_host(host, low_bit, sites)
         if self.checkpoint is not None:
-            twin.grouped = self.checkpoint.linears[name].scale.shape[1] > 1
-            twin.stores_reassembly = any_layer(self.checkpoint.reassembly, name)
+            replacement.grouped = self.checkpoint.linears[name].scale.shape[1] > 1
+            replacement.stores_reassembly = any_layer(self.checkpoint.reassembly, name)
             rank = self._branch_rank(role)
             if rank is not None and shard.lora_a is None:
                 shard.lora_a = torch.zeros(rank, shard.in_features, dtype=torch.bfloat16)
                 shard.lora_b = torch.zeros(shard.out_features, rank, dtype=torch.bfloat16)
-        return twin
+        return replacement
 
     def _reassembling_linears(self) -> set[Role]:
         """The column-parallel roles that reassemble their own input, because the norm before them cannot in some layer:
@@ -153,7 +153,7 @@ class Twins:
         found: dict[str, nn.Module] = {}
         linears = find_linears(self.model)
         for norm, (leaf, reader) in NORMS.items():
-            twins: dict[str, nn.Module] = {}
+            norms: dict[str, nn.Module] = {}
             changed = any_layer(checkpoint.reassembly, f".{leaf}")
             for index, layer in enumerate(self.model.decoder.layers):
                 module: Any = layer
@@ -170,10 +170,10 @@ class Twins:
                 plan = checkpoint.reassembly.get(hf_name)
                 if reader in self.reassembling or (reader is not None and (number, reader) not in linears):
                     plan = None  # the linear carries it out, or what reads it (experts, another linear) stays as it is
-                twins[f"decoder.layers.{index}.{norm}"] = LowBitNorm(
+                norms[f"decoder.layers.{index}.{norm}"] = LowBitNorm(
                     module, stored, plan or ReassemblyPlan.identity(len(weight))
                 )
-            found |= twins if changed else {}
+            found |= norms if changed else {}
         return found
 
 

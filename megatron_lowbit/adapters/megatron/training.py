@@ -32,7 +32,7 @@ from megatron_lowbit.config import LowBitError
 
 logger = logging.getLogger("megatron_lowbit")
 
-_untold: WeakSet[Any] = WeakSet()  # layers of specs; what became of their weights has not been said yet
+_unreported: WeakSet[Any] = WeakSet()  # layers of specs; what became of their weights has not been said yet
 
 
 def is_held(weight: Tensor | None) -> bool:
@@ -70,43 +70,43 @@ def held_message(path: str) -> str:
     )
 
 
-def untold(layer: Any) -> None:
-    """Have the next `tell` say what became of a layer's weight."""
-    _untold.add(layer)
+def mark_unreported(layer: Any) -> None:
+    """Have the next `report_rounding` say what became of a layer's weight."""
+    _unreported.add(layer)
 
 
-def tell_when_loaded() -> None:
-    """Call `tell` if a checkpoint has come to all layers that it will speak of."""
-    if all(layer.weight_came for layer in _untold):
-        tell()
+def report_when_loaded() -> None:
+    """Call `report_rounding` if a checkpoint has come to all layers that it will speak of."""
+    if all(layer.weight_loaded for layer in _unreported):
+        report_rounding()
 
 
-def tell() -> None:
+def report_rounding() -> None:
     """Log on rank 0, in one line, how many linears of this rank are rounded, how, and to which scheme. Once per model:
     by the load of a checkpoint, or by the first forward pass."""
-    if not _untold:
+    if not _unreported:
         return
     packed, trained, hint = Counter[str](), Counter[str](), ""
-    for layer in _untold:
+    for layer in _unreported:
         if layer.row_sums is not None:
             packed[layer.recipe.scheme] += 1
         elif layer.rounding() is not None:
             trained[layer.recipe.scheme] += 1
             hint = "" if is_held(layer.weight) else " (to have them packed, call eval() before a checkpoint is loaded)"
-    _untold.clear()
+    _unreported.clear()
     if dist.is_initialized() and dist.get_rank() != 0:
         return
-    said = []
+    parts = []
     if packed:
-        said.append(f"{_counts(packed)} rounded to nearest and packed; their weights are not trained")
+        parts.append(f"{_counts(packed)} rounded to nearest and packed; their weights are not trained")
     if trained:
-        said.append(
+        parts.append(
             f"{_counts(trained)} rounded in every forward pass; their full-precision weights are trained "
             f"straight through the rounding{hint}"
         )
-    if said:
+    if parts:
         # A warning, because Megatron's scripts show nothing below it, and a rounded model computes something else.
-        logger.warning("low-bit linears of this rank: %s", "; ".join(said))
+        logger.warning("low-bit linears of this rank: %s", "; ".join(parts))
 
 
 def _counts(schemes: Counter[str]) -> str:

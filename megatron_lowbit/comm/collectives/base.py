@@ -66,7 +66,7 @@ class Formats(nn.Module):
 
     def __init__(self, site_plan: SitePlan | None):
         super().__init__()
-        self.site_plan, self.made = site_plan, nn.ModuleDict()
+        self.site_plan, self.by_name = site_plan, nn.ModuleDict()
 
     @property
     def plan(self) -> SitePlan:
@@ -86,9 +86,9 @@ class Formats(nn.Module):
 
     def get(self, name: str, make: Callable[[], FormatT]) -> FormatT:
         """Return the format of this name, made by `make` where nobody has asked for it yet."""
-        if name not in self.made:
-            self.made[name] = make()
-        return self.made[name]  # type: ignore[return-value]
+        if name not in self.by_name:
+            self.by_name[name] = make()
+        return self.by_name[name]  # type: ignore[return-value]
 
 
 class Collective(ABC):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.comm.collectives.base import Collective, Drifted, Formats, Ranks, Traffic, as_rows, register
-from megatron_lowbit.comm.exchange import Arrival, in_pieces
+from megatron_lowbit.comm.exchange import PendingMessages, in_pieces
 
 
 @register("one_shot")
@@ -29,14 +29,14 @@ class OneShot(Collective):
         y = x if reuse and x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
         sums = y.view(rows.shape)
 
-        def send(message: Tensor, piece: Tensor, total: Tensor) -> tuple[Arrival, Tensor]:
+        def send(message: Tensor, piece: Tensor, total: Tensor) -> tuple[PendingMessages, Tensor]:
             ranks.traffic.count(message, piece.numel())
             return exchange.all_gather(message), total
 
-        def pack_and_send(piece: Tensor, total: Tensor) -> tuple[Arrival, Tensor]:
+        def pack_and_send(piece: Tensor, total: Tensor) -> tuple[PendingMessages, Tensor]:
             return send(self.format.pack(piece, ranks.rank), piece, total)
 
-        def add_up(gather: Arrival, total: Tensor) -> None:
+        def add_up(gather: PendingMessages, total: Tensor) -> None:
             self.format.unpack_reduce_into(gather.wait(), total)
 
         if drifted is not None:  # all rows are one piece, encoded before any is sent

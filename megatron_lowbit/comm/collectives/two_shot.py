@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_lowbit.comm.collectives.base import Drifted, Formats, Ranks, Traffic, as_rows, register
 from megatron_lowbit.comm.collectives.one_shot import OneShot
-from megatron_lowbit.comm.exchange import Arrival, in_pieces
+from megatron_lowbit.comm.exchange import PendingMessages, in_pieces
 from megatron_lowbit.comm.plan import SitePlan
 
 
@@ -39,38 +39,38 @@ class TwoShot(OneShot):
         y = x if reuse and x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
         sums = y.view(rows.shape)
 
-        def scatter(piece: Tensor, total: Tensor) -> tuple[Arrival, Tensor]:
+        def scatter(piece: Tensor, total: Tensor) -> tuple[PendingMessages, Tensor]:
             message = self.format.pack(piece, ranks.rank)
             ranks.traffic.count(message, piece.numel())
             each = -(-len(piece) // ranks.size)
             sizes = [max(0, min(each, len(piece) - rank * each)) for rank in range(ranks.size)]
             return exchange.all_to_all(message, sizes), total
 
-        def add_up(scattered: Arrival) -> Tensor:
+        def requantize(scattered: PendingMessages) -> Tensor:
             return self.format.requantize(scattered.wait(), self.second)
 
-        def give_back(stripe: Tensor, total: Tensor) -> tuple[Arrival, Tensor]:
+        def gather_stripes(stripe: Tensor, total: Tensor) -> tuple[PendingMessages, Tensor]:
             missing = -(-len(total) // ranks.size) - len(stripe)
             stripe = torch.nn.functional.pad(stripe, (0, 0, 0, missing)) if missing else stripe
             ranks.traffic.count(stripe)
             return exchange.all_gather(stripe), total
 
-        def add_up_and_give_back(scattered: Arrival, total: Tensor) -> tuple[Arrival, Tensor]:
-            return give_back(add_up(scattered), total)
+        def requantize_and_gather(scattered: PendingMessages, total: Tensor) -> tuple[PendingMessages, Tensor]:
+            return gather_stripes(requantize(scattered), total)
 
-        def decode(gather: Arrival, total: Tensor) -> None:
-            stripes = gather.wait().flatten(0, 1)[: len(total)]
+        def decode(gathered: PendingMessages, total: Tensor) -> None:
+            stripes = gathered.wait().flatten(0, 1)[: len(total)]
             self.second.unpack_reduce_into(stripes.unsqueeze(0), total)
 
         if drifted is not None:  # the second hop encodes what the first one brings, so that one has been sent
             scattered, total = scatter(rows, sums)
-            stripe = add_up(scattered)
+            stripe = requantize(scattered)
             if drifted():
                 ranks.traffic.values -= rows.numel()  # they are sent again
                 return None
-            decode(*give_back(stripe, total))
+            decode(*gather_stripes(stripe, total))
         else:
-            exchange.pipeline(in_pieces(rows, sums, ranks.size, ranks.size), scatter, add_up_and_give_back, decode)
+            exchange.pipeline(in_pieces(rows, sums, ranks.size, ranks.size), scatter, requantize_and_gather, decode)
         return y
 
     def simulate(self, partials: Sequence[Tensor], traffic: Traffic, drifted: Drifted | None) -> Tensor | None:
