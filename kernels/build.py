@@ -63,7 +63,7 @@ def _folders() -> Iterator[Path]:
 
 
 def _is_private(folder: Path) -> bool:
-    """Whether the folder, made if need be, is this user's and only he may write in it."""
+    """Return whether the folder, made if need be, is this user's and only he may write in it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -76,7 +76,7 @@ def _is_private(folder: Path) -> bool:
 
 
 def _load_from(folder: Path, key: str) -> ctypes.CDLL | None:
-    """The library of that key; None where there is none, or none that can be trusted."""
+    """Return the library of that key; None where there is none, or none that can be trusted."""
     for path in sorted(folder.glob(f"hybrid-{key}-*.so")):
         with contextlib.suppress(OSError):
             if library := _verified(path):
@@ -158,7 +158,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def _cpu() -> str:
-    """What -march=native looks at: a cache may be shared by machines."""
+    """Return what -march=native looks at: a cache may be shared by machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

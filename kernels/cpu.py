@@ -63,7 +63,7 @@ class _Format(ctypes.Structure):
 
 @kernel(hybrid_pack, "cpu")
 def _pack(x: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
-    """hybrid_pack; see there."""
+    """Compute hybrid_pack with the C++ kernel."""
     library, format = _library(), Format(*flat)
     good = x.dim() == 2 and x.dtype in _DTYPES and format.order.shape == x.shape[1:] and format.scale.dim() == 1
     ours = _format(format) if library and good else None
@@ -82,7 +82,7 @@ def _pack(x: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
 
 @kernel(hybrid_unpack_reduce_into, "cpu")
 def _unpack_reduce(messages: Tensor, *rest: Any) -> None:
-    """hybrid_unpack_reduce_into; see there."""
+    """Compute hybrid_unpack_reduce_into with the C++ kernel."""
     library, format, out = _library(), Format(*rest[:5]), rest[5]
     good = library and out.dtype in _DTYPES and _messages_fit(messages, format)
     good = good and out.shape == (messages.shape[1], *format.order.shape) and out.is_contiguous()
@@ -100,7 +100,7 @@ def _unpack_reduce(messages: Tensor, *rest: Any) -> None:
 
 @kernel(hybrid_unpack_reduce_requantize, "cpu")
 def _requantize(messages: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
-    """hybrid_unpack_reduce_requantize; see there."""
+    """Compute hybrid_unpack_reduce_requantize with the C++ kernel."""
     library, format, second = _library(), Format(*flat[:5]), Format(*flat[5:])
     good = library and _messages_fit(messages, format)
     good = good and second.order.shape == format.order.shape and second.scale.dim() == 1
@@ -119,7 +119,7 @@ def _requantize(messages: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
 
 @kernel(exact_encode, "cpu")
 def _exact_encode(x: Tensor, center: Tensor, step: Tensor, largest: int, carrier_bits: int) -> tuple[Tensor, Tensor]:
-    """exact_encode; see there."""
+    """Compute exact_encode with the C++ kernel."""
     library = _library()
     if library is None or x.dim() != 2 or x.dtype not in _DTYPES or not _per_feature(center, step, x.shape[1]):
         return encode_reference(x, center, step, largest, carrier_bits)
@@ -140,7 +140,7 @@ def _exact_encode(x: Tensor, center: Tensor, step: Tensor, largest: int, carrier
 
 @kernel(exact_decode, "cpu")
 def _exact_decode(total: Tensor, center: Tensor, step: Tensor, carrier_bits: int, dtype: torch.dtype) -> Tensor:
-    """exact_decode; see there."""
+    """Compute exact_decode with the C++ kernel."""
     library, features = _library(), step.shape[0]
     fits = total.dim() == 2 and total.shape[1] == carrier_words(features, carrier_bits)
     fits = fits and total.dtype == (torch.int8 if carrier_bits == 8 else torch.int32)
@@ -163,7 +163,8 @@ def _per_feature(center: Tensor, step: Tensor, features: int) -> bool:
 
 
 def _messages_fit(messages: Tensor, format: Format) -> bool:
-    """What the reference would refuse goes to the reference, whose errors are torch's."""
+    """Return whether the kernel may take the messages: what the reference would refuse goes there, whose errors are
+    torch's."""
     return (
         messages.dim() == 3
         and messages.dtype == torch.uint8
@@ -174,12 +175,13 @@ def _messages_fit(messages: Tensor, format: Format) -> bool:
 
 
 def _with_plain_rows(messages: Tensor) -> Tensor:
-    """Rows of bytes side by side; the rows themselves may lie anywhere."""
+    """Return rows of bytes side by side; the rows themselves may lie anywhere."""
     return messages if messages.stride(2) == 1 else messages.contiguous()
 
 
 def _format(format: Format) -> _Format | None:
-    """None for a plan that the kernels do not take; they see themselves whether `order` has every feature once."""
+    """Return the plan for the kernels; None for a plan that the kernels do not take; they see themselves whether
+    `order` has every feature once."""
     scale, zero_point, order, tiers, per_token = format
     features = order.shape[0] if order.dim() == 1 else 0
     widths = list(tiers[::2])
@@ -203,7 +205,7 @@ _loaded: list[ctypes.CDLL | Exception] = []  # the library, or why there is none
 
 
 def _library() -> ctypes.CDLL | None:
-    """The kernels; None where the reference is to run."""
+    """Return the kernels; None where the reference is to run."""
     mode = os.environ.get("MEGATRON_LOWBIT_KERNELS", "auto")
     if mode == "reference":
         return None
@@ -248,7 +250,7 @@ _ARGUMENTS = {
 
 
 def _load() -> ctypes.CDLL:
-    """The library, with its functions' arguments declared."""
+    """Return the library, with its functions' arguments declared."""
     library = build.load()
     for name, types in _ARGUMENTS.items():
         getattr(library, name).argtypes = types

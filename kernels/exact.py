@@ -15,9 +15,9 @@ from megatron_lowbit.kernels.ops import define, fake
 
 
 def encode_reference(x: Tensor, center: Tensor, step: Tensor, largest: int, carrier_bits: int) -> tuple[Tensor, Tensor]:
-    """x: float [tokens, E]; center, step: float32 [E]. Returns (int8 [tokens, E + 1] or int32 [tokens,
-    ceil((E + 1) / 2)], int64 [3]: the values; of them those that lay beyond the largest code by more than half a step,
-    or were NaN; the tokens that hold NaN or Inf).
+    """Encode partial sums as integers whose sum is exact. x: float [tokens, E]; center, step: float32 [E]. Returns
+    (int8 [tokens, E + 1] or int32 [tokens, ceil((E + 1) / 2)], int64 [3]: the values; of them those that lay beyond the
+    largest code by more than half a step, or were NaN; the tokens that hold NaN or Inf).
     """
     exact = x.float()
     broken = (0 * exact).sum(1, keepdim=True).isnan()
@@ -41,7 +41,7 @@ exact_encode = define(
 
 
 def carrier_words(features: int, carrier_bits: int) -> int:
-    """Integers of a row."""
+    """Return the number of integers of a row."""
     return features + 1 if carrier_bits == 8 else features // 2 + 1
 
 
@@ -53,7 +53,8 @@ def _(x, center, step, largest, carrier_bits):
 
 
 def decode_reference(total: Tensor, center: Tensor, step: Tensor, carrier_bits: int, dtype: torch.dtype) -> Tensor:
-    """total: sum of the ranks' codes; center float32 [E]: the sum of theirs. Returns [tokens, E] in `dtype`."""
+    """Decode the sum of all ranks' codes. total: sum of the ranks' codes; center float32 [E]: the sum of theirs.
+    Returns [tokens, E] in `dtype`."""
     if carrier_bits == 16:
         low = ((total + 2**15) & (2**16 - 1)) - 2**15
         total = torch.stack([(total - low) >> 16, low], dim=2).flatten(1)

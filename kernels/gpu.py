@@ -31,7 +31,7 @@ logger = logging.getLogger("megatron_lowbit")
 
 @cache
 def _import() -> Any:
-    """The Triton kernels, or None."""
+    """Import the Triton kernels; None where they cannot be imported."""
     try:
         return import_module("megatron_lowbit.kernels.triton_hybrid")
     except ImportError as error:
@@ -42,7 +42,8 @@ def _import() -> Any:
 
 
 def _kernels(rows: int, row_bytes: int, *large: Tensor) -> Any:
-    """The Triton kernels where they can run; rows, row_bytes: of the output; large: tensors that offsets go into."""
+    """Return the Triton kernels where they can run; rows, row_bytes: of the output; large: tensors that offsets go
+    into."""
     if os.environ.get("MEGATRON_LOWBIT_KERNELS") == "reference":
         return None
     reach = [rows * row_bytes] + [sum(n * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in large]
@@ -55,13 +56,13 @@ def _plain(format: Format) -> Format:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Values of a row side by side; the rows may lie anywhere."""
+    """Return x with the values of a row side by side; the rows may lie anywhere."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @kernel(hybrid_pack, "cuda")
 def _pack(x: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
-    """hybrid_pack; see there."""
+    """Compute hybrid_pack with the Triton kernel."""
     format = Format(*flat)
     kernels = _kernels(x.shape[0], format.row_bytes, x)
     if kernels is None:
@@ -72,7 +73,7 @@ def _pack(x: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
 
 @kernel(hybrid_unpack_reduce_into, "cuda")
 def _unpack_reduce(messages: Tensor, *rest: Any) -> None:
-    """hybrid_unpack_reduce_into; see there."""
+    """Compute hybrid_unpack_reduce_into with the Triton kernel."""
     format, out = Format(*rest[:5]), rest[5]
     kernels = _kernels(messages.shape[1], format.features, messages)
     if kernels is None or not out.is_contiguous():
@@ -85,7 +86,7 @@ def _unpack_reduce(messages: Tensor, *rest: Any) -> None:
 
 @kernel(hybrid_unpack_reduce_requantize, "cuda")
 def _requantize(messages: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
-    """hybrid_unpack_reduce_requantize; see there."""
+    """Compute hybrid_unpack_reduce_requantize with the Triton kernel."""
     format, second = Format(*flat[:5]), Format(*flat[5:])
     kernels = _kernels(messages.shape[1], second.row_bytes, messages)
     if kernels is None:

@@ -72,7 +72,7 @@ def pack_reference(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
 
 
 def pack_flat(x: Tensor, *format: Any) -> tuple[Tensor, Tensor]:
-    """pack_reference, with the arguments of the op."""
+    """Call pack_reference with the arguments of the op."""
     return pack_reference(x, Format(*format))
 
 
@@ -113,12 +113,13 @@ def unpack_reduce_reference(messages: Tensor, format: Format, dtype: torch.dtype
 
 
 def unpack_reduce_into_reference(messages: Tensor, format: Format, out: Tensor) -> None:
-    """unpack_reduce_reference, into `out` [tokens, E]: memory that is there already needs no fresh pages."""
+    """Decode and sum like unpack_reduce_reference, into `out` [tokens, E]: memory that is there already needs no fresh
+    pages."""
     out.copy_(unpack_reduce_reference(messages, format, out.dtype))
 
 
 def unpack_reduce_into_flat(messages: Tensor, *format_and_out: Any) -> None:
-    """unpack_reduce_into_reference, with the arguments of the op."""
+    """Call unpack_reduce_into_reference with the arguments of the op."""
     unpack_reduce_into_reference(messages, Format(*format_and_out[:5]), format_and_out[5])
 
 
@@ -133,14 +134,16 @@ def _(messages, *format_and_out):
 
 
 def hybrid_unpack_reduce(messages: Tensor, format: Format, dtype: torch.dtype) -> Tensor:
-    """unpack_reduce_reference, by the kernel of the device."""
+    """Decode the messages of N ranks and sum them in rank order, by the kernel of the device
+    (unpack_reduce_reference)."""
     total = format.scale.new_empty((messages.shape[1], format.features), dtype=dtype)
     hybrid_unpack_reduce_into(messages, *format, total)
     return total
 
 
 def requantize_reference(messages: Tensor, format: Format, second: Format) -> tuple[Tensor, Tensor]:
-    """hybrid_unpack_reduce in float32, then hybrid_pack with the qparams of the sum: between the hops of two_shot.
+    """Compute hybrid_unpack_reduce in float32, then hybrid_pack with the qparams of the sum: between the hops of
+    two_shot.
 
     Returns what hybrid_pack does.
     """
@@ -148,7 +151,7 @@ def requantize_reference(messages: Tensor, format: Format, second: Format) -> tu
 
 
 def requantize_flat(messages: Tensor, *formats: Any) -> tuple[Tensor, Tensor]:
-    """requantize_reference, with the arguments of the op."""
+    """Call requantize_reference with the arguments of the op."""
     return requantize_reference(messages, Format(*formats[:5]), Format(*formats[5:]))
 
 
@@ -164,7 +167,8 @@ def _(messages, *formats):
 
 
 def _travels_as_nan(message: Tensor, tiers: Sequence[int]) -> Tensor:
-    """Whether a sender's token does, of a static format: uint8 [tokens, row_bytes] -> bool [tokens, 1]."""
+    """Return whether a sender's token travels as NaN, in a static format: uint8 [tokens, row_bytes] -> bool [tokens,
+    1]."""
     if header_bytes(tiers, False):
         return message[:, :1] != 0
     first = next((byte for bits, _, count, byte, _ in tier_slices(tiers) if bits == BF16_BITS and count), None)
@@ -172,5 +176,5 @@ def _travels_as_nan(message: Tensor, tiers: Sequence[int]) -> Tensor:
 
 
 def _as_bf16(part: Tensor) -> Tensor:
-    """uint8 [tokens, 2 n] -> bf16 [tokens, n]; copied, because a row's bytes start at any address."""
+    """View uint8 [tokens, 2 n] as bf16 [tokens, n]; copied, because a row's bytes start at any address."""
     return part.clone(memory_format=torch.contiguous_format).view(torch.bfloat16)

@@ -15,7 +15,7 @@ from torch import library
 
 
 def define(schema: str, reference: Callable[..., Any]) -> Any:
-    """The op megatron_lowbit::<schema>, which is `reference` where no kernel is registered."""
+    """Define the op megatron_lowbit::<schema>, which is `reference` where no kernel is registered."""
     name, bracket, types = schema.partition("(")
     qualified = f"megatron_lowbit::{name}"
     library.define(qualified, bracket + types, tags=torch.Tag.pt2_compliant_tag)
@@ -24,12 +24,12 @@ def define(schema: str, reference: Callable[..., Any]) -> Any:
 
 
 def fake(op: Any) -> Callable[..., Any]:
-    """Decorates what makes its results' shapes and dtypes, for torch.compile and CUDA graphs."""
+    """Decorate what makes its results' shapes and dtypes, for torch.compile and CUDA graphs."""
     return library.register_fake(op.name())
 
 
 def kernel(op: Any, device: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates its kernel for a type of device, which torch.compile does not look into."""
+    """Decorate its kernel for a type of device, which torch.compile does not look into."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         library.register_kernel(op.name(), device, function)
@@ -39,5 +39,5 @@ def kernel(op: Any, device: str) -> Callable[[Callable[..., Any]], Callable[...,
 
 
 def written(out: torch.Tensor) -> None:
-    """A kernel wrote to its argument, through a pointer: what autograd saved of it is void."""
+    """Note that a kernel wrote to its argument, through a pointer: what autograd saved of it is void."""
     torch.autograd.graph.increment_version(out)

@@ -25,19 +25,19 @@ _WORDS = {
 
 
 def codes_per_word(num_bits: int) -> int:
-    """The smallest number of codes that fills whole bytes."""
+    """Return the smallest number of codes that fills whole bytes."""
     return _WORDS[num_bits][0]
 
 
 def packed_bytes(num_codes: int, num_bits: int) -> int:
-    """Bytes of one packed row of `num_codes` codes."""
+    """Return the bytes of one packed row of `num_codes` codes."""
     codes, size, _ = _WORDS[num_bits]
     return -(-num_codes // codes) * size
 
 
 @library.custom_op("megatron_lowbit::pack_bits", mutates_args=())
 def pack_bits(codes: Tensor, num_bits: int) -> Tensor:
-    """codes uint8 [..., n], each below 2^num_bits -> uint8 [..., packed_bytes(n, num_bits)]."""
+    """Pack codes uint8 [..., n], each below 2^num_bits -> uint8 [..., packed_bytes(n, num_bits)]."""
     per_word, size, dtype = _WORDS[num_bits]
     if codes.shape[-1] % per_word:
         codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_word))
@@ -55,7 +55,7 @@ def _(codes: Tensor, num_bits: int) -> Tensor:
 
 @library.custom_op("megatron_lowbit::unpack_bits", mutates_args=())
 def unpack_bits(packed: Tensor, num_bits: int, num_codes: int) -> Tensor:
-    """uint8 [..., packed_bytes(num_codes, num_bits)] -> codes uint8 [..., num_codes]."""
+    """Unpack uint8 [..., packed_bytes(num_codes, num_bits)] -> codes uint8 [..., num_codes]."""
     per_word, size, dtype = _WORDS[num_bits]
     parts = packed.unflatten(-1, (packed.shape[-1] // size, size)).to(dtype)
     word = parts[..., 0].clone()

@@ -12,7 +12,7 @@ from megatron_lowbit.kernels.packing import unpack_bits
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """(codes - zero_point) * scale (QLLM, arXiv 2310.08041, eq. 2, inverted).
+    """Return (codes - zero_point) * scale (QLLM, arXiv 2310.08041, eq. 2, inverted).
 
     codes: uint8 [..., features]; scale, zero_point: float32 [..., groups], one pair per features / groups neighbours.
     Returns float32 [..., features].
@@ -22,7 +22,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 def reassemble(x: Tensor, src_idx: Tensor, dst_idx: Tensor, coefficient: Tensor, width: int) -> Tensor:
-    """x'_c = sum over entries e -> c of coefficient[e] * x[src_idx[e]] (QLLM, eqs. 3 and 4).
+    """Compute x'_c = sum over entries e -> c of coefficient[e] * x[src_idx[e]] (QLLM, eqs. 3 and 4).
 
     x: float [..., in]; src_idx, dst_idx: int64 [entries]; coefficient: float32 [entries]. Entries 0 .. width-1 go to
     channels 0 .. width-1, so only those of merged groups have to be added. Float32 arithmetic (float64 for a float64
@@ -48,7 +48,7 @@ def quant_linear(
     weight_bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """y = x^ W^T with packed weights; x^ is x itself (weight-only schemes) or its dequantized codes.
+    """Compute y = x^ W^T with packed weights; x^ is x itself (weight-only schemes) or its dequantized codes.
 
     x: float [tokens, in], or uint8 codes [tokens, in] with x_scale, x_zero_point float32 [tokens, act_groups];
     packed_weight: uint8 [out, row_bytes]; weight_scale, weight_zero_point: float32 [out, weight_groups].
@@ -70,7 +70,8 @@ def _integer_linear(
     weight_zero_point: Tensor,
     weight_bits: int,
 ) -> Tensor:
-    """quant_linear on codes, float64 [tokens, out]. With s, z of x and S, Z of the weight, summed over blocks g:
+    """Compute quant_linear on codes, float64 [tokens, out]. With s, z of x and S, Z of the weight, summed over blocks
+    g:
 
         y = sum_g s S ( x.w  -  z (1.w)  -  (x.1 - k z) Z )        k channels that share s, z, S and Z
 

@@ -53,7 +53,7 @@ NUM_WARPS = 8
 
 @triton.jit
 def _bf16_bits(value):
-    """float32 -> its bf16 in the low half of an int32, the high half zero."""
+    """Round float32 -> its bf16 in the low half of an int32, the high half zero."""
     bits = value.to(tl.int32, bitcast=True)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
     return tl.where(value == value, rounded, 0x7FC0)
@@ -66,14 +66,14 @@ def _of_bf16_bits(bits):
 
 @triton.jit
 def _load_bf16(pointer, mask):
-    """float32 of two bytes; by byte, because a row's values start at any address."""
+    """Load float32 of two bytes; by byte, because a row's values start at any address."""
     low, high = tl.load(pointer, mask, other=0).to(tl.int32), tl.load(pointer + 1, mask, other=0).to(tl.int32)
     return _of_bf16_bits(low | (high << 8))
 
 
 @triton.jit
 def _store_bytes(pointers, words, mask, SIZE: tl.constexpr, PAD: tl.constexpr):
-    """Little-endian: the lower SIZE bytes of every word, from its pointer on. PAD: SIZE's next power of 2.
+    """Store the lower SIZE bytes of every word, little-endian, from its pointer on. PAD: SIZE's next power of 2.
 
     pointers, words: [...]; mask: broadcasts to them.
     """
@@ -84,7 +84,7 @@ def _store_bytes(pointers, words, mask, SIZE: tl.constexpr, PAD: tl.constexpr):
 
 @triton.jit
 def _normalized(value, scale, zero_point, feature, mask):
-    """value (1 / scale_f) + zero_f."""
+    """Return value (1 / scale_f) + zero_f."""
     inverse = tl.div_rn(1.0, tl.load(scale + feature, mask, other=1.0))
     return value * inverse + tl.load(zero_point + feature, mask, other=0.0)
 
@@ -96,7 +96,7 @@ def _clip(value):
 
 @triton.jit
 def _scale_header(largest):
-    """scale_header of wire_format.py: float32 -> int32."""
+    """Compute scale_header of wire_format.py: float32 -> int32."""
     bits = largest.to(tl.int32, bitcast=True)
     j = 8 * ((bits >> 23) - 127)
     for i in tl.static_range(8):
@@ -107,7 +107,7 @@ def _scale_header(largest):
 
 @triton.jit
 def _header_scale(header):
-    """header_scale of wire_format.py: int32 -> float32."""
+    """Compute header_scale of wire_format.py: int32 -> float32."""
     j = header - 128
     bits = ((j >> 3) + 127) << 23
     for i in tl.static_range(8):
@@ -118,7 +118,7 @@ def _header_scale(header):
 
 @triton.jit
 def _whole(value, LARGEST: tl.constexpr):
-    """float32 -> int32, rounded: what lies below -0.5, and NaN, becomes -1; what would exceed LARGEST, LARGEST + 1."""
+    """Round float32 -> int32: what lies below -0.5, and NaN, becomes -1; what would exceed LARGEST, LARGEST + 1."""
     clamped = tl.minimum(tl.maximum(tl.where(value == value, value, -1.0), -1.0), LARGEST + 1.0)
     return (clamped + ROUND).to(tl.int32, bitcast=True) - ROUND_BITS
 
@@ -128,7 +128,7 @@ def _row_facts(
     x, x_rows, good, features, headroom, scale, zero_point,
     PER_TOKEN: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """([TOKENS] whether a row holds NaN or Inf; per-token only: its token_header, and how many lie far out)."""
+    """Return ([TOKENS] whether a row holds NaN or Inf; per-token only: its token_header, and how many lie far out)."""
     WIDE: tl.constexpr = BLOCK if BLOCK > GROUP_SIZE else GROUP_SIZE  # whole groups
     GROUPS: tl.constexpr = WIDE // GROUP_SIZE
     broken = tl.zeros([TOKENS, WIDE], tl.int32)
@@ -164,7 +164,7 @@ def _encode_tier(
     x, x_rows, good, first, count, scale, zero_point, order, poison, token_scale, pointers,
     BITS: tl.constexpr, SPAN: tl.constexpr, PER_TOKEN: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes one tier, in words of packing.py. pointers: [TOKENS] its first bytes. Returns the count saturated."""
+    """Write one tier, in words of packing.py. pointers: [TOKENS] its first bytes. Returns the count saturated."""
     LARGEST: tl.constexpr = 2**BITS - 1
     # Codes and bytes of a word: 1 and 1 at 8 bits, 2 and 1 at 4 bits, 4 and 3 at 6 bits; 1 and 2 in bf16.
     PER: tl.constexpr = 1 if BITS % 8 == 0 else (2 if BITS == 4 else (4 if BITS % 2 == 0 else 8))
@@ -212,8 +212,8 @@ def _encode(
     WIDTHS: tl.constexpr, SPANS: tl.constexpr, PER_TOKEN: tl.constexpr, HEADER: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """pack_reference for TOKENS rows. x_rows: int32 [TOKENS] offsets in x; rows: [TOKENS] pointers to the messages.
-    Returns how many values saturated, and how many rows travel as NaN."""
+    """Compute pack_reference for TOKENS rows. x_rows: int32 [TOKENS] offsets in x; rows: [TOKENS] pointers to the
+    messages. Returns how many values saturated, and how many rows travel as NaN."""
     broken, header, saturated = _row_facts(
         x, x_rows, good, features, headroom, scale, zero_point, PER_TOKEN, TOKENS, BLOCK
     )
@@ -241,7 +241,7 @@ def _encode(
 
 @triton.jit
 def _tier_bytes(count, BITS: tl.constexpr):
-    """2 count in bf16; else packed_bytes(count, BITS), whole words."""
+    """Return 2 count in bf16; else packed_bytes(count, BITS), whole words."""
     PER: tl.constexpr = 1 if BITS % 8 == 0 else (2 if BITS == 4 else (4 if BITS % 2 == 0 else 8))
     return tl.cdiv(count, PER) * (PER * BITS // 8)
 
@@ -252,7 +252,7 @@ def _decode_tier(
     total_rows, BITS: tl.constexpr, SPAN: tl.constexpr, PER_TOKEN: tl.constexpr, HEADER: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Decodes and sums one tier. rows: [TOKENS] pointers to rank 0's messages; byte: the tier's first, in a row; mark:
+    """Decode and sum one tier. rows: [TOKENS] pointers to rank 0's messages; byte: the tier's first, in a row; mark:
     the first of bf16."""
     LARGEST: tl.constexpr = 2**BITS - 1
     for start in range(0, count, BLOCK):
@@ -302,7 +302,7 @@ def _decode(
     WIDTHS: tl.constexpr, SPANS: tl.constexpr, PER_TOKEN: tl.constexpr, HEADER: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """unpack_reduce_reference for TOKENS rows. total_rows: int32 [TOKENS] offsets in total."""
+    """Compute unpack_reduce_reference for TOKENS rows. total_rows: int32 [TOKENS] offsets in total."""
     mark, byte = -1, HEADER
     for t in tl.static_range(len(WIDTHS)):
         if WIDTHS[t] == 16:
@@ -340,7 +340,7 @@ def pack_kernel(
 
 @triton.jit
 def _count(tally, values, outside, nonfinite):
-    """Adds a program's counts; values: of all programs."""
+    """Add a program's counts; values: of all programs."""
     tl.store(tally, tl.cast(values, tl.int64), tl.program_id(0) == 0)
     tl.atomic_add(tally + 1, outside.to(tl.int64))
     tl.atomic_add(tally + 2, nonfinite.to(tl.int64))
@@ -369,7 +369,7 @@ def requantize_kernel(
     SECOND_PER_TOKEN: tl.constexpr, SECOND_HEADER: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """scratch: float32 [programs, TOKENS, features]."""
+    """Decode, sum and encode again. scratch: float32 [programs, TOKENS, features]."""
     outside = tl.full([], 0, tl.int32)
     nonfinite = tl.full([], 0, tl.int32)
     own = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)) * features
@@ -394,7 +394,7 @@ def requantize_kernel(
 
 
 def pack(x: Tensor, format: Format, tile: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
-    """hybrid_pack; see there. x: rows of values side by side; the format's tensors: contiguous.
+    """Launch hybrid_pack. x: rows of values side by side; the format's tensors: contiguous.
 
     tile: tokens and features that a program holds at a time, powers of 2 and no fewer than 8 features.
     """
@@ -413,7 +413,7 @@ def pack(x: Tensor, format: Format, tile: tuple[int, int] | None = None) -> tupl
 
 
 def unpack_reduce(messages: Tensor, format: Format, total: Tensor, tile: tuple[int, int] | None = None) -> None:
-    """hybrid_unpack_reduce_into, into `total`; see there. Layouts and `tile` as in `pack`."""
+    """Launch hybrid_unpack_reduce_into, into `total`. Layouts and `tile` as in `pack`."""
     ranks, tokens, _ = messages.shape
     if tokens:
         at_once, block = tile or _tile(tokens)
@@ -432,7 +432,7 @@ def requantize(
     tile: tuple[int, int] | None = None,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """hybrid_unpack_reduce_requantize; see there. Layouts and `tile` as in `pack`; programs: at most so many."""
+    """Launch hybrid_unpack_reduce_requantize. Layouts and `tile` as in `pack`; programs: at most so many."""
     (ranks, tokens, _), features = messages.shape, format.features
     message = messages.new_empty((tokens, second.row_bytes))
     tally = torch.zeros(3, dtype=torch.int64, device=messages.device)
@@ -457,14 +457,14 @@ def _headroom(tiers: Sequence[int]) -> int:
 
 
 def _tile(tokens: int) -> tuple[int, int]:
-    """Few tokens: one to a program, for as many programs as can be."""
+    """Return how many tokens a program takes: of few tokens one, for as many programs as can be."""
     return (1, 1024) if tokens < MANY_TOKENS else (4, 512)
 
 
 def _format(
     tiers: Sequence[int], per_token: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...], bool, int]:
-    """A kernel's arguments counts, WIDTHS, SPANS, PER_TOKEN and HEADER.
+    """Return a kernel's arguments counts, WIDTHS, SPANS, PER_TOKEN and HEADER.
 
     Triton compiles anew for an argument that is 1 or a multiple of 16. Counts differ from layer to layer; 16 times a
     count is always such a multiple.

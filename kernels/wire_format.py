@@ -73,7 +73,7 @@ class Format(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one token on the wire."""
+        """Return the bytes of one token on the wire."""
         return hybrid_row_bytes(self.tiers, self.per_token)
 
     @property
@@ -82,7 +82,7 @@ class Format(NamedTuple):
 
 
 def tier_slices(tiers: Sequence[int]) -> Iterator[tuple[int, int, int, int, int]]:
-    """(bits, first feature in wire order, number of features, first byte after the header, number of bytes)."""
+    """Return (bits, first feature in wire order, number of features, first byte after the header, number of bytes)."""
     feature = byte = 0
     for bits, count in zip(tiers[::2], tiers[1::2], strict=True):
         size = 2 * count if bits == BF16_BITS else packed_bytes(count, bits)
@@ -91,22 +91,23 @@ def tier_slices(tiers: Sequence[int]) -> Iterator[tuple[int, int, int, int, int]
 
 
 def header_bytes(tiers: Sequence[int], per_token: bool) -> int:
-    """Bytes in front of every row."""
+    """Return the bytes in front of every row."""
     return 1 if per_token or BF16_BITS not in tiers[::2] else 0
 
 
 def code_span(bits: int) -> float:
-    """2 a_b / L: the step of a token's codes in w."""
+    """Return 2 a_b / L: the step of a token's codes in w."""
     return 2 * LOADING[bits] / (2**bits - 1)
 
 
 def headroom(coded: int) -> int:
-    """8 log2 of how many times s_t the largest |v| of so many coded features may be."""
+    """Return 8 log2 of how many times s_t the largest |v| of so many coded features may be."""
     return math.floor(OCTAVE * math.log2(1 + coded / 1280))
 
 
 def scale_header(largest: Tensor) -> Tensor:
-    """float32 max |v| -> uint8 header of the nearest scale (on a log axis): exact, from the bits of the float."""
+    """Encode float32 max |v| -> uint8 header of the nearest scale (on a log axis): exact, from the bits of the
+    float."""
     bits = largest.view(torch.int32)
     thresholds = torch.tensor(THRESHOLDS, dtype=torch.int32, device=bits.device)
     eighth = ((bits & 0x7FFFFF).unsqueeze(-1) >= thresholds).sum(-1)
@@ -116,7 +117,8 @@ def scale_header(largest: Tensor) -> Tensor:
 
 
 def token_header(size: Tensor, coded: int) -> Tensor:
-    """float32 |v| [tokens, E] in the features' own order, 0 for those in bf16 -> uint8 [tokens, 1], the header of s_t.
+    """Encode float32 |v| [tokens, E] in the features' own order, 0 for those in bf16 -> uint8 [tokens, 1], the header
+    of s_t.
 
     Groups of zeros have no say. The mean of their headers is rounded half up.
     """
@@ -128,7 +130,7 @@ def token_header(size: Tensor, coded: int) -> Tensor:
 
 
 def header_scale(header: Tensor) -> Tensor:
-    """uint8 -> float32 s_t; NaN for a broken token."""
+    """Decode uint8 -> float32 s_t; NaN for a broken token."""
     j = header.to(torch.int32) - 128
     mantissas = torch.tensor(MANTISSAS, dtype=torch.int32, device=header.device)
     scale = ((((j >> 3) + 127) << 23) | mantissas[(j & 7).long()]).view(torch.float32)
@@ -136,11 +138,12 @@ def header_scale(header: Tensor) -> Tensor:
 
 
 def squared_sizes(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """s_t^2 of tokens none of whose features is in bf16. x: float [tokens, E]; mean, std: [E]. float64 [tokens]."""
+    """Return s_t^2 of tokens none of whose features is in bf16. x: float [tokens, E]; mean, std: [E]. float64
+    [tokens]."""
     normed = torch.where(std > 0, (x - mean) / std, 0.0).float()
     return header_scale(token_header(normed.abs_(), x.shape[1])).double().square().squeeze(1)
 
 
 def hybrid_row_bytes(tiers: Sequence[int], per_token: bool) -> int:
-    """Bytes of one token on the wire."""
+    """Return the bytes of one token on the wire."""
     return header_bytes(tiers, per_token) + sum(size for *_, size in tier_slices(tiers))

@@ -30,7 +30,7 @@ VERSION = ("-V", "--version")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the `megatron-lowbit` command."""
+    """Run the `megatron-lowbit` command; returns its exit code."""
     before = preemption.install()
     try:
         return _main(argv)
@@ -74,7 +74,7 @@ def _main(argv: list[str] | None) -> int:
 
 
 def version() -> str:
-    """The version that is installed; of a bare checkout, the source's own."""
+    """Return the version that is installed; of a bare checkout, the source's own."""
     try:
         return metadata.version("megatron-lowbit")
     except metadata.PackageNotFoundError:

@@ -48,7 +48,8 @@ CONFIGS: dict[str, type[StageConfig]] = {
 
 
 def check_arguments(name: str, argv: list[str]) -> int | None:
-    """The exit code after one line on standard error, where something is wrong with a stage's arguments; else None."""
+    """Return the exit code after one line on standard error, where something is wrong with a stage's arguments; else
+    None."""
     try:
         launcher_env.adopt()
         config, nproc = parse(name, CONFIGS[name], argv)

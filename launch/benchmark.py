@@ -95,7 +95,7 @@ def print_rows(rows: list[dict[str, Any]], title: str) -> None:
 def time_pairs(
     engine: Engine, artifact: Artifact, comm: CommConfig | None, ids: torch.Tensor, repeats: int, name: str
 ) -> tuple[list[tuple[float, float]], dict[str, Any]]:
-    """((unpatched, patched) seconds of `repeats` pairs, their order alternating; how the plan's ranges held).
+    """Measure ((unpatched, patched) seconds of `repeats` pairs, their order alternating; how the plan's ranges held).
 
     Leaves the engine unpatched.
     """

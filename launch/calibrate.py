@@ -43,7 +43,8 @@ def run(config: CalibrateConfig, logger: MetricLogger) -> dict[str, Any]:
 
 
 def usable_sizes(engine: Engine, config: CalibrateConfig) -> list[int]:
-    """comm.tp_sizes. One that does not divide the model is left out of the default list, refused in a given one."""
+    """Return comm.tp_sizes. One that does not divide the model is left out of the default list, refused in a given
+    one."""
     ranks = config.tp
     sizes = []
     for size in config.comm.tp_sizes:
@@ -63,7 +64,7 @@ def usable_sizes(engine: Engine, config: CalibrateConfig) -> list[int]:
 
 
 def written(folder: str | Path, *patterns: str) -> list[Path]:
-    """The files of an artifact, for the logger."""
+    """Return the files of an artifact, for the logger."""
     return sorted(file for pattern in patterns for file in Path(folder).glob(pattern))
 
 

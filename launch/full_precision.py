@@ -19,7 +19,7 @@ def tell_full_precision(model: Any) -> None:
 
 
 def left_out(model: Any) -> list[str]:
-    """`name, name (why)` for every reason; names within a block."""
+    """Return `name, name (why)` for every reason; names within a block."""
     prefix, blocks = decoder_blocks(model)
     linears, hidden = find_linears(model), model_config(model).hidden_size
     found: dict[str, dict[str, None]] = {}

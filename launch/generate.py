@@ -70,7 +70,7 @@ def run(config: GenerateConfig, logger: MetricLogger) -> dict[str, Any]:
 
 
 def encode(engine: Engine, prompt: str) -> list[int]:
-    """Token ids of a prompt.
+    """Return the token ids of a prompt.
 
     Raises LowBitError for one that is empty, holds what the model has no token for, or leaves no room in its context.
     """
@@ -127,7 +127,7 @@ class Streams:
 
 
 def continue_text(engine: Engine, prompt: str, max_new_tokens: int) -> str:
-    """The greedy continuation of one prompt."""
+    """Return the greedy continuation of one prompt."""
     (new,) = engine.generate([encode(engine, prompt)], GenerateOptions(max_new_tokens))
     return engine.tokenizer.decode(new, skip_special_tokens=True)
 

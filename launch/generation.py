@@ -30,7 +30,7 @@ def copy_generation_config(name: str | Path, folder: str | Path) -> None:
 
 
 def find_generation_config(name: str | Path) -> Path | None:
-    """The file of a model, a folder or a hub id; None where it has none."""
+    """Return the file of a model, a folder or a hub id; None where it has none."""
     if Path(name).is_dir():
         file = Path(name) / FILE
         return file if file.is_file() else None
@@ -41,7 +41,7 @@ def find_generation_config(name: str | Path) -> Path | None:
 
 
 def load_generation_config(name: str | Path) -> Any:
-    """transformers' GenerationConfig of a model or artifact; None where it has none.
+    """Return transformers' GenerationConfig of a model or artifact; None where it has none.
 
     Raises LowBitError for a file that is damaged.
     """

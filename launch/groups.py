@@ -11,7 +11,7 @@ from megatron_lowbit.runtime.rendezvous import join
 
 
 def start_groups(config: CalibrateConfig) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """This rank's (tp_group, dp_group)."""
+    """Start the parallel groups; returns this rank's (tp_group, dp_group)."""
     ranks = config.tp * config.dp
     if ranks == 1:
         return None, None

@@ -62,13 +62,14 @@ def check_package(extra: str) -> None:
 
 
 def no_data(key: str) -> str:
-    """What to say where a section has no text."""
+    """Return what to say where a section has no text."""
     known = key.replace("evaluation", "validation")
     return f"{key}.data is not set; name a text file, a hub dataset or stdlib:{known}"
 
 
 def model_name(name: str) -> str:
-    """The folder or hub id that `model` names. Raises LowBitError for a folder that is not there or holds no model."""
+    """Return the folder or hub id that `model` names. Raises LowBitError for a folder that is not there or holds no
+    model."""
     if name == "embedded":
         from megatron_lowbit import embedded
 
@@ -84,14 +85,14 @@ def model_name(name: str) -> str:
 
 
 def artifact_folder(name: str) -> Path:
-    """The folder that `artifact` names. Raises LowBitError where there is none."""
+    """Return the folder that `artifact` names. Raises LowBitError where there is none."""
     if not os.path.isdir(name):
         raise LowBitError(f"artifact folder {shown(name)} does not exist; write one with calibrate or quantize")
     return Path(name)
 
 
 def read_prompts(path: str) -> list[str]:
-    """The lines of a text file that are not empty."""
+    """Return the lines of a text file that are not empty."""
     try:
         lines = [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:

@@ -10,7 +10,8 @@ from megatron_lowbit.runtime.launcher_env import env_world_size, launched
 
 
 def check_layout(name: str, config: StageConfig, nproc: int | None) -> int | None:
-    """The processes that a stage with a layout of its own runs in (`own_ranks`), else None.
+    """Check the number of processes; returns those that a stage with a layout of its own runs in (`own_ranks`), else
+    None.
 
     Raises LowBitError where a launcher has started, or --nproc asks for, another number than the config needs.
     """
@@ -25,7 +26,8 @@ def check_layout(name: str, config: StageConfig, nproc: int | None) -> int | Non
 
 
 def own_ranks(name: str, config: StageConfig) -> int | None:
-    """Processes of a stage that are not simply the tp x pp x dp ranks of its engine; None for all others."""
+    """Return the number of processes of a stage that are not simply the tp x pp x dp ranks of its engine; None for all
+    others."""
     if name == "calibrate" and isinstance(config, CalibrateConfig):
         return calibrating_ranks(config)
     if name == "quantize" and isinstance(config, QuantizeConfig):
@@ -39,18 +41,19 @@ def own_ranks(name: str, config: StageConfig) -> int | None:
 
 
 def calibrating_ranks(config: CalibrateConfig) -> int | None:
-    """Processes that share the windows, each with a whole model (engine=huggingface); None: as every stage."""
+    """Return the number of processes that share the windows, each with a whole model (engine=huggingface); None: as
+    every stage."""
     alone = config.tp == config.pp == 1 and not config.sequence_parallel
     return config.dp if config.engine == "huggingface" and config.dp > 1 and alone else None
 
 
 def quantize_method(config: QuantizeConfig) -> str:
-    """qllm where there is text to calibrate it on, unless weights.method says otherwise."""
+    """Return qllm where there is text to calibrate it on, unless weights.method says otherwise."""
     return config.weights.method or ("rtn" if config.calibration.data is None else "qllm")
 
 
 def check_alone(command: str) -> None:
-    """For a command that is one process. Raises LowBitError where a launcher has started several."""
+    """Raise LowBitError where a launcher has started several processes of a command that is one."""
     launch = launcher_env.adopt()
     if launch is not None and launch.world_size > 1:
         raise LowBitError(
@@ -60,7 +63,7 @@ def check_alone(command: str) -> None:
 
 
 def check_own(name: str, own: int, world: int) -> None:
-    """For a stage that says how many processes it runs in (its `ranks`)."""
+    """Check the processes of a stage that says how many processes it runs in (its `ranks`)."""
     if world != own:
         needed = f"tp x dp = {own} processes" if own > 1 else "one process"
         raise LowBitError(f"{name} needs {needed}, there are {world}; start that many")
@@ -91,11 +94,11 @@ def check_world(config: StageConfig, world: int) -> None:
 
 
 def _sizes(config: StageConfig) -> dict[str, int]:
-    """{key: size} of the kinds of parallelism in use; tp always."""
+    """Return {key: size} of the kinds of parallelism in use; tp always."""
     sizes = {"tp": config.tp, "pp": config.pp, "dp": getattr(config, "dp", 1)}
     return {key: size for key, size in sizes.items() if key == "tp" or size > 1}
 
 
 def world_of(config: StageConfig) -> int:
-    """Processes that a stage runs in."""
+    """Return the number of processes that a stage runs in."""
     return math.prod(_sizes(config).values())

@@ -12,7 +12,7 @@ OTHER_FORMATS = ("consolidated*", "original/*")  # the same weights once more
 
 
 def download(name: str) -> str:
-    """The folder of a model: itself, or the hub's files in the local cache."""
+    """Return the folder of a model: itself, or the hub's files in the local cache."""
     if Path(name).is_dir():
         return name
     import huggingface_hub

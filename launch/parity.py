@@ -68,7 +68,7 @@ def run(config: ParityConfig, logger: MetricLogger) -> dict[str, Any]:
 
 
 def modes(artifact: Artifact, size: int) -> list[CommMode | None]:
-    """What is compared at a size; None is the unpatched model, `native` all there is at size 1."""
+    """Return what is compared at a size; None is the unpatched model, `native` all there is at size 1."""
     wanted: list[CommMode | None] = [None]
     if artifact.checkpoint is not None:
         wanted += ["native", "bf16"] if size > 1 else ["native"]
@@ -82,7 +82,7 @@ def name_of(artifact: Artifact, mode: str) -> str:
 
 
 def write_outcomes(config: ParityConfig) -> list[dict[str, Any]]:
-    """One engine at one size: <output_dir>/<mode>.safetensors for every mode, from the engine's ranks."""
+    """Run one engine at one size and write <output_dir>/<mode>.safetensors for every mode, from the engine's ranks."""
     engine = start_engine(config)
     prompts = [encode(engine, prompt) for prompt in on_rank_zero(lambda: read_prompts(config.prompts or ""))]
     artifact = Artifact.load(config.artifact or "")
@@ -104,7 +104,7 @@ def write_outcomes(config: ParityConfig) -> list[dict[str, Any]]:
 
 
 def outcomes_of(config: ParityConfig, engine: str, size: int) -> dict[str, Outcome]:
-    """{mode: outcome}, from processes of their own; raises LowBitError with their last line where they fail."""
+    """Return {mode: outcome}, from processes of their own; raises LowBitError with their last line where they fail."""
     folder = Path(config.output_dir) / f"{engine}-{size}"
     arguments = {
         "outcomes": "true",
@@ -133,7 +133,8 @@ def outcomes_of(config: ParityConfig, engine: str, size: int) -> dict[str, Outco
 
 
 def _run(command: list[str], environ: dict[str, str]) -> tuple[int | None, str]:
-    """(exit code, standard error), the code None after TIMEOUT; the signals of this process are passed on."""
+    """Run a command; returns (exit code, standard error), the code None after TIMEOUT; the signals of this process are
+    passed on."""
     deadline, forwarded = time.monotonic() + TIMEOUT, 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ) as process:
         try:
@@ -150,7 +151,7 @@ def _run(command: list[str], environ: dict[str, str]) -> tuple[int | None, str]:
 
 
 def saturation_of(config: ParityConfig, engine: str, size: int, mode: str) -> dict[str, Any]:
-    """How the plan's ranges held, as the engine's own processes have told."""
+    """Return how the plan's ranges held, as the engine's own processes have reported."""
     rows = read_json(Path(config.output_dir) / f"{engine}-{size}" / "parity.json")["rows"]
     return {
         key: value
@@ -162,7 +163,7 @@ def saturation_of(config: ParityConfig, engine: str, size: int, mode: str) -> di
 
 
 def compare(outcome: Outcome, reference: Outcome) -> dict[str, Any]:
-    """The largest difference of logits, relative to the largest logit, and the tokens that agree."""
+    """Return the largest difference of logits, relative to the largest logit, and the tokens that agree."""
     pairs = {key: (outcome[key], reference[key]) for key in sorted(reference)}
     logits = [pair for key, pair in pairs.items() if key.startswith("logits.")]
     tokens = [(new.tolist(), want.tolist()) for key, (new, want) in pairs.items() if key.startswith("tokens.")]
@@ -179,7 +180,7 @@ def compare(outcome: Outcome, reference: Outcome) -> dict[str, Any]:
 
 
 def _common(new: list[int], want: list[int]) -> int:
-    """Tokens before the first that differs."""
+    """Return the number of tokens before the first that differs."""
     same = torch.tensor([a == b for a, b in zip(new, want, strict=False)], dtype=torch.int64)
     return int(same.cumprod(0).sum())
 

@@ -80,7 +80,7 @@ def quantize_qllm(
 
 
 def tell_layers(groups: list[GroupResult], logger: MetricLogger) -> None:
-    """Tables of what reassembly did to every layer's input, and of the correction's loss in every group."""
+    """Write tables of what reassembly did to every layer's input, and of the correction's loss in every group."""
     columns = ["threshold", "splits", "added", "expansion", "error"]
     layers = [[name, *(of[key] for key in columns)] for group in groups for name, of in group.layers.items()]
     if layers:
@@ -91,7 +91,8 @@ def tell_layers(groups: list[GroupResult], logger: MetricLogger) -> None:
 
 
 def plan_sizes(source: BlockSource, config: QuantizeConfig) -> list[int]:
-    """comm.tp_sizes (and the size that the correction trains through) whose partial sums the shard groups make up."""
+    """Return those of comm.tp_sizes (and the size that the correction trains through) whose partial sums the shard
+    groups make up."""
     rows = [linear for kinds in source.kinds for kind, linear in kinds.values() if kind == "row"]
     shards = {width: activation_groups(width, config.weights.shard_groups) for width in {r.in_features for r in rows}}
     given = config.comm.tp_sizes != CommConfig().tp_sizes
@@ -134,7 +135,8 @@ def _check_shards(size: int, shards: dict[int, int], key: str) -> None:
 
 
 def _aligned(windows: Windows) -> Windows:
-    """Padded to a multiple of 64 tokens, so that vectorised kernels end at the same places on every number of ranks."""
+    """Return windows padded to a multiple of 64 tokens, so that vectorised kernels end at the same places on every
+    number of ranks."""
     extra = -windows.ids.shape[1] % 64
     pad = torch.nn.functional.pad
     return Windows(pad(windows.ids, (0, extra)), pad(windows.mask, (0, extra)))

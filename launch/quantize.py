@@ -72,7 +72,8 @@ def run_qllm(config: QuantizeConfig, logger: MetricLogger) -> list[dict[str, Any
 
 
 def size_row(checkpoint: LowBitCheckpoint, folder: str, logger: MetricLogger) -> dict[str, Any]:
-    """Sizes: ideal_bytes is bits * parameters / 8 of the quantized linears, linear_bytes what they really take."""
+    """Return the sizes: ideal_bytes is bits * parameters / 8 of the quantized linears, linear_bytes what they really
+    take."""
     if env_rank() == 0:
         linears, ratio = checkpoint.linear_bytes(), checkpoint.linear_bytes() / checkpoint.ideal_bytes()
         attention = "" if checkpoint.attention_bits == 16 else f", Q, K and V in {checkpoint.attention_bits} bits"
@@ -109,7 +110,8 @@ def check_shard_groups(engine: Engine, checkpoint: LowBitCheckpoint, tp_sizes: l
 
 
 def save_checkpoint(engine: Engine, checkpoint: LowBitCheckpoint, folder: str | Path) -> None:
-    """The checkpoint, and the model's config, generation config and tokenizer, so that the folder loads by itself."""
+    """Save the checkpoint, and the model's config, generation config and tokenizer, so that the folder loads by
+    itself."""
     try:
         engine.hf_config.save_pretrained(folder)
         engine.tokenizer.save_pretrained(folder)

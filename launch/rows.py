@@ -31,13 +31,13 @@ def check_unused(config: EvaluateConfig) -> None:
 
 
 def row_name(engine: Engine, artifact: Artifact, mode: CommMode | None) -> str:
-    """W4A8 + hybrid int4/bf16, and the like."""
+    """Return a row's name: W4A8 + hybrid int4/bf16, and the like."""
     weights = artifact.checkpoint.scheme_name if artifact.checkpoint else "full precision"
     return weights if engine.tp_size == 1 else f"{weights} + {communication(engine, artifact, mode)}"
 
 
 def communication(engine: Engine, artifact: Artifact, mode: CommMode | None) -> str:
-    """What the partial sums travel as."""
+    """Return what the partial sums travel as."""
     if engine.tp_size == 1:
         return "none"
     if mode not in ("native", "bf16") and engine.tp_size in artifact.plans:
@@ -53,7 +53,8 @@ def _dtype(engine: Engine) -> str:
 def full_precision_row(
     engine: Engine, windows: Windows, section: EvaluationConfig, logger: MetricLogger
 ) -> tuple[dict[str, Any], Tensor]:
-    """The unpatched engine with its own all-reduce: (result row, log-probabilities that KL is measured against)."""
+    """Measure the unpatched engine with its own all-reduce: (result row, log-probabilities that KL is measured
+    against)."""
     engine.remove()
     real_ranks = engine.group is not None
     with SiteTraffic(engine.sites() if real_ranks else {}) as traffic:
@@ -132,7 +133,7 @@ def applied_row(
 
 
 def sqnr_windows(windows: Windows) -> Windows:
-    """The first of them, of about SQNR_TOKENS tokens."""
+    """Return the first of them, of about SQNR_TOKENS tokens."""
     few = max(1, SQNR_TOKENS // windows.ids.shape[1])
     return Windows(windows.ids[:few], windows.mask[:few])
 
@@ -156,7 +157,7 @@ def print_rows(rows: list[dict[str, Any]], title: str | None = None) -> None:
 
 
 def explained(rows: list[dict[str, Any]]) -> str | None:
-    """What the columns of SQNR and of bits and bytes hold, where they hold anything."""
+    """Return what the columns of SQNR and of bits and bytes hold, where they hold anything."""
     notes = []
     if any(row["sqnr_db"] is not None for row in rows):
         notes.append(f"SQNR: mean of the sites, on the first {SQNR_TOKENS:,} tokens.")
@@ -169,7 +170,8 @@ def explained(rows: list[dict[str, Any]]) -> str | None:
 
 
 def _kl_tokens(section: EvaluationConfig) -> int:
-    """Rank 0 alone keeps log-probabilities and reports: all ranks see the same logits."""
+    """Return how many tokens KL is measured on; rank 0 alone keeps log-probabilities and reports: all ranks see the
+    same logits."""
     return section.kl_tokens if env_rank() == 0 else 0
 
 
@@ -179,7 +181,8 @@ def _batches(windows: Windows, section: EvaluationConfig, name: str):
 
 
 def _wire(sent: int, values: int, windows: Windows, section: EvaluationConfig) -> dict[str, float | None]:
-    """What one rank handed to torch.distributed at the row-parallel sites; None where nothing is communicated."""
+    """Return what one rank handed to torch.distributed at the row-parallel sites; None where nothing is
+    communicated."""
     positions = sum(ids.numel() for ids, _ in windows.batches(section.batch_size))
     return {
         "bits_per_value": 8 * sent / values if values else None,

@@ -54,7 +54,7 @@ def run_stage(name: str, argv: list[str]) -> int:
 
 
 def run_rank(name: str, stage: Any, config: StageConfig) -> int:
-    """One rank's whole life."""
+    """Run a stage on one rank, from the first import to the exit code."""
     _quiet()
     rank, logger, code = env_rank(), None, 1
     start, lock = time.perf_counter(), FolderLock(config.output_dir)
@@ -112,7 +112,8 @@ def _of_a_collective(error: RuntimeError) -> bool:
 
 
 def _leave_groups(code: int) -> None:
-    """Without this a rank ends with SIGABRT. Ranks meet first where all leave: after an error a peer may be gone."""
+    """Leave the process groups: without this a rank ends with SIGABRT. Ranks meet first where all leave: after an error
+    a peer may be gone."""
     from torch import distributed as dist
 
     presence.stop()
@@ -125,7 +126,7 @@ def _leave_groups(code: int) -> None:
 
 
 def _quiet() -> None:
-    """Frameworks announce themselves at length; errors still come through."""
+    """Silence frameworks that announce themselves at length; errors still come through."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")  # what it falls back from
     for name in ("DeepSpeed", "transformers", "torch.distributed", "megatron.core"):

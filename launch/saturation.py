@@ -22,7 +22,7 @@ NAMED = 3  # sites in a line
 
 
 def measure_saturation(engine: Engine) -> dict[str, Any]:
-    """The figures of the low-bit modules that are in place, of all their ranks. A collective call."""
+    """Gather the figures of the low-bit modules that are in place, of all their ranks. A collective call."""
     sites, names = patching.saturation(engine.model), engine.site_names()
     counts = [(site.values, site.saturated, site.nonfinite) for site in sites.values()]
     total = torch.tensor([[0, 0, 0], *counts], device=device()).sum(0)
@@ -42,7 +42,7 @@ def measure_saturation(engine: Engine) -> dict[str, Any]:
 
 
 def logged(row: Mapping[str, Any]) -> dict[str, float]:
-    """What metrics.jsonl and W&B are told of a row."""
+    """Return what metrics.jsonl and W&B record of a row."""
     if not row.get("values"):
         return {}
     figures = {key: row[key] for key in ("saturated", "saturated_share", "nonfinite_tokens")}
@@ -50,7 +50,7 @@ def logged(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def saturation_line(row: Mapping[str, Any]) -> str | None:
-    """One sentence about a row; None where nothing was encoded in low bits."""
+    """Return one sentence about a row; None where nothing was encoded in low bits."""
     if not row.get("values"):
         return None
     sites = row["bf16_sites"]
@@ -66,6 +66,6 @@ def saturation_line(row: Mapping[str, Any]) -> str | None:
 
 
 def print_saturation(rows: Iterable[Mapping[str, Any]], file: Any = None) -> None:
-    """A line for every row that encoded something. file: standard output."""
+    """Print a line for every row that encoded something. file: standard output."""
     for line in filter(None, map(saturation_line, rows)):
         print(line, file=file, flush=True)

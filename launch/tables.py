@@ -42,7 +42,7 @@ def print_table(
 
 
 def number(value: float | None, form: str) -> str:
-    """A cell: the value in a format, shorter where that is longer than ten characters; - for None."""
+    """Return a cell: the value in a format, shorter where that is longer than ten characters; - for None."""
     if value is None:
         return "-"
     text = format(value, form)

@@ -11,7 +11,8 @@ FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "*.
 
 
 def load_tokenizer(name: str | Path) -> Any:
-    """The tokenizer of a folder or hub id. Raises LowBitError for a folder without one, else what transformers does."""
+    """Load the tokenizer of a folder or hub id. Raises LowBitError for a folder without one, else what transformers
+    does."""
     from transformers import AutoTokenizer
 
     try:

@@ -94,7 +94,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names, without those whose package is not there: help() imports all that this lists."""
+    """Return the public names, without those whose package is not there: help() imports all that this lists."""
     missing = {name for name, package in _NEEDS.items() if not _is_there(package)}
     return sorted({*(name for name in globals() if name.startswith("__")), *__all__} - missing)
 

@@ -36,7 +36,7 @@ class Artifact:
 
     @classmethod
     def load(cls, folder: str | Path) -> Artifact:
-        """Whatever of the two the folder holds. Raises LowBitError if it holds neither, or only half of one."""
+        """Load whatever of the two the folder holds. Raises LowBitError if it holds neither, or only half of one."""
         folder = Path(folder)
         if not folder.is_dir():
             raise LowBitError(f"artifact folder {str(folder)!r} does not exist; write one with calibrate or quantize")

@@ -57,7 +57,7 @@ class _TooMuch(Exception):
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], above: set[int]) -> tuple[int, int]:
-    """(values, levels) of a node with its aliases written out; refuses too many of them and keys given twice."""
+    """Return (values, levels) of a node with its aliases written out; refuses too many of them and keys given twice."""
     if id(node) in known:
         return known[id(node)]
     if id(node) in above:

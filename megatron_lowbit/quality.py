@@ -35,7 +35,8 @@ class Quality:
 
 @torch.no_grad()
 def measure_quality(model: Any, batches: Iterable[Batch], kl_tokens: int, reference: Tensor | None = None) -> Quality:
-    """Perplexity over all batches, and KL against `reference`, the log_probs of the full-precision model."""
+    """Measure the perplexity over all batches, and KL against `reference`, the log_probs of the full-precision
+    model."""
     nll, tokens, kl = 0.0, 0, 0.0
     kept = torch.empty(0)
     for ids, mask in batches:
@@ -62,7 +63,7 @@ def measure_quality(model: Any, batches: Iterable[Batch], kl_tokens: int, refere
 
 @torch.no_grad()
 def measure_sqnr(model: Any, pairs: Mapping[str, tuple[Any, Any]], batches: Iterable[Batch]) -> dict[str, float]:
-    """SQNR in dB of every low-bit row-parallel linear that is in place, against the module it replaced.
+    """Measure the SQNR in dB of every low-bit row-parallel linear that is in place, against the module it replaced.
 
     pairs: {fqn: (the one in place, the one it replaced)}, both [windows, length, in] -> [windows, length, out]. Both
     get the same input, so the figure is the site's own error: its weights', activations' and collective's.
@@ -93,7 +94,8 @@ def measure_sqnr(model: Any, pairs: Mapping[str, tuple[Any, Any]], batches: Iter
 
 
 def sqnr_db(signal: float, noise: float) -> float:
-    """Signal-to-quantization-noise ratio in dB of two energies; 300 where the noise is below float64's reach."""
+    """Return the signal-to-quantization-noise ratio in dB of two energies; 300 where the noise is below float64's
+    reach."""
     if noise <= signal * 1e-30:
         return 300.0
     return 10 * math.log10(signal / noise) if signal > 0 else -300.0

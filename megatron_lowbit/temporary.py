@@ -119,7 +119,7 @@ def _digest() -> str:
 
 
 def _dead(place: str, pid: str, start: str) -> bool:
-    """Whether the owner was a process of this machine and namespace, and is gone."""
+    """Return whether the owner was a process of this machine and namespace, and is gone."""
     return place == _digest() and start_of(int(pid)) != start
 
 

@@ -18,7 +18,7 @@ NOT_HERE = [*UNUSED, *(f"comm.{key}" for key in CommConfig.model_fields if key n
 
 
 def check_arguments(kind: str, argv: list[str]) -> int | None:
-    """The exit code after one line on standard error, where something is wrong with the arguments; else None."""
+    """Return the exit code after one line on standard error, where something is wrong with the arguments; else None."""
     try:
         config = {"collectives": parse_collectives, "kernels": parse_kernels}[kind](argv)
         if config.wandb != "off":

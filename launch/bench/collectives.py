@@ -52,7 +52,7 @@ CONFIG = BenchmarkCollectivesConfig
 
 
 def main(argv: list[str]) -> int:
-    """`megatron-lowbit benchmark collectives ARGV`; the exit code."""
+    """Run `megatron-lowbit benchmark collectives ARGV`; returns the exit code."""
     # Through all `finally`s, which end the ranks and remove the namespaces.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -89,7 +89,8 @@ def run(config: BenchmarkCollectivesConfig, logger: MetricLogger) -> dict[str, A
 
 
 def measure(config: BenchmarkCollectivesConfig, ranks: int) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each of `sizes`, in order, as they are done. Whatever happens, no rank and no namespace is left."""
+    """Yield the rows of each of `sizes`, in order, as they are done. Whatever happens, no rank and no namespace is
+    left."""
     with (
         scratch_folder() as folder,
         network(config.rate, ranks) as host,
@@ -115,7 +116,7 @@ def measure(config: BenchmarkCollectivesConfig, ranks: int) -> Iterator[list[dic
 def started(
     config: BenchmarkCollectivesConfig, ranks: int, folder: Path, host: list[list[str]]
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """The worker processes; they are killed at the end. Rank r's output goes to <folder>/r.log."""
+    """Start the worker processes; they are killed at the end. Rank r's output goes to <folder>/r.log."""
     environ = {**os.environ, "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}
     environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
     if config.rate is None:
@@ -153,7 +154,8 @@ def started(
 
 
 def _raise_if_failed(workers: list[subprocess.Popen[bytes]], folder: Path) -> None:
-    """A rank that ended before its time: its last line as a LowBitError if it was bad input, else all it said."""
+    """Raise the error of a rank that ended before its time: its last line as a LowBitError if it was bad input, else
+    all it said."""
     failed = [rank for rank, worker in enumerate(workers) if worker.poll()]
     if not failed:
         return
@@ -179,7 +181,7 @@ def print_rows(config: BenchmarkCollectivesConfig, rows: list[dict[str, Any]]) -
 
 
 def print_choices(config: BenchmarkCollectivesConfig) -> None:
-    """What comm.mode=auto will take, by the tables that were written."""
+    """Print what comm.mode=auto will take, by the tables that were written."""
     for ranks in config.ranks:
         costs = CostTable.load(cost_file(config, ranks))
         choices = ", ".join(f"{size_text(size)} {costs.choose(size)}" for size in config.sizes)
@@ -187,7 +189,8 @@ def print_choices(config: BenchmarkCollectivesConfig) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Seconds over bytes, one panel per number of ranks, the ideal dashed. Raises LowBitError without matplotlib."""
+    """Plot seconds over bytes, one panel per number of ranks, the ideal dashed. Raises LowBitError without
+    matplotlib."""
     require("matplotlib", "report")
     figure = import_module("matplotlib.figure").Figure(layout="constrained")
     panels = sorted({row["ranks"] for row in rows})

@@ -38,7 +38,7 @@ STARTUP_SECONDS = 180  # 64 processes import torch, and kernels are compiled, on
 
 
 def work(ranks: int, folder: Path, config: BenchmarkCollectivesConfig, rank: int) -> None:
-    """A worker's life: measure all sizes; rank 0 writes <folder>/<number of the size>.json."""
+    """Measure all sizes, the whole life of a worker; rank 0 writes <folder>/<number of the size>.json."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     limit = start_limit(config, ranks) + max(cell_limit(config, ranks, size) for size in config.sizes)
     dist.init_process_group(
@@ -67,7 +67,7 @@ def work(ranks: int, folder: Path, config: BenchmarkCollectivesConfig, rank: int
 def measure_cell(
     config: BenchmarkCollectivesConfig, size: int, group: dist.ProcessGroup, costs: CostTable | None = None
 ) -> list[dict[str, Any]]:
-    """One row per algorithm; the same on all ranks but for sqnr_db, which rank 0 measures."""
+    """Measure one row per algorithm; the same on all ranks but for sqnr_db, which rank 0 measures."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     features = min(FEATURES, size // 2)
     tokens = size // 2 // features
@@ -112,7 +112,7 @@ def measure_cell(
 def time_rounds(
     config: BenchmarkCollectivesConfig, inputs: dict[str, Tensor], algorithms: dict[str, Any], group: dist.ProcessGroup
 ) -> dict[str, list[float]]:
-    """{algorithm: seconds of each repetition, of the slowest rank}."""
+    """Return {algorithm: seconds of each repetition, of the slowest rank}."""
 
     def rounds(count: int) -> list[list[float]]:
         return slowest([one_round(algorithms, number, inputs, group) for number in range(count)], group)
@@ -124,7 +124,7 @@ def time_rounds(
 
 
 def calibrated(config: BenchmarkCollectivesConfig, ranks: int, features: int) -> SitePlan:
-    """The plan of partial sums like those that are sent."""
+    """Return the plan of partial sums like those that are sent."""
     sample = [partial_sums(config.seed + 1, r, CALIBRATION_TOKENS, features).float() for r in range(ranks)]
     return synthetic_plan(torch.stack(sample), config.comm)
 
@@ -134,7 +134,7 @@ def cost_file(config: BenchmarkCollectivesConfig, ranks: int) -> Path:
 
 
 def algorithm(name: str, plan: SitePlan, group: dist.ProcessGroup, costs: CostTable | None) -> Any:
-    """An object with all_reduce(x) and traffic."""
+    """Return an object with all_reduce(x) and traffic."""
     if name in ("bf16", "fp32"):
         return StockAllReduce(group)
     if name == "group32":
@@ -143,14 +143,16 @@ def algorithm(name: str, plan: SitePlan, group: dist.ProcessGroup, costs: CostTa
 
 
 def link_bytes(reducer: Any, ranks: int, handed: int) -> float:
-    """Bytes that one rank has to send or receive; handed: those it handed to torch.distributed (module docstring)."""
+    """Return the bytes that one rank has to send or receive; handed: those it handed to torch.distributed (module
+    docstring)."""
     if isinstance(reducer, GroupInt4):  # ranks stripes in the first hop, one in the second
         return (ranks - 1) * 2 * handed / (ranks + 1)
     return 2 * (ranks - 1) / ranks * handed
 
 
 def partial_sums(seed: int, rank: int, tokens: int, features: int) -> Tensor:
-    """One rank's bf16 [tokens, features]: normal, features of log-normal widths, the same for all tokens and seeds."""
+    """Return one rank's bf16 [tokens, features]: normal, features of log-normal widths, the same for all tokens and
+    seeds."""
     common = torch.randn(features, generator=torch.Generator().manual_seed(features))
     own = torch.Generator().manual_seed(1000 * features + rank)
     widths = torch.exp(common + 0.25 * torch.randn(features, generator=own))
@@ -170,20 +172,21 @@ def _sqnr(reference: Tensor, result: Tensor) -> float:
 
 
 def cell_limit(config: BenchmarkCollectivesConfig, ranks: int, size: int) -> float:
-    """Seconds after which a cell has hung, generously: float32 in a ring is the slowest, and cores are shared."""
+    """Return the seconds after which a cell has hung, generously: float32 in a ring is the slowest, and cores are
+    shared."""
     speed = 1e8 if config.rate is None else min(1e8, bits_per_second(config.rate) / 8)
     longest = 2 * 2 * size / speed + 0.01 * ranks
     return 60 + 3 * config.cell_seconds + 5 * (LEAST_ROUNDS + 2) * len(config.algorithms) * longest
 
 
 def start_limit(config: BenchmarkCollectivesConfig, ranks: int) -> float:
-    """Seconds before the first cell: imports, and the table that auto goes by."""
+    """Return the seconds before the first cell: imports, and the table that auto goes by."""
     tuning = sum(cell_limit(config, ranks, size) for size in config.sizes) if "auto" in config.algorithms else 0
     return STARTUP_SECONDS + tuning
 
 
 def size_text(size: int) -> str:
-    """65536 -> 64KiB."""
+    """Return a number of bytes as text: 65536 -> 64KiB."""
     for unit, scale in (("MiB", 2**20), ("KiB", 2**10)):
         if size % scale == 0:
             return f"{size // scale}{unit}"
@@ -191,12 +194,12 @@ def size_text(size: int) -> str:
 
 
 def bits_per_second(rate: str) -> float:
-    """Of a rate such as 100mbit or 1gbit."""
+    """Return the bits per second of a rate such as 100mbit or 1gbit."""
     return int(rate[:-4]) * {"mbit": 1e6, "gbit": 1e9}[rate[-4:]]
 
 
 def _end_with_the_parent() -> None:
-    """The parent holds the other end of our standard input, and never writes to it."""
+    """End this process with its parent, which holds the other end of our standard input and never writes to it."""
 
     def wait() -> None:
         sys.stdin.buffer.read()

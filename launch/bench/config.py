@@ -122,7 +122,7 @@ class BenchmarkCollectivesConfig(StageConfig):
 
 
 def _bytes(text: str) -> int:
-    """64KiB -> 65536."""
+    """Parse a number of bytes: 64KiB -> 65536."""
     match = re.fullmatch(r"(\d+) *(|B|KiB|MiB|GiB)", text.strip())
     if match is None:
         raise ValueError(f"{text!r} is no size; write bytes, or 64KiB, 4MiB")
@@ -130,7 +130,7 @@ def _bytes(text: str) -> int:
 
 
 def refuse_unused(config: StageConfig, unused: list[str]) -> None:
-    """A key that changes nothing is an error, not a surprise in the figures."""
+    """Refuse a key that changes nothing: it is an error, not a surprise in the figures."""
     comm = {f"comm.{key}": default for key, default in defaults(CommConfig()).items()}
     usual, given = {**defaults(StageConfig()), **comm}, defaults(config)
     for key in unused:

@@ -43,7 +43,7 @@ Case = tuple[str, str, int, Callable[..., Any], Callable[..., Any], tuple[Any, .
 
 
 def main(argv: list[str]) -> int:
-    """`megatron-lowbit benchmark kernels ARGV`; the exit code."""
+    """Run `megatron-lowbit benchmark kernels ARGV`; returns the exit code."""
     try:
         config = parse_kernels(argv)
         return runner.run_rank("benchmark", sys.modules[__name__], config)
@@ -92,7 +92,7 @@ def run(config: BenchmarkKernelsConfig, logger: MetricLogger) -> dict[str, Any]:
 
 
 def measure(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every repetition, after one that warms up; eager and compiled torch only three times."""
+    """Measure the seconds of every repetition, after one that warms up; eager and compiled torch only three times."""
     for call in ways.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -107,7 +107,7 @@ def measure(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[
 
 
 def cases(config: BenchmarkKernelsConfig, x: Tensor) -> Iterator[Case]:
-    """(format, op, ranks, kernel, reference, their arguments)."""
+    """Yield (format, op, ranks, kernel, reference, their arguments)."""
     features, most = config.features, max(config.ranks)
     for format in SHARES:
         first, second = codec(format, features, most, 1.0), codec("paper", features, 1, float(most))
@@ -137,7 +137,7 @@ def cases(config: BenchmarkKernelsConfig, x: Tensor) -> Iterator[Case]:
 
 
 def codec(format: str, features: int, ranks: int, spread: float) -> Codec:
-    """For values of a standard deviation of `spread`."""
+    """Return a codec for values of a standard deviation of `spread`."""
     counts = {bits: int(share * features) // 8 * 8 for bits, share in SHARES[format].items()}
     counts[4] += features - sum(counts.values())
     bits = torch.cat([torch.full((count,), width, dtype=torch.uint8) for width, count in counts.items()])

@@ -18,7 +18,7 @@ FIRST_HOST = "10.77.0.1"
 
 @contextlib.contextmanager
 def network(rate: str | None, ranks: int) -> Iterator[list[list[str]]]:
-    """What a command line has to start with to run on the host of each rank."""
+    """Yield what a command line has to start with to run on the host of each rank."""
     if rate is None:
         yield [[]] * ranks
         return
@@ -50,7 +50,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def no_namespaces() -> str | None:
-    """Why this process cannot make network namespaces, as far as can be seen without trying."""
+    """Return why this process cannot make network namespaces, as far as can be seen without trying."""
     missing = [tool for tool in ("bash", "ip", "tc") if shutil.which(tool) is None]
     if missing:
         return f"needs {' and '.join(missing)} (Debian and Ubuntu: the packages bash and iproute2)"
@@ -58,7 +58,7 @@ def no_namespaces() -> str | None:
 
 
 def on_a_host() -> bool:
-    """Whether this process was started on a host of `network`."""
+    """Return whether this process was started on a host of `network`."""
     return "NETLAB_NAME" in os.environ
 
 
@@ -68,7 +68,7 @@ def _name() -> str:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait: a second one must not cut the clearing up short."""
+    """Let Ctrl-C and SIGTERM wait: a second one must not cut the clearing up short."""
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield

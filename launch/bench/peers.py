@@ -51,7 +51,7 @@ class GroupInt4:
         self.group, self.traffic = group, Traffic()
 
     def all_reduce(self, x: Tensor, reuse: bool = False) -> Tensor:
-        """This rank's partial sums, any shape -> the group's sum, in x's dtype."""
+        """All-reduce this rank's partial sums, any shape -> the group's sum, in x's dtype."""
         size = dist.get_world_size(self.group)
         message = quantize_groups(_in_groups(x, size))
         self.traffic.count(message, x.numel())
@@ -85,13 +85,14 @@ class VirtualGroupInt4(VirtualReducer):
 
 
 def _in_groups(x: Tensor, ranks: int) -> Tensor:
-    """x, any shape -> [groups, 32]: whole groups, and as many for every rank; zeros do no harm to a scale."""
+    """Cut x, of any shape, into [groups, 32]: whole groups, and as many for every rank; zeros do no harm to a scale."""
     flat = x.reshape(-1)
     return torch.nn.functional.pad(flat, (0, -len(flat) % (GROUP * ranks))).view(-1, GROUP)
 
 
 def quantize_groups(x: Tensor) -> Tensor:
-    """float [groups, 32] -> uint8 [groups, 18]: the scale's two bytes, then codes + 8, value i beside value i + 16."""
+    """Quantize float [groups, 32] -> uint8 [groups, 18]: the scale's two bytes, then codes + 8, value i beside
+    value i + 16."""
     message = torch.empty(len(x), GROUP_BYTES, dtype=torch.uint8, device=x.device)
     for part, out in zip(x.split(CHUNK), message.split(CHUNK), strict=True):
         values = part.float()
@@ -106,7 +107,7 @@ def quantize_groups(x: Tensor) -> Tensor:
 
 
 def sum_in_order(messages: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 [senders, groups, 18] -> the decoded sum [groups, 32], added in float32."""
+    """Sum uint8 [senders, groups, 18] -> the decoded sum [groups, 32], added in float32."""
     total = torch.empty(messages.shape[1], GROUP, dtype=dtype, device=messages.device)
     for parts, out in zip(messages.split(CHUNK, dim=1), total.split(CHUNK), strict=True):
         exact = _decode(parts[0])
@@ -117,7 +118,7 @@ def sum_in_order(messages: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 def _decode(message: Tensor) -> Tensor:
-    """uint8 [groups, 18] -> float32 [groups, 32]."""
+    """Decode uint8 [groups, 18] -> float32 [groups, 32]."""
     scale = message[:, :2].contiguous().view(torch.float16).float()
     packed = message[:, 2:]
     return torch.cat([packed & 15, packed >> 4], dim=1).float().sub_(8).mul_(scale)

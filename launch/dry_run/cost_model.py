@@ -63,7 +63,7 @@ class Rates:
     given: tuple[str, ...]  # those that come from the config; the others are measured on this machine
 
     def seconds(self, work: Work) -> dict[str, float]:
-        """{resource: seconds}; without the network where its rate is not known."""
+        """Return {resource: seconds}; without the network where its rate is not known."""
         rates = {f.name: getattr(self, f.name) for f in fields(Work)}
         return {name: getattr(work, name) / rate for name, rate in rates.items() if rate is not None}
 
@@ -96,7 +96,7 @@ class Shape:
 
 
 def stages(shape: Shape, tokens: int, windows: int, config: QuantizeConfig, sizes: tuple[int, ...]) -> dict[str, Work]:
-    """{stage: work}. tokens, windows: of all ranks. sizes: tensor-parallel sizes whose ranges are recorded."""
+    """Return {stage: work}. tokens, windows: of all ranks. sizes: tensor-parallel sizes whose ranges are recorded."""
     mine, tp, dp = tokens / config.dp, config.tp, config.dp
     groups = config.weights.shard_groups
     gathered = (1 - 1 / tp) * groups * shape.hidden * shape.value  # bytes of one gathered partial sum per token
@@ -151,13 +151,14 @@ def stages(shape: Shape, tokens: int, windows: int, config: QuantizeConfig, size
 
 
 def _choices(config: QuantizeConfig, width: int) -> int:
-    """Distinct plans that are scored, no reassembly among them; none where there is nothing to choose from."""
+    """Return how many distinct plans are scored, no reassembly among them; none where there is nothing to choose
+    from."""
     added = {max(1, round(ratio * width)) for ratio in config.reassembly.expansions}
     return 1 + len(added) if config.reassembly.mode == "adaptive" else 0
 
 
 def calibrate_stage(shape: Shape, tokens: int, windows: int, config: QuantizeConfig, sizes: tuple[int, ...]) -> Work:
-    """`calibrate` alone: one forward, the partial sums of every size again, their statistics."""
+    """Return the work of `calibrate` alone: one forward, the partial sums of every size again, their statistics."""
     mine, tp = tokens / config.dp, config.tp
     rows = 2 * (shape.o + shape.down)
     flops = 2 * shape.weights + shape.attention + rows * len(sizes)
@@ -169,8 +170,8 @@ def calibrate_stage(shape: Shape, tokens: int, windows: int, config: QuantizeCon
 
 
 def find_rates(given: RatesConfig, rows: int, shape: tuple[int, int], hidden: int) -> Rates:
-    """The rates that are given, the others measured here in about two seconds. rows: tokens of a window; shape: of the
-    widest linear."""
+    """Return the rates that are given, the others measured here in about two seconds. rows: tokens of a window; shape:
+    of the widest linear."""
     flops = given.flops or _matmul(rows, *shape)
     rounded = given.memory / ROUNDING_BYTES if given.memory else _rounding(*shape)
     observed = given.memory / OBSERVING_BYTES if given.memory else _observing(rows, hidden)
@@ -180,7 +181,7 @@ def find_rates(given: RatesConfig, rows: int, shape: tuple[int, int], hidden: in
 
 
 def _best(action: Callable[[], object], seconds: float = 0.5) -> float:
-    """Seconds of the fastest run."""
+    """Measure the seconds of the fastest run."""
     best, deadline = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < deadline or best == float("inf"):
         start = time.perf_counter()
@@ -192,7 +193,7 @@ def _best(action: Callable[[], object], seconds: float = 0.5) -> float:
 
 
 def _matmul(rows: int, outputs: int, inputs: int) -> float:
-    """Floating-point operations per second of x W^T, on one of the model's shapes."""
+    """Measure the floating-point operations per second of x W^T, on one of the model's shapes."""
     dtype = torch.float32 if device().type == "cpu" else torch.bfloat16
     rows, outputs, inputs = min(rows, 512), min(outputs, 4096), min(inputs, 4096)
     x, w = (torch.ones(n, inputs, device=device(), dtype=dtype) for n in (rows, outputs))
@@ -211,7 +212,7 @@ def _observing(rows: int, hidden: int) -> float:
 
 
 def _disk() -> float:
-    """Bytes per second of writing to the temporary folder and flushing it."""
+    """Measure the bytes per second of writing to the temporary folder and flushing it."""
     data = bytes(32 * 2**20)
     with scratch_folder() as folder:
         start = time.perf_counter()

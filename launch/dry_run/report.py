@@ -48,7 +48,7 @@ def dry_run(config: QuantizeConfig) -> dict[str, Any]:
 
 
 def _hf_config(config: QuantizeConfig) -> Any:
-    """From `architecture` where it is given, so that nothing has to be downloaded."""
+    """Build the config from `architecture` where it is given, so that nothing has to be downloaded."""
     if config.architecture is not None:
         from transformers import AutoConfig
 
@@ -63,7 +63,7 @@ def _hf_config(config: QuantizeConfig) -> Any:
 
 
 def _linear_row(name: str, kind: str, linear: nn.Linear, config: QuantizeConfig) -> dict[str, Any]:
-    """Shard and shape of one linear on each rank, and its packed bytes there."""
+    """Return the shard and shape of one linear on each rank, and its packed bytes there."""
     outputs, inputs = linear.out_features, linear.in_features
     groups = activation_groups(outputs if kind == "column" else inputs, config.weights.shard_groups)
     if groups % config.tp:
@@ -138,7 +138,7 @@ def _divides(text_config: Any, size: int) -> bool:
 
 
 def _shape(rows: list[dict[str, Any]], depth: int, text_config: Any, config: QuantizeConfig, length: int) -> Shape:
-    """What the cost model wants to know; the owner of linears that comes first is the attention."""
+    """Return what the cost model wants to know; the owner of linears that comes first is the attention."""
     owners = list(dict.fromkeys(row["name"].rpartition(".")[0] for row in rows))
 
     def of(parallel: str, owner: str) -> list[dict[str, Any]]:
@@ -165,7 +165,8 @@ def _shape(rows: list[dict[str, Any]], depth: int, text_config: Any, config: Qua
 
 
 def _widest_group(rows: list[dict[str, Any]]) -> int:
-    """Weights per rank of an owner's column-parallel linears, or of a row-parallel linear, whichever is more."""
+    """Return the weights per rank of an owner's column-parallel linears, or of a row-parallel linear, whichever is
+    more."""
     sums: dict[str, int] = {}
     for row in rows:
         key = row["name"] if row["parallel"] == "row" else row["name"].rpartition(".")[0]
@@ -204,7 +205,8 @@ UNITS = {"flops": "FLOP/s", "rounded": "values/s", "observed": "values/s", "netw
 
 
 def _print_stages(totals: dict[str, Any], config: QuantizeConfig) -> None:
-    """Work and seconds of every stage, the rates and where they come from, and what most of the time goes into."""
+    """Print the work and seconds of every stage, the rates and where they come from, and what most of the time goes
+    into."""
     work, spent = [], []
     for name, stage in {**totals["stages"], "calibrate, alone": totals["calibrate"]}.items():
         seconds = stage["seconds"]

@@ -53,35 +53,36 @@ class Engine:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The tensor-parallel group; None for a single rank."""
+        """Return the tensor-parallel group; None for a single rank."""
         return None
 
     dp_group: dist.ProcessGroup | None = None
     pp_group: dist.ProcessGroup | None = None
 
     def __call__(self, input_ids: torch.Tensor, logits_to_keep: int = 0) -> Any:
-        """An object with logits [windows, length, vocab], on every rank; logits_to_keep=1: where nobody reads them."""
+        """Run the model; returns an object with logits [windows, length, vocab], on every rank; logits_to_keep=1: where
+        nobody reads them."""
         keep = {"logits_to_keep": logits_to_keep} if logits_to_keep else {}  # a few families do not know it
         return self.module(input_ids=input_ids.to(device()), use_cache=False, **keep)
 
     def sites(self) -> Mapping[str, Any]:
-        """{fqn: row-parallel linear} of the unpatched model, as calibrate wants them."""
+        """Return {fqn: row-parallel linear} of the unpatched model, as calibrate wants them."""
         return huggingface.row_parallel_sites(self.model)
 
     def inputs(self) -> Mapping[str, Any]:
-        """{fqn: column-parallel linear}, the first of each group that reads the same tensor."""
+        """Return {fqn: column-parallel linear}, the first of each group that reads the same tensor."""
         return huggingface.first_readers(huggingface.find_linears(self.model))
 
     def site_pairs(self) -> dict[str, tuple[Any, Any]]:
-        """{fqn: (low-bit row-parallel linear that is in place, what it replaced)}."""
+        """Return {fqn: (low-bit row-parallel linear that is in place, what it replaced)}."""
         return patching.site_pairs(self.model)
 
     def all_stages(self, sites: dict[str, float]) -> dict[str, float]:
-        """What all pipeline stages have measured of their own sites."""
+        """Return what all pipeline stages have measured of their own sites."""
         return sites
 
     def site_names(self) -> Mapping[str, str]:
-        """{a low-bit linear's name in the model: its Hugging Face name}, where they differ."""
+        """Return {a low-bit linear's name in the model: its Hugging Face name}, where they differ."""
         return {}
 
     def fingerprint(self) -> Fingerprint:
@@ -94,7 +95,7 @@ class Engine:
         patching.remove(self.model)
 
     def generate(self, prompts: Sequence[list[int]], options: GenerateOptions) -> list[list[int]]:
-        """The new tokens of every prompt, one after the other; the same on all ranks."""
+        """Generate and return the new tokens of every prompt, one after the other; the same on all ranks."""
         generated = []
         for number, prompt in enumerate(prompts):
             stream = partial(options.on_token, number)

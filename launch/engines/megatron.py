@@ -36,7 +36,7 @@ from megatron_lowbit.runtime.rendezvous import join
 
 
 def start_megatron(config: StageConfig, weights: Sequence[WeightsConfig]) -> Engine:
-    """start_engine for engine=megatron: each rank builds its share of the GPTModel and reads its own weights."""
+    """Start engine=megatron: each rank builds its share of the GPTModel and reads its own weights."""
     import megatron_lowbit.adapters.megatron.core  # noqa: F401 (says what to install where that is missing)
     from megatron_lowbit.adapters.megatron import model as megatron_model
 
@@ -74,8 +74,8 @@ def start_megatron(config: StageConfig, weights: Sequence[WeightsConfig]) -> Eng
 
 
 def end_id(folder: str | Path | None, hf_config: Any) -> int | list[int] | None:
-    """The token or tokens that end a text, as transformers' generate knows them: those of generation_config.json; of
-    the model's config where there is no such file."""
+    """Return the token or tokens that end a text, as transformers' generate knows them: those of
+    generation_config.json; of the model's config where there is no such file."""
     try:
         return GenerationConfig.from_pretrained(str(folder), local_files_only=True).eos_token_id
     except OSError:
@@ -113,7 +113,7 @@ class SiteView:
         return self.module.register_forward_hook(seen)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [windows, length, in / N] -> [windows, length, out], without bias."""
+        """Apply the linear: x [windows, length, in / N] -> [windows, length, out], without bias."""
         tokens = x.transpose(0, 1)
         padding = -len(tokens) % world_size(self.module.tp_group)
         tokens = nn.functional.pad(tokens, (0, 0, 0, 0, 0, padding)).contiguous()
@@ -127,7 +127,7 @@ class SiteView:
         return self
 
     def _whole(self, output: Any) -> Tensor:
-        """The sum for all tokens, whatever share of them this rank holds."""
+        """Return the sum for all tokens, whatever share of them this rank holds."""
         y, bias = output
         if bias is None and self.module.bias is not None:
             y = y - self.module.bias
@@ -153,13 +153,13 @@ class InputView:
 
 
 def _receive(room: Tensor, stage: int, stages: dist.ProcessGroup) -> Tensor:
-    """What pipeline stage `stage` sends, of the shape of `room`."""
+    """Receive what pipeline stage `stage` sends, of the shape of `room`."""
     dist.recv(room, dist.get_global_rank(stages, stage), group=stages)
     return room
 
 
 def gathered(tokens: Tensor, module: Any) -> Tensor:
-    """[length / N, batch, features] of every rank -> [length, batch, features]."""
+    """Gather [length / N, batch, features] of every rank -> [length, batch, features]."""
     return all_gather_stack(tokens.contiguous(), module.tp_group).flatten(0, 1)
 
 
@@ -180,7 +180,7 @@ class MegatronEngine(Engine):
         return group if world_size(group) > 1 else None
 
     def __call__(self, input_ids: Tensor, logits_to_keep: int = 0) -> Any:
-        """Pipeline stages pass the hidden states on; the last tells all of them the logits."""
+        """Run the model: pipeline stages pass the hidden states on, and the last sends the logits to all of them."""
         ids = input_ids.to(device())
         self.length.tokens = length = ids.shape[1]
         if self.model.config.sequence_parallel:
@@ -209,7 +209,7 @@ class MegatronEngine(Engine):
         return SimpleNamespace(logits=output[:, :length, : self.text_config.vocab_size])
 
     def _hidden(self, ids: Tensor) -> Tensor:
-        """Room for the hidden states that the stage before sends: [tokens, windows, hidden]."""
+        """Return room for the hidden states that the stage before sends: [tokens, windows, hidden]."""
         config = self.model.config
         tokens = ids.shape[1] // (world_size(self.group) if config.sequence_parallel else 1)
         return torch.empty(tokens, ids.shape[0], config.hidden_size, dtype=config.params_dtype, device=ids.device)
@@ -253,7 +253,7 @@ class MegatronEngine(Engine):
         return {name: value for stage in all_gather_values(sites, self.pp_group) for name, value in stage.items()}
 
     def fingerprint(self) -> Fingerprint:
-        """Of the whole model, on every rank."""
+        """Return the fingerprint of the whole model, on every rank."""
         from megatron_lowbit.adapters import megatron
 
         mine = megatron.fingerprint(self.model, self.names)["weights"]

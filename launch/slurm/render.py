@@ -73,7 +73,8 @@ def _submit(folder: Path) -> None:
 
 
 def with_files_found(config: SlurmConfig, folder: Path) -> SlurmConfig:
-    """The config with the template and every stage's --config file as the jobs will find them, in the working folder.
+    """Return the config with the template and every stage's --config file as the jobs will find them, in the working
+    folder.
 
     A relative path is looked for beside the pipeline file (in `folder`), then in the working folder, which is said.
     Raises LowBitError for one that is in neither.
@@ -114,7 +115,8 @@ def with_files_found(config: SlurmConfig, folder: Path) -> SlurmConfig:
 
 
 def render(config: SlurmConfig) -> dict[str, str]:
-    """{file name: script}; raises LowBitError for stages that cannot run as they are, and for unset variables."""
+    """Return {file name: script}; raises LowBitError for stages that cannot run as they are, and for unset
+    variables."""
     if not config.stages:
         raise LowBitError("stages is empty: name at least one, such as stages.quantize.arguments=[--config, FILE]")
     template = _template(config.template, "stage.sbatch")
@@ -125,7 +127,7 @@ def render(config: SlurmConfig) -> dict[str, str]:
 
 
 def fill(template: str, variables: Mapping[str, Any], name: str) -> str:
-    """The template with every {{variable}} replaced; a line that is one empty variable is left out."""
+    """Return the template with every {{variable}} replaced; a line that is one empty variable is left out."""
     lines = []
     for number, line in enumerate(template.splitlines(), 1):
 
@@ -189,7 +191,7 @@ def _script(name: str, job: StageJob, config: SlurmConfig, template: str) -> str
 
 
 def _check_stage(name: str, command: str, arguments: list[str], nodes: int, tasks: int) -> None:
-    """What can be known before the job runs: the stage's keys, and its number of ranks."""
+    """Check what can be known before the job runs: the stage's keys, and its number of ranks."""
     if command not in STAGES or command == "slurm":
         raise LowBitError(f"stages.{name}: unknown stage {command!r}; choose one of {', '.join(STAGES)}")
     try:
@@ -217,7 +219,8 @@ def _array(job: StageJob) -> str:
 
 
 def _prepare(job: StageJob, folder: Path) -> str:
-    """Where ranks meet, for launchers that do not ask Slurm; under srun the stage finds out by itself."""
+    """Return the lines that say where ranks meet, for launchers that do not ask Slurm; under srun the stage finds out
+    by itself."""
     if job.launcher == "srun":
         return ""
     nodes = 'scontrol show hostnames "$SLURM_JOB_NODELIST"'

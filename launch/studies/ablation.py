@@ -72,7 +72,7 @@ def run_ablation(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]
 
 
 def variants(config: EvaluateConfig) -> dict[str, tuple[ReassemblyConfig, CorrectionConfig]]:
-    """{row: (reassembly, correction)}, the given settings with what the row is about."""
+    """Return {row: (reassembly, correction)}, the given settings with what the row is about."""
     none, merged, branch = (
         config.correction.model_copy(update={"mode": mode}) for mode in ("none", "merged", "branch")
     )
@@ -92,7 +92,7 @@ def variants(config: EvaluateConfig) -> dict[str, tuple[ReassemblyConfig, Correc
 
 
 def _weights(config: EvaluateConfig) -> WeightsConfig:
-    """weights.*, with quantized attention (the paper's W4A4 includes it) unless it is set to false."""
+    """Return weights.*, with quantized attention (the paper's W4A4 includes it) unless it is set to false."""
     quantizes = Scheme.parse(config.weights.scheme).act_bits < 16
     wanted = quantizes if config.weights.attention is None else config.weights.attention
     return config.weights.model_copy(update={"method": "qllm", "attention": wanted})
@@ -126,7 +126,7 @@ def _quantized(
 
 
 def _is(file: Path, wanted: dict[str, Any]) -> bool:
-    """Whether the file holds this; one that is damaged is as if it were not there."""
+    """Return whether the file holds this; one that is damaged is as if it were not there."""
     try:
         return file.exists() and read_json(file) == wanted
     except LowBitError:

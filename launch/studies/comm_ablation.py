@@ -89,17 +89,17 @@ def run_comm_ablation(config: EvaluateConfig, logger: MetricLogger) -> dict[str,
 def makers(
     variants: dict[str, CommConfig | int], stats: CalibrationStats, config: EvaluateConfig
 ) -> dict[str, MakeReducer]:
-    """{variant: makes the reducer of a site}."""
-    made: dict[str, MakeReducer] = {}
+    """Return {variant: makes the reducer of a site}."""
+    reducers: dict[str, MakeReducer] = {}
     for name, comm in variants.items():
         if isinstance(comm, int):
-            made[name] = lambda site, hops=comm: VirtualGroupInt4(hops)  # type: ignore[misc]
+            reducers[name] = lambda site, hops=comm: VirtualGroupInt4(hops)  # type: ignore[misc]
             continue
         plans = {}
         if comm.mode != "bf16":
             plans[config.virtual_tp] = build_plan(stats, config.virtual_tp, comm, config.seed)
-        made[name] = patching.Reducers.of(Artifact(None, plans), config.virtual_tp, comm).virtual
-    return made
+        reducers[name] = patching.Reducers.of(Artifact(None, plans), config.virtual_tp, comm).virtual
+    return reducers
 
 
 def _check(config: EvaluateConfig) -> None:
@@ -119,7 +119,7 @@ def _check(config: EvaluateConfig) -> None:
 
 
 def _completed(row: dict[str, Any], perplexity: float) -> dict[str, Any]:
-    """With the worst site and the change against the full-precision perplexity, in percent."""
+    """Return the row with the worst site and the change against the full-precision perplexity, in percent."""
     sites = row.get("sites") or {}
     worst = min(sites, key=sites.__getitem__, default=None)
     change = None if row["perplexity"] is None else 100 * (row["perplexity"] / perplexity - 1)
@@ -152,7 +152,7 @@ def _print(rows: list[dict[str, Any]], config: EvaluateConfig) -> None:
 
 
 def _short(site: str | None) -> str:
-    """model.layers.5.self_attn.o_proj -> 5.o_proj; - for None."""
+    """Shorten a site's name: model.layers.5.self_attn.o_proj -> 5.o_proj; - for None."""
     if site is None:
         return "-"
     layer, _, rest = site.removeprefix("model.layers.").partition(".")

@@ -49,7 +49,7 @@ class ScaledSite:
         self.weight = linear.weight * features.to(linear.weight)[:, None]
 
     def register_forward_hook(self, hook: Callable[..., None]) -> Any:
-        """hook(this, (scaled x,), scaled output) after every call of the linear."""
+        """Call hook(this, (scaled x,), scaled output) after every call of the linear."""
 
         def scaled(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0].clone()
@@ -59,7 +59,7 @@ class ScaledSite:
         return self.linear.register_forward_hook(scaled)
 
     def unscaled(self, y: Tensor) -> Tensor:
-        """Of y [windows, length, features] the values that are as the linear makes them, the others 0."""
+        """Return the values of y [windows, length, features] that are as the linear makes them, the others 0."""
         y = y * (self.features == 1).to(y)
         if self.token != 1:
             y[:, 0] = 0
@@ -67,7 +67,7 @@ class ScaledSite:
 
 
 def scaled_sites(linears: Mapping[str, Any], seed: int) -> dict[str, dict[str, ScaledSite]]:
-    """{test bed: {fqn: site}}."""
+    """Return {test bed: {fqn: site}}."""
     some = next(iter(linears.values())).weight.shape[0]
     chosen = torch.randperm(some, generator=torch.Generator().manual_seed(seed))[: max(1, round(SHARE * some))]
     ones = torch.ones(some)
@@ -85,7 +85,7 @@ def synthetic_rows(
     config: EvaluateConfig,
     logger: MetricLogger,
 ) -> Iterator[dict[str, Any]]:
-    """A row for every test bed and variant, on the windows that SQNR is measured on elsewhere.
+    """Return a row for every test bed and variant, on the windows that SQNR is measured on elsewhere.
 
     makers: from what calibration saw of a test bed to {variant: makes the reducer of a site}. The engine is unpatched.
     """
@@ -121,8 +121,8 @@ def measure_reducers(
     batches: Iterable[Batch],
     ranks: int,
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    """{variant: {fqn: SQNR in dB of all values, and of the unscaled ones}} of reducers {variant: {fqn: ...}}, all fed
-    with the same partial sums."""
+    """Measure {variant: {fqn: SQNR in dB of all values, and of the unscaled ones}} of reducers {variant: {fqn: ...}},
+    all fed with the same partial sums."""
     signal = {site: torch.zeros(2, dtype=torch.float64) for site in sites}  # energy of all values, of unscaled ones
     noise = {name: {site: torch.zeros(2, dtype=torch.float64) for site in sites} for name in reducers}
     mask = torch.empty(0, dtype=torch.bool)

@@ -24,7 +24,7 @@ BOS, EOS = "<s>", "</s>"
 
 
 def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: every input is representable, so there is no unknown token."""
+    """Train a byte-level BPE: every input is representable, so there is no unknown token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

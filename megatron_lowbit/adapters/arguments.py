@@ -25,7 +25,7 @@ def check_model(function: str, model: Any, kind: str) -> None:
 
 
 def load_artifact(function: str, artifact: Any) -> Artifact:
-    """The artifact itself, or the one in the folder. Raises LowBitError for anything else."""
+    """Return the artifact itself, or the one in the folder. Raises LowBitError for anything else."""
     if isinstance(artifact, Artifact):
         return artifact
     if isinstance(artifact, str | Path):
@@ -36,7 +36,7 @@ def load_artifact(function: str, artifact: Any) -> Artifact:
 
 
 def as_comm_config(comm_mode: CommMode | CommConfig | None) -> CommConfig:
-    """The CommConfig that comm_mode stands for. Raises LowBitError for a mode that does not exist."""
+    """Return the CommConfig that comm_mode stands for. Raises LowBitError for a mode that does not exist."""
     if isinstance(comm_mode, CommConfig):
         return comm_mode
     if comm_mode is not None and not isinstance(comm_mode, str):
@@ -47,7 +47,7 @@ def as_comm_config(comm_mode: CommMode | CommConfig | None) -> CommConfig:
 
 
 def as_ranks(name: str, value: Any) -> int:
-    """A number of ranks. Raises LowBitError for what is no integer of at least 1."""
+    """Return the number of ranks as an int. Raises LowBitError for what is no integer of at least 1."""
     try:
         ranks = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:

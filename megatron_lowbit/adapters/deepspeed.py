@@ -29,7 +29,7 @@ from megatron_lowbit.runtime.metrics import require
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed without its shared-memory all-reduce on CPUs.
+    """Import DeepSpeed, without its shared-memory all-reduce on CPUs.
 
     That op segfaults under torchrun and on several nodes, ignores the group, and skips non-contiguous tensors. It is
     kept from being built, and switched off in a communication backend that has it already.
@@ -43,7 +43,7 @@ def import_deepspeed() -> Any:
 
 
 def init_engine(model: nn.Module, tp_size: int, dtype: Any) -> Any:
-    """init_inference with equal shares: AutoTP's default grain of 64 would split an MLP of 352 into 192 and 160.
+    """Call init_inference with equal shares: AutoTP's default grain of 64 would split an MLP of 352 into 192 and 160.
 
     Raises LowBitError for a model that AutoTP does not know.
     """
@@ -61,7 +61,8 @@ def init_engine(model: nn.Module, tp_size: int, dtype: Any) -> Any:
 
 
 def tp_group(engine: Any) -> dist.ProcessGroup | None:
-    """The tensor-parallel group of an engine, of init_inference or (with AutoTP) initialize; None for a single rank."""
+    """Return the tensor-parallel group of an engine, of init_inference or (with AutoTP) initialize; None for a single
+    rank."""
     group = getattr(engine, "mp_group", None)
     if group is None and hasattr(engine, "autotp_size") and engine.autotp_size() > 1:
         from deepspeed.utils import groups
@@ -71,7 +72,7 @@ def tp_group(engine: Any) -> dist.ProcessGroup | None:
 
 
 def tp_linears(engine: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
-    """({fqn: LinearLayer}, {fqn: LinearAllreduce}, {other tensor-parallel type: fqn of the first})."""
+    """Return ({fqn: LinearLayer}, {fqn: LinearAllreduce}, {other tensor-parallel type: fqn of the first})."""
     from deepspeed.module_inject import layers
 
     columns: dict[str, Any] = {}
@@ -88,12 +89,12 @@ def tp_linears(engine: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, s
 
 
 def row_parallel_sites(engine: Any) -> dict[str, nn.Module]:
-    """{fqn: LinearAllreduce}, or the linears of an engine on one rank."""
+    """Return {fqn: LinearAllreduce}, or the linears of an engine on one rank."""
     return huggingface.row_parallel_sites(engine.module) if tp_group(engine) is None else tp_linears(engine)[1]
 
 
 def fingerprint(engine: Any) -> Fingerprint:
-    """Of the whole model whose shards the ranks hold; a collective call."""
+    """Return the fingerprint of the whole model whose shards the ranks hold; a collective call."""
     known = getattr(engine.module, "_lowbit_fingerprint", None)
     if known is not None:
         return known

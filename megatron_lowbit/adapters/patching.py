@@ -95,7 +95,7 @@ def remove(model: Any) -> Any:
 
 
 def original_modules(model: Any) -> dict[str, nn.Module]:
-    """{fqn: the module that was replaced there}; empty for a model without low-bit modules."""
+    """Return {fqn: the module that was replaced there}; empty for a model without low-bit modules."""
     return dict(getattr(getattr(model, "module", model), _PATCH, {}))
 
 
@@ -105,25 +105,25 @@ def is_patched(model: nn.Module) -> bool:
 
 
 def replacing_modules(model: Any) -> dict[str, nn.Module]:
-    """{fqn: the low-bit module that is in place}; swap puts them back after a remove."""
+    """Return {fqn: the low-bit module that is in place}; swap puts them back after a remove."""
     module = getattr(model, "module", model)
     return {name: module.get_submodule(name) for name in original_modules(model)}
 
 
 def row_parallel_modules(model: Any) -> dict[str, QuantRowParallelLinear]:
-    """{fqn: module} of the low-bit row-parallel linears that are in place."""
+    """Return {fqn: module} of the low-bit row-parallel linears that are in place."""
     module = getattr(model, "module", model)
     return {name: m for name, m in module.named_modules() if isinstance(m, QuantRowParallelLinear)}
 
 
 def site_pairs(model: Any) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """{fqn: (low-bit row-parallel linear that is in place, the module it replaced)}."""
+    """Return {fqn: (low-bit row-parallel linear that is in place, the module it replaced)}."""
     originals = original_modules(model)
     return {name: (module, originals[name]) for name, module in row_parallel_modules(model).items()}
 
 
 def site_traffic(model: Any) -> dict[str, Traffic]:
-    """{fqn of a low-bit row-parallel linear: what its reducer has sent so far}."""
+    """Return {fqn of a low-bit row-parallel linear: what its reducer has sent so far}."""
     modules = row_parallel_modules(model)
     return {name: m.reducer.traffic for name, m in modules.items() if m.reducer is not None}
 
@@ -146,7 +146,8 @@ def saturation(model: Any) -> dict[str, Saturation]:
 
 
 def choose_plan(artifact: Artifact, tp_size: int, comm_mode: CommMode | None) -> CommPlan | None:
-    """The plan to communicate with; None: an all-reduce. comm_mode None: low-bit where the artifact has a plan."""
+    """Return the plan to communicate with; None: an all-reduce. comm_mode None: low-bit where the artifact has a
+    plan."""
     if tp_size == 1 or comm_mode in ("native", "bf16") or (comm_mode is None and not artifact.plans):
         return None
     return artifact.plan(tp_size)
@@ -169,7 +170,8 @@ class Reducers:
         comm: CommMode | CommConfig | None,
         group: dist.ProcessGroup | None = None,
     ) -> Reducers:
-        """comm: comm.mode, or a whole CommConfig, of which what was decided at calibration is not read.
+        """Choose the plan and costs for `tp_size` ranks. comm: comm.mode, or a whole CommConfig, of which what was
+        decided at calibration is not read.
 
         group: the real ranks, which mode auto measures on where it has no cost_table: a collective call then.
         """
@@ -184,7 +186,7 @@ class Reducers:
         return cls(plan, comm.mode or ("native" if plan is None else "one_shot"), comm.drift_threshold, costs)
 
     def real(self, name: str, group: dist.ProcessGroup) -> HybridReducer:
-        """Of the row-parallel linear `name`, over the ranks of `group`."""
+        """Return the reducer of the row-parallel linear `name`, over the ranks of `group`."""
         return HybridReducer(site_plan(self.plan, name), group, self.mode, self.drift_threshold, self.costs)
 
     def virtual(self, name: str) -> VirtualReducer:
@@ -202,7 +204,7 @@ def check_same_model(artifact: Artifact, plan: CommPlan | None, here: Callable[[
 
 
 def site_plan(plan: CommPlan | None, name: str) -> SitePlan | None:
-    """The plan of one row-parallel linear, if any. Raises LowBitError for a site that was not calibrated."""
+    """Return the plan of one row-parallel linear, if any. Raises LowBitError for a site that was not calibrated."""
     if plan is None:
         return None
     if name not in plan.sites:
@@ -220,7 +222,8 @@ def column_parallel(
     bias: Tensor | None,
     plan: ReassemblyPlan | None = None,
 ) -> nn.Module:
-    """Rank `rank`'s quantized replacement of a column-parallel linear; `bias` is the rank's own, already sharded.
+    """Return rank `rank`'s quantized replacement of a column-parallel linear; `bias` is the rank's own, already
+    sharded.
 
     plan: of the norm before it, where that norm leaves the reassembly to the linear (see plain_norms).
     """
@@ -232,7 +235,7 @@ def column_parallel(
 
 
 def row_shard(checkpoint: LowBitCheckpoint | None, name: str, rank: int, size: int, dense: Tensor) -> nn.Module:
-    """Rank `rank`'s matrix product of a row-parallel linear: quantized, or on its own `dense` weight."""
+    """Return rank `rank`'s matrix product of a row-parallel linear: quantized, or on its own `dense` weight."""
     if checkpoint is None or checkpoint.scheme.weight_bits == 16:
         return DenseShard(dense)
     weight = _quantized(checkpoint, name)
@@ -256,7 +259,8 @@ def row_shard(checkpoint: LowBitCheckpoint | None, name: str, rank: int, size: i
 def norms_and_columns(
     model: nn.Module, checkpoint: LowBitCheckpoint, columns: Mapping[str, Any], rank: int, size: int
 ) -> dict[str, nn.Module]:
-    """{fqn: replacement} of the norms that change, and of `columns`, the column-parallel linears (this rank's shards).
+    """Return {fqn: replacement} of the norms that change, and of `columns`, the column-parallel linears (this rank's
+    shards).
 
     Reassembly is carried out by the norm, or by the linears that read it where something else reads it too.
     """
@@ -288,8 +292,8 @@ def warn_unreplaced(model: nn.Module, checkpoint: LowBitCheckpoint, replaced: Co
 def plain_norms(
     model: nn.Module, checkpoint: LowBitCheckpoint, linears: Mapping[str, nn.Module]
 ) -> dict[str, tuple[str, ...]]:
-    """{fqn: linears that read it} of the norms that the checkpoint reassembles, but that must not be: something else,
-    a linear in full precision or a router, reads their output too. The linears then reassemble their own input.
+    """Return {fqn: linears that read it} of the norms that the checkpoint reassembles, but that must not be: something
+    else, a linear in full precision or a router, reads their output too. The linears then reassemble their own input.
 
     linears: {fqn: column-parallel linear that will be quantized}. Runs the model once, so of a sharded model it is a
     collective call. Raises LowBitError for a norm that does not run: nobody can tell who reads it.
@@ -310,7 +314,7 @@ def plain_norms(
 
 
 def norms(model: nn.Module, checkpoint: LowBitCheckpoint, plain: Collection[str]) -> dict[str, nn.Module]:
-    """{fqn: replacement} of the norms whose output the checkpoint reassembles, or whose gain it has trained.
+    """Return {fqn: replacement} of the norms whose output the checkpoint reassembles, or whose gain it has trained.
 
     plain: norms whose output stays as it is (see plain_norms).
     """
@@ -365,7 +369,7 @@ def _device(module: nn.Module) -> torch.device:
 
 
 def _move_to_cpu(original: nn.Module, replacement: nn.Module) -> None:
-    """The tensors of `original` that its replacement does not use itself."""
+    """Move to the CPU the tensors of `original` that its replacement does not use itself."""
     used = {t.untyped_storage().data_ptr() for t in chain(replacement.parameters(), replacement.buffers())}
     for module in original.modules():
         for parameter in module._parameters.values():

@@ -29,11 +29,11 @@ class Reads:
     others: set[int] = field(default_factory=set)
 
     def norm_of(self, tensor: Tensor) -> str | None:
-        """The norm whose output a tensor is."""
+        """Return the norm whose output a tensor is."""
         return next((name for name, output in self.outputs if output is tensor), None)
 
     def linears_of(self, norm: str) -> tuple[str, ...]:
-        """The linears that read a norm's output, in the order they ran."""
+        """Return the linears that read a norm's output, in the order they ran."""
         outputs = [output for name, output in self.outputs if name == norm]
         return tuple(dict.fromkeys(name for name, x in self.inputs if any(x is output for output in outputs)))
 
@@ -65,7 +65,8 @@ def is_norm(module: nn.Module) -> bool:
 
 @contextmanager
 def track_reads(root: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[Reads]:
-    """Within the context run `root` once, on any device, without gradients; afterwards the Reads are complete.
+    """Record who reads which norm while `root` runs once within the context, on any device, without gradients;
+    afterwards the Reads are complete.
 
     linears: {fqn: module} whose reads are told apart from all others.
     """
@@ -102,8 +103,8 @@ def track_reads(root: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[R
 
 @torch.no_grad()
 def reads_of_model(model: Any, linears: Mapping[str, nn.Module], device: torch.device) -> Reads:
-    """Run a causal LM on two tokens, as for inference, and tell who reads its norms. Of a sharded model: a collective
-    call."""
+    """Run a causal LM on two tokens, as for inference, and return who reads its norms. A collective call where the
+    model is sharded."""
     modes: Sequence[tuple[nn.Module, bool]] = [(module, module.training) for module in model.modules()]
     try:
         model.eval()

@@ -65,7 +65,8 @@ class ArtifactSaver:
         variant: str | None = None,
         **options: Any,
     ) -> None:
-        """Write the folder; arguments as of transformers' save_pretrained, of which the size of a shard has no effect.
+        """Write the folder; the arguments are those of transformers' save_pretrained, of which the size of a shard has
+        no effect.
 
         Raises LowBitError for push_to_hub and variant, which an artifact does not have.
         """
@@ -125,7 +126,8 @@ class ArtifactSaver:
             plan.save(folder)
 
     def _copy_tokenizer(self, folder: Path) -> None:
-        """From the folder of the artifact or, without one, of the model, where that has a tokenizer."""
+        """Copy the tokenizer's files from the folder of the artifact or, without one, of the model, where that has a
+        tokenizer."""
         name = getattr(self.model.config, "_name_or_path", None)
         for source in (self.artifact.folder, Path(name) if name else None):
             found = [] if source is None else [file for p in TOKENIZER_FILES for file in source.glob(p)]
@@ -138,7 +140,7 @@ class ArtifactSaver:
 
 @contextmanager
 def _originals_in_place(model: nn.Module) -> Iterator[None]:
-    """Within the context the model computes, and is saved, as before it was patched."""
+    """Restore the original modules within the context: the model computes, and is saved, as before it was patched."""
     patched = patching.replacing_modules(model)
     saver = vars(model).pop("save_pretrained")
     for name, original in patching.original_modules(model).items():
@@ -152,7 +154,7 @@ def _originals_in_place(model: nn.Module) -> Iterator[None]:
 
 
 def _newest(stored: Tensor, current: Tensor | None) -> Tensor:
-    """A tensor as it is now, in the stored dtype, where it was trained; else what is stored, to the bit."""
+    """Return a tensor as it is now, in the stored dtype, where it was trained; else what is stored, to the bit."""
     if current is None or current.shape != stored.shape:  # replaced by a low-bit module, or this rank's share
         return stored
     current = current.detach().to(stored.device)

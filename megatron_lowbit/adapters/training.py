@@ -54,7 +54,7 @@ def _mark(parameter: nn.Parameter, what: str) -> None:
 
 
 def unmark_orphans(modules: Mapping[str, nn.Module]) -> None:
-    """The modules are back in their model."""
+    """Let optimizers train parameters whose modules are back in their model."""
     for module in modules.values():
         for parameter in module.parameters():
             if hasattr(parameter, _ORPHAN):

@@ -37,7 +37,8 @@ class Agreement:
         self._agreed: tuple[int, torch.dtype] | None = None  # width and dtype that the ranks agreed on
 
     def check(self, x: Tensor, share: int = 1) -> None:
-        """x [..., features], before it is sent; share: by how many ranks a batch's tokens are divided.
+        """Agree with the other ranks on x [..., features] before it is sent; share: by how many ranks a batch's tokens
+        are divided.
 
         Raises LowBitError on all ranks where they differ.
         """
@@ -78,7 +79,8 @@ class Agreement:
         return value
 
     def __enter__(self) -> None:
-        """Around calls of torch.distributed: what they raise becomes a LowBitError that says what probably happened."""
+        """Surround calls of torch.distributed: what they raise becomes a LowBitError that says what probably
+        happened."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, RuntimeError):
@@ -93,7 +95,7 @@ class Agreement:
 
 
 def digest(parts: Iterable[object]) -> int:
-    """63 bits of a SHA-256 of tensors, by their bytes, and of other things, by their repr."""
+    """Return 63 bits of a SHA-256 of tensors, by their bytes, and of other things, by their repr."""
     found = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):

@@ -34,7 +34,7 @@ SECONDS = 2.0  # for the rounds of one size
 
 @torch.inference_mode()
 def measure_costs(group: dist.ProcessGroup, plan: SitePlan, sizes: Sequence[int] = SIZES) -> CostTable:
-    """The table of all-reduces over `group`, of partial sums that this plan describes. A collective call.
+    """Measure the table of all-reduces over `group`, of partial sums that this plan describes. A collective call.
 
     sizes: bytes of the bf16 tensor, rounded down to whole tokens, at least one.
     """
@@ -55,7 +55,7 @@ def measure_costs(group: dist.ProcessGroup, plan: SitePlan, sizes: Sequence[int]
 
 
 def typical(codec: Codec, tokens: int) -> Tensor:
-    """float32 [tokens, E] like those that the plan was made for; far from them, encoding takes other paths."""
+    """Draw float32 [tokens, E] like those that the plan was made for; far from them, encoding takes other paths."""
     codes = torch.randn(tokens, len(codec.bits), generator=torch.Generator().manual_seed(tokens))
     if not codec.per_token:  # a static range is about six standard deviations
         largest = 2.0**codec.bits - 1
@@ -66,8 +66,8 @@ def typical(codec: Codec, tokens: int) -> Tensor:
 def one_round(
     ways: Mapping[Way, Any], number: int, inputs: Mapping[Way, Tensor], group: dist.ProcessGroup
 ) -> list[float]:
-    """This rank's seconds of all_reduce(a copy of its input) in every way. Each round has another order, the same on
-    all ranks, so that nobody always follows the same one's backlog."""
+    """Measure this rank's seconds of all_reduce(a copy of its input) in every way. Each round has another order, the
+    same on all ranks, so that nobody always follows the same one's backlog."""
     seconds = dict.fromkeys(ways, 0.0)
     for way in random.Random(number).sample(list(ways), len(ways)):
         own = inputs[way].clone()  # which may be summed in place
@@ -81,14 +81,14 @@ def one_round(
 
 
 def slowest(rounds: list[list[float]], group: dist.ProcessGroup) -> list[list[float]]:
-    """Of all ranks; the same on all of them."""
+    """Return the largest of all ranks' seconds; the same on all of them."""
     times = torch.tensor(rounds, dtype=torch.float64, device=_where(group))
     dist.all_reduce(times, dist.ReduceOp.MAX, group)
     return times.tolist()
 
 
 def _where(group: dist.ProcessGroup) -> torch.device:
-    """What the group sends tensors of."""
+    """Return the device that the group sends tensors from."""
     return device() if "nccl" in dist.get_backend(group) else torch.device("cpu")
 
 

@@ -28,7 +28,9 @@ PER_TOKEN = tuple(10 ** (-sqnr / 10) for sqnr in (9.5, 15.0, 20.9, 26.3, 31.8, 4
 
 
 def allocate_bits(weights: Mapping[str, Tensor], budget: float, error: tuple[float, ...] = STATIC) -> dict[str, Tensor]:
-    """weights: {site: float64 [E], what an error of the feature costs}; budget: bits of a token at all sites together;
+    """Allocate bits to features so that their total error is least.
+
+    weights: {site: float64 [E], what an error of the feature costs}; budget: bits of a token at all sites together;
     error: of each of WIDTHS.
 
     Returns {site: uint8 [E] of WIDTHS}; at least the narrowest width for every feature, whatever the budget.
@@ -61,7 +63,7 @@ def allocate_bits(weights: Mapping[str, Tensor], budget: float, error: tuple[flo
 
 
 def _size(bits: Mapping[str, Tensor]) -> int:
-    """Bits of a token's codes at all sites, in whole bytes."""
+    """Return the bits of a token's codes at all sites, in whole bytes."""
     counts = (torch.bincount(own.int()).tolist() for own in bits.values())
     return sum(8 * packed_bytes(n, width) for own in counts for width, n in enumerate(own) if n)
 

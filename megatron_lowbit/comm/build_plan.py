@@ -32,7 +32,7 @@ from megatron_lowbit.quant.affine import qparams_from_range
 
 
 def build_plan(stats: CalibrationStats, tp_size: int, config: CommConfig, seed: int = 0) -> CommPlan:
-    """The plan of one tensor-parallel size. Raises LowBitError where that size was not calibrated."""
+    """Build the plan of one tensor-parallel size. Raises LowBitError where that size was not calibrated."""
     if tp_size not in stats.ranges or tp_size == 1:
         sizes = sorted(size for size in stats.ranges if size > 1)
         raise LowBitError(
@@ -69,8 +69,8 @@ def site_plan(
     bits: Tensor | None = None,
     second_bits: Tensor | None = None,
 ) -> SitePlan:
-    """ranges: of each rank's partial sums; sums: of their sum. chosen: the bf16 features, None for the widest.
-    bits, second_bits: of each feature in the two hops, None for uniform ones."""
+    """Build the plan of one site. ranges: of each rank's partial sums; sums: of their sum. chosen: the bf16 features,
+    None for the widest. bits, second_bits: of each feature in the two hops, None for uniform ones."""
     if bits is None:
         bits = uniform_bits(ranges, config, config.bits, chosen)
     if second_bits is None and sums is not None:
@@ -82,7 +82,7 @@ def site_plan(
 
 
 def synthetic_plan(partials: Tensor, config: CommConfig) -> SitePlan:
-    """The plan that calibrating on these partial sums alone would give: float [ranks, tokens, E]."""
+    """Build the plan that calibrating on these partial sums alone would give: float [ranks, tokens, E]."""
     ranges, sums = {"": _observed(partials)}, {"": _observed(partials.sum(0, keepdim=True))}
     size = len(partials)
     return build_plan(CalibrationStats({1: sums, size: ranges}, {}), size, config).sites[""]
@@ -97,7 +97,7 @@ def _observed(x: Tensor) -> FeatureRange:
 
 
 def codec_of(ranges: FeatureRange, config: CommConfig, bits: Tensor) -> Codec:
-    """How values with these ranges travel; bits: uint8 [E]."""
+    """Return how values with these ranges travel; bits: uint8 [E]."""
     if config.scale == "per_token":
         if ranges.mean is None or ranges.std is None:
             raise LowBitError(
@@ -122,7 +122,8 @@ def codec_of(ranges: FeatureRange, config: CommConfig, bits: Tensor) -> Codec:
 
 
 def _per_token_scale(std: Tensor) -> Tensor:
-    """The standard deviations, and an eighth of the sender's median one for features that never moved; [senders, E].
+    """Return the standard deviations, and an eighth of the sender's median one for features that never moved; [senders,
+    E].
 
     Codes have no middle, so such a feature is off by about its scale; and if it moves after all, its values must not be
     so large that they decide on their tokens' sizes.
@@ -133,7 +134,7 @@ def _per_token_scale(std: Tensor) -> Tensor:
 
 
 def uniform_bits(ranges: FeatureRange, config: CommConfig, num_bits: int, chosen: Tensor | None = None) -> Tensor:
-    """uint8 [E]: 16 for the widest features (or the chosen ones), num_bits for all others."""
+    """Return uint8 [E]: 16 for the widest features (or the chosen ones), num_bits for all others."""
     features = ranges.min_vals.shape[1]
     if chosen is None:
         aggregated = aggregated_range(ranges.min_vals, ranges.max_vals, config.symmetric)
@@ -146,7 +147,7 @@ def uniform_bits(ranges: FeatureRange, config: CommConfig, num_bits: int, chosen
 def adaptive_bits(
     ranges: Mapping[str, FeatureRange], sums: Mapping[str, FeatureRange], config: CommConfig, num_bits: int
 ) -> dict[str, Tensor]:
-    """{site: uint8 [E]} of all sites under one budget: what `num_bits` and `bf16_fraction` would send."""
+    """Return {site: uint8 [E]} of all sites under one budget: what `num_bits` and `bf16_fraction` would send."""
     per_token = config.scale == "per_token"
     weights, budget, header = {}, 0.0, 8 * header_bytes([num_bits, 1], per_token)
     for name, r in ranges.items():
@@ -166,24 +167,24 @@ def adaptive_bits(
 
 
 def num_bf16(features: int, config: CommConfig) -> int:
-    """k = floor(features * bf16_fraction)."""
+    """Return k = floor(features * bf16_fraction)."""
     # Rounding may put the product a hair below an integer: 0.29 * 100 is 28.999999999999996.
     return math.floor(features * config.bf16_fraction + 1e-9)
 
 
 def aggregated_range(min_vals: Tensor, max_vals: Tensor, symmetric: bool) -> Tensor:
-    """R_j from m_ij, M_ij [tp_size, features] -> [features]."""
+    """Compute R_j from m_ij, M_ij [tp_size, features] -> [features]."""
     width = 2 * torch.maximum(min_vals.abs(), max_vals.abs()) if symmetric else max_vals - min_vals
     return width.sum(0)
 
 
 def widest_features(aggregated: Tensor, k: int) -> Tensor:
-    """Indices of the k largest values, ties to the lower index: int64 [k]."""
+    """Return the indices of the k largest values, ties to the lower index: int64 [k]."""
     return torch.sort(aggregated, descending=True, stable=True).indices[:k]
 
 
 def describe(config: CommConfig) -> str:
-    """What the collective is called in plans: int4, random int4/bf16, hybrid int4/bf16, rank-1 tiered int4 and so on.
+    """Return what the collective is called in plans: int4, random int4/bf16, hybrid int4/bf16, rank-1 tiered int4 and so on.
 
     Plans keep the first name of scale=per_token, rank-1; plan.label_of returns today's.
     """

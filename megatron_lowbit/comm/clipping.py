@@ -35,7 +35,7 @@ class RunningHistogram:
         self.high = -self.low
 
     def update(self, values: Tensor) -> None:
-        """values: float [tokens, features], finite."""
+        """Count values: float [tokens, features], finite."""
         if len(values) == 0:
             return
         exact = values.float()
@@ -71,7 +71,8 @@ class RunningHistogram:
         dist.all_reduce(self.high, dist.ReduceOp.MAX, group)
 
     def clipped_range(self, num_bits: int) -> tuple[Tensor, Tensor]:
-        """(low, high) of least expected squared error at num_bits, float32 [features]; never beyond what was seen."""
+        """Return (low, high) of least expected squared error at num_bits, float32 [features]; never beyond what was
+        seen."""
         width = torch.ldexp(torch.ones_like(self.counts[:, :1]), self.exponent[:, None] - 6)
         edges = torch.arange(-BINS // 2, BINS // 2 + 1, device=width.device) * width  # [features, BINS + 1]
         edges = edges.clamp(self.low.double()[:, None], self.high.double()[:, None])
@@ -90,18 +91,18 @@ class RunningHistogram:
 
 
 def _before(counts: Tensor) -> Tensor:
-    """[features, BINS] -> [features, BINS + 1]: the sum of all bins before each edge."""
+    """Sum up [features, BINS] -> [features, BINS + 1]: the sum of all bins before each edge."""
     return torch.nn.functional.pad(counts.cumsum(1), (1, 0))
 
 
 def _clipping_error(counts: Tensor, edges: Tensor) -> Tensor:
-    """sum over the values below each edge of (value - edge)^2, a bin's values at its center: [features, BINS + 1]."""
+    """Sum (value - edge)^2 over the values below each edge, a bin's values at its center: [features, BINS + 1]."""
     center = (edges[:, 1:] + edges[:, :-1]) / 2
     square, first = _before(counts * center.square()), _before(counts * center)
     return (square - 2 * edges * first + edges.square() * _before(counts)).clamp_min_(0)
 
 
 def _least(error: Tensor, up_to: Tensor) -> Tensor:
-    """Index of the least error before place `up_to`: int64 [features]."""
+    """Return the index of the least error before place `up_to`: int64 [features]."""
     place = torch.arange(error.shape[1], device=error.device)
     return error.masked_fill((place >= up_to[:, None]) & (place > 0), torch.inf).argmin(1)

@@ -59,15 +59,15 @@ class Codec:
 
     @property
     def bf16_idx(self) -> Tensor:
-        """int64 [k], ascending: the features that travel in bf16."""
+        """Return int64 [k], ascending: the features that travel in bf16."""
         return (self.bits == BF16_BITS).nonzero().squeeze(1)
 
     def order(self) -> Tensor:
-        """int64 [E]: the features as they lie on the wire, widest tier first, ascending inside a tier."""
+        """Return int64 [E]: the features as they lie on the wire, widest tier first, ascending inside a tier."""
         return torch.sort(self.bits.int(), descending=True, stable=True).indices
 
     def tiers(self) -> list[int]:
-        """[bits, count, bits, count, ...], widest first."""
+        """Return [bits, count, bits, count, ...], widest first."""
         widths, counts = self.bits.unique(return_counts=True)
         pairs = sorted(zip(widths.tolist(), counts.tolist(), strict=True), reverse=True)
         return [number for pair in pairs for number in pair]
@@ -76,7 +76,7 @@ class Codec:
         return 8 * hybrid_row_bytes(self.tiers(), self.per_token) / len(self.bits)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What an artifact stores."""
+        """Return what an artifact stores."""
         # Artifacts keep the name that per-token scales had when the format was made: "rank1", and "rank-1" in a plan's
         # description (build_plan.describe).
         per_token = torch.tensor([self.per_token], dtype=torch.uint8)
@@ -84,7 +84,7 @@ class Codec:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Codec:
-        """The inverse of `tensors`. Raises KeyError where one is missing."""
+        """Build it from what `tensors` returns. Raises KeyError where one is missing."""
         per_token = bool(one_value("rank1", tensors))
         return cls(tensors["scale"], tensors["zero_point"], tensors["bits"], per_token)
 
@@ -102,7 +102,7 @@ class WireFormat(Float32QParams):
     tally: Tensor  # int64 [ranks, 3], by who encoded
 
     def __init__(self, codec: Codec, ranks: int | None = None):
-        """ranks: that encode with it; None: the senders."""
+        """Set up the buffers of a codec. ranks: that encode with it; None: the senders."""
         super().__init__()
         order = codec.order()
         self.per_token, self.tiers, self.senders = codec.per_token, codec.tiers(), codec.senders
@@ -115,7 +115,7 @@ class WireFormat(Float32QParams):
 
     @property
     def can_saturate(self) -> bool:
-        """Whether any value is coded."""
+        """Return whether any value is coded."""
         return any(bits != BF16_BITS for bits in self.tiers[::2])
 
     def of_all(self) -> Format:
@@ -127,7 +127,7 @@ class WireFormat(Float32QParams):
         return Format(self.scale[sender], self.zero_point[sender], self.order, self.tiers, self.per_token)
 
     def pack(self, x: Tensor, sender: int) -> Tensor:
-        """x float [tokens, E] -> uint8 [tokens, row_bytes]."""
+        """Encode x float [tokens, E] -> uint8 [tokens, row_bytes]."""
         self._follow(x)
         if x.shape[-1] != len(self.order):
             raise LowBitError(
@@ -139,17 +139,18 @@ class WireFormat(Float32QParams):
         return message
 
     def unpack_reduce(self, messages: Tensor, dtype: torch.dtype) -> Tensor:
-        """uint8 [senders, tokens, row_bytes] -> the decoded sum [tokens, E]."""
+        """Decode and sum uint8 [senders, tokens, row_bytes] -> the decoded sum [tokens, E]."""
         self._follow(messages)
         return hybrid_unpack_reduce(messages, self.of_all(), dtype)
 
     def unpack_reduce_into(self, messages: Tensor, out: Tensor) -> None:
-        """unpack_reduce, into `out` [tokens, E]."""
+        """Decode and sum uint8 [senders, tokens, row_bytes] into `out` [tokens, E]."""
         self._follow(messages)
         hybrid_unpack_reduce_into(messages, *self.of_all(), out)
 
     def requantize(self, messages: Tensor, second: WireFormat, rank: int = 0) -> Tensor:
-        """Messages of all senders -> their sum as `rank` encodes it with `second`: uint8 [tokens, row_bytes]."""
+        """Decode the messages of all senders, add them up, and return their sum as `rank` encodes it with `second`:
+        uint8 [tokens, row_bytes]."""
         self._follow(messages)
         second._follow(messages)
         message, tally = hybrid_unpack_reduce_requantize(messages, *self.of_all(), *second.of_sender(0))

@@ -34,7 +34,7 @@ class CostTable:
     rows: Mapping[str, tuple[tuple[int, float], ...]]
 
     def __post_init__(self) -> None:
-        """Raises LowBitError for a table that cannot be one."""
+        """Raise LowBitError for a table that cannot be one."""
         unknown = [mode for mode in self.rows if mode not in TUNED]
         if unknown or "bf16" not in self.rows:
             what = f"the mode {unknown[0]!r}" if unknown else "no bf16"
@@ -45,7 +45,7 @@ class CostTable:
                 raise LowBitError(f"the cost table's {mode} needs ascending sizes with times above 0: measure it again")
 
     def seconds(self, mode: str, nbytes: int) -> float:
-        """Predicted, of an all-reduce of that many bytes in bf16."""
+        """Predict the seconds of an all-reduce of that many bytes in bf16."""
         points = self.rows[mode]
         sizes = [size for size, _ in points]
         above = bisect.bisect_left(sizes, nbytes)
@@ -59,7 +59,7 @@ class CostTable:
         return time * (next_time / time) ** part
 
     def choose(self, nbytes: int, among: Collection[str] = TUNED) -> CommMode:
-        """The mode to take, bf16 or one of `among`; of equals the first in TUNED."""
+        """Return the mode to take, bf16 or one of `among`; of equals the first in TUNED."""
         modes = [mode for mode in TUNED if mode in self.rows and mode in among and mode != "bf16"]
         best = min(modes, key=lambda mode: self.seconds(mode, nbytes), default=None)
         if best is None or self.seconds(best, nbytes) > MARGIN * self.seconds("bf16", nbytes):
@@ -71,7 +71,7 @@ class CostTable:
 
     @classmethod
     def load(cls, path: str | Path) -> CostTable:
-        """Raises LowBitError for a file that is not there, or holds no table."""
+        """Read a table. Raises LowBitError for a file that is not there, or holds no table."""
         value = read_json(Path(path))
         try:
             return cls.of(value)
@@ -85,7 +85,7 @@ class CostTable:
 
     @classmethod
     def of(cls, value: Mapping[str, Any]) -> CostTable:
-        """From JSON. Raises KeyError, TypeError, ValueError or LowBitError for what is no table."""
+        """Build it from JSON. Raises KeyError, TypeError, ValueError or LowBitError for what is no table."""
         rows = {mode: tuple((_whole(b), float(t)) for b, t in points) for mode, points in value["rows"].items()}
         return cls(_whole(value["tp_size"]), _whole(value["features"]), rows)
 

@@ -65,7 +65,7 @@ class DriftGuard:
         self._before: list[Tensor] = [torch.zeros_like(part.tally) for part in self.parts]  # at the last check
 
     def due(self, x: Tensor) -> bool:
-        """Whether this low-bit call, of values x, is one to check; the same on all ranks. Ask once per call."""
+        """Return whether this low-bit call, of values x, is one to check; the same on all ranks. Ask once per call."""
         if not any(part.can_saturate for part in self.parts) or self._warned:
             return False
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -77,7 +77,8 @@ class DriftGuard:
         return scheduled and self.threshold is not None
 
     def look(self, x: Tensor) -> None:
-        """Without a threshold: warn once where a call to check, whose sums are x, shows that ranges do not hold."""
+        """Warn once, where there is no threshold and a call to check, whose sums are x, shows that ranges do not
+        hold."""
         if not self._looks:
             return
         self._looks = False
@@ -93,7 +94,7 @@ class DriftGuard:
             )
 
     def trips(self, agree: Callable[[Tensor], Tensor], x: Tensor, rank: int = 0) -> bool:
-        """Whether this call, whose values x have been encoded, and all that follow have to be bf16.
+        """Decide whether this call, whose values x have been encoded, and all that follow have to be bf16.
 
         agree: the largest of all ranks' float64 [1].
         """
@@ -116,7 +117,8 @@ class DriftGuard:
         return Saturation(values, saturated, nonfinite, self.tripped)
 
     def _too_much(self, device: torch.device, features: int, threshold: float) -> Tensor:
-        """float64 [1]: the largest share of this process's ranks that is too much, or 0; starts the next window."""
+        """Return float64 [1]: the largest share of this process's ranks that is too much, or 0; starts the next
+        window."""
         largest = torch.zeros(1, dtype=torch.float64, device=device)
         for number, part in enumerate(self.parts):
             since = (part.tally - self._before[number].to(part.tally.device)).to(device)

@@ -54,7 +54,7 @@ class Exchange:
         self.under_way: deque[list[dist.Work | None]] = deque()
 
     def all_gather(self, message: Tensor) -> PendingMessages:
-        """message [...], the same shape on every rank -> [N, ...] in rank order."""
+        """Gather message [...], the same shape on every rank -> [N, ...] in rank order."""
         with self.agreement:
             if message.is_cuda:
                 work, gathered = start_all_gather(message, self.group)
@@ -67,7 +67,8 @@ class Exchange:
             return PendingMessages(self.agreement, gathered, [[work]])
 
     def all_to_all(self, message: Tensor, sizes: list[int]) -> PendingMessages:
-        """message [sum(sizes), ...]; rank r gets the sizes[r] rows that are its own from all: [N, sizes[r], ...]."""
+        """Exchange message [sum(sizes), ...]; rank r gets the sizes[r] rows that are its own from all: [N, sizes[r],
+        ...]."""
         mine = sizes[self.rank]
         received = message.new_empty(self.size, mine, *message.shape[1:])
         with self.agreement:
@@ -79,7 +80,7 @@ class Exchange:
             return PendingMessages(self.agreement, received, [[work]])
 
     def _rounds(self, send: Sequence[Tensor], received: Tensor) -> PendingMessages:
-        """send[r] to rank r, received[r] from it. Returns when the last round has begun."""
+        """Send send[r] to rank r and receive received[r] from it. Returns when the last round has begun."""
         received[self.rank].copy_(send[self.rank])
         halves = []
         for k in range(1, self.size):
@@ -97,8 +98,8 @@ class Exchange:
         return PendingMessages(self.agreement, received, halves)
 
     def pipeline(self, pieces: Iterable[tuple[Any, ...]], *stages: Callable[..., Any]) -> None:
-        """Each piece through all stages, whose results are the next one's arguments. A stage is a piece behind the one
-        before: by then its messages have arrived, and newer ones are under way while it computes."""
+        """Run each piece through all stages, whose results are the next one's arguments. A stage is a piece behind the
+        one before: by then its messages have arrived, and newer ones are under way while it computes."""
         states = list(pieces)
         for step in range(len(states) + len(stages) - 1):
             for number, stage in enumerate(stages):
@@ -115,8 +116,8 @@ def finish(works: list[dist.Work | None]) -> None:
 
 
 def in_pieces(rows: Tensor, sums: Tensor, ranks: int, receivers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """rows [tokens, E] and where their sums are to go, in up to MOST_PIECES, each of a multiple of `ranks` tokens, or
-    the last; receivers: ranks that share a piece."""
+    """Cut rows [tokens, E], and the place where their sums are to go, into up to MOST_PIECES, each of a multiple of
+    `ranks` tokens, or the last; receivers: ranks that share a piece."""
     count = 1 if rows.is_cuda else min(MOST_PIECES, max(1, rows.numel() // (PIECE_VALUES * receivers)))
     each = max(1, -(-len(rows) // (count * ranks)) * ranks)
     return zip(rows.split(each), sums.split(each), strict=True)

@@ -76,7 +76,8 @@ class CalibrationStats:
 
     @classmethod
     def load(cls, folder: str | Path) -> CalibrationStats:
-        """Raises LowBitError for files that are missing, damaged, or hold no statistics."""
+        """Read the statistics of a folder. Raises LowBitError for files that are missing, damaged, or hold no
+        statistics."""
         stem = Path(folder) / "calibration"
         tensors, meta = load_pair(stem, "fingerprint")
         with complete(stem.with_suffix(".json")):
@@ -89,7 +90,7 @@ Ranges = dict[int, dict[str, FeatureRange]]
 
 
 def range_tensors(ranges: Ranges) -> dict[str, Tensor]:
-    """{tp<size>.<site>.<field>: tensor}."""
+    """Return {tp<size>.<site>.<field>: tensor}."""
     return {
         f"tp{size}.{site}.{name}": tensor
         for size, sites in ranges.items()
@@ -99,7 +100,7 @@ def range_tensors(ranges: Ranges) -> dict[str, Tensor]:
 
 
 def ranges_of(tensors: Mapping[str, Tensor]) -> Ranges:
-    """The inverse of range_tensors. Raises ValueError for tensors that are no such ranges."""
+    """Build the ranges from what range_tensors returns. Raises ValueError for tensors that are no such ranges."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         stem, _, leaf = key.rpartition(".")
@@ -151,7 +152,7 @@ class SitePlan:
         return self.first.senders
 
     def tensors(self) -> dict[str, Tensor]:
-        """What an artifact stores."""
+        """Return what an artifact stores."""
         hops = {"first": self.first, "second": self.second}
         stored = {f"{hop}.{name}": t for hop, codec in hops.items() if codec for name, t in codec.tensors().items()}
         carrier = torch.tensor([self.carrier_bits])
@@ -159,7 +160,7 @@ class SitePlan:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> SitePlan:
-        """The inverse of `tensors`. Raises KeyError where one is missing."""
+        """Build it from what `tensors` returns. Raises KeyError where one is missing."""
         second = _below(tensors, "second.")
         first, second_codec = Codec.of(_below(tensors, "first.")), Codec.of(second) if second else None
         return cls(first, second_codec, tensors["center"], tensors["half_range"], one_value("carrier_bits", tensors))
@@ -202,7 +203,7 @@ class CommPlan:
         save_pair(Path(folder) / f"comm_plan_tp{self.tp_size}", self.tensors(), meta)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What an artifact stores."""
+        """Return what an artifact stores."""
         both: dict[str, SitePlan | Codec] = {**self.sites, **self.gathers}
         return {f"{site}.{name}": t for site, plan in both.items() for name, t in plan.tensors().items()}
 
@@ -218,7 +219,8 @@ class CommPlan:
 
     @classmethod
     def load(cls, folder: str | Path, tp_size: int) -> CommPlan:
-        """Raises LowBitError where the folder has no plan for this size (naming those it has) or a damaged one."""
+        """Read the folder's plan for `tp_size` ranks. Raises LowBitError where the folder has no plan for this size
+        (naming those it has) or a damaged one."""
         stem = Path(folder) / f"comm_plan_tp{tp_size}"
         if not stem.with_suffix(".json").exists():
             found = _plan_sizes(Path(folder))
@@ -244,7 +246,7 @@ class CommPlan:
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """{name without the prefix: tensor} of the names that have it."""
+    """Return {name without the prefix: tensor} of the names that have it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
@@ -256,6 +258,6 @@ def remove_plans(folder: str | Path) -> None:
 
 
 def _plan_sizes(folder: Path) -> list[int]:
-    """The tensor-parallel sizes that the folder has plans for."""
+    """Return the tensor-parallel sizes that the folder has plans for."""
     found = (re.fullmatch(r"comm_plan_tp(\d+)", path.stem) for path in folder.glob("comm_plan_tp*.json"))
     return sorted(int(match.group(1)) for match in found if match)

@@ -30,7 +30,7 @@ from megatron_lowbit.runtime.distributed import all_gather_stack
 
 
 def is_low_bit(mode: str | None) -> bool:
-    """Whether a comm.mode sends codes, for which it needs a plan."""
+    """Return whether a comm.mode sends codes, for which it needs a plan."""
     return mode == "auto" or (mode in COLLECTIVES and COLLECTIVES[mode].low_bit)
 
 
@@ -66,7 +66,7 @@ class Reducer(nn.Module):
         self.guard = DriftGuard(drift_threshold, list(self.formats.by_name.values()))  # type: ignore[arg-type]
 
     def _names(self) -> list[str]:
-        """The collectives that the mode may take. Raises LowBitError where it lacks a plan or a cost table."""
+        """Return the collectives that the mode may take. Raises LowBitError where it lacks a plan or a cost table."""
         if not self.low_bit:
             return [self.mode]
         if self.plan is None:
@@ -88,7 +88,7 @@ class Reducer(nn.Module):
 
     @property
     def native(self) -> bool:
-        """Whether values travel as they are."""
+        """Return whether values travel as they are."""
         return self.mode == "native"
 
     def set_site(self, site: str) -> None:
@@ -113,14 +113,15 @@ class Reducer(nn.Module):
         return self._choices[values, scattered]
 
     def _next(self, x: Tensor, scattered: bool = False) -> tuple[Collective, Drifted | None]:
-        """The collective for partial sums x, and what it has to ask once they are encoded, if this call is checked."""
+        """Return the collective for partial sums x, and what it has to ask once they are encoded, if this call is
+        checked."""
         collective = self.choose(x.numel(), scattered)
         if not collective.low_bit or self.guard.tripped:
             return self.stock if collective.low_bit else collective, None
         return collective, (lambda: self.guard.trips(self._largest, x, self.tp_rank)) if self.guard.due(x) else None
 
     def _largest(self, share: Tensor) -> Tensor:
-        """The largest of all ranks' shares."""
+        """Return the largest of all ranks' shares."""
         return share
 
 
@@ -176,7 +177,7 @@ class HybridReducer(OverRanks, Reducer):
         self.agreement.site = site
 
     def all_reduce(self, x: Tensor, reuse: bool = False) -> Tensor:
-        """This rank's partial sums [..., E] -> the group's sum, in x's dtype; the gradient passes as it is.
+        """All-reduce this rank's partial sums [..., E] -> the group's sum, in x's dtype; the gradient passes as it is.
 
         reuse: x is the caller's own and not needed any more, so without a gradient the sum may be made in its place.
         """
@@ -185,8 +186,8 @@ class HybridReducer(OverRanks, Reducer):
         return self._forward(x, reuse)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        """This rank's partial sums [length, ..., E] -> rank r's slice r of the sum [length / N, ..., E]; bit for bit
-        that slice of all_reduce in one_shot and exact_sum. The gradient is all-gathered in full precision.
+        """Reduce-scatter this rank's partial sums [length, ..., E] -> rank r's slice r of the sum [length / N, ..., E];
+        bit for bit that slice of all_reduce in one_shot and exact_sum. The gradient is all-gathered in full precision.
 
         The first half of sequence parallelism (Megatron's [length, batch, hidden]); length is a multiple of N.
         """

@@ -41,7 +41,8 @@ class HybridGather(OverRanks):
         return self.guard.saturation()
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """x [length / N, ..., E] -> [length, ..., E] in rank order; the gradient is reduce-scattered, not quantized."""
+        """All-gather x [length / N, ..., E] -> [length, ..., E] in rank order; the gradient is reduce-scattered, not
+        quantized."""
         return _GatherFromSequenceParallelRegion.apply(x, self)
 
     def _forward(self, x: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ class VirtualReducer(Reducer):
     """HybridReducer's twin for one process that holds the partial sums of all ranks. Counts the bytes of one rank."""
 
     def all_reduce(self, partials: Sequence[Tensor]) -> Tensor:
-        """Partial sums [..., E] of ranks 0 .. N-1 -> their sum, in their dtype; each gets the gradient as it is."""
+        """Add up the partial sums [..., E] of ranks 0 .. N-1 -> their sum, in their dtype; each gets the gradient as it
+        is."""
         return _VirtualReduce.apply(self, *partials)
 
     def _forward(self, partials: Sequence[Tensor]) -> Tensor:

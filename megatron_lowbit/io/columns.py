@@ -39,7 +39,7 @@ class Column:
     pair: tuple[str, str] | None = None
 
     def text(self, row: dict[str, Any], tokenizer: Any) -> str | None:
-        """The row's text, conversations as the chat template writes them; None where there is none."""
+        """Return the row's text, conversations as the chat template writes them; None where there is none."""
         if not self.is_chat:
             value = _value(row, self.name)
             return value if isinstance(value, str) else None
@@ -48,7 +48,7 @@ class Column:
 
 
 def enough_rows(rows: Sequence[dict[str, Any]], wanted: str | None) -> bool:
-    """Whether these rows are enough to choose by: no column that would be preferred is null in all of them."""
+    """Return whether these rows are enough to choose by: no column that would be preferred is null in all of them."""
     names = list(rows[0])
     preferred = [wanted] if wanted is not None else _named(names, _TEXT) or _named(names, _CHATS)
     if preferred:
@@ -57,7 +57,8 @@ def enough_rows(rows: Sequence[dict[str, Any]], wanted: str | None) -> bool:
 
 
 def choose_column(rows: Sequence[dict[str, Any]], wanted: str | None, source: str, key: str) -> Column:
-    """The column of the source's first rows to read. Raises LowBitError where there is none, or `wanted` is no text."""
+    """Choose the column of the source's first rows to read. Raises LowBitError where there is none, or `wanted` is no
+    text."""
     names = list(rows[0]) if rows else []
     listed = ", ".join(names) if rows else "no rows"
     if wanted is not None:
@@ -81,7 +82,7 @@ def choose_column(rows: Sequence[dict[str, Any]], wanted: str | None, source: st
 
 
 def column_by_name(rows: Sequence[dict[str, Any]]) -> Column | None:
-    """The column, or the pair of columns, that its name and its values speak for."""
+    """Return the column, or the pair of columns, that its name and its values speak for."""
     names = list(rows[0]) if rows else []
     for name in _named(names, _TEXT):
         if any(isinstance(row[name], str) for row in rows):
@@ -94,7 +95,7 @@ def column_by_name(rows: Sequence[dict[str, Any]]) -> Column | None:
 
 
 def records_inside(row: dict[str, Any]) -> tuple[str, list[dict[str, Any]]] | None:
-    """(name, records) of the list that one object wraps, as {"version": ..., "data": [...]} does; else None."""
+    """Return (name, records) of the list that one object wraps, as {"version": ..., "data": [...]} does; else None."""
     if column_by_name([row]) is not None:
         return None
     lists = {name: [item for item in value if item] for name, value in row.items() if isinstance(value, list)}
@@ -109,13 +110,13 @@ def records_inside(row: dict[str, Any]) -> tuple[str, list[dict[str, Any]]] | No
 
 
 def _named(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Those of the names that are known, the best known first."""
+    """Return those of the names that are known, the best known first."""
     lower = {name.lower(): name for name in reversed(names)}
     return [lower[name] for name in known if name in lower]
 
 
 def _longest(rows: Sequence[dict[str, Any]]) -> str | None:
-    """The column of strings with most characters."""
+    """Return the column of strings with most characters."""
     sizes = (
         {
             name: sum(len(row[name]) for row in rows if isinstance(row.get(name), str))
@@ -130,7 +131,7 @@ def _longest(rows: Sequence[dict[str, Any]]) -> str | None:
 
 
 def _pair(rows: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
-    """(column of prompts, column of answers), where both are there."""
+    """Return (column of prompts, column of answers), where both are there."""
     names = list(rows[0]) if rows else []
     prompts, answers = _named(names, _PROMPTS), _named(names, _ANSWERS)
     if not prompts or not answers:
@@ -140,7 +141,7 @@ def _pair(rows: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
 
 
 def _value(row: dict[str, Any], name: str) -> Any:
-    """The value of a column, or of a field inside one (translation.en); None where it is not there."""
+    """Return the value of a column, or of a field inside one (translation.en); None where it is not there."""
     if name in row:
         return row[name]
     value: Any = row
@@ -152,7 +153,8 @@ def _value(row: dict[str, Any], name: str) -> Any:
 
 
 def _of_pair(row: dict[str, Any], prompt: str, answer: str) -> list[dict[str, Any]]:
-    """The messages of a prompt (with its further input and the system's words) and its answer; none without both."""
+    """Return the messages of a prompt (with its further input and the system's words) and its answer; none without
+    both."""
     asked, answered = row[prompt], row[answer]
     before, after = _messages(asked), _messages(answered)
     if before and after:
@@ -168,7 +170,8 @@ def _of_pair(row: dict[str, Any], prompt: str, answer: str) -> list[dict[str, An
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
-    """[{role, content}, ...] of a list with role and content, or from and value, in each; [] of anything else."""
+    """Return [{role, content}, ...] of a list with role and content, or from and value, in each; [] of anything
+    else."""
     if isinstance(value, dict) and value and all(isinstance(items, list) for items in value.values()):
         value = [dict(zip(value, items, strict=False)) for items in zip(*value.values(), strict=False)]
     if not isinstance(value, list) or not value:

@@ -42,7 +42,7 @@ class Windows:
     mask: Tensor
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(ids, mask) of `size` windows at a time, cut to the longest window of the batch."""
+        """Return (ids, mask) of `size` windows at a time, cut to the longest window of the batch."""
         for ids, mask in zip(self.ids.split(size), self.mask.split(size), strict=True):
             length = int(mask.sum(1).max())
             yield ids[:, :length], mask[:, :length]
@@ -51,7 +51,7 @@ class Windows:
         return -(-len(self.ids) // size)
 
     def digest(self) -> str:
-        """The same for the same tokens."""
+        """Return a digest that is the same for the same tokens."""
         return hashlib.sha256(self.ids.numpy().tobytes() + self.mask.numpy().tobytes()).hexdigest()[:16]
 
     @property
@@ -102,7 +102,7 @@ def token_windows(
 def _windows(
     tokenizer: Any, texts: Texts, samples: int, length: int, short: bool, what: str, key: str
 ) -> list[list[int]]:
-    """Token ids of each window. short: whether a text below one window is one all the same."""
+    """Return the token ids of each window. short: whether a text below one window is one all the same."""
     if texts.apart:
         special = {"add_special_tokens": False} if texts.special else {}
         ids = [tokenizer(text, verbose=False, **special)["input_ids"][:length] for text in texts.documents[:samples]]
@@ -138,7 +138,8 @@ def _read(tokenizer: Any, source: str, key: str, samples: int, characters: int, 
 
 
 def stdlib_text(split: str) -> str:
-    """Source text of the running Python's standard library: train, calibration (part of train) or validation."""
+    """Return the source text of the running Python's standard library: train, calibration (part of train) or
+    validation."""
     root = Path(sysconfig.get_path("stdlib"))
     if split == "train":
         files = [

@@ -74,7 +74,7 @@ def write_sealed(path: Path, meta: dict[str, Any]) -> None:
 
 
 def seal_of(meta: dict[str, Any]) -> str:
-    """The sha256 of a JSON object without its seal, in canonical form: keys sorted, no white space, ASCII."""
+    """Return the sha256 of a JSON object without its seal, in canonical form: keys sorted, no white space, ASCII."""
     rest = {key: value for key, value in meta.items() if key != SEAL}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -97,7 +97,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
 
 
 def load_pair(stem: Path, *keys: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, the JSON); raises LowBitError where either is damaged, or the JSON lacks a key."""
+    """Return (tensors, the JSON); raises LowBitError where either is damaged, or the JSON lacks a key."""
     meta = read_meta(stem, "sha256", *keys)
     return read_tensors(stem.with_suffix(".safetensors"), meta["sha256"]), meta
 
@@ -132,7 +132,8 @@ def check_seal(path: Path, meta: dict[str, Any]) -> None:
 
 
 def read_json(path: Path, nan: bool = False) -> dict[str, Any]:
-    """A JSON object; raises LowBitError. nan: whether NaN and Infinity, which JSON does not have, are let through."""
+    """Read a JSON object; raises LowBitError. nan: whether NaN and Infinity, which JSON does not have, are let
+    through."""
     try:
         value = parse_json(path.read_text(), nan)
         if not isinstance(value, dict):
@@ -143,8 +144,8 @@ def read_json(path: Path, nan: bool = False) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes, nan: bool = False) -> Any:
-    """Any JSON value. Raises ValueError for what is no JSON, a key that comes twice, too deep nesting, and NaN unless
-    `nan`."""
+    """Parse any JSON value. Raises ValueError for what is no JSON, a key that comes twice, too deep nesting, and NaN
+    unless `nan`."""
     try:
         constant = None if nan else _no_constant
         return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=constant)
@@ -175,7 +176,7 @@ def read_tensors(path: Path, checksum: str) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def complete(file: Path) -> Iterator[None]:
-    """Around the use of what was read from `file`: a missing tensor, a wrong shape or value is one LowBitError."""
+    """Surround the use of what was read from `file`: a missing tensor, a wrong shape or value is one LowBitError."""
     try:
         yield
     except KeyError as error:

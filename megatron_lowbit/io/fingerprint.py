@@ -29,7 +29,7 @@ Fingerprint = dict[str, Any]
 def model_fingerprint(
     config: Any, weights: Mapping[str, Tensor], tp_group: dist.ProcessGroup | None = None
 ) -> Fingerprint:
-    """Shape fields of a Hugging Face config and a checksum of each of the blocks' linears.
+    """Return the shape fields of a Hugging Face config and a checksum of each of the blocks' linears.
 
     weights: {fqn of a tensor-parallel linear: its weight, whole or this rank's shard}. A checksum sums the bit
     patterns of a weight in bf16, so it does not depend on the number of shards, nor on the dtype (a float32
@@ -40,7 +40,7 @@ def model_fingerprint(
 
 
 def fingerprint_of(sums: Mapping[str, Tensor], config: Any, tp_group: dist.ProcessGroup | None = None) -> Fingerprint:
-    """model_fingerprint from the bit sums {fqn: int64 scalar} of this rank's weights."""
+    """Return the model_fingerprint from the bit sums {fqn: int64 scalar} of this rank's weights."""
     if not sums:
         raise LowBitError("the model has no tensor-parallel linears that megatron_lowbit knows")
     names = sorted(sums)
@@ -51,17 +51,17 @@ def fingerprint_of(sums: Mapping[str, Tensor], config: Any, tp_group: dist.Proce
 
 
 def fingerprint_fields(config: Any) -> dict[str, Any]:
-    """The shape fields of a Hugging Face config."""
+    """Return the shape fields of a Hugging Face config."""
     return {name: value for name in _FINGERPRINT_FIELDS if (value := getattr(config, name, None)) is not None}
 
 
 def bit_sum(weight: Tensor) -> Tensor:
-    """Sum of the bit patterns in bf16, an int64 scalar; the sums of a weight's shards add up to its own."""
+    """Return the sum of the bit patterns in bf16, an int64 scalar; the sums of a weight's shards add up to its own."""
     return row_bit_sums(weight).sum()
 
 
 def row_bit_sums(weight: Tensor) -> Tensor:
-    """bit_sum of every row of a weight [out, in]: int64 [out]."""
+    """Return the bit_sum of every row of a weight [out, in]: int64 [out]."""
     rounded = weight.to(torch.bfloat16)
     rounded = torch.where(rounded.abs() < 2.0**-14, 0, rounded)
     return rounded.contiguous().view(torch.int16).sum(-1, dtype=torch.int64)

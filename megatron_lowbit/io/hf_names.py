@@ -52,7 +52,7 @@ class ModelWeights:
         return self.stored.digest()
 
     def read(self, name: str, shape: torch.Size, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """The parameter `name`, or its slice start:stop along `dim`, in the dtype it is stored in."""
+        """Read the parameter `name`, or its slice start:stop along `dim`, in the dtype it is stored in."""
         if name not in self.origins:
             raise LowBitError(lacking(self.stored.folder, [name], self.unknown, self.model))
         origin = self.origins[name]
@@ -67,7 +67,7 @@ class ModelWeights:
         return tensor[tuple([slice(None)] * dim + [slice(start, stop)])]
 
     def check_dtypes(self, names: Iterable[str]) -> None:
-        """As HFWeights.check_dtypes, of parameters of the model."""
+        """Raise LowBitError where one of these parameters of the model is not stored in full precision."""
         self.stored.check_dtypes(
             source for name in names if name in self.origins for source in self.origins[name].names
         )
@@ -81,7 +81,7 @@ class ModelWeights:
         return unties(self.model, self.origins, value)
 
     def _convert(self, origin: _Origin) -> dict[str, Tensor]:
-        """{name: tensor} of all that is made of the same tensors; the last one is kept, for its other names."""
+        """Return {name: tensor} of all that is made of the same tensors; the last one is kept, for its other names."""
         if self._converted[0] is not origin:
             self._converted = (None, {})
             converter = copy.deepcopy(origin.converter)
@@ -115,7 +115,7 @@ def untie(hf_config: Any) -> None:
 
 
 def prefix_mapping(model: Any, stored: Collection[str]) -> dict[str, str]:
-    """transformers' key_mapping that removes what stands before all names of a wrapped model (`_orig_mod.`,
+    """Return transformers' key_mapping that removes what stands before all names of a wrapped model (`_orig_mod.`,
     `module.`, `language_model.`); empty where transformers finds the names without it."""
     tail = _name_of(model, model.get_input_embeddings().weight)
     if tail is None or tail in _origins(model, stored, {})[0]:
@@ -131,7 +131,8 @@ def prefix_mapping(model: Any, stored: Collection[str]) -> dict[str, str]:
 
 
 def lacking(folder: str | Path, missing: Collection[str], unknown: Collection[str], model: Any) -> str:
-    """What to say of a checkpoint without these parameters. unknown: what it holds, and the model has no place for."""
+    """Return what to say of a checkpoint without these parameters. unknown: what it holds, and the model has no place
+    for."""
     count = f"{len(missing)} weights, the first " if len(missing) > 1 else "the weight "
     what = f"{str(folder)!r} lacks {count}{min(missing)}"
     if unknown:
@@ -145,7 +146,7 @@ def _name_of(model: Any, parameter: Tensor) -> str | None:
 
 
 def _origins(model: Any, stored: Collection[str], key_mapping: dict[str, str]) -> tuple[dict[str, _Origin], list[str]]:
-    """({parameter or buffer of the model: what it is made of}, names in the files that nothing is made of).
+    """Return ({parameter or buffer of the model: what it is made of}, names in the files that nothing is made of).
 
     As transformers.core_model_loading.convert_and_load_state_dict_in_model does it.
     """

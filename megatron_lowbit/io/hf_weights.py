@@ -55,7 +55,7 @@ class HFWeights:
                 raise LowBitError(f"{str(folder)!r} lacks the shard {path.name}; download it again")
 
     def digest(self) -> str:
-        """Sixteen digits that change with the weights: of every file's size, and its first and last megabyte."""
+        """Return sixteen digits that change with the weights: of every file's size, and its first and last megabyte."""
         sha = hashlib.sha256()
         for path in sorted(set(self.files.values())):
             size = path.stat().st_size
@@ -66,7 +66,8 @@ class HFWeights:
         return sha.hexdigest()[:16]
 
     def read(self, name: str, shape: torch.Size, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """Tensor `name`, or its slice start:stop along `dim`, as it is stored. `shape` is what the model expects."""
+        """Read tensor `name`, or its slice start:stop along `dim`, as it is stored. `shape` is what the model
+        expects."""
         if name not in self.files:
             raise LowBitError(f"{str(self.folder)!r} lacks the weight {name}; download it again")
         try:
@@ -87,7 +88,7 @@ class HFWeights:
         return tensor
 
     def whole(self, name: str) -> Tensor:
-        """Tensor `name` as it is stored, of whatever shape."""
+        """Read tensor `name` as it is stored, of whatever shape."""
         try:
             with safe_open(self.files[name], "pt") as file:
                 tensor = file.get_tensor(name)

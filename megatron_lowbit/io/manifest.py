@@ -64,7 +64,7 @@ M = TypeVar("M", bound=Manifest)
 
 
 def checked(kind: type[M], meta: dict[str, Any]) -> M:
-    """`meta` as a manifest. Raises ValueError naming the first key that is missing or wrong."""
+    """Return `meta` as a manifest. Raises ValueError naming the first key that is missing or wrong."""
     try:
         return kind.model_validate(meta)
     except ValidationError as error:

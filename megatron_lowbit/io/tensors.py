@@ -41,7 +41,7 @@ def check_index(name: str, index: Tensor, size: int) -> None:
 
 
 def one_value(name: str, tensors: Mapping[str, Tensor]) -> int:
-    """The only value of the whole-number tensor `name`, as int. Raises ValueError for any other tensor."""
+    """Return the only value of the whole-number tensor `name`, as int. Raises ValueError for any other tensor."""
     tensor = tensors[name]
     if tensor.numel() != 1 or tensor.is_floating_point() or tensor.is_complex():
         raise ValueError(f"{name} is {_brief(tensor)}, not one whole number")
@@ -55,7 +55,7 @@ def refuse_unused(names: Iterable[str]) -> None:
 
 
 def short_repr(owner: Any) -> str:
-    """A dataclass in one line: of tensors dtype and shape, of long collections the number of entries."""
+    """Return a dataclass in one line: of tensors dtype and shape, of long collections the number of entries."""
     values = ", ".join(f"{field.name}={_brief(getattr(owner, field.name))}" for field in fields(owner))
     return f"{type(owner).__name__}({values})"
 

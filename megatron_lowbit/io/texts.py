@@ -143,7 +143,7 @@ def check_source(source: str, key: str) -> None:
 
 
 def _format(path: Path) -> str:
-    """The suffix that says what a file holds, without that of its compression."""
+    """Return the suffix that says what a file holds, without that of its compression."""
     suffixes = [suffix.lower().removeprefix(".") for suffix in path.suffixes]
     while suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
@@ -151,7 +151,7 @@ def _format(path: Path) -> str:
 
 
 def _rows(source: str, key: str) -> tuple[Iterable[dict[str, Any]], str, bool]:
-    """(rows, what they are read as, whether each stays apart)."""
+    """Return (rows, what they are read as, whether each stays apart)."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -185,7 +185,7 @@ def _rows(source: str, key: str) -> tuple[Iterable[dict[str, Any]], str, bool]:
 
 
 def _encoding(path: Path) -> str:
-    """UTF-8, or what the byte order mark at the start of the (unpacked) file says."""
+    """Return UTF-8, or what the byte order mark at the start of the (unpacked) file says."""
     import fsspec
 
     with path.open("rb") as file:
@@ -200,7 +200,8 @@ def _encoding(path: Path) -> str:
 def _peek(
     rows: Iterable[dict[str, Any]], text_column: str | None
 ) -> tuple[list[dict[str, Any]], Iterator[dict[str, Any]]]:
-    """(the first rows, all rows): HEAD of them, and as many more as every value of a wanted column is null in."""
+    """Return (the first rows, all rows): HEAD of them, and as many more as every value of a wanted column is null
+    in."""
     iterator, head = iter(rows), []
     for row in islice(iterator, _FURTHEST):
         head.append(row)
@@ -212,7 +213,7 @@ def _peek(
 def _documents(
     rows: Iterator[dict[str, Any]], column: Column, tokenizer: Any, most: int | None, characters: int
 ) -> tuple[list[str], list[str]]:
-    """(texts that are not blank, why rows were left out): `most` texts, or as many as hold enough characters."""
+    """Return (texts that are not blank, why rows were left out): `most` texts, or as many as hold enough characters."""
     texts: list[str] = []
     left_out: list[str] = []
     read = own = 0  # characters of all columns, and of this one: a row's other columns may be the longer ones
@@ -234,7 +235,7 @@ def _documents(
 
 
 def _reason(error: BaseException) -> str:
-    """One line of an error and, for bytes that are not UTF-8, what to do."""
+    """Return one line of an error and, for bytes that are not UTF-8, what to do."""
     causes: BaseException | None = error
     while causes is not None:
         if isinstance(causes, UnicodeDecodeError):

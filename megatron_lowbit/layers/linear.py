@@ -85,7 +85,7 @@ class QuantLinear(Float32QParams):
         self.register_buffer("lora_b", None if low_rank is None else low_rank.lora_b)
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """dtype: of the result; None: x's."""
+        """Compute y = x^ W^T + b and the branch's share. dtype: of the result; None: x's."""
         if self.reassembly is not None:
             x = self.reassembly(x)
         check_width(x, self.in_features)
@@ -186,7 +186,7 @@ class QuantRowParallelLinear(nn.Module):
 
 
 def activation_groups(in_features: int, shard_groups: int) -> int:
-    """`shard_groups`, halved until it divides the width: 8 -> 4 for 172 inputs, 1 for an odd width."""
+    """Return `shard_groups`, halved until it divides the width: 8 -> 4 for 172 inputs, 1 for an odd width."""
     while in_features % shard_groups:
         shard_groups //= 2
     return max(shard_groups, 1)
@@ -222,7 +222,7 @@ def check_fits(name: str, linear: nn.Module, replaced: nn.Module) -> None:
 
 
 def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
-    """A host's own parameter as it is, so that what trains it goes on; any other tensor frozen."""
+    """Return a host's own parameter as it is, so that what trains it goes on; any other tensor frozen."""
     if tensor is None or isinstance(tensor, nn.Parameter):
         return tensor
     return nn.Parameter(tensor.detach(), requires_grad=False)

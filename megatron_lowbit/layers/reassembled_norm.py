@@ -69,7 +69,7 @@ class ReassembledNorm(Float32QParams):
 
     @property
     def weight(self) -> Any:
-        """The gain as the norm held it: some blocks (Mamba's) ask for its dtype."""
+        """Return the gain as the norm held it: some blocks (Mamba's) ask for its dtype."""
         norm: Any = self.norm
         return norm.weight if self.gain is None else (self.gain - self.offset).to(self.dtype)
 
@@ -84,7 +84,8 @@ class ReassembledNorm(Float32QParams):
 
 
 def rms_gain(norm: nn.Module) -> tuple[Tensor, float] | None:
-    """(gain float32, eps) of an RMSNorm, whether it multiplies by its weight or by 1 + weight (Gemma); None for others.
+    """Return (gain float32, eps) of an RMSNorm, whether it multiplies by its weight or by 1 + weight (Gemma); None for
+    others.
 
     Told by what the module computes in float32 for rows whose mean is not zero, not by its name.
     """

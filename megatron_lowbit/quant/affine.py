@@ -33,7 +33,7 @@ class Scheme:
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
-        """`none` or `W<bits>A<bits>`, each 2 to 8 or 16. Raises LowBitError."""
+        """Parse `none` or `W<bits>A<bits>`, each 2 to 8 or 16. Raises LowBitError."""
         if name == "none":
             return cls(16, 16)
         weight, _, act = name.removeprefix("W").partition("A")
@@ -53,7 +53,8 @@ def check_bits(num_bits: int) -> None:
 def qparams_from_range(
     min_vals: Tensor, max_vals: Tensor, num_bits: int, symmetric: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(scale, zero_point), float32, shaped like `min_vals` and `max_vals`; codes are 0 .. 2^num_bits - 1 (eq. 2)."""
+    """Return (scale, zero_point), float32, shaped like `min_vals` and `max_vals`; codes are 0 .. 2^num_bits - 1 (eq.
+    2)."""
     check_bits(num_bits)
     low, high = min_vals.float(), max_vals.float()
     if symmetric:
@@ -73,13 +74,14 @@ def qparams_from_range(
 def choose_qparams(
     x: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Min-max (scale, zero_point) of x [..., features]: float32 [..., groups], groups = features / group_size or 1."""
+    """Return the min-max (scale, zero_point) of x [..., features]: float32 [..., groups], groups = features /
+    group_size or 1."""
     grouped = _grouped(x, group_size)
     return qparams_from_range(grouped.amin(-1), grouped.amax(-1), num_bits, symmetric)
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> Tensor:
-    """x [..., features], qparams [..., groups] -> codes uint8 [..., features]."""
+    """Quantize x [..., features], qparams [..., groups] -> codes uint8 [..., features]."""
     grouped = x.float().unflatten(-1, (scale.shape[-1], -1))
     codes = torch.round(grouped / scale.unsqueeze(-1)) + zero_point.unsqueeze(-1)
     return codes.clamp_(0, 2**num_bits - 1).to(torch.uint8).flatten(-2)
@@ -98,19 +100,19 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
-    """`quantized`, with the gradient going to x as it is."""
+    """Return `quantized`, with the gradient going to x as it is."""
     return _StraightThrough.apply(x, quantized)
 
 
 def fake_quantize(x: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None) -> Tensor:
-    """dequantize(quantize(x)) in x's dtype, with the straight-through gradient (identity)."""
+    """Return dequantize(quantize(x)) in x's dtype, with the straight-through gradient (identity)."""
     with torch.no_grad():
         scale, zero_point = choose_qparams(x, num_bits, symmetric, group_size)
     return fake_quantize_with(x, scale, zero_point, num_bits)
 
 
 def fake_quantize_with(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> Tensor:
-    """fake_quantize with given qparams [..., groups] of x [..., features]."""
+    """Quantize and dequantize x [..., features] with given qparams [..., groups]."""
     with torch.no_grad():
         grouped = x.detach().float().unflatten(-1, (scale.shape[-1], -1))
         scale, zero_point = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
@@ -163,15 +165,15 @@ class QuantizedWeight:
         return cls(pack_bits(codes, num_bits), scale, zero_point, num_bits, weight.shape[1])
 
     def codes(self) -> Tensor:
-        """uint8 [out_features, in_features]."""
+        """Unpack the codes: uint8 [out_features, in_features]."""
         return unpack_bits(self.packed_weight, self.num_bits, self.in_features)
 
     def dequantize(self) -> Tensor:
-        """float32 [out_features, in_features]."""
+        """Return the weight that the codes stand for: float32 [out_features, in_features]."""
         return dequantize(self.codes(), self.scale, self.zero_point)
 
     def shard_out(self, rank: int, size: int) -> QuantizedWeight:
-        """Rank `rank`'s share of the output channels (column-parallel)."""
+        """Return rank `rank`'s share of the output channels (column-parallel)."""
         rows = self.packed_weight.shape[0]
         if rows % size:
             raise LowBitError(f"{rows} output channels do not divide among {size} ranks; choose another tp")
@@ -181,7 +183,7 @@ class QuantizedWeight:
         return QuantizedWeight(packed, scale, zero, self.num_bits, self.in_features)
 
     def shard_in(self, rank: int, size: int) -> QuantizedWeight:
-        """Rank `rank`'s share of the input features (row-parallel).
+        """Return rank `rank`'s share of the input features (row-parallel).
 
         Unpacked, sliced and repacked, since a shard boundary may split a packed byte. One scale per output channel
         is the same on all ranks; group scales are sliced with their groups. Raises LowBitError where the

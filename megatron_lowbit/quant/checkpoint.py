@@ -79,7 +79,7 @@ _LOW_RANK = ("lora_a", "lora_b")
 
 
 def merge_parts(parts: Sequence[PartMeta]) -> PartMeta:
-    """The description of several parts as one."""
+    """Return the description of several parts as one."""
     merged: PartMeta = {"files": {}, "in_features": {}, "reassembly": {}, "low_rank": []}
     for part in parts:
         for key in ("files", "in_features", "reassembly"):
@@ -114,7 +114,7 @@ class LowBitCheckpoint:
 
     @classmethod
     def load(cls, folder: str | Path) -> LowBitCheckpoint:
-        """The tensors are mapped from their files: pages come into memory as they are used."""
+        """Read a checkpoint. The tensors are mapped from their files: pages come into memory as they are used."""
         stem = Path(folder) / "lowbit"
         keys = (
             "files",
@@ -182,16 +182,16 @@ class LowBitCheckpoint:
         refuse_unused(name for name in self.tensors if name.rpartition(".")[2] in leaves)
 
     def nbytes(self) -> int:
-        """Bytes of all tensors, packed."""
+        """Return the bytes of all tensors, packed."""
         return self.linear_bytes() + sum(t.nbytes for t in self.tensors.values())
 
     def linear_bytes(self) -> int:
-        """Bytes of the quantized linears: codes, scales, zero points, plans and branches."""
+        """Return the bytes of the quantized linears: codes, scales, zero points, plans and branches."""
         owners = ((self.linears, _WEIGHT), (self.reassembly, _PLAN), (self.low_rank, _LOW_RANK))
         return sum(getattr(v, leaf).nbytes for owner, names in owners for v in owner.values() for leaf in names)
 
     def ideal_bytes(self) -> float:
-        """bits * parameters / 8 of the quantized linears: what no format can be below."""
+        """Return bits * parameters / 8 of the quantized linears: what no format can be below."""
         bits = self.scheme.weight_bits
         return sum(w.packed_weight.shape[0] * w.in_features * bits / 8 for w in self.linears.values())
 
@@ -218,7 +218,7 @@ def write_checkpoint(
 
 
 def _beside(folder: Path) -> dict[str, str]:
-    """{name: checksum} of the folder's config, generation config and tokenizer."""
+    """Return {name: checksum} of the folder's config, generation config and tokenizer."""
     patterns = ("config.json", "generation_config.json", *TOKENIZER_FILES)
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
     return {file.name: sha256(file) for file in files}

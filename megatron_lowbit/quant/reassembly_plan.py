@@ -63,16 +63,17 @@ class ReassemblyPlan:
         return len(self.src_idx) == self.in_features == self.width and bool((self.coefficient == 1).all())
 
     def activations(self, x: Tensor) -> Tensor:
-        """x S: [..., in_features] -> [..., width], in x's dtype."""
+        """Return x S: [..., in_features] -> [..., width], in x's dtype."""
         return reassemble(x, self.src_idx, self.dst_idx, self.coefficient, self.width)
 
     def weights(self, weight: Tensor) -> Tensor:
-        """R W on the input side of a weight [out, in_features]: -> [out, width]."""
+        """Return R W on the input side of a weight [out, in_features]: -> [out, width]."""
         merged = weight.index_select(1, self.src_idx[: self.width])
         return merged.index_add(1, self.dst_idx[self.width :], weight.index_select(1, self.src_idx[self.width :]))
 
     def fold(self, gain: Tensor) -> ReassemblyPlan:
-        """The plan that also multiplies by the gain [in_features] of the norm before it: coefficient * gain[src].
+        """Return the plan that also multiplies by the gain [in_features] of the norm before it: coefficient *
+        gain[src].
 
         x = gain * n  =>  x S = n (diag(gain) S), so the norm and the reassembly are one gather (QLLM, appendix B).
         """
@@ -84,7 +85,8 @@ class ReassemblyPlan:
         return ReassemblyPlan(src_idx, dst_idx, coefficient, self.in_features, self.width)
 
     def shard(self, rank: int, size: int) -> ReassemblyPlan:
-        """Rank `rank`'s part of a plan that was made within shard groups: no entry crosses the rank's boundary."""
+        """Return rank `rank`'s part of a plan that was made within shard groups: no entry crosses the rank's
+        boundary."""
         inputs, width = self.in_features // size, self.width // size
         mine = (self.dst_idx >= rank * width) & (self.dst_idx < (rank + 1) * width)
         src, dst = self.src_idx[mine] - rank * inputs, self.dst_idx[mine] - rank * width
@@ -97,8 +99,8 @@ class ReassemblyPlan:
         return ReassemblyPlan(src, dst, self.coefficient[mine], inputs, width)
 
     def dense(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(src int64 [width], coefficient float32 [width], merged_into int64 [in_features]): a form whose shape does
-        not depend on what is merged, and whose slices are those of the channels.
+        """Return (src int64 [width], coefficient float32 [width], merged_into int64 [in_features]): a form whose shape
+        does not depend on what is merged, and whose slices are those of the channels.
 
         The first two are the entries 0 .. width-1; merged_into[i] is the channel of x' that channel i is added to by
         one of the others, or -1. (A channel is merged once, and its coefficient is that of the group.)
@@ -109,7 +111,7 @@ class ReassemblyPlan:
 
     @classmethod
     def from_dense(cls, src: Tensor, coefficient: Tensor, merged_into: Tensor) -> ReassemblyPlan:
-        """The inverse of dense; the merged channels are added in their order."""
+        """Build the plan from what `dense` returns; the merged channels are added in their order."""
         source = (merged_into >= 0).nonzero().squeeze(1)
         target = merged_into[source]
         dst = torch.arange(len(src), device=src.device)
@@ -123,7 +125,7 @@ class ReassemblyPlan:
 
     @staticmethod
     def join(parts: Sequence[ReassemblyPlan]) -> ReassemblyPlan:
-        """One plan of the plans of neighbouring slices, in order."""
+        """Return one plan of the plans of neighbouring slices, in order."""
         src, dst, inputs, width = [], [], 0, 0
         for part in parts:
             src.append(part.src_idx + inputs)

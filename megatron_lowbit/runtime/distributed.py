@@ -38,7 +38,7 @@ def world_size(group: dist.ProcessGroup | None) -> int:
 
 
 def make_groups(tp: int, dp: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """(tp_group, dp_group) of this rank; tensor-parallel ranks are neighbours. None for a size of 1."""
+    """Return (tp_group, dp_group) of this rank; tensor-parallel ranks are neighbours. None for a size of 1."""
     tp_group = dp_group = None
     for first in range(0, tp * dp, tp):
         ranks = list(range(first, first + tp))
@@ -52,7 +52,7 @@ def make_groups(tp: int, dp: int) -> tuple[dist.ProcessGroup | None, dist.Proces
 
 
 def device() -> torch.device:
-    """This rank's device: its GPU where there is one."""
+    """Return this rank's device: its GPU where there is one."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
@@ -122,7 +122,7 @@ def _shared(message: str) -> LowBitError:
 
 
 def all_gather_values(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """The value of every rank, one of those that messages.py takes, in rank order."""
+    """Return the value of every rank, one of those that messages.py takes, in rank order."""
     if group is None:
         return [value]
     mine = encode(value).to(_device_of(group))
@@ -134,7 +134,8 @@ def all_gather_values(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
 
 
 def gather_values(value: Any, group: dist.ProcessGroup) -> list[Any] | None:
-    """As all_gather_values, for large values: only the first rank of the group has them, the others get None."""
+    """Gather large values, of those that messages.py takes: the first rank of the group has all, the others get
+    None."""
     mine, first = encode(value).to(_device_of(group)), dist.get_global_rank(group, 0)
     lengths = all_gather_stack(mine.new_tensor([len(mine)], dtype=torch.int64), group).flatten().tolist()
     if dist.get_rank(group):
@@ -149,7 +150,7 @@ def gather_values(value: Any, group: dist.ProcessGroup) -> list[Any] | None:
 
 
 def _broadcast(value: Any) -> Any:
-    """Rank 0's value, on all ranks of the world."""
+    """Return rank 0's value, on all ranks of the world."""
     mine = encode(value if dist.get_rank() == 0 else None).to(_device_of(dist.group.WORLD))
     length = mine.new_tensor([len(mine)], dtype=torch.int64)
     dist.broadcast(length, 0)
@@ -159,7 +160,7 @@ def _broadcast(value: Any) -> Any:
 
 
 def _device_of(group: dist.ProcessGroup | None) -> torch.device:
-    """Where the group's backend takes tensors from."""
+    """Return where the group's backend takes tensors from."""
     return torch.device("cpu") if dist.get_backend(group) == "gloo" else device()
 
 
@@ -181,7 +182,7 @@ class PreemptionCheck:
             self._group = dist.new_group(backend="gloo")
 
     def step(self) -> int:
-        """GO, SAVE or STOP, the same on all ranks."""
+        """Return GO, SAVE or STOP, the same on all ranks."""
         request = self._request()
         if not dist.is_initialized() or dist.get_world_size() == 1:
             answer = request
@@ -207,7 +208,7 @@ class PreemptionCheck:
             raise Preempted(message)
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, with a check before each."""
+        """Yield the items, with a check before each."""
         for item in items:
             self.check()
             yield item
@@ -226,7 +227,8 @@ class PreemptionCheck:
 
 
 def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> tuple[dist.Work, Tensor]:
-    """x [...], the same shape on every rank -> [ranks, ...] in rank order once the work is waited for."""
+    """Start gathering x [...], the same shape on every rank -> [ranks, ...] in rank order once the work is waited
+    for."""
     size = dist.get_world_size(group)
     gathered = x.new_empty(size * x.numel())  # flat, because gloo wants the input's number of dimensions
     all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the new name from torch 2.13 on
@@ -235,7 +237,7 @@ def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> tuple[dist.Work, Te
 
 
 def all_gather_stack(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """x [...], the same shape on every rank -> [ranks, ...] in rank order."""
+    """Gather x [...], the same shape on every rank -> [ranks, ...] in rank order."""
     if group is None:
         return x.unsqueeze(0)
     work, gathered = start_all_gather(x, group)

@@ -36,7 +36,7 @@ class FolderLock:
         self._done = threading.Event()
 
     def take(self) -> None:
-        """Raises LowBitError that names the job which owns the folder."""
+        """Take the folder. Raises LowBitError that names the job which owns the folder."""
         for _ in range(100):
             if self._link(self.path):
                 self._held = True
@@ -119,7 +119,7 @@ class FolderLock:
             remove_dead(folders, self.path.stat().st_mtime)
 
     def _age(self, path: Path | None = None) -> float:
-        """Seconds since the lock (or `path`) was refreshed, by the clock of its file system."""
+        """Return the seconds since the lock (or `path`) was refreshed, by the clock of its file system."""
         probe = beside(self.path)
         try:
             probe.touch()
@@ -143,7 +143,7 @@ def _myself() -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Who a lock names: an empty dict where that cannot be read, None where there is no lock."""
+    """Return who a lock names: an empty dict where that cannot be read, None where there is no lock."""
     try:
         found = parse_json(path.read_bytes()[:65536])
     except FileNotFoundError:
@@ -157,7 +157,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _dead(found: dict[str, Any], me: dict[str, Any], age: float) -> bool:
-    """Whether the owner is known to be gone. One that cannot be read is taken for another host's."""
+    """Return whether the owner is known to be gone. One that cannot be read is taken for another host's."""
     if found.get("where") == me["where"] and "pid" in found:
         start = start_of(found["pid"])
         return found["pid"] == me["pid"] or start is None or start != found.get("start")

@@ -42,7 +42,7 @@ class Launch:
 
 
 def launched() -> bool:
-    """Whether a launcher started this process as one of several ranks (or as the only one)."""
+    """Return whether a launcher started this process as one of several ranks (or as the only one)."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -68,13 +68,13 @@ def adopt(environ: MutableMapping[str, str] | None = None) -> Launch | None:
 
 
 def without_launch(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables for a process that is to stand alone."""
+    """Return the variables for a process that is to stand alone."""
     ours = (*NAMES, "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID", "TORCHELASTIC_USE_AGENT_STORE")
     return {name: value for name, value in environ.items() if name not in ours}
 
 
 def find_launch(environ: Mapping[str, str]) -> Launch | None:
-    """As adopt, without changing anything."""
+    """Find the launch that the variables describe, and change nothing; None for a process that stands alone."""
     if environ.get("RANK"):
         return _checked("torchrun", environ, environ, *NAMES[:3])
     for launcher, names in {
@@ -100,7 +100,7 @@ def _is_step(environ: Mapping[str, str]) -> bool:
 
 
 def _one_of_several(launcher: str, environ: Mapping[str, str], *names: str) -> Launch | None:
-    """None for the only process of its launcher."""
+    """Return the launch; None for the only process of its launcher."""
     size = _number(launcher, environ, names[1])
     given = environ.get("WORLD_SIZE")
     if given and given != str(size):
@@ -140,7 +140,7 @@ def _number(launcher: str, environ: Mapping[str, str], name: str) -> int:
 
 
 def _first_host(launcher: str, environ: Mapping[str, str], size: int) -> str:
-    """An address of rank 0's host that all ranks can reach."""
+    """Return an address of rank 0's host that all ranks can reach."""
     local = {"mpirun": "OMPI_COMM_WORLD_LOCAL_SIZE", "mpiexec": "MPI_LOCALNRANKS"}.get(launcher)
     if (local and environ.get(local) == str(size)) or (
         launcher == "srun" and (environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_NNODES")) == "1"
@@ -156,13 +156,13 @@ def _first_host(launcher: str, environ: Mapping[str, str], size: int) -> str:
 
 
 def first_of(hosts: str) -> str:
-    """The first name of a Slurm host list: rack[1-2]n[03-05,7],x -> rack1n03."""
+    """Return the first name of a Slurm host list: rack[1-2]n[03-05,7],x -> rack1n03."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", hosts)
     return re.sub(r"\[([^-,\]]*)[^\]]*\]", r"\1", first[0] if first else hosts)
 
 
 def _address(node: str) -> str:
-    """A node's name, or where that does not resolve the address that Slurm has for it."""
+    """Return a node's name, or where that does not resolve the address that Slurm has for it."""
     try:
         socket.getaddrinfo(node, None)
         return node
@@ -180,7 +180,7 @@ def _address(node: str) -> str:
 
 
 def _port(environ: Mapping[str, str]) -> int:
-    """The same on all ranks of a step, and another for other jobs and steps."""
+    """Return a port that is the same on all ranks of a step, and another for other jobs and steps."""
     job = environ.get("SLURM_JOB_ID") or environ.get("SLURM_JOBID")
     if job and job.isdigit() and _is_step(environ):
         step = environ.get("SLURM_STEP_ID") or environ.get("SLURM_STEPID") or "0"

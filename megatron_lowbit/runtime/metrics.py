@@ -78,11 +78,12 @@ class MetricLogger:
             self._run = WandbRun(wandb, Path(output_dir), self.run_id, stage, everything, records)
 
     def log(self, **values: float | int | str) -> None:
-        """One record: the step counts up by itself."""
+        """Write one record: the step counts up by itself."""
         self._record(values)
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]], plot: tuple[str, ...] = ()) -> None:
-        """A table, of layers for example: one record. plot: (x, y) of a bar chart in W&B, (x, y, line) of lines."""
+        """Write a table, of layers for example: one record. plot: (x, y) of a bar chart in W&B, (x, y, line) of
+        lines."""
         name = "/".join([*map(str, self.labels.values()), name])
         values: dict[str, Any] = {"table": name, "columns": columns, "rows": rows}
         self._record({**values, "plot": plot} if plot else values)
@@ -141,7 +142,7 @@ class MetricLogger:
 
 
 def _about(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What a record is about and which figures it holds: the same when a killed run does something again."""
+    """Return what a record is about and which figures it holds: the same when a killed run does something again."""
     figures = record.keys() - {"stage", "run", "step", "time", "plot"}
     return (*sorted(figures), *((label, str(record.get(label))) for label in _LABELS))
 
@@ -151,7 +152,8 @@ def _digest(settings: dict[str, Any]) -> str:
 
 
 def _continued(path: Path, stage: str, settings: str) -> tuple[str, list[dict[str, Any]]]:
-    """(id, records with a step so far) of the stage's last run if that has not finished and had these settings."""
+    """Return (id, records with a step so far) of the stage's last run if that has not finished and had these
+    settings."""
     mine = [record for record in read_metrics(path) if record.get("stage") == stage]
     starts = [record for record in mine if record.get("event") == "start"]
     if starts and starts[-1].get("settings") == settings:
@@ -162,7 +164,7 @@ def _continued(path: Path, stage: str, settings: str) -> tuple[str, list[dict[st
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, without lines that a kill or a full disk has cut short."""
+    """Return the records of a metrics.jsonl, without lines that a kill or a full disk has cut short."""
     records = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):
@@ -200,14 +202,14 @@ def progress(items: Iterable[T], total: int, description: str, rank: int = 0) ->
 
 
 def peak_memory() -> int:
-    """The most bytes this process has held so far: on its GPU where there is one, else in main memory."""
+    """Return the most bytes this process has held so far: on its GPU where there is one, else in main memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit and machine, for every JSON result."""
+    """Return versions, commit and machine, for every JSON result."""
     versions = {"python": platform.python_version()}
     for package in ("megatron-lowbit", "torch", "transformers", "deepspeed", "megatron-core", "datasets", "wandb"):
         try:
@@ -231,7 +233,7 @@ def environment() -> dict[str, Any]:
 
 
 def job() -> dict[str, Any]:
-    """Where this process runs, and who started it."""
+    """Return where this process runs, and who started it."""
     slurm = {key.lower(): os.environ[key] for key in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT") if key in os.environ}
     if "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = "torchrun"

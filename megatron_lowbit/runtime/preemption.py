@@ -39,7 +39,7 @@ class Preempted(Exception):
 
 
 def asked() -> bool:
-    """Whether this process has been told to stop."""
+    """Return whether this process has been told to stop."""
     return bool(received)
 
 
@@ -75,8 +75,8 @@ def restore(before: dict[signal.Signals, Any]) -> None:
 
 
 def _ignore() -> None:
-    """Python puts the default handlers back as it ends: a rank that left because another had been told to would then be
-    killed by its own signal, a moment late, and the exit code 99 be lost."""
+    """Ignore the signals from now on. Python puts the default handlers back as it ends: a rank that left because
+    another had been told to would then be killed by its own signal, a moment late, and the exit code 99 be lost."""
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)

@@ -222,7 +222,7 @@ def _store(rank: int, size: int, deadline: float) -> dist.Store:
 
 
 def _bound(address: str, port: int) -> int:
-    """A listening socket of this address alone, which the store takes over; by itself it would listen on all."""
+    """Return a listening socket of this address alone, which the store takes over; by itself it would listen on all."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -249,7 +249,7 @@ def _until_reachable(host: str, port: int, deadline: float) -> None:
 
 
 def _leave(store: dist.Store, rank: int, everyone: list[str]) -> None:
-    """Rank 0, with whom the store goes, waits a moment for those that have yet to read it."""
+    """Wait a moment on rank 0, with whom the store goes, for those that have yet to read it."""
     store.set(f"left/{rank}", "")
     patience = time.monotonic() + 5
     while rank == 0 and time.monotonic() < patience:

@@ -59,14 +59,15 @@ class WandbRun:
         self._thread.start()
 
     def log(self, record: dict[str, Any]) -> None:
-        """A record of metrics.jsonl: figures, or a table."""
+        """Log a record of metrics.jsonl: figures, or a table."""
         self._queue.put(partial(self._log, record))
 
     def summary(self, **values: Any) -> None:
         self._queue.put(lambda: self._run.summary.update(values))
 
     def artifact(self, name: str, kind: str, files: Sequence[Path], metadata: dict[str, Any]) -> None:
-        """References to files, which stay where they are. Only JSON is read for its checksum; it holds the others'."""
+        """Log references to files, which stay where they are. Only JSON is read for its checksum; it holds the
+        others'."""
         self._queue.put(partial(self._artifact, name, kind, [file.absolute() for file in files], metadata))
 
     def close(self, exit_code: int) -> None:
@@ -93,7 +94,7 @@ class WandbRun:
 
     @contextlib.contextmanager
     def _guarded(self, what: str) -> Iterator[None]:
-        """Whatever wandb raises is told once."""
+        """Surround calls into wandb: whatever they raise is reported once."""
         try:
             yield
         except Exception as error:
@@ -142,7 +143,8 @@ class WandbRun:
         )
 
     def _last_step(self) -> int:
-        """The newest step that the run's files of other processes hold or, online, that the server has; else -1."""
+        """Return the newest step that the run's files of other processes hold or, online, that the server has; else
+        -1."""
         pattern = "offline-run-*" if self.mode == "online" else "*run-*"
         own = Path(self._run.settings.sync_file).absolute()
         files = self.folder.glob(f"wandb/{pattern}-{self.run_id}/run-{self.run_id}.wandb")
@@ -190,7 +192,7 @@ class WandbRun:
 
 
 def _plot(plot: Any, table: Any, record: dict[str, Any]) -> Any:
-    """W&B's own chart of a table: lines over epochs, one per group, or a bar per layer."""
+    """Return W&B's own chart of a table: lines over epochs, one per group, or a bar per layer."""
     x, y, *stroke = record["plot"]
     if stroke:
         return plot.line(table, x, y, stroke=stroke[0], title=f"{record['table']}: {y}")
@@ -214,7 +216,8 @@ def _say(what: str) -> None:
 
 
 def last_step(file: Path) -> int:
-    """The largest `step` in the history of a .wandb file, which may end in the middle of a record; -1 for none."""
+    """Return the largest `step` in the history of a .wandb file, which may end in the middle of a record; -1 for
+    none."""
     from wandb.proto import wandb_internal_pb2 as protobuf
 
     last = -1
@@ -228,7 +231,7 @@ def last_step(file: Path) -> int:
 
 
 def _payloads(data: bytes) -> Iterator[bytes]:
-    """Records of a log, as far as they are whole: fragments `crc, length, kind` in blocks of 32 KiB."""
+    """Yield the records of a log, as far as they are whole: fragments `crc, length, kind` in blocks of 32 KiB."""
     position, payload = _HEADER, b""
     while position + _FRAGMENT.size <= len(data):
         room = _BLOCK - position % _BLOCK

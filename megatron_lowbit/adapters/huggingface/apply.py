@@ -29,12 +29,13 @@ Kind = Literal["column", "row"]
 
 
 def model_config(model: Any) -> Any:
-    """The text model's config."""
+    """Return the text model's config."""
     return getattr(model.config, "text_config", None) or model.config
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """(fqn, list) of the decoder blocks. Raises LowBitError where there is none of num_hidden_layers equal blocks."""
+    """Return (fqn, list) of the decoder blocks. Raises LowBitError where there is none of num_hidden_layers equal
+    blocks."""
     depth = getattr(model_config(model), "num_hidden_layers", None)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
@@ -45,7 +46,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def find_linears(model: nn.Module) -> dict[str, tuple[Kind, nn.Linear]]:
-    """{fqn: (kind, linear)} of the tensor-parallel linears in all blocks, in order."""
+    """Return {fqn: (kind, linear)} of the tensor-parallel linears in all blocks, in order."""
     if hasattr(getattr(model, "base_model", None), "_rescale_layers"):  # RWKV
         raise LowBitError(f"{type(model).__name__} rescales its own weights while it runs; not a supported model")
     hidden, columns = model_config(model).hidden_size, _columns(model)
@@ -75,7 +76,7 @@ def find_linears(model: nn.Module) -> dict[str, tuple[Kind, nn.Linear]]:
 
 
 def _columns(model: nn.Module) -> re.Pattern[str]:
-    """Matches the fqns of linears that transformers' own plan for the family cuts along the outputs."""
+    """Return the pattern of the fqns of linears that transformers' own plan for the family cuts along the outputs."""
     plan = getattr(model_config(model), "base_model_tp_plan", None) or {}
     names = [re.escape(name).replace(r"\*", r"\d+") for name, how in plan.items() if how == "colwise"]
     return re.compile("|".join(rf"(^|\.){name}$" for name in names) or r"(?!)")
@@ -100,7 +101,8 @@ class InputGroup:
 def input_groups(
     block: nn.Module, linears: Mapping[str, tuple[Kind, nn.Module]], tokens: int | None = None
 ) -> Iterator[list[InputGroup]]:
-    """Within the context run the block once; afterwards the list holds its InputGroups, in the order they ran.
+    """Record a block that is run once within the context; afterwards the list holds its InputGroups, in the order they
+    ran.
 
     linears: {fqn within the block: (kind, module)}. Who reads what is seen by object identity of tensors, on any
     device. tokens: of the run; a linear that reads another number of them (a routed expert) is in no group.
@@ -134,7 +136,7 @@ def row_parallel_sites(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def first_readers(linears: Mapping[str, tuple[Kind, Any]]) -> dict[str, Any]:
-    """{fqn: linear} of the first column-parallel linear of every owner (attention, MLP): they read the same."""
+    """Return {fqn: linear} of the first column-parallel linear of every owner (attention, MLP): they read the same."""
     first: dict[str, tuple[str, Any]] = {}
     for name, (kind, linear) in linears.items():
         if kind == "column":
@@ -143,7 +145,8 @@ def first_readers(linears: Mapping[str, tuple[Kind, Any]]) -> dict[str, Any]:
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """Of a whole model. One that was rebuilt from a LowBitCheckpoint keeps the fingerprint of its original."""
+    """Return the fingerprint of a whole model. One that was rebuilt from a LowBitCheckpoint keeps the fingerprint of
+    its original."""
     known = getattr(model, "_lowbit_fingerprint", None)
     if known is not None:
         return known

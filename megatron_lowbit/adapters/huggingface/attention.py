@@ -76,7 +76,8 @@ def takes_part(module: nn.Module) -> bool:
 
 
 def possible_bits(model: nn.Module, linears: Iterable[str], act_bits: int) -> int:
-    """The bits that Q, K and V of a model get where act_bits are wanted: 16 where all attention is code of its own.
+    """Return the bits that Q, K and V of a model get where act_bits are wanted: 16 where all attention is code of its
+    own.
 
     linears: fqns of those that are quantized. Logs a warning that names the blocks whose attention stays as it is.
     """
@@ -108,7 +109,7 @@ def set_bits(modules: Iterable[nn.Module], act_bits: int) -> None:
 
 
 def plain_name(implementation: str | None) -> str:
-    """The attention function's own name, of a name that `enable` may have changed."""
+    """Return the attention function's own name, of a name that `enable` may have changed."""
     return (implementation or "eager").removeprefix(_PREFIX)
 
 
@@ -128,7 +129,7 @@ def disable(config: Any) -> None:
 
 
 def register(implementation: str) -> None:
-    """Tell transformers the quantizing twin of one of its attention functions."""
+    """Tell transformers the quantizing counterpart of one of its attention functions."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -147,7 +148,7 @@ def _attention(
     attention_mask: Any = None,
     **options: Any,
 ):
-    """The attention function `implementation` on quantized query, key, value [batch, heads, tokens, head_dim]."""
+    """Run the attention function `implementation` on quantized query, key, value [batch, heads, tokens, head_dim]."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     act_bits = getattr(module, _BITS, 16)
@@ -161,7 +162,7 @@ def _attention(
 
 
 def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before an attention module runs: quantize whatever attention function has been chosen since the last run
+    """Prepare a run of an attention module: quantize whatever attention function has been chosen since the last run
     (model.set_attn_implementation), and have K and V packed in a cache layer that is still empty."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -182,7 +183,8 @@ def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 
 def packed_layer_class() -> type:
-    """PackedLayer: DynamicLayer of uint8 rows [batch, heads, tokens, packed codes | scale | zero point].
+    """Return the class PackedLayer: a DynamicLayer of uint8 rows [batch, heads, tokens, packed codes | scale | zero
+    point].
 
     Whatever transformers does to a DynamicLayer along its first three dimensions (crop, reorder, repeat) it can do to
     this one. The class is made on first use, because `import megatron_lowbit` must not import transformers.
@@ -226,7 +228,7 @@ _packed_layer: type | None = None
 
 
 def _encode(x: Tensor, num_bits: int) -> Tensor:
-    """x [..., d] -> uint8 [..., packed codes | scale | zero point], one pair per row."""
+    """Quantize and pack x [..., d] -> uint8 [..., packed codes | scale | zero point], one pair per row."""
     if x.shape[-2] == 0:
         return x.new_empty((*x.shape[:-1], packed_bytes(x.shape[-1], num_bits) + _QPARAM_BYTES), dtype=torch.uint8)
     scale, zero_point = choose_qparams(x, num_bits)
@@ -235,7 +237,7 @@ def _encode(x: Tensor, num_bits: int) -> Tensor:
 
 
 def _decode(rows: Tensor, num_bits: int, width: int) -> Tensor:
-    """The inverse: float32 [..., width]."""
+    """Undo `_encode`: float32 [..., width]."""
     packed = rows[..., :-_QPARAM_BYTES]
     qparams = rows[..., -_QPARAM_BYTES:].clone(memory_format=torch.contiguous_format)  # floats lie at multiples of four
     scale, zero_point = qparams.view(torch.float32).split(1, dim=-1)

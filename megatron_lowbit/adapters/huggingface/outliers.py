@@ -35,7 +35,7 @@ def outlier_scales(
     seed: int,
     block: int,
 ) -> Scales:
-    """The factors of every linear and norm of one block.
+    """Return the factors of every linear and norm of one block.
 
     groups: the block's; shape(fqn): (out, in) of a linear; config: the text model's. A norm has its factors under
     outputs. Raises LowBitError where a block has no such place.
@@ -92,7 +92,7 @@ def scale_norm(norm: nn.Module, factors: Tensor) -> None:
 
 @torch.no_grad()
 def inject_outliers(model: Any, factor: float, at: Sequence[str], seed: int) -> None:
-    """Into a loaded, unsharded Hugging Face model, in place."""
+    """Scale the linears and norms of a loaded, unsharded Hugging Face model in place, so that it has outliers."""
     prefix, blocks = huggingface.decoder_blocks(model)
     linears = huggingface.find_linears(model)
     for index, block in enumerate(blocks):
@@ -116,7 +116,7 @@ def inject_outliers(model: Any, factor: float, at: Sequence[str], seed: int) -> 
 
 
 def scale_linear(weight: Tensor, outputs: Tensor | None, inputs: Tensor | None) -> None:
-    """weight [out, in] times outputs [out] and inputs [in], in place."""
+    """Multiply weight [out, in] by outputs [out] and inputs [in], in place."""
     if outputs is not None:
         weight.mul_(outputs.to(weight)[:, None])
     if inputs is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def _no_parameters() -> Iterator[None]:
-    """Parameters made inside go to the meta device at once; buffers (rotary frequencies) stay real."""
+    """Put parameters that are made inside on the meta device at once; buffers (rotary frequencies) stay real."""
     register = nn.Module.register_parameter
 
     def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -28,7 +28,7 @@ def _no_parameters() -> Iterator[None]:
 
 
 def skeleton(hf_config: Any, dtype: torch.dtype) -> Any:
-    """The model without weights, for inference."""
+    """Build the model without weights, for inference."""
     from transformers import AutoModelForCausalLM
 
     with _no_parameters():
@@ -36,6 +36,6 @@ def skeleton(hf_config: Any, dtype: torch.dtype) -> Any:
 
 
 def stored_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """[(name, buffer)] of those that a checkpoint holds, such as a router's correction of its scores."""
+    """Return [(name, buffer)] of those that a checkpoint holds, such as a router's correction of its scores."""
     stored = module.state_dict(keep_vars=True)
     return [(name, buffer) for name, buffer in module.named_buffers() if name in stored]

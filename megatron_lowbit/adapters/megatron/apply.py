@@ -52,7 +52,8 @@ def core_version() -> str:
 
 
 def fingerprint(model: Any, names: Iterable[str]) -> Fingerprint:
-    """Of a GPTModel: shapes from its config, checksums of the linears of this pipeline stage under Hugging Face names.
+    """Return the fingerprint of a GPTModel: shapes from its config, checksums of the linears of this pipeline stage
+    under Hugging Face names.
 
     names: of the linears of the artifact it is compared with, or of the Hugging Face model. A collective call over the
     tensor-parallel ranks.

@@ -25,7 +25,7 @@ from megatron_lowbit.quant.affine import fake_quantize
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
-    """softmax(scale q k^T) v of the last tokens of each sequence.
+    """Return softmax(scale q k^T) v of the last tokens of each sequence.
 
     query: [tokens, batch, heads, d]; key, value: [length, batch, groups, d]; -> [tokens, batch, heads, d].
     """
@@ -99,7 +99,7 @@ class Quantized:
 
 
 def _quantize_inputs(act_bits: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Before core_attention(query, key, value, ...)."""
+    """Quantize the inputs of core_attention(query, key, value, ...) before it runs."""
     return (*(fake_quantize(t, act_bits) for t in args[:3]), *args[3:])
 
 
@@ -118,14 +118,14 @@ class _QuantizedAppend:
 
 
 def _adjust_key_value(attention: Any, act_bits: int, inference_context: Any, *args: Any, **kwargs: Any) -> Any:
-    """Megatron's own method, with K and V quantized on their way into a paged cache."""
+    """Run Megatron's own method, with K and V quantized on their way into a paged cache."""
     if inference_context is not None and not inference_context.is_static_batching():
         inference_context = _QuantizedAppend(inference_context, act_bits)
     return type(attention)._adjust_key_value_for_inference(attention, inference_context, *args, **kwargs)
 
 
 def _flash_decode_and_prefill(attention: Any, act_bits: int, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Megatron's own method, on a quantized query; K and V come quantized from the cache."""
+    """Run Megatron's own method, on a quantized query; K and V come quantized from the cache."""
     return type(attention).flash_decode_and_prefill(attention, fake_quantize(query, act_bits), *args, **kwargs)
 
 

@@ -117,7 +117,7 @@ def _load(model: Any, folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _unchanged_on_error(chunks: list[Any]) -> Iterator[None]:
-    """Whatever replaces layers inside is undone where it does not come to its end, and what it replaced is back."""
+    """Restore the layers that were replaced within the context, where that does not come to its end."""
     before = [patching.replacing_modules(chunk) for chunk in chunks]
     try:
         yield
@@ -139,7 +139,8 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def _alike(model: Any) -> bool:
-    """Whether all layers of the model have tensors of the same names and shapes, so that Megatron can stack them."""
+    """Return whether all layers of the model have tensors of the same names and shapes, so that Megatron can stack
+    them."""
     seen: set[str] = set()
     for chunk in megatron.model_chunks(model):
         for layer in chunk.decoder.layers:
@@ -150,7 +151,7 @@ def _alike(model: Any) -> bool:
 
 
 def _sharded(model: Any, by_layer: bool) -> dict[str, Any]:
-    """by_layer: keys hold the layer's number, for layers that differ."""
+    """Return the sharded state dict of all chunks. by_layer: keys hold the layer's number, for layers that differ."""
     chunks = megatron.model_chunks(model)
     metadata: dict[str, Any] = {"non_homogeneous_layers": by_layer}
     if hasattr(chunks[0].pg_collection, "dp_cp"):
@@ -183,7 +184,7 @@ def shape_like(model: Any, folder: str | Path) -> Any:
 
 
 def _described(folder: str | Path, keys: list[str], shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """The `lowbit` tensors, whole: they say what the rest looks like."""
+    """Load the `lowbit` tensors, whole: they say what the rest looks like."""
     wanted = {
         key: ShardedTensor.from_rank_offsets(
             key, torch.zeros(shapes[key], dtype=torch.int64), replica_id=dist.get_rank()
@@ -205,7 +206,7 @@ class _Stored:
         return (stacked, True) if stacked in self.shapes else (single, False) if single in self.shapes else None
 
     def shape(self, path: str, leaf: str) -> tuple[int, ...] | None:
-        """Of the whole tensor of this layer; None where there is none."""
+        """Return the shape of the whole tensor of this layer; None where there is none."""
         found = self._find(path, leaf)
         return None if found is None else self.shapes[found[0]][1:] if found[1] else self.shapes[found[0]]
 
@@ -217,7 +218,7 @@ class _Stored:
         return Shape(*(rows[self.layer] if found[1] else rows).tolist())
 
     def empty_reassembly(self, path: str, ranks: int = 1, prefix: str = "") -> ReassemblyPlan | None:
-        """A plan of the stored shapes to load into, one rank's of `ranks`; None where none is stored."""
+        """Return a plan of the stored shapes to load into, one rank's of `ranks`; None where none is stored."""
         src, merged = (self.shape(path, f"{prefix}reassembly.{leaf}") for leaf in ("src", "merged_into"))
         if src is None or merged is None:
             return None
@@ -238,7 +239,7 @@ class _Stored:
 def _empty_modules(
     model: Any, shapes: dict[str, tuple[int, ...]], described: dict[str, torch.Tensor]
 ) -> tuple[dict[str, nn.Module], int]:
-    """({path: empty low-bit layer or norm}, bits of the attention) of one chunk."""
+    """Return ({path: empty low-bit layer or norm}, bits of the attention) of one chunk."""
     layout, bits = megatron.layout_of(model), 16
     modules: dict[str, nn.Module] = {}
     for (layer, role), (path, host) in megatron.find_linears(model).items():
@@ -303,7 +304,7 @@ def _empty_modules(
 
 
 def _empty_plan(stored: _Stored, path: str, size: int) -> SitePlan | Codec:
-    """A plan of the stored shape to load into."""
+    """Return a plan of the stored shape to load into."""
     gathered = stored.shape(path, f"plan_tp{size}.scale")
     if gathered is not None:
         return empty_codec(*gathered)
@@ -338,7 +339,7 @@ def _empty_norms(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Megatron and torch tell about their own deprecations while they save and load."""
+    """Silence what Megatron and torch say of their own deprecations while they save and load."""
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stderr(io.StringIO()):

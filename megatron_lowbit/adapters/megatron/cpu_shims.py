@@ -20,7 +20,7 @@ from megatron_lowbit.adapters.megatron.attention import causal_attention
 
 
 def enable() -> None:
-    """Nothing where there is a GPU."""
+    """Let Megatron run without a GPU; do nothing where there is a GPU."""
     if torch.cuda.is_available():
         return
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
@@ -32,13 +32,15 @@ def enable() -> None:
 
 
 def cuda_is_cpu() -> contextlib.AbstractContextManager[Any]:
-    """Inside, tensors that are made or moved to "cuda" are on the CPU. Nothing where there is a GPU."""
+    """Put tensors that are made on or moved to "cuda" inside the context on the CPU. Do nothing where there is a
+    GPU."""
     return contextlib.nullcontext() if torch.cuda.is_available() else _CudaIsCpu()
 
 
 @contextlib.contextmanager
 def engines() -> Iterator[None]:
-    """Megatron's inference engines run inside; everything is put back afterwards. Nothing where there is a GPU."""
+    """Let Megatron's inference engines run inside; everything is put back afterwards. Do nothing where there is a
+    GPU."""
     if torch.cuda.is_available():
         yield
         return
@@ -105,8 +107,8 @@ class _Event:
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, length: int, scale: float) -> Tensor:
-    """q [tokens, heads, d], the last `tokens` of a sequence of `length` whose K and V lie in `blocks` of the cache
-    [blocks, block size, groups, d] -> [tokens, heads, d]; causal."""
+    """Attend with q [tokens, heads, d], the last `tokens` of a sequence of `length` whose K and V lie in `blocks` of
+    the cache [blocks, block size, groups, d] -> [tokens, heads, d]; causal."""
     used = blocks[: -(-length // keys.shape[1])].long()
     k, v = (cache[used].flatten(0, 1)[:length].unsqueeze(1) for cache in (keys, values))
     return causal_attention(q.unsqueeze(1), k, v, scale).squeeze(1)
@@ -124,7 +126,8 @@ def paged_attention(
     causal: bool,
     block_table: Tensor,
 ) -> Tensor:
-    """flash_attn_varlen_func over a paged cache: q [tokens, heads, d] of several requests, one after the other."""
+    """Stand in for flash_attn_varlen_func over a paged cache: q [tokens, heads, d] of several requests, one after the
+    other."""
     output = torch.zeros_like(q)
     for request in range(len(cu_seqlens_q) - 1):
         first, last = int(cu_seqlens_q[request]), int(cu_seqlens_q[request + 1])
@@ -143,7 +146,7 @@ def paged_decode(
     block_table: Tensor,
     num_splits: int,
 ) -> Tensor:
-    """flash_attn_with_kvcache over a paged cache: q [requests, 1, heads, d]."""
+    """Stand in for flash_attn_with_kvcache over a paged cache: q [requests, 1, heads, d]."""
     output = torch.zeros_like(q)
     for request, length in enumerate(cache_seqlens.tolist()):
         if length:

@@ -73,7 +73,7 @@ def generate(
     on_token: OnToken = lambda number, token: None,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
-    """The new tokens of every request; greedy at temperature 0.
+    """Generate and return the new tokens of every request; greedy at temperature 0.
 
     end_id: the token that ends a request, and is its last one then; or several, of which each does. None:
     nothing ends it before max_new_tokens. max_batch: requests in flight at once.
@@ -211,7 +211,8 @@ def _dynamic(
 
 
 def _buffer_gb(model: Any, length: int, max_batch: int) -> float:
-    """Memory of the paged cache for max_batch requests of `length` tokens, in whole blocks, and two spare ones.
+    """Return the memory in GB of the paged cache for max_batch requests of `length` tokens, in whole blocks, and two
+    spare ones.
 
     Megatron rounds the requests it can hold down to a multiple of four and of the ranks: to none, if these are fewer.
     """
@@ -262,7 +263,8 @@ def _static(
     on_token: OnToken,
     on_step: Callable[[], None],
 ) -> list[list[int]]:
-    """Batches of requests that ask for the same number of tokens (the engine takes it from the first of a batch)."""
+    """Generate with the static engine, in batches of requests that ask for the same number of tokens (the engine takes
+    it from the first of a batch)."""
     generated: list[list[int]] = [[] for _ in requests]
     last = [[end] for end in ends]
     pending = list(range(len(requests)))
@@ -306,7 +308,7 @@ def _free_buffers() -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The engines announce their own deprecation, and draw a progress bar per rank."""
+    """Silence the engines, which announce their own deprecation and draw a progress bar per rank."""
     bar = static_engine.tqdm
     static_engine.tqdm = partial(bar, disable=True)
     try:

@@ -47,7 +47,7 @@ from megatron_lowbit.runtime.distributed import world_size
 
 
 def tp_group(host: Any) -> dist.ProcessGroup | None:
-    """The tensor-parallel group of one of Megatron's or Transformer Engine's linears; None for a single rank."""
+    """Return the tensor-parallel group of one of Megatron's or Transformer Engine's linears; None for a single rank."""
     group = getattr(host, "tp_group", None) or getattr(host, "_tp_group", None)
     return group if group is not None and world_size(group) > 1 else None
 
@@ -70,14 +70,15 @@ class _LowBitLayer:
     row_sums: Tensor | None  # row_bit_sums of the weight that was rounded on load: the model's identity
 
     def _full_precision(self, gated: bool = False) -> None:
-        """The state before anything is quantized."""
+        """Set the state before anything is quantized."""
         self.low_bit, self.recipe, self.plans, self.row_sums = None, self.default_recipe, {}, None
         self.gated, self.grouped, self.attention_bits, self.stores_reassembly = gated, False, 16, False
         self.held = False
         megatron_training.mark_unreported(self)
 
     def adopt(self, host: nn.Module, low_bit: nn.Module, gated: bool = False) -> None:
-        """Become the low-bit twin of `host`, a layer of Megatron's or Transformer Engine's, which stays as it is."""
+        """Become the low-bit replacement of `host`, a layer of Megatron's or Transformer Engine's, which stays as it
+        is."""
         nn.Module.__init__(self)  # type: ignore[arg-type]
         source: Any = host
         self.config, self.is_expert = source.config, False
@@ -97,7 +98,7 @@ class _LowBitLayer:
         )
 
     def finish_init(self, quantization_config: Any) -> None:
-        """GPTModel calls it with this layer's entry of Megatron's per-layer recipe file, or None.
+        """Take this layer's entry of Megatron's per-layer recipe file, or None; GPTModel calls it.
 
         The entry's keys are those of our `weights` section: scheme, group_size, symmetric, shard_groups. Raises
         LowBitError for other keys or values.
@@ -106,13 +107,13 @@ class _LowBitLayer:
             self.recipe = parse_recipe(quantization_config)
 
     def rounding(self) -> StraightThrough | None:
-        """How the full-precision weight is rounded in every forward pass; None: it is not, or there is none."""
+        """Return how the full-precision weight is rounded in every forward pass; None: it is not, or there is none."""
         if self.low_bit is not None or self.is_expert or self.recipe is None or self.recipe.scheme == "none":
             return None
         return StraightThrough(self.recipe, self.is_row, tp_group(self) if self.is_row else None)
 
     def on_load(self, name: str) -> None:
-        """The full-precision weight has been loaded: pack it (round to nearest), unless it is trained.
+        """Pack the full-precision weight that has been loaded (round to nearest), unless it is trained.
 
         name: this layer's, in the model.
         """
@@ -122,20 +123,22 @@ class _LowBitLayer:
             training.mark_packed(weight, name)
 
     def train(self, mode: bool = True) -> Any:
-        """As nn.Module.train. Raises LowBitError for packed weights in the place of weights that a trainer holds."""
+        """Set the training mode, like nn.Module.train. Raises LowBitError for packed weights in the place of weights
+        that a trainer holds."""
         if mode and self.held and sharded_state.quantized_linear(self) is not None:
             raise LowBitError(megatron_training.held_message("a packed linear"))
         return super().train(mode)  # type: ignore[misc]
 
     def _rounded(self, low_bit: nn.Module, config: WeightsConfig) -> None:
-        """From now on low_bit computes."""
+        """Drop the weight: from now on low_bit computes."""
         assert self.weight is not None, "a layer is rounded once"
         self.row_sums, self.grouped = row_bit_sums(self.weight.detach()), config.group_size is not None
         self.weight, self.low_bit = None, low_bit
         megatron_training.mark_unreported(self)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
-        """Megatron's own until the layer is low-bit; then packed weights, qparams, reassembly, branch and plans."""
+        """Return Megatron's own until the layer is low-bit; then packed weights, qparams, reassembly, branch and
+        plans."""
         if self.low_bit is None:
             return super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         return sharded_state.sharded_state(self, prefix, sharded_offsets, metadata)
@@ -152,13 +155,13 @@ class _LowBitLayer:
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
     def set_extra_state(self, state: Any) -> None:
-        """There is none: what a low-bit layer needs to know lies in its tensors."""
+        """Do nothing, since there is none: what a low-bit layer needs to know lies in its tensors."""
 
     def get_extra_state(self) -> None:
         return None
 
     def backward_dw(self) -> None:
-        """Weights of a low-bit layer have no gradient that could be delayed."""
+        """Do nothing: weights of a low-bit layer have no gradient that could be delayed."""
 
 
 class LowBitColumnParallelLinear(_LowBitLayer, ColumnParallelLinear):
@@ -181,8 +184,8 @@ class LowBitColumnParallelLinear(_LowBitLayer, ColumnParallelLinear):
         gather: Codec | None,
         drift_threshold: float | None = None,
     ) -> LowBitColumnParallelLinear:
-        """The low-bit twin of a column-parallel layer; gated: rows are [gate_r | up_r]; gather, drift_threshold: of the
-        all-gather of its input."""
+        """Make the low-bit replacement of a column-parallel layer; gated: rows are [gate_r | up_r]; gather,
+        drift_threshold: of the all-gather of its input."""
         layer = cls.__new__(cls)
         layer.adopt(host, low_bit, gated)
         layer.gather = None
@@ -215,7 +218,7 @@ class LowBitColumnParallelLinear(_LowBitLayer, ColumnParallelLinear):
         return _with_bias(output, self.bias, self.skip_bias_add)
 
     def gathered_input(self, input_: Tensor) -> Tensor:
-        """The whole input on every rank; its gradient is summed over them."""
+        """Return the whole input on every rank; its gradient is summed over them."""
         if self.sequence_parallel:
             if self.gather is not None:
                 return self.gather.all_gather(input_)
@@ -253,7 +256,7 @@ class LowBitLayerNormColumnParallelLinear(LowBitColumnParallelLinear):
                 parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
 
     def set_gain(self, gain: Tensor) -> None:
-        """An artifact's gain, where it has trained the norm."""
+        """Take an artifact's gain, where it has trained the norm."""
         gain = gain.to(self.layer_norm_weight)
         if not torch.equal(gain, self.layer_norm_weight):
             self.layer_norm_weight = nn.Parameter(gain, requires_grad=False)
@@ -291,7 +294,7 @@ class LowBitRowParallelLinear(_LowBitLayer, RowParallelLinear):
     def from_host(
         cls, host: nn.Module, low_bit: QuantRowParallelLinear, plans: dict[int, SitePlan]
     ) -> LowBitRowParallelLinear:
-        """The low-bit twin of a row-parallel layer."""
+        """Make the low-bit replacement of a row-parallel layer."""
         layer = cls.__new__(cls)
         layer.adopt(host, low_bit)
         layer.plans = plans
@@ -329,13 +332,13 @@ class LowBitRowParallelLinear(_LowBitLayer, RowParallelLinear):
 
 
 def weight_rows(layer: Any) -> Tensor:
-    """row_bit_sums of a layer's full-precision weight, also of one that has been rounded on load."""
+    """Return the row_bit_sums of a layer's full-precision weight, also of one that has been rounded on load."""
     return row_bit_sums(layer.weight.detach()) if layer.weight is not None else layer.row_sums
 
 
 def dense_shard(host: Any) -> Any:
-    """The matrix product of a layer whose communication alone becomes low-bit: in full precision, rounded in every
-    forward pass, or as it has been packed, whichever the layer does."""
+    """Return the matrix product of a layer whose communication alone becomes low-bit: in full precision, rounded in
+    every forward pass, or as it has been packed, whichever the layer does."""
     if host.weight is None:
         return host.low_bit.shards[0] if host.is_row else host.low_bit
     rounding = host.rounding() if isinstance(host, _LowBitLayer) else None
@@ -343,14 +346,14 @@ def dense_shard(host: Any) -> Any:
 
 
 def full_weight(layer: Any) -> Tensor:
-    """A layer's own full-precision weight. Raises LowBitError for one that has been rounded on load."""
+    """Return a layer's own full-precision weight. Raises LowBitError for one that has been rounded on load."""
     if layer.weight is None:
         raise LowBitError("the model's linears are quantized; remove(model), or build it without a scheme")
     return layer.weight
 
 
 def host_in_features(host: Any) -> int:
-    """Inputs of this rank's share of a layer."""
+    """Return the number of inputs of this rank's share of a layer."""
     if host.weight is not None:
         return int(host.weight.shape[1])
     return int(host.input_size_per_partition if host.is_row else host.input_size)

@@ -71,7 +71,7 @@ class Layout:
     tp_size: int
 
     def part_rows(self, role: Role) -> tuple[int, ...]:
-        """Rows of each separate part of a fused linear, or the one linear's own."""
+        """Return the rows of each separate part of a fused linear, or the one linear's own."""
         groups = self.num_groups * self.head_dim
         sizes: dict[Role, tuple[int, ...]] = {
             "linear_qkv": (self.num_heads * self.head_dim, groups, groups),
@@ -82,12 +82,12 @@ class Layout:
         return sizes[role]
 
     def in_features(self, role: Role) -> int:
-        """Inputs of the whole (unsharded) linear."""
+        """Return the number of inputs of the whole (unsharded) linear."""
         wide = {"linear_proj": self.num_heads * self.head_dim, "linear_fc2": self.ffn_size}
         return wide.get(role, self.hidden_size)
 
     def order(self, role: Role) -> Tensor:
-        """int64 [rows]: row i of Megatron's linear, over all ranks in turn, is row order[i] of cat(parts)."""
+        """Return int64 [rows]: row i of Megatron's linear, over all ranks in turn, is row order[i] of cat(parts)."""
         rows = torch.arange(sum(self.part_rows(role)))
         if role == "linear_qkv":
             q, k, v = (part.view(self.num_groups, -1) for part in rows.split(self.part_rows(role)))
@@ -98,7 +98,7 @@ class Layout:
         return rows
 
     def rank_rows(self, role: Role, rank: int) -> Tensor:
-        """The part of `order` that tensor-parallel rank `rank` of a column-parallel linear holds."""
+        """Return the part of `order` that tensor-parallel rank `rank` of a column-parallel linear holds."""
         return self.order(role).chunk(self.tp_size)[rank]
 
 
@@ -116,7 +116,8 @@ def norm_name(prefix: str, layer: int, norm: str) -> str:
 
 
 def find_prefix(names: Iterable[str]) -> str:
-    """What comes before the number of a block in Hugging Face names: model.layers, model.language_model.layers."""
+    """Return what comes before the number of a block in Hugging Face names: model.layers,
+    model.language_model.layers."""
     for name in names:
         match = re.match(r"(.+?)\.\d+\.(self_attn|mlp|input_layernorm)\.", name)
         if match:
@@ -125,7 +126,7 @@ def find_prefix(names: Iterable[str]) -> str:
 
 
 def model_chunks(model: Any) -> list[Any]:
-    """The GPTModels inside a model, a wrapper (Float16Module, DistributedDataParallel), or a list of them."""
+    """Return the GPTModels inside a model, a wrapper (Float16Module, DistributedDataParallel), or a list of them."""
     if isinstance(model, (list, tuple)):
         return [chunk for item in model for chunk in model_chunks(item)]
     while not hasattr(model, "decoder") and hasattr(model, "module"):
@@ -136,7 +137,7 @@ def model_chunks(model: Any) -> list[Any]:
 
 
 def layout_of(model: Any) -> Layout:
-    """Shapes of a GPTModel's layers."""
+    """Return the shapes of a GPTModel's layers."""
     config = model.config
     return Layout(
         config.num_attention_heads,
@@ -149,7 +150,7 @@ def layout_of(model: Any) -> Layout:
 
 
 def find_linears(model: Any) -> dict[tuple[int, Role], tuple[str, Any]]:
-    """{(layer in the whole model, from 0; role): (path, module)} of a GPTModel's tensor-parallel linears."""
+    """Return {(layer in the whole model, from 0; role): (path, module)} of a GPTModel's tensor-parallel linears."""
     found: dict[tuple[int, Role], tuple[str, Any]] = {}
     for index, layer in enumerate(model.decoder.layers):
         for role, path in PATHS.items():
@@ -165,7 +166,7 @@ def find_linears(model: Any) -> dict[tuple[int, Role], tuple[str, Any]]:
 
 
 def split_rows(weight: Tensor, layout: Layout, role: Role, rank: int) -> list[Tensor]:
-    """A rank's rows of a fused linear [rows / N, ...] -> those of each part, in the part's own order."""
+    """Split a rank's rows of a fused linear [rows / N, ...] -> those of each part, in the part's own order."""
     if role not in COLUMN:
         return [weight]
     order, pieces, start = layout.rank_rows(role, rank).to(weight.device), [], 0

@@ -41,7 +41,8 @@ Read = Callable[[str, tuple[int, ...]], Tensor]
 
 
 def initialize(tp: int, pp: int, seed: int) -> None:
-    """Megatron's parallel groups, over the ranks of an initialized torch.distributed; the rest are data-parallel."""
+    """Initialize Megatron's parallel groups, over the ranks of an initialized torch.distributed; the rest are
+    data-parallel."""
     minutes = collective_limit().total_seconds() / 60
     parallel_state.initialize_model_parallel(tp, pp, distributed_timeout_minutes=minutes)
     cpu_shims.enable()
@@ -52,7 +53,8 @@ def initialize(tp: int, pp: int, seed: int) -> None:
 def transformer_config(
     hf_config: Any, dtype: torch.dtype = torch.float32, sequence_parallel: bool = False
 ) -> TransformerConfig:
-    """TransformerConfig of a Hugging Face text config, for the parallel sizes that Megatron has been initialized with.
+    """Return the TransformerConfig of a Hugging Face text config, for the parallel sizes that Megatron has been
+    initialized with.
 
     Raises LowBitError for a model type, activation or rotary embedding that Megatron's GPTModel would compute
     otherwise.
@@ -106,7 +108,7 @@ def head_dim(hf_config: Any) -> int:
 
 
 def _has_bias(hf_config: Any, where: str) -> bool:
-    """Whether the q, k, v projections ("qkv"), or the output and MLP projections ("output") have biases."""
+    """Return whether the q, k, v projections ("qkv"), or the output and MLP projections ("output") have biases."""
     attention = bool(getattr(hf_config, "attention_bias", False))
     if where == "qkv":
         return attention or hf_config.model_type == "qwen2"
@@ -114,21 +116,23 @@ def _has_bias(hf_config: Any, where: str) -> bool:
 
 
 def _expects_bias(hf_config: Any, role: str) -> bool:
-    """Whether the Hugging Face model has a bias there; Megatron's, which has all of them or none, may have zeros."""
+    """Return whether the Hugging Face model has a bias there; Megatron's, which has all of them or none, may have
+    zeros."""
     if role == "linear_qkv":
         return _has_bias(hf_config, "qkv")
     return bool(getattr(hf_config, "attention_bias" if role == "linear_proj" else "mlp_bias", False))
 
 
 def context_length(hf_config: Any) -> int:
-    """Tokens that the model sees: at most a sliding window, within which windowed attention is full attention."""
+    """Return how many tokens the model sees: at most a sliding window, within which windowed attention is full
+    attention."""
     context = getattr(hf_config, "max_position_embeddings", None) or 2048
     window = getattr(hf_config, "sliding_window", None)
     return min(context, window) if window and getattr(hf_config, "use_sliding_window", True) else context
 
 
 def _rotary(hf_config: Any) -> dict[str, Any]:
-    """GPTModel's arguments for the rotary embedding."""
+    """Return GPTModel's arguments for the rotary embedding."""
     rope = dict(getattr(hf_config, "rope_parameters", None) or {})
     kind = rope.get("rope_type", "default")
     arguments: dict[str, Any] = {
@@ -154,7 +158,7 @@ def _rotary(hf_config: Any) -> dict[str, Any]:
 
 
 def build(hf_config: Any, dtype: torch.dtype = torch.float32, sequence_parallel: bool = False, spec: Any = None) -> Any:
-    """This rank's GPTModel, its parameters not yet set. spec: of a layer or a block; None: block_spec.
+    """Build this rank's GPTModel, its parameters not yet set. spec: of a layer or a block; None: block_spec.
 
     megatron.core.parallel_state has been initialized.
     """
@@ -181,7 +185,7 @@ def build(hf_config: Any, dtype: torch.dtype = torch.float32, sequence_parallel:
 
 
 def load_weights(model: Any, source: str | Path | Mapping[str, Tensor], hf_config: Any) -> Any:
-    """Full-precision weights into a GPTModel (or its pipeline chunks); every rank takes its share.
+    """Load full-precision weights into a GPTModel (or its pipeline chunks); every rank takes its share.
 
     source: a folder with safetensors, or a state dict of the Hugging Face model. Raises LowBitError for a tensor
     that is lacking or has another shape.
@@ -195,14 +199,14 @@ def load_weights(model: Any, source: str | Path | Mapping[str, Tensor], hf_confi
 def load_checkpoint(
     model: Any, artifact: str | Path | Artifact, hf_config: Any, comm_mode: CommMode | CommConfig | None = None
 ) -> Any:
-    """A LowBitCheckpoint (and its plans) into a GPTModel that has no weights yet."""
+    """Load a LowBitCheckpoint (and its plans) into a GPTModel that has no weights yet."""
     artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
     load_rest(model, artifact, hf_config)
     return megatron.apply_to_megatron(model, artifact, comm_mode)
 
 
 def load_rest(model: Any, artifact: Artifact, hf_config: Any) -> None:
-    """All that is not a tensor-parallel weight, from a LowBitCheckpoint; apply_to_megatron has to follow."""
+    """Load all that is not a tensor-parallel weight, from a LowBitCheckpoint; apply_to_megatron has to follow."""
     checkpoint = artifact.checkpoint
     if checkpoint is None:
         raise LowBitError("the artifact holds no lowbit.json: it has plans only; load the model's own weights first")
@@ -225,7 +229,7 @@ def untie_(hf_config: Any, source: str | Path | Mapping[str, Tensor]) -> Any:
 
 
 def _has_own_head(known: Collection[str], read: Read, hf_config: Any) -> bool:
-    """Whether there is an lm_head that differs from the embedding."""
+    """Return whether there is an lm_head that differs from the embedding."""
     shape = (hf_config.vocab_size, hf_config.hidden_size)
     return _HEAD in known and not torch.equal(read(_HEAD, shape), read(_embedding(known), shape))
 
@@ -251,7 +255,7 @@ def _reader(source: str | Path | Mapping[str, Tensor], hf_config: Any) -> tuple[
 
 @torch.no_grad()
 def _load(model: Any, known: Collection[str], read: Read, hf_config: Any, linears: bool) -> None:
-    """All parameters of one chunk; without `linears`, all but the weights of the tensor-parallel linears."""
+    """Load all parameters of one chunk; without `linears`, all but the weights of the tensor-parallel linears."""
     layout, rank = megatron.layout_of(model), group_rank(model.pg_collection.tp)
     prefix = find_prefix(known)
     base = prefix.rpartition(".")[0]
@@ -314,7 +318,7 @@ def _load(model: Any, known: Collection[str], read: Read, hf_config: Any, linear
 
 
 def _load_te_norms(index: int, layer: int, prefix: str, pending: set[str], put: Any, read: Read, hidden: int) -> None:
-    """Norms that Transformer Engine's fused layers hold."""
+    """Load the norms that Transformer Engine's fused layers hold."""
     for norm, (_, role) in NORMS.items():
         if role is not None:
             owner = "self_attention" if role == "linear_qkv" else "mlp"
@@ -324,14 +328,14 @@ def _load_te_norms(index: int, layer: int, prefix: str, pending: set[str], put: 
 
 
 def _share(whole: Tensor, layout: Layout, role: Any, rank: int) -> Tensor:
-    """A rank's rows of a column-parallel weight, in Megatron's order, or its columns of a row-parallel one."""
+    """Return a rank's rows of a column-parallel weight, in Megatron's order, or its columns of a row-parallel one."""
     if role in COLUMN:
         return whole[layout.rank_rows(role, rank)]
     return whole.chunk(layout.tp_size, dim=1)[rank]
 
 
 def _mask_padding(model: Any, vocab: int) -> None:
-    """Logits of padded words are -inf, so that no sampler ever chooses one."""
+    """Set the logits of padded words to -inf, so that no sampler ever chooses one."""
 
     def hook(module: nn.Module, args: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
         logits, bias = output
@@ -351,8 +355,8 @@ def _mask_padding(model: Any, vocab: int) -> None:
 
 @torch.no_grad()
 def to_huggingface(model: Any, hf_config: Any) -> nn.Module | None:
-    """The Hugging Face model with the weights of a GPTModel in full precision, on rank 0 of every model-parallel group
-    (None elsewhere). A collective call; the inverse of load_weights, bit for bit.
+    """Return the Hugging Face model with the weights of a GPTModel in full precision, on rank 0 of every model-parallel
+    group (None elsewhere). A collective call; the inverse of load_weights, bit for bit.
 
     Raises LowBitError for a GPTModel whose linears are quantized: `remove` restores them.
     """
@@ -381,7 +385,7 @@ def to_huggingface(model: Any, hf_config: Any) -> nn.Module | None:
 
 
 def _export(model: Any, hf_config: Any) -> dict[str, Tensor]:
-    """One chunk's tensors under Hugging Face names, whole, on the CPU."""
+    """Return one chunk's tensors under Hugging Face names, whole, on the CPU."""
     layout, tp = megatron.layout_of(model), model.pg_collection.tp
     group = tp if world_size(tp) > 1 else None
     whole_model = skeleton(hf_config, torch.float32)

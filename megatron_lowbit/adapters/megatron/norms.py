@@ -57,7 +57,7 @@ class LowBitNorm(nn.Module):
         return self.norm(hidden) if self.reassembled is None else self.reassembled(hidden)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
-        """The gain under the norm's own key, and the plan (ReassemblyPlan.dense); the same on all ranks."""
+        """Return the gain under the norm's own key, and the plan (ReassemblyPlan.dense); the same on all ranks."""
         tensors = {"weight": self.norm.weight, **sharded_state.dense_tensors(self.plan())}
         return sharded_state.replicated(tensors, prefix, sharded_offsets, metadata, {"weight": "norm.weight"})
 

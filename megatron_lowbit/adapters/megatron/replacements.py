@@ -57,7 +57,7 @@ class Replacements:
         self.reassembling = self._reassembling_linears() if self.checkpoint is not None else set()
 
     def modules(self) -> dict[str, nn.Module]:
-        """{path: replacement} of the linears and norms that change."""
+        """Return {path: replacement} of the linears and norms that change."""
         modules: dict[str, nn.Module] = {}
         for (layer, role), (path, host) in find_linears(self.model).items():
             if role not in COLUMN:
@@ -92,7 +92,8 @@ class Replacements:
         return replacement
 
     def _dense_column(self, role: Role, host: Any, gather: Codec) -> nn.Module:
-        """In full precision (or rounded as the host is), with a low-bit all-gather of its input."""
+        """Make a column-parallel layer in full precision (or rounded like the host) with a low-bit all-gather of its
+        input."""
         kind = LowBitLayerNormColumnParallelLinear if hasattr(host, "layer_norm_weight") else LowBitColumnParallelLinear
         gated, threshold = role == "linear_fc1" and host.config.gated_linear_unit, self.reducers.drift_threshold
         return kind.from_host(host, dense_shard(host), gated, gather, threshold)
@@ -119,8 +120,8 @@ class Replacements:
         return replacement
 
     def _reassembling_linears(self) -> set[Role]:
-        """The column-parallel roles that reassemble their own input, because the norm before them cannot in some layer:
-        the linear holds it, gathers its output in low bits, or may not be the only one that reads it."""
+        """Return the column-parallel roles that reassemble their own input, because the norm before them cannot in some
+        layer: the linear holds it, gathers its output in low bits, or may not be the only one that reads it."""
         return {
             role
             for (layer, role), (path, host) in find_linears(self.model).items()
@@ -136,20 +137,20 @@ class Replacements:
         return parts(self.prefix, layer, role, self.known)
 
     def _gather(self, name: str, host: Any) -> Codec | None:
-        """What the all-gather of a column-parallel layer's input sends; None: nothing, or full precision."""
+        """Return what the all-gather of a column-parallel layer's input sends; None: nothing, or full precision."""
         if self.plan is None or tp_group(host) is None or not host.config.sequence_parallel:
             return None
         return self.plan.gathers.get(name)
 
     def _branch_rank(self, role: Role) -> int | None:
-        """Rank of the low-rank branches of a role, where any layer has one."""
+        """Return the rank of the low-rank branches of a role, where any layer has one."""
         assert self.checkpoint is not None
         leaves = {name.rpartition(".")[2] for name in self._parts(0, role)}
         found = [b for name, b in self.checkpoint.low_rank.items() if name.rpartition(".")[2] in leaves]
         return found[0].lora_a.shape[0] if found else None
 
     def _norms(self, checkpoint: LowBitCheckpoint) -> dict[str, nn.Module]:
-        """Norms that the checkpoint reassembles or has trained; where one of a kind is, all are."""
+        """Make the norms that the checkpoint reassembles or has trained; where one of a kind is, all are."""
         found: dict[str, nn.Module] = {}
         linears = find_linears(self.model)
         for norm, (leaf, reader) in NORMS.items():
@@ -190,20 +191,20 @@ def reads_alone(model: nn.Module, path: str) -> bool:
 
 
 def known_linears(artifact: Artifact) -> list[str]:
-    """Hugging Face names of the linears that an artifact knows: all, or those of a plan's sites."""
+    """Return the Hugging Face names of the linears that an artifact knows: all, or those of a plan's sites."""
     if artifact.checkpoint is not None:
         return list(artifact.checkpoint.linears)
     return [name for plan in artifact.plans.values() for name in plan.sites]
 
 
 def any_layer(owners: Iterable[str], name: str) -> bool:
-    """Whether some layer has an entry of the same name but for the layer's number."""
+    """Return whether some layer has an entry of the same name but for the layer's number."""
     leaf = name.rpartition(".")[2]
     return any(owner.rpartition(".")[2] == leaf for owner in owners)
 
 
 def fused_weight(weights: Sequence[QuantizedWeight], rows: Tensor) -> QuantizedWeight:
-    """Rows `rows` of the quantized weights of several linears, one below the other."""
+    """Return rows `rows` of the quantized weights of several linears, one below the other."""
     first = weights[0]
     if any(w.in_features != first.in_features or w.scale.shape[1] != first.scale.shape[1] for w in weights):
         raise LowBitError("the parts of a fused linear have other widths or groups; quantize this model again")
@@ -216,7 +217,8 @@ def fused_weight(weights: Sequence[QuantizedWeight], rows: Tensor) -> QuantizedW
 def fused_branch(
     branches: Sequence[LowRank | None], weights: Sequence[QuantizedWeight], rank: int | None, rows: Tensor
 ) -> LowRank | None:
-    """The low-rank branches of several linears as one of their summed rank: A one below the other, B block-diagonal.
+    """Return the low-rank branches of several linears as one of their summed rank: A one below the other, B
+    block-diagonal.
 
     rank: of each, with zeros for a linear that has none; None where no layer has any.
     """

@@ -40,7 +40,7 @@ from megatron_lowbit.runtime.distributed import world_size
 
 
 def parse_recipe(quantization_config: Any) -> WeightsConfig:
-    """The entry of Megatron's recipe file that matched a layer: the keys of our `weights` section."""
+    """Parse the entry of Megatron's recipe file that matched a layer: the keys of our `weights` section."""
     where = f"recipe entry {quantization_config.config_key!r} (for {quantization_config.match_input.module_path})"
     given = dict(quantization_config.config)
     without_effect = [key for key in ("method", "attention") if key in given]
@@ -57,7 +57,7 @@ def parse_recipe(quantization_config: Any) -> WeightsConfig:
 
 
 def round_column(weight: Tensor, config: WeightsConfig) -> QuantLinear:
-    """This rank's rows [out / N, in] of a column-parallel weight, rounded to config.scheme."""
+    """Round this rank's rows [out / N, in] of a column-parallel weight to config.scheme."""
     scheme = Scheme.parse(config.scheme)
     _check(weight, config)
     qparams = choose_qparams(weight, scheme.weight_bits, config.symmetric, config.group_size)
@@ -67,7 +67,7 @@ def round_column(weight: Tensor, config: WeightsConfig) -> QuantLinear:
 def round_row(
     weight: Tensor, config: WeightsConfig, group: dist.ProcessGroup | None, sequence_parallel: bool
 ) -> QuantRowParallelLinear:
-    """This rank's columns [out, in / N] of a row-parallel weight; a collective call over `group`."""
+    """Round this rank's columns [out, in / N] of a row-parallel weight; a collective call over `group`."""
     scheme = Scheme.parse(config.scheme)
     _check(weight, config, group)
     qparams = _row_qparams(weight, config, group)
@@ -92,7 +92,7 @@ class StraightThrough:
     group: dist.ProcessGroup | None = None
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [..., in], weight [out, in] in full precision -> [..., out] in x's dtype."""
+        """Apply the rounded weight: x [..., in], weight [out, in] in full precision -> [..., out] in x's dtype."""
         scheme = Scheme.parse(self.config.scheme)
         _check_shapes(weight, self.config)
         with torch.no_grad():
@@ -115,7 +115,7 @@ class StraightThroughShard(DenseShard):
 
 
 def _row_qparams(weight: Tensor, config: WeightsConfig, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """(scale, zero point) of the rows of a weight whose columns the ranks of `group` share."""
+    """Return (scale, zero point) of the rows of a weight whose columns the ranks of `group` share."""
     bits = Scheme.parse(config.scheme).weight_bits
     if group is None or config.group_size is not None:
         return choose_qparams(weight, bits, config.symmetric, config.group_size)
@@ -126,7 +126,8 @@ def _row_qparams(weight: Tensor, config: WeightsConfig, group: dist.ProcessGroup
 
 
 def _act_groups(weight: Tensor, config: WeightsConfig, group: dist.ProcessGroup | None) -> int:
-    """Slices of this rank's inputs of a row-parallel weight that have a scale of their own per token."""
+    """Return the number of slices of this rank's inputs of a row-parallel weight that have a scale of their own per
+    token."""
     size = world_size(group)
     inputs = weight.shape[1] * size
     groups = activation_groups(inputs, config.shard_groups)

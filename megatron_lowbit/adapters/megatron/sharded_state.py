@@ -52,7 +52,7 @@ class Shape:
 
 
 def quantized_linear(layer: Any) -> QuantLinear | None:
-    """The packed matrix product inside a low-bit layer; None where its weight is in full precision."""
+    """Return the packed matrix product inside a low-bit layer; None where its weight is in full precision."""
     low_bit = layer.low_bit.shards[0] if isinstance(layer.low_bit, QuantRowParallelLinear) else layer.low_bit
     return low_bit if isinstance(low_bit, QuantLinear) else None
 
@@ -70,7 +70,7 @@ def shape_of(layer: Any, linear: QuantLinear) -> Shape:
 
 
 def sharded_state(layer: Any, prefix: str, sharded_offsets: tuple, metadata: Any) -> dict[str, Any]:
-    """Megatron's sharded state dict of a low-bit layer.
+    """Return Megatron's sharded state dict of a low-bit layer.
 
     Its keys are the names that load_state_dict expects; the tensors' own keys are those of the checkpoint. Raises
     LowBitError where a rank's share ends inside a byte.
@@ -111,7 +111,8 @@ def sharded_state(layer: Any, prefix: str, sharded_offsets: tuple, metadata: Any
 def replicated(
     tensors: dict[str, Tensor], prefix: str, sharded_offsets: tuple, metadata: Any, names: dict[str, str]
 ) -> dict[str, Any]:
-    """Sharded state dict of tensors that all tensor-parallel ranks hold alike; names: {stored name: the module's}."""
+    """Return the sharded state dict of tensors that all tensor-parallel ranks hold alike; names: {stored name: the
+    module's}."""
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
     sharded = make_sharded_tensors_for_checkpoint(tensors, prefix, {}, sharded_offsets)
@@ -128,7 +129,7 @@ def check_bytes(name: str, in_features: int, bits: int) -> None:
 
 
 def dense_tensors(plan: ReassemblyPlan, rank: int = 0) -> dict[str, Tensor]:
-    """A plan as it is stored; a row-parallel rank's channels are counted over all ranks."""
+    """Return a plan as it is stored; a row-parallel rank's channels are counted over all ranks."""
     src, coefficient, merged = plan.dense()
     merged = torch.where(merged < 0, merged, merged + rank * plan.width)
     values = (src + rank * plan.in_features, coefficient, merged)
@@ -145,14 +146,14 @@ def take_reassembly(state_dict: dict[str, Any], prefix: str, rank: int = 0) -> R
 
 
 def own_plan(linear: QuantLinear) -> ReassemblyPlan:
-    """The reassembly that a linear carries out itself; the identity where it does none."""
+    """Return the reassembly that a linear carries out itself; the identity where it does none."""
     if linear.reassembly is not None:
         return linear.reassembly.plan()
     return ReassemblyPlan.identity(linear.in_features).to(linear.packed_weight.device)
 
 
 def take_plans(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
-    """Before load_state_dict: what sharded_state added beyond the layer's own tensors."""
+    """Take from a state dict, before load_state_dict, what sharded_state added beyond the layer's own tensors."""
     state_dict.pop(f"{prefix}lowbit", None)
     linear = None if layer.low_bit is None else quantized_linear(layer)
     rank = group_rank(layer.tp_group) if layer.is_row else 0
@@ -176,13 +177,13 @@ def take_plans(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
 
 
 def empty_codec(senders: int, features: int) -> Codec:
-    """A codec to load into; until then, of four bits."""
+    """Return a codec to load into; until then, of four bits."""
     ones, zeros = torch.ones(senders, features), torch.zeros(senders, features)
     return Codec(ones, zeros, torch.full((features,), 4, dtype=torch.uint8))
 
 
 def empty_linear(shape: Shape, out_features: int, scales: int, rank: int | None, ranks: int) -> Any:
-    """A QuantLinear of zeros for one rank to load into.
+    """Return a QuantLinear of zeros for one rank to load into.
 
     out_features, scales: this rank's rows, and scales per row; rank: of the low-rank branch, None without one; ranks:
     those that share the inputs (1 for a column-parallel linear). Raises LowBitError for a size that splits a shard

@@ -26,7 +26,8 @@ from megatron_lowbit.config import LowBitError, WeightsConfig
 
 
 def lowbit_spec(spec: Any, weights: WeightsConfig | str | None = None) -> Any:
-    """A copy of a ModuleSpec (a layer's or a block's) with low-bit classes in place of the tensor-parallel linears.
+    """Return a copy of a ModuleSpec (a layer's or a block's) with low-bit classes in place of the tensor-parallel
+    linears.
 
     The walk goes through nested specs, dataclasses, lists, dicts and functools.partial. weights: what a loaded
     checkpoint is rounded to, as a scheme's name or a `weights` section; None leaves that to the recipe or to
@@ -42,7 +43,8 @@ def lowbit_spec(spec: Any, weights: WeightsConfig | str | None = None) -> Any:
 
 
 def _replacements() -> list[tuple[Any, type]]:
-    """(class of the host, ours). Transformer Engine's names are there, as mocks, even where the package is not."""
+    """Return (class of the host, ours). Transformer Engine's names are there, as mocks, even where the package is
+    not."""
     return [
         (ColumnParallelLinear, LowBitColumnParallelLinear),
         (RowParallelLinear, LowBitRowParallelLinear),
@@ -53,14 +55,14 @@ def _replacements() -> list[tuple[Any, type]]:
 
 
 def _configured(low_bit: type, config: WeightsConfig | None) -> type:
-    """A subclass of a low-bit layer that rounds what is loaded into it. (Megatron builds from classes only.)"""
+    """Return a subclass of a low-bit layer that rounds what is loaded into it. (Megatron builds from classes only.)"""
     if config is None:
         return low_bit
     return type(low_bit.__name__, (low_bit,), {"default_recipe": config, "__module__": low_bit.__module__})
 
 
 def _rewrite(node: Any, table: Mapping[int, Any]) -> tuple[Any, int]:
-    """(node with every class of `table` replaced, how many were)."""
+    """Return (node with every class of `table` replaced, how many were)."""
     if id(node) in table:
         _check_te(node)
         return table[id(node)], 1
@@ -102,8 +104,8 @@ def _check_te(host: Any) -> None:
 
 
 def llama_spec(qk_layernorm: bool = False) -> Any:
-    """Megatron's local layer spec of a Llama-like model, with torch's fused attention and an RMSNorm that works under
-    sequence parallelism too."""
+    """Return Megatron's local layer spec of a Llama-like model, with torch's fused attention and an RMSNorm that works
+    under sequence parallelism too."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_layernorm)
     attention = spec.submodules.self_attention
     inside = dataclasses.replace(attention.submodules, core_attention=SdpaAttention)
@@ -119,7 +121,7 @@ def llama_spec(qk_layernorm: bool = False) -> Any:
 
 
 def block_spec(config: Any, layer: Any = None) -> Any:
-    """All layers of this pipeline stage and a final norm, for GPTModel(transformer_layer_spec=...).
+    """Return the spec of all layers of this pipeline stage and a final norm, for GPTModel(transformer_layer_spec=...).
 
     layer: one layer's spec; None: llama_spec. A layer's spec alone leaves the final norm to Megatron, whose choice
     without Apex or Transformer Engine refuses sequence parallelism.

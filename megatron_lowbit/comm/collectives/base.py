@@ -132,5 +132,5 @@ class Collective(ABC):
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x [..., E] as [tokens, E]."""
+    """Return x [..., E] as [tokens, E]."""
     return x.reshape(-1, x.shape[-1])

@@ -51,7 +51,7 @@ class ExactFormat(Float32QParams):
         self.register_buffer("tally", torch.zeros(self.senders, 3, dtype=torch.int64), persistent=False)
 
     def encode(self, x: Tensor, sender: int) -> Tensor:
-        """float [tokens, E] -> int8 [tokens, E + 1], or int32 [tokens, ceil((E + 1) / 2)] of 16-bit pairs."""
+        """Encode float [tokens, E] -> int8 [tokens, E + 1], or int32 [tokens, ceil((E + 1) / 2)] of 16-bit pairs."""
         if self.step.device != x.device:  # plans are loaded on the CPU
             self.to(x.device)
         codes, tally = exact_encode(x, self.center[sender], self.step, self.largest, self.carrier_bits)
@@ -59,11 +59,11 @@ class ExactFormat(Float32QParams):
         return codes
 
     def decode(self, total: Tensor, dtype: torch.dtype) -> Tensor:
-        """The sum of all ranks' codes -> [tokens, E] in `dtype`."""
+        """Decode the sum of all ranks' codes -> [tokens, E] in `dtype`."""
         return exact_decode(total, self.centers, self.step, self.carrier_bits, dtype)
 
     def add(self, codes: Sequence[Tensor]) -> Tensor:
-        """What an all-reduce makes of the codes of all ranks."""
+        """Add up the codes of all ranks, as an all-reduce does."""
         return torch.stack(list(codes)).sum(0, dtype=codes[0].dtype)
 
 

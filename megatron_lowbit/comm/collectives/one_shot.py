@@ -49,7 +49,7 @@ class OneShot(Collective):
         return y
 
     def reduce_scatter(self, x: Tensor, ranks: Ranks, drifted: Drifted | None) -> Tensor | None:
-        """One all-to-all: rank r gets every rank's rows r only, decodes them and adds them up."""
+        """Reduce-scatter by one all-to-all: rank r gets every rank's rows r only, decodes them and adds them up."""
         message = self.format.pack(as_rows(x), ranks.rank)
         if drifted is not None and drifted():
             return None

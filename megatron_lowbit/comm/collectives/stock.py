@@ -57,7 +57,8 @@ class Native(Bf16):
 
 
 def scatter_sum(message: Tensor, values: int, ranks: Ranks) -> Tensor:
-    """Rank r's slice r [length / N, ...] of the sum of all ranks' messages [length, ...], which stand for `values`."""
+    """Return rank r's slice r [length / N, ...] of the sum of all ranks' messages [length, ...], which stand for
+    `values`."""
     ranks.traffic.count(message, values)
     total = message.new_empty(len(message) // ranks.size, *message.shape[1:])
     with ranks.agreement:

@@ -34,7 +34,7 @@ class TwoShot(OneShot):
         return plan.second is not None
 
     def all_reduce(self, x: Tensor, ranks: Ranks, reuse: bool, drifted: Drifted | None) -> Tensor | None:
-        """Stripes of a piece are ceil(tokens / N) neighbouring tokens, the last ones shorter or empty, and padded."""
+        """Add up stripes of ceil(tokens / N) neighbouring tokens of a piece, the last ones padded."""
         rows, exchange = as_rows(x), ranks.exchange()
         y = x if reuse and x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
         sums = y.view(rows.shape)
