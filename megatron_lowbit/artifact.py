@@ -26,7 +26,23 @@ from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 @dataclass(frozen=True)
 class Artifact:
-    """What an adapter applies: a checkpoint (None: full-precision weights), plans by tp_size (empty: bf16)."""
+    """A folder that `megatron-lowbit calibrate` or `quantize` wrote: what the apply_to_* functions put into a model.
+
+    Args:
+        checkpoint: the packed weights of the whole, unsharded model; None: weights stay in full precision.
+        plans: {tp_size: what that many ranks send at every site}; empty: partial sums travel in full precision.
+        folder: where it was read from; None for one that was made in memory.
+
+    Example:
+        >>> import megatron_lowbit as lowbit
+        >>> artifact = lowbit.Artifact.load("artifact")
+        >>> artifact.checkpoint.scheme_name
+        'W4A8'
+        >>> sorted(artifact.plans)
+        [2]
+        >>> len(artifact.plan(2).sites)
+        4
+    """
 
     checkpoint: LowBitCheckpoint | None = None
     plans: dict[int, CommPlan] = field(default_factory=dict)
@@ -36,7 +52,17 @@ class Artifact:
 
     @classmethod
     def load(cls, folder: str | Path) -> Artifact:
-        """Load whatever of the two the folder holds. Raises LowBitError if it holds neither, or only half of one."""
+        """Read the checkpoint and all plans that a folder holds.
+
+        Args:
+            folder: with lowbit.json, comm_plan_tp<N>.json, or both, and the tensor files that these describe.
+
+        Returns:
+            The Artifact. Its tensors are mapped from their files: pages come into memory as they are used.
+
+        Raises:
+            LowBitError: the folder is not there or holds neither, or a file is missing, damaged or was changed.
+        """
         folder = Path(folder)
         if not folder.is_dir():
             raise LowBitError(f"artifact folder {str(folder)!r} does not exist; write one with calibrate or quantize")
@@ -56,6 +82,17 @@ class Artifact:
         return cls(checkpoint, {size: CommPlan.load(folder, size) for size in sizes}, folder)
 
     def plan(self, tp_size: int) -> CommPlan:
+        """Return the plan for a number of ranks.
+
+        Args:
+            tp_size: tensor-parallel ranks.
+
+        Returns:
+            The CommPlan that was calibrated for them.
+
+        Raises:
+            LowBitError: there is none for this size; the message names those that there are.
+        """
         if tp_size not in self.plans:
             raise LowBitError(
                 f"no communication plan for tp_size {tp_size} (there are {sorted(self.plans)}); "

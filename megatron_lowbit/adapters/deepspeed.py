@@ -120,12 +120,41 @@ def check_not_trained(engine: Any, artifact: Artifact) -> None:
 def apply_to_deepspeed(
     engine: Any, artifact: str | Path | Artifact, comm_mode: CommMode | CommConfig | None = None
 ) -> Any:
-    """Replace the engine's tensor-parallel linears in place, on every rank, and return the engine.
+    """Put an artifact into a DeepSpeed engine: quantized linears, and low-bit all-reduces between its ranks.
 
-    artifact, comm_mode and errors as in apply_to_huggingface; tensor-parallel layers of types that this adapter does
-    not know stay as they are, with a warning that names them; also raises LowBitError where AutoTP split a linear
-    unevenly, and for an engine of deepspeed.initialize whose optimizer holds what would be packed, or of ZeRO stage 3.
-    To train what an artifact leaves in full precision, call apply_to_huggingface before deepspeed.initialize.
+    A collective call: every rank makes it. Tensor-parallel layers of types that this adapter does not know stay as they
+    are, with a warning that names them. To train what an artifact leaves in full precision, call apply_to_huggingface
+    before deepspeed.initialize. `saturation` tells whether the calibrated ranges held, and `remove` takes the artifact
+    out again.
+
+    Args:
+        engine: of deepspeed.init_inference (AutoTP, with tensor_parallel={"tp_size": N, "tp_grain_size": 1}), or of
+            deepspeed.initialize; changed in place.
+        artifact: an Artifact or its folder, with a checkpoint, plans or both; the same on every rank.
+        comm_mode: how partial sums travel: native (the stock all-reduce), bf16, one_shot, two_shot, exact_sum or auto;
+            None: one_shot where the artifact has plans, else native. Or a whole CommConfig, whose cost_table and
+            drift_threshold then count too: a site whose values do not fit its plan falls back to bf16 with it, and logs
+            a warning without.
+
+    Returns:
+        The engine.
+
+    Raises:
+        LowBitError: an argument is of another kind; the artifact is of another model, damaged, or has no plan for this
+            number of ranks; AutoTP has split a linear unevenly; or the engine is of deepspeed.initialize and its
+            optimizer holds what would be packed, or it uses ZeRO stage 3.
+
+    Example, on each of two ranks:
+        >>> import deepspeed
+        >>> import torch
+        >>> from transformers import AutoModelForCausalLM
+        >>> import megatron_lowbit as lowbit
+        >>> model = AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
+        >>> shares = {"tp_size": 2, "tp_grain_size": 1}
+        >>> engine = deepspeed.init_inference(model, tensor_parallel=shares, dtype=torch.float32)
+        >>> engine = lowbit.apply_to_deepspeed(engine, "artifact")
+        >>> engine(torch.tensor([[5, 6, 7]])).logits.shape
+        torch.Size([1, 3, 128])
     """
     arguments.check_model("apply_to_deepspeed", engine, "a DeepSpeed engine")
     if not isinstance(getattr(engine, "module", None), nn.Module):

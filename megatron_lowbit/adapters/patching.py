@@ -66,9 +66,27 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
 
 
 def remove(model: Any) -> Any:
-    """Restore the modules that an apply_to_* replaced. Returns its argument.
+    """Take an artifact out again: restore the modules that an apply_to_* function has replaced.
 
-    model: a model, an engine or wrapper with `.module`, or a list of pipeline chunks.
+    Args:
+        model: a model, an engine or wrapper with `.module`, or a list of pipeline chunks; changed in place. One without
+            low-bit modules stays as it is.
+
+    Returns:
+        What was given as `model`.
+
+    Raises:
+        AttributeError: a module that was replaced is not in the model any more.
+
+    Example:
+        >>> import torch
+        >>> from transformers import AutoModelForCausalLM
+        >>> import megatron_lowbit as lowbit
+        >>> model = AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
+        >>> before = model(torch.tensor([[5, 6, 7]])).logits
+        >>> model = lowbit.remove(lowbit.apply_to_huggingface(model, "artifact"))
+        >>> torch.equal(model(torch.tensor([[5, 6, 7]])).logits, before)
+        True
     """
     if isinstance(model, (list, tuple)):
         for chunk in model:
@@ -129,10 +147,32 @@ def site_traffic(model: Any) -> dict[str, Traffic]:
 
 
 def saturation(model: Any) -> dict[str, Saturation]:
-    """Return {site: what this process has encoded there so far, and whether the site has fallen back to bf16}.
+    """Return how many values lay beyond their calibrated ranges, and which sites have fallen back to bf16.
 
-    model: as for `remove`. A site is a low-bit linear whose partial sums, or whose gathered input, are communicated; it
-    has the linear's name, after the chunk's number where there are several pipeline chunks. Waits for the device.
+    A site is a low-bit linear whose partial sums, or whose gathered input, are communicated. Waits for the device.
+
+    Args:
+        model: a model, an engine or wrapper with `.module`, or a list of pipeline chunks.
+
+    Returns:
+        {site: Saturation}, counted by this process since the artifact was applied: values (in low-bit formats),
+        saturated (those of them beyond their calibrated range, or NaN), nonfinite (tokens that held NaN or Inf) and
+        bf16 (whether the site has fallen back). A site has the linear's name, after the chunk's number where there are
+        several pipeline chunks; there is none where nothing is communicated.
+
+    Raises:
+        AttributeError: `model` is no module of torch.
+
+    Example:
+        >>> import torch
+        >>> from transformers import AutoModelForCausalLM
+        >>> import megatron_lowbit as lowbit
+        >>> model = AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
+        >>> model = lowbit.apply_to_huggingface(model, "artifact", virtual_tp=2)
+        >>> _ = model(torch.tensor([[5, 6, 7]]))
+        >>> seen = lowbit.saturation(model)["model.layers.0.mlp.down_proj"]
+        >>> seen.values, seen.bf16  # 2 ranks, 3 tokens, 64 features
+        (384, False)
     """
     if isinstance(model, (list, tuple)):
         several = len(model) > 1

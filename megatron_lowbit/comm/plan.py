@@ -64,7 +64,23 @@ class FeatureRange:
 
 @dataclass(frozen=True)
 class CalibrationStats:
-    """{tp_size: {site: FeatureRange}}; tp_size 1 holds the ranges of the full sum."""
+    """The ranges of every feature's partial sums, measured by `megatron-lowbit calibrate`: what plans are made from.
+
+    A site is a row-parallel linear, by its name in the Hugging Face model. A FeatureRange has min_vals and max_vals,
+    float32 [tp_size, features], one row for each rank's partial sums, and further statistics of the same kind.
+
+    Args:
+        ranges: {tp_size: {site: FeatureRange}}; tp_size 1 holds the ranges of the full sums.
+        fingerprint: shapes and checksums of the model that was measured.
+
+    Example:
+        >>> import megatron_lowbit as lowbit
+        >>> stats = lowbit.CalibrationStats.load("artifact")
+        >>> sorted(stats.ranges)
+        [1, 2]
+        >>> stats.ranges[2]["model.layers.0.mlp.down_proj"].min_vals.shape
+        torch.Size([2, 64])
+    """
 
     ranges: dict[int, dict[str, FeatureRange]]
     fingerprint: Fingerprint
@@ -72,12 +88,29 @@ class CalibrationStats:
     __repr__ = short_repr
 
     def save(self, folder: str | Path) -> None:
+        """Write calibration.safetensors and calibration.json.
+
+        Args:
+            folder: an existing folder. Files of the same names are replaced.
+
+        Raises:
+            LowBitError: it cannot be written.
+        """
         save_pair(Path(folder) / "calibration", range_tensors(self.ranges), {"fingerprint": self.fingerprint})
 
     @classmethod
     def load(cls, folder: str | Path) -> CalibrationStats:
-        """Read the statistics of a folder. Raises LowBitError for files that are missing, damaged, or hold no
-        statistics."""
+        """Read calibration.safetensors and calibration.json.
+
+        Args:
+            folder: where `save`, or `megatron-lowbit calibrate`, has written them.
+
+        Returns:
+            The CalibrationStats.
+
+        Raises:
+            LowBitError: a file is missing or damaged, or holds no statistics.
+        """
         stem = Path(folder) / "calibration"
         tensors, meta = load_pair(stem, "fingerprint")
         with complete(stem.with_suffix(".json")):
@@ -173,10 +206,26 @@ def label_of(description: str) -> str:
 
 @dataclass(frozen=True)
 class CommPlan:
-    """{site: SitePlan} of one tensor-parallel size.
+    """What the ranks of one tensor-parallel size send at every site: bits and scales of each feature.
 
-    gathers: of the inputs of column-parallel linears, {first linear that reads it: Codec of one sender}, for the
-    all-gather of sequence parallelism; empty where it stays in full precision.
+    A site is a row-parallel linear, by its name in the Hugging Face model. Its SitePlan has the codec of every rank's
+    partial sums, `first`, and that of their sum, `second`. A Codec has `bits`, uint8 [features], where 16 stands for
+    bf16, and `scale` and `zero_point`, float32 [tp_size, features].
+
+    Args:
+        sites: {site: SitePlan}.
+        tp_size: the number of ranks.
+        fingerprint: shapes and checksums of the model that was calibrated.
+        description: the scheme's name in results.
+        gathers: {first linear that reads it: Codec of one sender} of the inputs of column-parallel linears, for the
+            all-gather of sequence parallelism; empty where that stays in full precision.
+
+    Example:
+        >>> import megatron_lowbit as lowbit
+        >>> plan = lowbit.CommPlan.load("artifact", tp_size=2)
+        >>> site = plan.sites["model.layers.0.mlp.down_proj"]
+        >>> site.first.scale.shape, site.first.bits.dtype
+        (torch.Size([2, 64]), torch.uint8)
     """
 
     sites: dict[str, SitePlan]
@@ -193,6 +242,14 @@ class CommPlan:
         return label_of(self.description)
 
     def save(self, folder: str | Path) -> None:
+        """Write comm_plan_tp<N>.safetensors and comm_plan_tp<N>.json.
+
+        Args:
+            folder: an existing folder. Files of the same names are replaced.
+
+        Raises:
+            LowBitError: it cannot be written.
+        """
         meta = {
             "fingerprint": self.fingerprint,
             "tp_size": self.tp_size,
@@ -203,12 +260,20 @@ class CommPlan:
         save_pair(Path(folder) / f"comm_plan_tp{self.tp_size}", self.tensors(), meta)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what an artifact stores."""
+        """Return what an artifact stores.
+
+        Returns:
+            {<site>.<field>: tensor}.
+        """
         both: dict[str, SitePlan | Codec] = {**self.sites, **self.gathers}
         return {f"{site}.{name}": t for site, plan in both.items() for name, t in plan.tensors().items()}
 
     def validate(self) -> None:
-        """Raise ValueError, naming the tensor or site, where the parts do not fit together."""
+        """Check that the parts fit together.
+
+        Raises:
+            ValueError: they do not; the message names the tensor or site.
+        """
         for name, site in self.sites.items():
             site.validate(name, self.tp_size)
         for name, codec in self.gathers.items():
@@ -219,8 +284,18 @@ class CommPlan:
 
     @classmethod
     def load(cls, folder: str | Path, tp_size: int) -> CommPlan:
-        """Read the folder's plan for `tp_size` ranks. Raises LowBitError where the folder has no plan for this size
-        (naming those it has) or a damaged one."""
+        """Read comm_plan_tp<N>.safetensors and comm_plan_tp<N>.json.
+
+        Args:
+            folder: where `save`, or `megatron-lowbit calibrate`, has written them.
+            tp_size: the number of ranks.
+
+        Returns:
+            The CommPlan.
+
+        Raises:
+            LowBitError: the folder has no plan for this size (the message names those it has) or a damaged one.
+        """
         stem = Path(folder) / f"comm_plan_tp{tp_size}"
         if not stem.with_suffix(".json").exists():
             found = _plan_sizes(Path(folder))

@@ -84,6 +84,7 @@ class Reducer(nn.Module):
 
     @property
     def low_bit(self) -> bool:
+        """Return whether the mode sends codes."""
         return is_low_bit(self.mode)
 
     @property
@@ -92,17 +93,31 @@ class Reducer(nn.Module):
         return self.mode == "native"
 
     def set_site(self, site: str) -> None:
-        """Give it the site's name, which messages then say."""
+        """Give it the site's name, which messages then say.
+
+        Args:
+            site: the linear's name in the model.
+        """
         self.guard.site = site
 
     def saturation(self) -> Saturation:
-        """Return what this process has encoded so far, and whether the site has fallen back. Waits for the device."""
+        """Return what this process has encoded so far, and whether the site has fallen back. Waits for the device.
+
+        Returns:
+            A Saturation: values, saturated, nonfinite, bf16.
+        """
         return self.guard.saturation()
 
     def choose(self, values: int, scattered: bool = False) -> Collective:
         """Return the collective that so many partial sums take: the mode's or, where that is auto, the fastest.
 
-        scattered: in a reduce-scatter. It is half of each way of two hops, bf16 among them, and so goes by their costs.
+        Args:
+            values: tokens * features.
+            scattered: in a reduce-scatter. It is half of each way of two hops, bf16 among them, and so goes by their
+                costs.
+
+        Returns:
+            One of the collectives of megatron_lowbit/comm/collectives/.
         """
         if self.mode != "auto" or self.costs is None:
             return self.collectives[self.mode]
@@ -131,10 +146,10 @@ class OverRanks(nn.Module):
     tp_group: dist.ProcessGroup
 
     def __deepcopy__(self, memo: dict[int, object]) -> OverRanks:
-        twin = type(self).__new__(type(self))
-        memo[id(self)], memo[id(self.tp_group)] = twin, self.tp_group
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
+        copied = type(self).__new__(type(self))
+        memo[id(self)], memo[id(self.tp_group)] = copied, self.tp_group
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise LowBitError(
@@ -144,11 +159,32 @@ class OverRanks(nn.Module):
 
 
 class HybridReducer(OverRanks, Reducer):
-    """All-reduce over the ranks of `tp_group` at one site.
+    """The low-bit all-reduce of one site, over the ranks of a tensor-parallel group.
 
-    plan: the site's SitePlan, which bf16 and native do without. Raises LowBitError where the plan is for another number
-    of ranks, or lacks what the mode needs. Its methods do where the ranks differ in tokens, plan or mode, or a rank has
-    ended (agreement.py).
+    Its methods are collective calls: every rank of the group makes them, in the same order.
+
+    Args:
+        plan: the site's SitePlan (CommPlan.sites); None for the modes bf16 and native, which need none.
+        tp_group: the process group of the tensor-parallel ranks.
+        mode: native (the stock all-reduce in x's dtype), bf16, one_shot, two_shot, exact_sum or auto; None: one_shot
+            with a plan, bf16 without.
+        drift_threshold: the share of values beyond their calibrated ranges above which the site falls back to bf16;
+            None: it never does, but logs a warning.
+        costs: the CostTable that auto chooses by.
+
+    Raises:
+        LowBitError: the plan is for another number of ranks, or lacks what the mode needs.
+
+    Example, on each of two ranks:
+        >>> import torch
+        >>> from torch import distributed as dist
+        >>> import megatron_lowbit as lowbit
+        >>> site = lowbit.Artifact.load("artifact").plan(2).sites["model.layers.0.mlp.down_proj"]
+        >>> reducer = lowbit.HybridReducer(site, dist.group.WORLD)
+        >>> reducer.all_reduce(torch.zeros(5, 64, dtype=torch.bfloat16)).shape
+        torch.Size([5, 64])
+        >>> reducer.traffic.bits_per_value < 6
+        True
     """
 
     def __init__(
@@ -173,23 +209,47 @@ class HybridReducer(OverRanks, Reducer):
         self.ranks = Ranks(self.agreement, self.tp_rank, self.tp_size, self.traffic)
 
     def set_site(self, site: str) -> None:
+        """Give it the site's name, which messages then say.
+
+        Args:
+            site: the linear's name in the model.
+        """
         super().set_site(site)
         self.agreement.site = site
 
     def all_reduce(self, x: Tensor, reuse: bool = False) -> Tensor:
-        """All-reduce this rank's partial sums [..., E] -> the group's sum, in x's dtype; the gradient passes as it is.
+        """Add up the partial sums of all ranks. The gradient passes as it is.
 
-        reuse: x is the caller's own and not needed any more, so without a gradient the sum may be made in its place.
+        Args:
+            x: this rank's partial sums [..., features], float32, bf16 or float16; of the same shape on every rank.
+            reuse: x is not needed any more, so without a gradient the sum may be made in its place.
+
+        Returns:
+            The group's sum, of x's shape and dtype, the same bits on every rank.
+
+        Raises:
+            LowBitError: the ranks differ in tokens, plan or mode, or one of them has ended.
         """
         if torch.is_grad_enabled() and x.requires_grad:
             return _ReduceFromTensorParallelRegion.apply(x, self)
         return self._forward(x, reuse)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        """Reduce-scatter this rank's partial sums [length, ..., E] -> rank r's slice r of the sum [length / N, ..., E];
-        bit for bit that slice of all_reduce in one_shot and exact_sum. The gradient is all-gathered in full precision.
+        """Add up the partial sums of all ranks, and keep this rank's share of the tokens.
 
-        The first half of sequence parallelism (Megatron's [length, batch, hidden]); length is a multiple of N.
+        The second half of a row-parallel linear under sequence parallelism. The gradient is all-gathered in full
+        precision.
+
+        Args:
+            x: this rank's partial sums [length, ..., features], such as Megatron's [length, batch, hidden]; length is
+                a multiple of the number of ranks N.
+
+        Returns:
+            Rank r's slice r of the sum [length / N, ..., features]; in one_shot and exact_sum bit for bit that slice of
+            what all_reduce returns.
+
+        Raises:
+            LowBitError: the ranks differ in tokens, plan or mode, or one of them has ended.
         """
         return _ReduceScatterToSequenceParallelRegion.apply(x, self)
 

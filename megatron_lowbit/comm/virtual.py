@@ -16,11 +16,45 @@ from megatron_lowbit.config import LowBitError
 
 
 class VirtualReducer(Reducer):
-    """HybridReducer's twin for one process that holds the partial sums of all ranks. Counts the bytes of one rank."""
+    """The low-bit all-reduce of one site, for ranks inside one process that holds the partial sums of all of them.
+
+    It gives the same bits as as many processes with a HybridReducer (in bf16 that holds for two), and counts the bytes
+    that one rank would send.
+
+    Args:
+        plan: the site's SitePlan (CommPlan.sites); None for the modes bf16 and native, which need none.
+        mode: native (a plain sum in the dtype of the partial sums), bf16, one_shot, two_shot, exact_sum or auto; None:
+            one_shot with a plan, bf16 without.
+        drift_threshold: the share of values beyond their calibrated ranges above which the site falls back to bf16;
+            None: it never does, but logs a warning.
+        costs: the CostTable that auto chooses by.
+
+    Raises:
+        LowBitError: the plan lacks what the mode needs.
+
+    Example:
+        >>> import torch
+        >>> import megatron_lowbit as lowbit
+        >>> site = lowbit.Artifact.load("artifact").plan(2).sites["model.layers.0.mlp.down_proj"]
+        >>> reducer = lowbit.VirtualReducer(site)
+        >>> reducer.all_reduce([torch.zeros(5, 64), torch.zeros(5, 64)]).shape
+        torch.Size([5, 64])
+        >>> reducer.traffic.bits_per_value < 6
+        True
+    """
 
     def all_reduce(self, partials: Sequence[Tensor]) -> Tensor:
-        """Add up the partial sums [..., E] of ranks 0 .. N-1 -> their sum, in their dtype; each gets the gradient as it
-        is."""
+        """Add up the partial sums of all ranks. Each gets the gradient as it is.
+
+        Args:
+            partials: of ranks 0 .. N-1, each [..., features], float32, bf16 or float16, all of one shape.
+
+        Returns:
+            Their sum, of the same shape and dtype.
+
+        Raises:
+            LowBitError: the plan is for another number of ranks.
+        """
         return _VirtualReduce.apply(self, *partials)
 
     def _forward(self, partials: Sequence[Tensor]) -> Tensor:

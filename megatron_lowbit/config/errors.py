@@ -18,7 +18,19 @@ NOTICED = "MEGATRON_LOWBIT_NOTICED"  # set for ranks whose starter has read the 
 
 
 class LowBitError(Exception):
-    """Bad input: one line that names the value and the fix. Commands print it and exit with code 2."""
+    """Bad input: one line that names the value and the fix. Commands print it and exit with code 2.
+
+    Args:
+        message: the line.
+
+    Example:
+        >>> import megatron_lowbit as lowbit
+        >>> try:
+        ...     lowbit.Artifact.load("nowhere")
+        ... except lowbit.LowBitError as error:
+        ...     print(error)
+        artifact folder 'nowhere' does not exist; write one with calibrate or quantize
+    """
 
 
 @cache

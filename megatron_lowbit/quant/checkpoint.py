@@ -90,9 +90,30 @@ def merge_parts(parts: Sequence[PartMeta]) -> PartMeta:
 
 @dataclass(frozen=True)
 class LowBitCheckpoint:
-    """Quantized linears and all other tensors under Hugging Face names, independent of framework and tp_size.
+    """A model's quantized linears and all its other tensors, whole, independent of framework and number of ranks.
 
-    reassembly, low_rank: as in CheckpointPart. attention_bits: of Q, K and V; 16 leaves them as they are.
+    Args:
+        linears: {name in the Hugging Face model: QuantizedWeight}, with packed_weight uint8 [out, bytes of a row],
+            scale and zero_point float32 [out, groups].
+        tensors: {name: tensor} of all that is not quantized.
+        scheme: bits of weights and activations.
+        scheme_name: its name, such as "W4A8".
+        shard_groups: slices of a row-parallel linear's input that have a scale of their own per token, so that each
+            rank can quantize its share by itself.
+        fingerprint: shapes and checksums of the model that was quantized.
+        reassembly: {norm or linear that carries it out: ReassemblyPlan}; a norm reassembles its output's channels, a
+            linear those of its input.
+        low_rank: {linear: LowRank}, factors lora_a bf16 [rank, in] and lora_b bf16 [out, rank].
+        attention_bits: of Q, K and V; 16 leaves them as they are.
+
+    Example:
+        >>> import megatron_lowbit as lowbit
+        >>> checkpoint = lowbit.LowBitCheckpoint.load("artifact")
+        >>> weight = checkpoint.linears["model.layers.0.self_attn.q_proj"]
+        >>> weight.packed_weight.shape, weight.dequantize().shape
+        (torch.Size([64, 32]), torch.Size([64, 64]))
+        >>> checkpoint.ideal_bytes() <= checkpoint.linear_bytes() <= checkpoint.nbytes()
+        True
     """
 
     linears: dict[str, QuantizedWeight]
@@ -108,13 +129,31 @@ class LowBitCheckpoint:
     __repr__ = short_repr
 
     def save(self, folder: str | Path) -> None:
+        """Write lowbit.safetensors, and lowbit.json with its checksum and those of config and tokenizer.
+
+        Args:
+            folder: an existing folder. The files of a checkpoint that was there are replaced.
+
+        Raises:
+            LowBitError: it cannot be written.
+        """
         part = CheckpointPart(self.linears, self.tensors, self.reassembly, self.low_rank)
         meta = part.save(Path(folder) / "lowbit.safetensors")
         write_checkpoint(folder, meta, self.scheme_name, self.shard_groups, self.attention_bits, self.fingerprint)
 
     @classmethod
     def load(cls, folder: str | Path) -> LowBitCheckpoint:
-        """Read a checkpoint. The tensors are mapped from their files: pages come into memory as they are used."""
+        """Read lowbit.json and the tensor files that it names.
+
+        Args:
+            folder: where `save`, or `megatron-lowbit quantize`, has written them.
+
+        Returns:
+            The LowBitCheckpoint. Its tensors are mapped from their files: pages come into memory as they are used.
+
+        Raises:
+            LowBitError: a file is missing, damaged or was changed, or the tensors do not fit together.
+        """
         stem = Path(folder) / "lowbit"
         keys = (
             "files",
@@ -168,7 +207,11 @@ class LowBitCheckpoint:
         return checkpoint
 
     def validate(self) -> None:
-        """Raise ValueError where the parts, each of which is valid by itself, do not fit together."""
+        """Check that the parts, each of which is valid by itself, fit together.
+
+        Raises:
+            ValueError: they do not; the message names the tensor.
+        """
         strange = [name for name in self.linears if name not in self.fingerprint["weights"]]
         if strange:
             raise ValueError(f"its fingerprint lacks the linear {strange[0]}")
@@ -182,16 +225,28 @@ class LowBitCheckpoint:
         refuse_unused(name for name in self.tensors if name.rpartition(".")[2] in leaves)
 
     def nbytes(self) -> int:
-        """Return the bytes of all tensors, packed."""
+        """Return the bytes of all tensors, packed.
+
+        Returns:
+            An int.
+        """
         return self.linear_bytes() + sum(t.nbytes for t in self.tensors.values())
 
     def linear_bytes(self) -> int:
-        """Return the bytes of the quantized linears: codes, scales, zero points, plans and branches."""
+        """Return the bytes of the quantized linears: codes, scales, zero points, plans and branches.
+
+        Returns:
+            An int.
+        """
         owners = ((self.linears, _WEIGHT), (self.reassembly, _PLAN), (self.low_rank, _LOW_RANK))
         return sum(getattr(v, leaf).nbytes for owner, names in owners for v in owner.values() for leaf in names)
 
     def ideal_bytes(self) -> float:
-        """Return bits * parameters / 8 of the quantized linears: what no format can be below."""
+        """Return bits * parameters / 8 of the quantized linears: what no format can be below.
+
+        Returns:
+            A float.
+        """
         bits = self.scheme.weight_bits
         return sum(w.packed_weight.shape[0] * w.in_features * bits / 8 for w in self.linears.values())
 

@@ -185,17 +185,36 @@ def apply_to_huggingface(
     virtual_tp: int = 1,
     comm_mode: CommMode | CommConfig | None = None,
 ) -> nn.Module:
-    """Replace the model's linears in place and return it.
-
-    artifact: folder (or loaded Artifact) of a LowBitCheckpoint and/or CommPlans. virtual_tp: ranks whose partial sums
-    and messages are simulated in this process, bit for bit. comm_mode: as comm.mode; None: one_shot where the artifact
-    has plans, else native; or a whole CommConfig, whose cost_table and drift_threshold then count: with it a site whose
-    values do not fit its plan falls back to bf16, without it such a site logs a warning (drift.py).
-    `saturation` tells what happened. Raises LowBitError for arguments of another kind, and, with the model left without
-    low-bit modules, for an artifact of another model or without a plan for this size.
+    """Put an artifact into a Hugging Face model: quantized linears, and low-bit partial sums of virtual ranks.
 
     The model's save_pretrained then writes an artifact. Packed linears are frozen and hold no parameters; embeddings
-    and all else that stays can be trained, by an optimizer made afterwards (see adapters/training.py).
+    and all else that stays can be trained, by an optimizer made afterwards. `saturation` tells whether the calibrated
+    ranges held, and `remove` takes the artifact out again.
+
+    Args:
+        model: a causal language model of transformers, unsharded; changed in place.
+        artifact: an Artifact or its folder, with a checkpoint, plans or both.
+        virtual_tp: ranks whose partial sums and messages are simulated in this process, bit for bit; 1 sends nothing.
+        comm_mode: how partial sums travel: native (the stock all-reduce), bf16, one_shot, two_shot, exact_sum or auto;
+            None: one_shot where the artifact has plans, else native. Or a whole CommConfig, whose cost_table and
+            drift_threshold then count too: a site whose values do not fit its plan falls back to bf16 with it, and logs
+            a warning without.
+
+    Returns:
+        The model.
+
+    Raises:
+        LowBitError: an argument is of another kind, or the artifact is of another model, damaged, or has no plan for
+            this size; the model then has no low-bit modules.
+
+    Example:
+        >>> import torch
+        >>> from transformers import AutoModelForCausalLM
+        >>> import megatron_lowbit as lowbit
+        >>> model = AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
+        >>> model = lowbit.apply_to_huggingface(model, "artifact", virtual_tp=2)
+        >>> model(torch.tensor([[5, 6, 7]])).logits.shape
+        torch.Size([1, 3, 128])
     """
     arguments.check_model("apply_to_huggingface", model, "a Hugging Face model")
     artifact = arguments.load_artifact("apply_to_huggingface", artifact)

@@ -92,13 +92,38 @@ def _shape_fields(model: Any) -> dict[str, Any]:
 def apply_to_megatron(
     model: Any, artifact: str | Path | Artifact, comm_mode: CommMode | CommConfig | None = None
 ) -> Any:
-    """Replace the tensor-parallel linears of a GPTModel in place, on every rank, and return what was given.
+    """Put an artifact into a GPTModel of Megatron-Core: quantized linears, and low-bit all-reduces between its ranks.
 
-    model: a GPTModel, a wrapper around one, or a list of pipeline chunks. artifact, comm_mode: as in
-    apply_to_huggingface. Under sequence parallelism the reduce-scatter is low-bit, and the all-gather where the plan
-    has ranges for it (comm.gather). Raises LowBitError, with nothing replaced, for an artifact of other shapes
-    (naming the first tensor), of another model, without a plan for this size or layer, or whose shard groups the
-    size splits.
+    A collective call: every rank makes it. Under sequence parallelism the reduce-scatter is low-bit, and the all-gather
+    where the plan has ranges for it (comm.gather). `saturation` tells whether the calibrated ranges held, and `remove`
+    takes the artifact out again.
+
+    Args:
+        model: a GPTModel, a wrapper around one, or a list of pipeline chunks; changed in place.
+        artifact: an Artifact or its folder, with a checkpoint, plans or both; the same on every rank.
+        comm_mode: how partial sums travel: native (the stock all-reduce), bf16, one_shot, two_shot, exact_sum or auto;
+            None: one_shot where the artifact has plans, else native. Or a whole CommConfig, whose cost_table and
+            drift_threshold then count too: a site whose values do not fit its plan falls back to bf16 with it, and logs
+            a warning without.
+
+    Returns:
+        What was given as `model`.
+
+    Raises:
+        LowBitError: the artifact is of another model or of other shapes (the message names the first tensor), damaged,
+            or without a plan for this number of ranks or this layer; or the number of ranks splits its shard groups.
+            Nothing is replaced then.
+
+    Example, on each of two ranks, where Megatron's parallel groups are initialized:
+        >>> import torch
+        >>> from transformers import AutoConfig
+        >>> import megatron_lowbit as lowbit
+        >>> from megatron_lowbit.adapters.megatron import model as megatron_model
+        >>> hf_config = AutoConfig.from_pretrained("model")
+        >>> model = megatron_model.load_weights(megatron_model.build(hf_config), "model", hf_config)
+        >>> model = lowbit.apply_to_megatron(model, "artifact")
+        >>> model(torch.tensor([[5, 6, 7]]), torch.tensor([[0, 1, 2]]), None).shape  # half of the vocabulary
+        torch.Size([1, 3, 64])
     """
     chunks = model_chunks(model)
     for chunk in chunks:
