@@ -58,7 +58,7 @@ THRESHOLDS = [math.ceil((2 ** ((i + 0.5) / OCTAVE) - 1) * 2**23) for i in range(
 
 
 class Format(NamedTuple):
-    """How the messages of one sender, or of N senders, are laid out.
+    """The layout of the messages of one sender, or of N senders.
 
     scale, zero_point: float32 [E], or [N, E], in the features' own order, inf and 0 for those in bf16 (Triton relies on
     it); order: int64 [E], the features in wire order; tiers: bits, count, bits, count, ...; per_token: with a scale

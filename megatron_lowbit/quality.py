@@ -25,7 +25,7 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Quality:
-    """What one pass measured; log_probs holds the first tokens' log-probabilities float32 [tokens, vocab]."""
+    """The figures of one pass; log_probs holds the first tokens' log-probabilities float32 [tokens, vocab]."""
 
     perplexity: float
     kl: float | None

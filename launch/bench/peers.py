@@ -8,7 +8,7 @@ other systems use. Nothing else in the package runs them.
                 Rank r gets every rank's codes for its stripe of the groups (all-to-all), decodes and adds them up in
                 float32, rounds the sum with scales of its own, and all ranks gather the sums.
 
-VirtualGroupInt4 is its twin for one process that holds the partial sums of all ranks: the same bits, in one hop or two.
+VirtualGroupInt4 is the same for one process that holds the partial sums of all ranks: the same bits, in one hop or two.
 
 It is written in plain torch, where our own formats have compiled kernels, so its measured seconds are an upper bound of
 what it costs: to compare schemes rather than kernels, read `ideal_seconds`.

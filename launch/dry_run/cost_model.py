@@ -36,7 +36,7 @@ ROUNDING_BYTES, OBSERVING_BYTES = 84, 232
 
 @dataclass(frozen=True)
 class Work:
-    """Of one rank."""
+    """The work of one rank."""
 
     flops: float = 0.0
     rounded: float = 0.0

@@ -116,7 +116,7 @@ class Engine:
 
 
 class _TokenStreamer:
-    """What transformers' generate calls with the prompt, then with every token."""
+    """The streamer that transformers' generate calls with the prompt, then with every token."""
 
     def __init__(self, on_token: Callable[[int], None], on_step: Callable[[], None]):
         self.on_token, self.on_step, self.begun = on_token, on_step, False
@@ -133,7 +133,7 @@ class _TokenStreamer:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """How to continue prompts. on_token(number of the prompt, token id) is called as tokens come; on_step() at every
+    """Settings of generation. on_token(number of the prompt, token id) is called as tokens come; on_step() at every
     decoding step, by all ranks equally often (not all pipeline stages see the tokens)."""
 
     max_new_tokens: int

@@ -40,7 +40,7 @@ class ContainerConfig(_Config):
 
 
 class Resources(_Config):
-    """Of one stage, or of all that do not say otherwise."""
+    """The resources of one stage, or of all that do not say otherwise."""
 
     nodes: int | None = Field(None, ge=1)
     """nodes of a job"""

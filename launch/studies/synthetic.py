@@ -36,7 +36,7 @@ MakeReducer = Callable[[str], VirtualReducer]
 
 
 class ScaledSite:
-    """What calibration sees of a row-parallel linear whose partial sums are scaled; the linear itself stays.
+    """A row-parallel linear whose partial sums calibration sees scaled; the linear itself stays.
 
     weight [features, in_features]; bias None. token: factor of every window's first token; features: of the output
     features, float32 [features].

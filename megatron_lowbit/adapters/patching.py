@@ -195,7 +195,7 @@ def choose_plan(artifact: Artifact, tp_size: int, comm_mode: CommMode | None) ->
 
 @dataclass(frozen=True)
 class Reducers:
-    """Makes the reducers of a model."""
+    """The plan and settings of a model's communication, and what makes a reducer of every site from them."""
 
     plan: CommPlan | None
     mode: CommMode

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass
 class Reads:
-    """What a run has shown. inputs: (fqn of a linear, its input) in the order they ran; outputs: (fqn of a norm, its
+    """The reads of a run. inputs: (fqn of a linear, its input) in the order they ran; outputs: (fqn of a norm, its
     output); others: ids of the outputs that something else read, too."""
 
     inputs: list[tuple[str, Tensor]] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Reads:
 
 
 class _ReadTracker(TorchDispatchMode):
-    """Notes the operations that take a norm's output while no linear in question runs."""
+    """A mode that notes the operations that take a norm's output while no linear in question runs."""
 
     def __init__(self, reads: Reads):
         super().__init__()

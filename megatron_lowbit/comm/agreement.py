@@ -28,7 +28,7 @@ _BATCHES: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # tok
 
 
 class Agreement:
-    """Of the ranks of `group` at one site; plan: all that has to be the same on every rank."""
+    """An agreement of the ranks of `group` at one site; plan: all that has to be the same on every rank."""
 
     def __init__(self, group: dist.ProcessGroup, plan: Iterable[object]):
         self.group, self.plan = group, plan

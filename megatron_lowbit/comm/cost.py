@@ -27,7 +27,9 @@ TUNED: tuple[CommMode, ...] = ("bf16", "one_shot", "two_shot", "exact_sum")
 
 @dataclass(frozen=True)
 class CostTable:
-    """Of tp_size ranks and tensors [tokens, features]; rows: mode -> ((bytes, seconds), ...) by ascending bytes."""
+    """The measured seconds of all-reduces over tp_size ranks, of tensors [tokens, features].
+
+    rows: mode -> ((bytes, seconds), ...) by ascending bytes."""
 
     tp_size: int
     features: int

@@ -41,7 +41,7 @@ DRIFT_INTERVAL = 64  # low-bit calls of a site between two checks, once there ha
 
 @dataclass(frozen=True)
 class Saturation:
-    """What one process has encoded at a site.
+    """Counts of the values that one process has encoded at a site.
 
     values: in low-bit formats; saturated: those of them that lay beyond their calibrated range, or were NaN; nonfinite:
     tokens that held NaN or Inf, and so were sent as NaN; bf16: whether the site has fallen back.

@@ -33,7 +33,7 @@ LARGE = 2**17  # bytes from one rank to another from which rounds are faster
 
 
 class PendingMessages:
-    """What a collective will have received once its messages are there."""
+    """Messages of a collective that are under way; `wait` returns what this rank has received."""
 
     def __init__(self, agreement: Agreement, received: Tensor, halves: list[list[dist.Work | None]]):
         self.agreement, self.received, self.halves = agreement, received, halves

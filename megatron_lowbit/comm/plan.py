@@ -30,7 +30,7 @@ from megatron_lowbit.io.tensors import check_tensor, one_value, refuse_unused, s
 
 @dataclass(frozen=True)
 class FeatureRange:
-    """What calibration knows of the partial sums at one site, per rank and feature: float32 [tp_size, features] each.
+    """Statistics of the partial sums at one site, per rank and feature: float32 [tp_size, features] each.
 
     min_vals, max_vals: the moving averages of the ranges; mean, std: over all tokens, for per-token scales; crest:
     float32 [tp_size], the root mean square of the tokens' sizes, in standard deviations; clipped: float32 [tp_size,
@@ -154,7 +154,7 @@ def ranges_of(tensors: Mapping[str, Tensor]) -> Ranges:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What the ranks send at one site.
+    """The plan of one site: how its ranks encode what they send.
 
     first: of every rank's partial sums; second: of their sum, one sender (two_shot's second hop; None where the ranges
     of the sum are not known). center float32 [tp_size, E], half_range float32 [E]: for exact_sum, the middle of each
@@ -206,7 +206,7 @@ def label_of(description: str) -> str:
 
 @dataclass(frozen=True)
 class CommPlan:
-    """What the ranks of one tensor-parallel size send at every site: bits and scales of each feature.
+    """The plan of one tensor-parallel size: in how many bits, and by which scales, each site sends each feature.
 
     A site is a row-parallel linear, by its name in the Hugging Face model. Its SitePlan has the codec of every rank's
     partial sums, `first`, and that of their sum, `second`. A Codec has `bits`, uint8 [features], where 16 stands for

@@ -35,10 +35,10 @@ def is_low_bit(mode: str | None) -> bool:
 
 
 class Reducer(nn.Module):
-    """What HybridReducer and VirtualReducer share: the collectives that the mode may take, and the guard over them.
+    """The part that both reducers share: the collectives that the mode may take, and the guard over them.
 
-    mode None: one_shot with a plan, bf16 without. drift_threshold: as comm.drift_threshold (drift.py). costs: of as
-    many ranks, for auto.
+    mode None: one_shot with a plan, bf16 without. drift_threshold: that of comm.drift_threshold (drift.py). costs: of
+    as many ranks, for auto.
     """
 
     def __init__(

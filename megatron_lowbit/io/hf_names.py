@@ -23,7 +23,7 @@ from megatron_lowbit.io.hf_weights import HFWeights
 
 @dataclass(eq=False)
 class _Origin:
-    """What a parameter is made of. first: the parameter's name, or of several made together the first one's;
+    """The sources of a parameter. first: the parameter's name, or of several made together the first one's;
     sources: {pattern of the converter: names in the files}; converter: None where the one source is it already."""
 
     first: str

@@ -39,7 +39,7 @@ TOKENIZER_FILES = (
 
 @dataclass
 class CheckpointPart:
-    """What some blocks contribute to a LowBitCheckpoint, as one safetensors file.
+    """The part that some blocks contribute to a LowBitCheckpoint, as one safetensors file.
 
     linears and other tensors by Hugging Face name; reassembly by the module that carries it out (a norm, whose
     output it is, or a linear, whose input); low_rank by linear.

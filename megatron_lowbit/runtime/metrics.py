@@ -42,7 +42,7 @@ _FREE = ("output_dir", "wandb")  # settings that may differ between the processe
 
 
 class MetricLogger:
-    """Appends records to <output_dir>/metrics.jsonl and mirrors them to W&B (wandb: off, offline or online).
+    """A log: appends records to <output_dir>/metrics.jsonl and mirrors them to W&B (wandb: off, offline or online).
 
     A stage that was killed, and is started again with the same settings and code, continues one logical run: its id
     stays, its steps go on, and what it does again is not told again. Every process leaves an event "start" (with its

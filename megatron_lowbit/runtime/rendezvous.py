@@ -115,7 +115,7 @@ def _place() -> str:
 
 
 class _Meeting:
-    """What the thread does, and how far it has come."""
+    """The thread's work, and how far it has come."""
 
     def __init__(self, rank: int, size: int):
         self.rank, self.size = rank, size

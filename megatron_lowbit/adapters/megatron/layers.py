@@ -53,7 +53,7 @@ def tp_group(host: Any) -> dist.ProcessGroup | None:
 
 
 class _LowBitLayer:
-    """What the two layers share: taking the place of a host, quantizing on load, distributed checkpoints."""
+    """The part that the two layers share: taking the place of a host, quantizing on load, distributed checkpoints."""
 
     is_row = False
     default_recipe: WeightsConfig | None = None  # a spec's own classes set it

@@ -38,7 +38,7 @@ _REASSEMBLY_LEAVES = ("src", "coefficient", "merged_into")
 
 @dataclass(frozen=True)
 class Shape:
-    """What a reader has to know of a low-bit linear before it can allocate it; all of the whole linear."""
+    """The sizes of a whole low-bit linear, which a reader has to know before it can allocate it."""
 
     weight_bits: int
     act_bits: int

@@ -33,7 +33,7 @@ def register(name: str) -> Callable[[CollectiveT], CollectiveT]:
 
 @dataclass
 class Traffic:
-    """What one rank handed to torch.distributed: bytes, and the values they stand for."""
+    """Counts of the bytes that one rank handed to torch.distributed, and of the values they stand for."""
 
     bytes: int = 0
     values: int = 0
