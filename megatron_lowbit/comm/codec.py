@@ -93,7 +93,7 @@ class WireFormat(Float32QParams):
     """Encodes and decodes as a Codec says.
 
     Counts, on the device, values, those of them far from what was calibrated (beyond their static range, or 16 standard
-    deviations away in per-token), and tokens that travel as NaN.
+    deviations away with per-token scales), and tokens that travel as NaN.
     """
 
     scale: Tensor  # float32 [senders, E]; inf for bf16

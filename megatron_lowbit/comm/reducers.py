@@ -161,7 +161,7 @@ class OverRanks(nn.Module):
 class HybridReducer(OverRanks, Reducer):
     """The low-bit all-reduce of one site, over the ranks of a tensor-parallel group.
 
-    Its methods are collective calls: every rank of the group makes them, in the same order.
+    all_reduce and reduce_scatter are collective calls: every rank of the group makes them, in the same order.
 
     Args:
         plan: the site's SitePlan (CommPlan.sites); None for the modes bf16 and native, which need none.
@@ -237,8 +237,8 @@ class HybridReducer(OverRanks, Reducer):
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Add up the partial sums of all ranks, and keep this rank's share of the tokens.
 
-        The second half of a row-parallel linear under sequence parallelism. The gradient is all-gathered in full
-        precision.
+        Under sequence parallelism this takes the place of the all-reduce after a row-parallel linear. The gradient is
+        all-gathered in full precision.
 
         Args:
             x: this rank's partial sums [length, ..., features], such as Megatron's [length, batch, hidden]; length is
