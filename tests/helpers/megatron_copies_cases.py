@@ -94,7 +94,7 @@ def rounded_and_copied(rank: int, size: int) -> dict[str, Any]:
     """A model whose spec has rounded it on load, and its copy, which can be loaded again."""
     with parallel(size), shared_groups():
         from megatron_lowbit.adapters.megatron import model as megatron_model
-        from megatron_lowbit.adapters.megatron.apply import block_spec, lowbit_spec
+        from megatron_lowbit.adapters.megatron.spec import block_spec, lowbit_spec
 
         hf = tiny_models.build("llama")
         spec = lowbit_spec(block_spec(megatron_model.transformer_config(hf.config)), "W4A8")

@@ -62,7 +62,7 @@ def with_experts(hf: PreTrainedModel, sequence_parallel: bool) -> Any:
     from megatron.core.transformer.moe import moe_utils
 
     from megatron_lowbit.adapters.megatron import model as megatron_model
-    from megatron_lowbit.adapters.megatron.apply import block_spec, llama_spec
+    from megatron_lowbit.adapters.megatron.spec import block_spec, llama_spec
 
     if not hasattr(moe_utils, "te_general_gemm"):  # without Transformer Engine, Megatron 0.16 asks for it all the same
         moe_utils.te_general_gemm = None

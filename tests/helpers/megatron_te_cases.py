@@ -135,7 +135,7 @@ def loaded_into_specs(rank: int, size: int, scheme: str, sequence_parallel: bool
 
     with parallel(size):
         from megatron_lowbit.adapters.megatron import model as megatron_model
-        from megatron_lowbit.adapters.megatron.apply import block_spec, lowbit_spec
+        from megatron_lowbit.adapters.megatron.spec import block_spec, lowbit_spec
 
         hf = tiny_models.build("llama")
         config = megatron_model.transformer_config(hf.config, sequence_parallel=sequence_parallel)
@@ -161,7 +161,7 @@ def first_gradients(rank: int, size: int, scheme: str, sequence_parallel: bool) 
 
     with parallel(size):
         from megatron_lowbit.adapters.megatron import model as megatron_model
-        from megatron_lowbit.adapters.megatron.apply import block_spec, lowbit_spec
+        from megatron_lowbit.adapters.megatron.spec import block_spec, lowbit_spec
 
         hf = tiny_models.build("llama")
         config = megatron_model.transformer_config(hf.config, sequence_parallel=sequence_parallel)

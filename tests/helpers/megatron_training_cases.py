@@ -357,7 +357,7 @@ def optimizers_before_a_load(rank: int, size: int) -> dict[str, Any]:
 
     with parallel(size):
         from megatron_lowbit.adapters.megatron import model as megatron_model
-        from megatron_lowbit.adapters.megatron.apply import block_spec, lowbit_spec
+        from megatron_lowbit.adapters.megatron.spec import block_spec, lowbit_spec
 
         hf = tiny_models.build("llama")
         spec = lowbit_spec(block_spec(megatron_model.transformer_config(hf.config)), "W4A8")

@@ -174,7 +174,7 @@ def test_a_signal_while_python_ends():
     """Another rank was told first, this one has left too, and only now gets its own signal: the code stays 99."""
     code = """
 import os, signal, sys
-from megatron_lowbit import preemption
+from megatron_lowbit.runtime import preemption
 class Late:
     def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGUSR1):
         kill(pid, number)

@@ -95,7 +95,7 @@ def test_a_second_interrupt(echo, code):
 RANK = """
 import os, sys, time
 from pathlib import Path
-from megatron_lowbit import preemption
+from megatron_lowbit.runtime import preemption
 preemption.install()
 Path(sys.argv[1], os.environ["RANK"]).write_text(str(os.getpid()))
 time.sleep(120)
