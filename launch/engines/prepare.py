@@ -18,7 +18,7 @@ from megatron_lowbit.adapters.huggingface import attention
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.agreement import digest
 from megatron_lowbit.comm.build_plan import build_plan
-from megatron_lowbit.comm.observers import calibrate
+from megatron_lowbit.comm.calibration import ParallelGroups, calibrate
 from megatron_lowbit.comm.plan import CalibrationStats
 from megatron_lowbit.comm.reducers import is_low_bit
 from megatron_lowbit.config import (
@@ -100,10 +100,18 @@ def calibrate_engine(
             logger.log(calibration_batch=number + 1, calibration_tokens=int(mask.sum()))
 
     run_blocks = partial(engine, logits_to_keep=1)  # logits of every token would be computed for nobody
-    inputs = engine.inputs() if comm.gather else None
-    groups = (engine.dp_group, engine.pp_group)
-    arguments = (fingerprint, section.ema_gamma, engine.group, inputs, *groups, comm.clipping == "histogram")
-    return calibrate(run_blocks, sites or engine.sites(), logged(), tp_sizes, *arguments, state=state)
+    return calibrate(
+        run_blocks,
+        sites or engine.sites(),
+        logged(),
+        tp_sizes,
+        fingerprint,
+        section.ema_gamma,
+        histograms=comm.clipping == "histogram",
+        inputs=engine.inputs() if comm.gather else None,
+        groups=ParallelGroups(engine.group, engine.dp_group, engine.pp_group),
+        state=state,
+    )
 
 
 def share_of_batch(

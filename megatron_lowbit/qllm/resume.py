@@ -176,7 +176,7 @@ def of_all_ranks(mine: dict[str, str]) -> dict[str, str]:
 class PassState(State):
     """A calibration pass that may stop after any of its `total` batches. All ranks make it and call it together.
 
-    done: batches that need not be read again; tensors: what this rank's observers had seen in them (calibrate.py).
+    done: batches that need not be read again; tensors: what this rank's observers held after them (comm/calibration.py).
     lag: how many batches the first pipeline stage may be ahead of the last.
     """
 
@@ -189,7 +189,7 @@ class PassState(State):
         if found and env_rank() == 0:
             print(f"continuing after {self.done} of the {total} batches")
 
-    def after_batch(self, seen: Callable[[], dict[str, Tensor]]) -> None:
+    def after_batch(self, observer_tensors: Callable[[], dict[str, Tensor]]) -> None:
         """Save from time to time. Raises Preempted, after saving, once any rank was told to stop."""
         self.done += 1
         if self.done == self.total:  # what is left takes no time
@@ -198,7 +198,7 @@ class PassState(State):
         answer = self.watch.step()
         if answer != PreemptionCheck.GO:
             began = time.monotonic()
-            self._save(seen())
+            self._save(observer_tensors())
             self.watch.save_every = max(SAVE_EVERY, 20 * (time.monotonic() - began))
         if answer == PreemptionCheck.STOP:
             raise Preempted(f"after {self.done} of {self.total} batches; the same command continues there")

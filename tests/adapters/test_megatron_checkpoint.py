@@ -117,7 +117,7 @@ def test_plans_of_the_gather(two_ranks, models, tmp_path):
 def gathered_stats(model):
     import tiny_models
 
-    from megatron_lowbit.comm.observers import calibrate
+    from megatron_lowbit.comm.calibration import calibrate
 
     sites, inputs = huggingface.row_parallel_sites(model), huggingface.first_readers(huggingface.find_linears(model))
     fingerprint = huggingface.fingerprint(model)

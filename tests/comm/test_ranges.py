@@ -11,7 +11,8 @@ from observing import observe
 from torch import nn
 
 from megatron_lowbit.comm.build_plan import aggregated_range, build_plan, widest_features
-from megatron_lowbit.comm.observers import RangeObserver, calibrate
+from megatron_lowbit.comm.calibration import calibrate
+from megatron_lowbit.comm.observers import RangeObserver
 from megatron_lowbit.comm.plan import CalibrationStats, FeatureRange
 from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.config import CommConfig, LowBitError

@@ -16,7 +16,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from megatron_lowbit.comm.observers import calibrate
+from megatron_lowbit.comm.calibration import ParallelGroups, calibrate
 from megatron_lowbit.config import CalibrateConfig
 from megatron_lowbit.launch import main
 from megatron_lowbit.qllm.resume import PassState
@@ -54,7 +54,7 @@ def calibrate_with_a_signal(rank: int, size: int, folder: str) -> tuple[list[int
 
         stats = calibrate(
             *(model, {"site": model.site}, batches(), [2], {"weights": {}}, 0.1),
-            dp_group=dist.group.WORLD,
+            groups=ParallelGroups(dp=dist.group.WORLD),
             histograms=True,
             state=state,
         )

@@ -213,12 +213,13 @@ def deepspeed_calibration(rank: int, size: int, architecture: str, tp_sizes: tup
     import tiny_models
 
     from megatron_lowbit.adapters import deepspeed as adapter
-    from megatron_lowbit.comm.observers import calibrate
+    from megatron_lowbit.comm.calibration import ParallelGroups, calibrate
 
     engine = _engine(architecture, size)
     sites, group = adapter.row_parallel_sites(engine), adapter.tp_group(engine)
     text, fingerprint = tiny_models.batches(), adapter.fingerprint(engine)
-    return calibrate(engine.module, sites, text, tp_sizes, fingerprint, gamma=0.25, tp_group=group)
+    groups = ParallelGroups(tp=group)
+    return calibrate(engine.module, sites, text, tp_sizes, fingerprint, gamma=0.25, groups=groups)
 
 
 def deepspeed_calibration_error(rank: int, size: int, tp_size: int) -> str:

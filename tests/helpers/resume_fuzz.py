@@ -16,7 +16,7 @@ from safetensors.torch import load
 from tiny_models import batches, build
 
 from megatron_lowbit.adapters.huggingface import apply as huggingface
-from megatron_lowbit.comm.observers import calibrate
+from megatron_lowbit.comm.calibration import calibrate
 from megatron_lowbit.comm.plan import CalibrationStats
 from megatron_lowbit.config import CalibrateConfig, LowBitError, QuantizeConfig, load_config
 from megatron_lowbit.io.data import Windows

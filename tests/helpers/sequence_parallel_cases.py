@@ -10,9 +10,9 @@ from recorded_collectives import RecordedCollectives
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from megatron_lowbit.comm.calibration import ParallelGroups, calibrate
 from megatron_lowbit.comm.codec import Codec
 from megatron_lowbit.comm.cost import CostTable
-from megatron_lowbit.comm.observers import calibrate
 from megatron_lowbit.comm.plan import CalibrationStats, SitePlan
 from megatron_lowbit.comm.reducers import HybridReducer
 from megatron_lowbit.comm.sequence_parallel import HybridGather
@@ -139,12 +139,12 @@ def calibrated(rank: int, size: int, batches: Batches, parallel: str) -> Calibra
     model = Toy()
     sites: dict[str, nn.Module] = {"first": model.first, "second": model.second}
     inputs: dict[str, nn.Module] = {"column": model.column}
-    groups: dict[str, Any] = {}
+    groups = ParallelGroups()
     if parallel == "dp":
-        groups["dp_group"] = dist.group.WORLD
+        groups = ParallelGroups(dp=dist.group.WORLD)
         batches = [share_of_batch(ids, mask, dist.group.WORLD) for ids, mask in batches]
     if parallel == "pp":
-        groups["pp_group"] = dist.group.WORLD
+        groups = ParallelGroups(pp=dist.group.WORLD)
         sites = {name: site for number, (name, site) in enumerate(sites.items()) if number == rank}
         inputs = inputs if rank == 0 else {}
-    return calibrate(model, sites, batches, (2, 4), {"weights": {}}, 0.25, None, inputs, **groups)
+    return calibrate(model, sites, batches, (2, 4), {"weights": {}}, 0.25, inputs=inputs, groups=groups)

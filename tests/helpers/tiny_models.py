@@ -13,7 +13,7 @@ from megatron_lowbit import embedded
 from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.build_plan import build_plan
-from megatron_lowbit.comm.observers import calibrate
+from megatron_lowbit.comm.calibration import calibrate
 from megatron_lowbit.comm.plan import CalibrationStats
 from megatron_lowbit.config import CommConfig, WeightsConfig
 from megatron_lowbit.quant.round_to_nearest import quantize_model
