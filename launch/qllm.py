@@ -1,4 +1,4 @@
-"""Method qllm of `quantize`: what it takes around the walk over the blocks (model folder, text, ranks)."""
+"""Method qllm of `quantize`: what the pipeline over the blocks needs around it (model folder, text, ranks)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_lowbit.launch.model_folder import download
 from megatron_lowbit.launch.tokenizer import check_tokenizer
 from megatron_lowbit.layers.linear import activation_groups
 from megatron_lowbit.qllm.block_source import BlockSource
-from megatron_lowbit.qllm.pipeline import GroupResult, Walk
+from megatron_lowbit.qllm.pipeline import BlockwiseQuantizer, GroupResult
 from megatron_lowbit.runtime.distributed import device, on_rank_zero, seed_everything
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger
@@ -63,20 +63,21 @@ def quantize_qllm(
     source.check_widths()
     source.check_rest()
     tell_full_precision(source.model)
-    walk = Walk(source, windows, config, plan_sizes(source, config) if plans else [], dp_group, logger)
+    tp_sizes = plan_sizes(source, config) if plans else []
+    quantizer = BlockwiseQuantizer(source, windows, config, tp_sizes, dp_group, logger)
 
     def save_beside(output: Path) -> None:
         read_config(folder).save_pretrained(output)
         tokenizer.save_pretrained(output)
         copy_generation_config(folder, output)
 
-    stats, rows = walk.run(save_beside), []
-    tell_layers(walk.results, logger)
+    stats, rows = quantizer.run(save_beside), []
+    tell_layers(quantizer.results, logger)
     if plans and len(stats.ranges) > 1:
         on_rank_zero(lambda: remove_plans(config.output_dir))
         rows = write_plans(stats, config, config.output_dir, logger)
-    on_rank_zero(walk.state.forget)
-    return rows, walk.results
+    on_rank_zero(quantizer.state.forget)
+    return rows, quantizer.results
 
 
 def tell_layers(groups: list[GroupResult], logger: MetricLogger) -> None:

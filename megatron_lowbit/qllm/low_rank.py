@@ -28,7 +28,7 @@ Step = Callable[[int], Iterable[tuple[Tensor, Tensor, Tensor, int]]]
 
 
 def add_low_rank(linears: Sequence[ShardedLinear], config: CorrectionConfig, seed: int) -> list[nn.Parameter]:
-    """A and B for every linear, seeded by its name, so that neither resuming nor another tp size changes them."""
+    """Add A and B to every linear, seeded by its name, so that neither resuming nor another tp size changes them."""
     parameters: list[nn.Parameter] = []
     for linear in linears:
         generator = torch.Generator().manual_seed((seed * 1_000_003 + zlib.crc32(linear.name.encode())) % 2**63)
@@ -36,8 +36,13 @@ def add_low_rank(linears: Sequence[ShardedLinear], config: CorrectionConfig, see
     return parameters
 
 
+def trains_norms(config: CorrectionConfig) -> bool:
+    """Tell whether the norms' gains are trained beside A and B."""
+    return config.train_norms and config.mode != "none"
+
+
 def trainable_norms(blocks: Sequence[nn.Module]) -> list[Any]:
-    """The blocks' ReassembledNorms, their float32 gains made parameters that take gradients.
+    """Return the blocks' ReassembledNorms, their float32 gains made parameters that take gradients.
 
     They are the norms that linears read. All tensor-parallel ranks see the whole gradient of such a gain, which a norm
     inside the attention (of one rank's heads) would not.

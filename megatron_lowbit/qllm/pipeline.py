@@ -1,58 +1,61 @@
-"""QLLM's walk over a model (arXiv 2310.08041): group after group of blocks, two streams, one restartable state.
+"""QLLM's pipeline (arXiv 2310.08041): group after group of blocks, two streams, one restartable state.
 
     full-precision stream   h  -> F(h)            what the correction aims at
     quantized stream        h~ -> F~(h~)          what the next group will be given
 
-For every group: load its blocks from disk; run the full-precision stream through them; reassemble and round block by
-block; train the low-rank correction of the whole group; run the quantized stream through the result, which also
-records the ranges of the partial sums for the communication plans; write the group's part of the checkpoint. Only
-the group at hand is in memory; the streams are memory-mapped files. After every group the state is written, so a
-killed run continues with the next. Told to stop (preemption.py), all ranks leave at the next batch or training step:
-what was done of the group at hand is dropped, and done again, to the same bits, when the run continues.
+For every group:
+    1. load its blocks from disk                                                    block_group.py, block_source.py
+    2. run the full-precision stream through them                                   group_streams.py, hidden_stream.py
+    3. reassemble and round block by block                                          round_blocks.py, search.py
+    4. train the low-rank correction of the whole group                             correct_group.py, low_rank.py
+    5. run the quantized stream through the result, and record the ranges of the
+       partial sums for the communication plans                                     record_ranges.py
+    6. write the group's part of the checkpoint, and the state                      pack_blocks.py, resume.py
+
+Only the group at hand is in memory; the streams are memory-mapped files. After every group the state is written, so a
+killed run continues with the next. When a rank is preempted (preemption.py), all ranks leave at the next batch or
+training step: what was done of the group at hand is dropped, and done anew, to the same bits, when the run continues.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
 from torch import distributed as dist
 
 from megatron_lowbit.adapters.huggingface import attention
-from megatron_lowbit.comm.build_plan import build_plan
-from megatron_lowbit.comm.observers import RangeObserver, SharedSteps
-from megatron_lowbit.comm.plan import CalibrationStats, FeatureRange
-from megatron_lowbit.comm.virtual import VirtualReducer
+from megatron_lowbit.comm.plan import CalibrationStats, Ranges
 from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.io.data import Windows
 from megatron_lowbit.io.files import complete
 from megatron_lowbit.io.fingerprint import fingerprint_fields, fingerprint_of
-from megatron_lowbit.layers.reassembled_norm import ReassembledNorm, rms_gain
-from megatron_lowbit.qllm.block_source import BlockSource, Call
+from megatron_lowbit.qllm.block_group import BlockGroup, load_group
+from megatron_lowbit.qllm.block_source import BlockSource
+from megatron_lowbit.qllm.calibration_share import CalibrationShare, check_windows
+from megatron_lowbit.qllm.correct_group import correct_group
+from megatron_lowbit.qllm.group_streams import GroupStreams
 from megatron_lowbit.qllm.hidden_stream import HiddenStream
-from megatron_lowbit.qllm.low_rank import add_low_rank, train, trainable_norms
+from megatron_lowbit.qllm.low_rank import trains_norms
+from megatron_lowbit.qllm.pack_blocks import pack_blocks
+from megatron_lowbit.qllm.record_ranges import attach_reducers, record_ranges
 from megatron_lowbit.qllm.resume import RunState, of_all_ranks
-from megatron_lowbit.qllm.search import Search
-from megatron_lowbit.qllm.shard_groups import ordered_sum
-from megatron_lowbit.qllm.sharded_linear import PreparedNorm, ShardedLinear
+from megatron_lowbit.qllm.round_blocks import BlockRounder
+from megatron_lowbit.qllm.trace_blocks import BlockCall
 from megatron_lowbit.quant.affine import Scheme
 from megatron_lowbit.quant.checkpoint import CheckpointPart, merge_parts, write_checkpoint
-from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
-from megatron_lowbit.runtime.distributed import PreemptionCheck, group_rank, on_every_rank, on_rank_zero, world_size
+from megatron_lowbit.runtime.distributed import PreemptionCheck, on_every_rank, on_rank_zero, world_size
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger, peak_memory, progress
 
 
 @dataclass
 class GroupResult:
-    """What one group left behind: seconds, the process's peak bytes so far, the training's mean loss per epoch."""
+    """Record of one group: seconds, the process's peak bytes so far, the training's mean loss per epoch."""
 
     blocks: list[int]
     seconds: float
@@ -64,8 +67,12 @@ class GroupResult:
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # {module: search.describe, on rank 0}
 
 
-class Walk:
-    """One run of method qllm. tp_sizes: tensor-parallel sizes whose ranges are recorded on the way."""
+class BlockwiseQuantizer:
+    """Run method qllm once, over all blocks of a model.
+
+    windows: the calibration text, the same on all ranks. tp_sizes: tensor-parallel sizes whose ranges are recorded on
+    the way. results: one per finished group. Raises LowBitError for windows that the ranks of dp_group cannot share.
+    """
 
     def __init__(
         self,
@@ -77,309 +84,108 @@ class Walk:
         logger: MetricLogger,
     ):
         self.source, self.config, self.logger = source, config, logger
-        self.tp_group, self.dp_group, self.tp_sizes = source.tp_group, dp_group, tp_sizes
-        self.scheme = Scheme.parse(config.weights.scheme)
         names = [source.fqn(index, name) for index, kinds in enumerate(source.kinds) for name in kinds]
         self.attention_bits = attention.possible_bits(source.model, names, attention_bits(config))
-        ranks, rank = world_size(dp_group), group_rank(dp_group)
-        check_windows(windows, config, ranks, source.text_config)
-        self.all_mask = windows.mask
-        self.ids, self.mask = windows.ids[rank::ranks], windows.mask[rank::ranks]
+        check_windows(windows, config, world_size(dp_group), source.text_config)
+        section = config.calibration
+        self.share = CalibrationShare(windows, section.batch_size, source.device, dp_group, self._check_preemption)
+        self.rounder = BlockRounder(config, self.attention_bits, self.share, source.tp_group)
         self.folder = Path(config.output_dir)
         inputs = {"calibration.data's tokens": windows.digest(), "model's weights": source.weights.digest()}
         self.state = RunState(config, inputs)
         self.results: list[GroupResult] = []
         self.parts: list[dict[str, Any]] = []
         self.bit_sums: dict[str, int] = {}
-        self.ranges: dict[int, dict[str, FeatureRange]] = {size: {} for size in (1, *tp_sizes)}
-        self.files: dict[str, str] = {}  # {stream that the run continues from: its checksum}
-        self.calls: dict[int, list[Call]] = {}  # of every block, for so many windows
+        self.ranges: Ranges = {size: {} for size in (1, *tp_sizes)}
+        self.checksums: dict[str, str] = {}  # {stream that the run continues from: its SHA-256}
         self.watch = PreemptionCheck()
 
     def run(self, save_beside: Callable[[Path], Any]) -> CalibrationStats:
         """Quantize, resuming where an earlier run of the same settings stopped, and write the checkpoint to output_dir.
 
         save_beside(folder) adds the model's config and tokenizer. Returns the ranges of the quantized model's
-        partial sums.
+        partial sums. Raises LowBitError for a damaged state or NaN or Inf in the model, and Preempted.
         """
         done = self._resume()
-        count = len(self.source.blocks)
-        size = self.config.correction.blocks_per_group
+        count, size = len(self.source.blocks), self.config.correction.blocks_per_group
         groups = [list(range(first, min(first + size, count))) for first in range(0, count, size)]
-        self._start_streams(done)
+        calls = self._start_streams(done)
         for number in progress(range(done, len(groups)), len(groups) - done, "block groups", env_rank()):
-            self._group(number, groups[number])
+            self._quantize_group(number, groups[number], calls)
         sums = {name: self.bit_sums[name] for name in sorted(self.bit_sums)}
         fingerprint = {**fingerprint_fields(self.source.text_config), "weights": sums}
         on_rank_zero(partial(self._finish, fingerprint, save_beside))
         return CalibrationStats(self.ranges, fingerprint)
 
-    def _start_streams(self, done: int) -> None:
-        """Open the streams before group `done`, or fill them with the embeddings."""
-        ids = self.ids
+    def _start_streams(self, done: int) -> dict[int, list[BlockCall]]:
+        """Open the streams before group `done`, or fill them with the embeddings; return how the blocks are called."""
+        ids, size = self.share.ids, self.share.batch_size
         self.source.trace(ids)
-        batch = self.config.calibration.batch_size
-        for windows in {1, min(batch, len(ids)), len(ids) % batch or batch}:
-            hidden, self.calls[windows] = self.source.embed(ids[:windows])
-        self.shape = (len(ids), ids.shape[1], hidden.shape[-1])
-        self.hp_stream, self.stream = (self._stream(name, done, existing=done > 0) for name in ("hp", "lowbit"))
+        calls = {}
+        for windows in self.share.batch_sizes:
+            hidden, calls[windows] = self.source.embed(ids[:windows])
+        shape = (*ids.shape, hidden.shape[-1])
+        checksums = self.checksums if done else None
+        self.streams = GroupStreams(self.state.folder, shape, self.source.dtype, done, checksums)
         if done == 0:
-            for start in range(0, len(ids), batch):
-                hidden, _ = self.source.embed(ids[start : start + batch])
-                self.hp_stream.write(start, hidden)
-                self.stream.write(start, hidden)
+            for start in range(0, len(ids), size):
+                hidden, _ = self.source.embed(ids[start : start + size])
+                self.streams.full_precision.write(start, hidden)
+                self.streams.quantized.write(start, hidden)
         self.source.free_rest()
+        return calls
 
-    def _stream(self, name: str, number: int | str, existing: bool = False) -> HiddenStream:
-        path = self.state.folder / f"{name}-{number}-rank{env_rank()}.bin"
-        arguments = (self.shape, self.source.dtype, existing, self.files.get(path.name), name != "scratch")
-        return on_every_rank(lambda: HiddenStream(path, *arguments))
-
-    def _group(self, number: int, indices: list[int]) -> None:
+    def _quantize_group(self, number: int, indices: list[int], calls: dict[int, list[BlockCall]]) -> None:
+        """Run the steps listed at the top of this file for blocks `indices`."""
         began = time.perf_counter()
-        blocks = [self.source.block(index) for index in indices]
-        tensors = [self.source.block_tensors(i, block) for i, block in zip(indices, blocks, strict=True)]
-        target = self._stream("hp", number + 1)
-        self._forward(blocks, indices, self.hp_stream, target)
-        result = GroupResult(indices, 0.0, 0)
-        here, scratch = self.stream, [self._stream("scratch", side) for side in (0, 1)]
-        for i, (index, block) in enumerate(zip(indices, blocks, strict=True)):
-            self._quantize_block(index, block, here, result)
-            if i + 1 < len(blocks):
-                self._forward([block], [index], here, scratch[i % 2])
-                here = scratch[i % 2]
-        linears = [module for block in blocks for module in block.modules() if isinstance(module, ShardedLinear)]
-        through = self.config.correction.through_communication
-        if through:
-            self._record_ranges(blocks, indices)
-            self._attach_reducers(linears)
-        self._correct(blocks, indices, linears, target, result)
-        for linear in linears:
+        group = load_group(self.source, indices, calls)
+        share, inputs = self.share, self.streams.quantized
+        target = self.streams.create_full_precision()
+        group.forward_stream(share, self.streams.full_precision, target)
+        report = self.rounder.round_group(group, inputs, self.streams.create_scratch())
+        through_communication = self.config.correction.through_communication
+        if through_communication:
+            self._record_ranges(group, None)
+            attach_reducers(group, self.ranges, self.config)
+        stored_dtype = self.source.stored_dtype or self.source.dtype
+        log = partial(self.logger.log, group=number)
+        correction = correct_group(group, share, inputs, target, self.config, stored_dtype, log)
+        for linear in group.linears():
             linear.freeze()
-        following = self._stream("lowbit", number + 1)
-        if through:
-            self._forward(blocks, indices, self.stream, following)
+        outputs = self.streams.create_quantized()
+        if through_communication:
+            group.forward_stream(share, inputs, outputs)
         else:
-            self._record_ranges(blocks, indices, following)
-        part = self._pack(blocks, tensors)
-        sums = {linear.name: self.source.bit_sums[linear.name] for linear in linears}
-        weights = fingerprint_of(sums, self.source.text_config, self.tp_group)["weights"]
-        result.seconds, result.peak_bytes = time.perf_counter() - began, peak_memory()
+            self._record_ranges(group, outputs)
+        part = pack_blocks(group, trains_norms(self.config.correction))
+        sums = {linear.name: self.source.bit_sums[linear.name] for linear in group.linears()}
+        weights = fingerprint_of(sums, self.source.text_config, self.source.tp_group)["weights"]
+        result = GroupResult(indices, time.perf_counter() - began, peak_memory(), **vars(correction), **vars(report))
         self.results.append(result)
-        told = {"group_seconds": result.seconds, "peak_bytes": result.peak_bytes}
-        self.logger.log(group=number, **told)  # before the state, or a kill between them would leave it untold
-        self._save_state(number + 1, part, weights, [target, following])
-        for stream in (self.hp_stream, self.stream, *scratch):
-            stream.delete()
-        self.hp_stream, self.stream = target, following
+        # Before the state: a kill between the two would leave the group unlogged.
+        log(group_seconds=result.seconds, peak_bytes=result.peak_bytes)
+        self._save_state(number + 1, part, weights, [target, outputs])
+        self.streams.advance(target, outputs)
 
-    def _batches(self) -> Iterator[tuple[int, int, Tensor]]:
-        size = self.config.calibration.batch_size
-        for start in range(0, len(self.ids), size):
-            self._may_go_on()
-            stop = min(start + size, len(self.ids))
-            yield start, stop, self.mask[start:stop].to(self.source.device)
+    def _record_ranges(self, group: BlockGroup, outputs: HiddenStream | None) -> None:
+        """Run the quantized stream through the group and add its ranges to those of the groups before."""
+        found = record_ranges(group, self.share, self.streams.quantized, outputs, self.ranges, self.config)
+        for size, by_linear in found.items():
+            self.ranges[size] |= by_linear
 
-    def _may_go_on(self) -> None:
+    def _check_preemption(self) -> None:
+        """Raise Preempted on all ranks once one of them is to stop."""
         done, size = len(self.results), self.config.correction.blocks_per_group
         count = -(-len(self.source.blocks) // size)
         self.watch.check(f"after {done} of {count} groups of blocks; the same command continues there")
 
-    def _call(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        return self.calls[len(hidden)][index].run(block, hidden)
-
-    @torch.no_grad()
-    def _forward(self, blocks: list[nn.Module], indices: list[int], source: HiddenStream, to: HiddenStream) -> None:
-        for start, stop, _ in self._batches():
-            hidden = source.read(start, stop, self.source.device)
-            for block, index in zip(blocks, indices, strict=True):
-                hidden = self._call(block, index, hidden)
-            to.write(start, hidden)
-
-    def _quantize_block(self, index: int, block: nn.Module, stream: HiddenStream, result: GroupResult) -> None:
-        """Reassemble and round one block in place, input group by input group, in the order they run."""
-
-        def run() -> Iterator[tuple[Callable[[], Any], Tensor]]:
-            for start, stop, mask in self._batches():
-                hidden = stream.read(start, stop, self.source.device)
-                yield partial(self._call, block, index, hidden), mask
-
-        search = Search(block, run, self.config, self.attention_bits, self.tp_group, self.dp_group)
-        for group in self.source.groups[index]:
-            linears = [
-                module for name in group.linears if isinstance(module := block.get_submodule(name), ShardedLinear)
-            ]
-            plans, name = None, self.source.fqn(index, group.norm or group.linears[0])
-            if self._reassembles(index, group.row, group.kind):
-                plans, result.layers[name] = search.choose_and_describe(group)
-            if plans is not None and group.kind == "column" and plans[0].is_identity:
-                plans = None  # on all ranks; a row-parallel linear's shards, and so its ranks, may differ
-            if plans is not None:
-                added = sum(len(plan.src_idx) - plan.in_features for plan in plans)
-                result.reassembled[name] = added
-            for linear in linears:
-                if plans is not None:
-                    linear.set_plans(plans)
-                linear.quantize(self.scheme, self.config.weights)
-                linear.prepared = group.norm is not None
-                linear.freeze()
-            if group.norm is not None:
-                norm = block.get_submodule(group.norm)
-                if plans is not None or (self._trains_norms() and rms_gain(norm) is not None):
-                    plan = plans[0] if plans is not None else ReassemblyPlan.identity(self.shape[-1])
-                    norm = ReassembledNorm(norm, plan.to("cpu")).to(self.source.device)
-                block.set_submodule(group.norm, PreparedNorm(name, norm, self.scheme.act_bits))
-            attention.set_bits([block.get_submodule(group.owner)], self.attention_bits)
-
-    def _trains_norms(self) -> bool:
-        return self.config.correction.train_norms and self.config.correction.mode != "none"
-
-    def _reassembles(self, index: int, row: str, kind: str) -> bool:
-        """Everything but the attention's output projection, which the paper leaves (reassembly.o_proj)."""
-        if self.config.reassembly.mode == "none" or self.scheme.act_bits == 16:
-            return False
-        first_owner = self.source.groups[index][0].owner  # attention runs first in every decoder block
-        return kind == "column" or self.config.reassembly.o_proj or not row.startswith(first_owner + ".")
-
-    def _correct(
-        self,
-        blocks: list[nn.Module],
-        indices: list[int],
-        linears: list[ShardedLinear],
-        target: HiddenStream,
-        result: GroupResult,
-    ) -> None:
-        section = self.config.correction
-        if section.mode == "none":
-            return
-        parameters = add_low_rank(linears, section, self.config.seed)
-        norms = trainable_norms(blocks) if section.train_norms else []
-        before = [norm.gain.detach().clone() for norm in norms]
-        parameters += [norm.gain for norm in norms]
-        untrained = self._loss(blocks, indices, target)
-        for linear in linears if section.mode == "merged" else ():  # beside a branch the weights stay
-            linear.unfreeze()
-        ranks, hidden_size = world_size(self.dp_group), self.shape[-1]
-        each = section.batch_size // ranks
-        counts = self.all_mask.sum(1)
-
-        def step(number: int) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-            self._may_go_on()
-            tokens = int(counts[number * section.batch_size : (number + 1) * section.batch_size].sum())
-            for window in range(number * each, min((number + 1) * each, len(self.ids))):
-                hidden = self.stream.read(window, window + 1, self.source.device)
-                for block, index in zip(blocks, indices, strict=True):
-                    hidden = self._call(block, index, hidden)
-                wanted = target.read(window, window + 1, self.source.device)
-                yield hidden, wanted, self.mask[window : window + 1].to(hidden.device), tokens * hidden_size
-
-        epochs = itertools.count()
-
-        def log(loss: float) -> None:
-            self.logger.log(group=len(self.results), epoch=next(epochs), correction_loss=loss)
-
-        steps = -(-len(self.ids) // each)
-        seed = self.config.seed * 1_000_003 + indices[0]
-        result.losses = train(parameters, step, steps, section, seed % 2**63, self.dp_group, log)
-        stored = self.source.stored_dtype or self.source.dtype
-        for norm in norms:
-            norm.gain.data = (norm.gain.data - norm.offset).to(stored).float() + norm.offset  # as it will be deployed
-        for linear in linears:
-            linear.freeze()
-        result.loss_before, result.loss_after = untrained, self._loss(blocks, indices, target)
-        if not result.loss_after < untrained:  # never worse than without
-            for linear in linears:
-                linear.drop_low_rank()
-            for norm, gain in zip(norms, before, strict=True):
-                norm.gain.data = gain
-
-    @torch.no_grad()
-    def _loss(self, blocks: list[nn.Module], indices: list[int], target: HiddenStream) -> float:
-        """The group's mean squared error over all windows of all ranks, as it is now."""
-        total = torch.zeros(1, dtype=torch.float64, device=self.source.device)
-        for start, stop, mask in self._batches():
-            hidden = self.stream.read(start, stop, self.source.device)
-            for block, index in zip(blocks, indices, strict=True):
-                hidden = self._call(block, index, hidden)
-            wanted = target.read(start, stop, self.source.device)
-            total += (hidden.float() - wanted.float())[mask].square().sum(dtype=torch.float64)
-        if self.dp_group is not None:
-            dist.all_reduce(total, group=self.dp_group)
-        return total.item() / (int(self.all_mask.sum()) * self.shape[-1])
-
-    @torch.no_grad()
-    def _record_ranges(self, blocks: list[nn.Module], indices: list[int], to: HiddenStream | None = None) -> None:
-        """Run the quantized stream through the group, observing the partial sums of every row-parallel linear."""
-        gamma, histograms = self.config.calibration.ema_gamma, self.config.comm.clipping == "histogram"
-        observers: dict[str, dict[int, RangeObserver]] = {}
-        shared = SharedSteps(self.dp_group, interleaved=True)
-        current = torch.empty(0, dtype=torch.bool)
-
-        def observe(linear: ShardedLinear) -> Callable[[Any], None]:
-            def observer(parts: Any) -> None:
-                ranges, sums = observers.setdefault(linear.name, {}), []
-                for size in self.ranges:
-                    each = len(parts) // size
-                    if size not in ranges:
-                        ranges[size] = RangeObserver(size, parts[0].shape[-1], gamma, parts[0].device, histograms)
-                    sums.append([ordered_sum(parts[rank * each : (rank + 1) * each], None) for rank in range(size)])
-                shared.observe(f"{linear.name} puts out", list(ranges.values()), sums, current)
-
-            return observer
-
-        rows = [m for block in blocks for m in block.modules() if isinstance(m, ShardedLinear) and m.kind == "row"]
-        for linear in rows:
-            linear.observer = observe(linear)
-        for start, stop, mask in self._batches():
-            current = mask
-            hidden = self.stream.read(start, stop, self.source.device)
-            for block, index in zip(blocks, indices, strict=True):
-                hidden = self._call(block, index, hidden)
-            if to is not None:
-                to.write(start, hidden)
-        shared.finish()
-        for linear in rows:
-            linear.observer = None
-            for size, ranges in observers[linear.name].items():
-                self.ranges[size][linear.name] = ranges.feature_range(dp_group=self.dp_group)
-
-    def _attach_reducers(self, linears: list[ShardedLinear]) -> None:
-        size = max(self.config.virtual_tp, self.config.tp)
-        fingerprint: dict[str, Any] = {"weights": {}}
-        plan = build_plan(CalibrationStats(self.ranges, fingerprint), size, self.config.comm, self.config.seed)
-        for linear in linears:
-            if linear.kind == "row":
-                linear.reducer = VirtualReducer(plan.sites[linear.name])
-
-    @torch.no_grad()
-    def _pack(self, blocks: list[nn.Module], tensors: list[dict[str, Tensor]]) -> CheckpointPart:
-        part = CheckpointPart()
-        for block, own in zip(blocks, tensors, strict=True):
-            part.tensors.update(own)
-            for module in block.modules():
-                if isinstance(module, ShardedLinear):
-                    part.linears[module.name] = module.packed()
-                    if (low_rank := module.low_rank()) is not None:
-                        part.low_rank[module.name] = low_rank
-                    plan = module.whole_plan() if not module.prepared else None
-                    if plan is not None and not plan.is_identity:
-                        part.reassembly[module.name] = plan
-                if isinstance(module, PreparedNorm) and isinstance(norm := module.norm, ReassembledNorm):
-                    if not (plan := norm.reassembly.plan().to("cpu")).is_identity:
-                        part.reassembly[module.name] = plan
-                    if self._trains_norms() and norm.gain is not None:
-                        before = own[f"{module.name}.weight"]
-                        trained = norm.gain.detach().cpu() - norm.offset
-                        part.tensors[f"{module.name}.weight"] = trained.to(before.dtype)
-        return part
-
     def _resume(self) -> int:
-        """Groups that an unfinished run of the same settings has done."""
+        """Return how many groups an unfinished run of the same settings has done, and take over what it has found."""
         found = on_rank_zero(self.state.find)
         if found["done"]:
             with complete(self.state.folder / "state.json"):
                 self.results = [GroupResult(**result) for result in found["results"]]
-            self.parts, self.bit_sums, self.files = found["parts"], found["bit_sums"], found["files"]
+            self.parts, self.bit_sums, self.checksums = found["parts"], found["bit_sums"], found["files"]
             self.ranges = on_every_rank(lambda: self.state.ranges(found))
             if env_rank() == 0:
                 print(f"continuing after {found['done']} of the block groups")
@@ -393,7 +199,7 @@ class Walk:
         self.parts = on_rank_zero(partial(self.state.save, done, part, self.parts, self.ranges, **values))
 
     def _finish(self, fingerprint: dict[str, Any], save_beside: Callable[[Path], Any]) -> None:
-        """The tensors outside the blocks, and lowbit.json over all parts: from here on the artifact is the new one."""
+        """Write the tensors outside the blocks, then lowbit.json, with which the artifact is the new one."""
         rest = CheckpointPart(tensors=self.source.rest()).save(self.state.part_path("rest"))
         weights = self.config.weights
         merged = merge_parts([*self.parts, rest])
@@ -405,26 +211,5 @@ class Walk:
 
 
 def attention_bits(config: QuantizeConfig) -> int:
-    """Bits of Q, K and V: those of the activations, unless weights.attention says no."""
+    """Return the bits of Q, K and V: those of the activations, unless weights.attention says no."""
     return 16 if config.weights.attention is False else Scheme.parse(config.weights.scheme).act_bits
-
-
-def check_windows(windows: Windows, config: QuantizeConfig, ranks: int, text_config: Any) -> None:
-    """Raise LowBitError for calibration text that the ranks cannot share, or that cannot tell the channels apart."""
-    count, tokens = len(windows.ids), int(windows.mask.sum())
-    if tokens < text_config.hidden_size:
-        raise LowBitError(
-            f"calibration.data gives {tokens} tokens, fewer than the model's {text_config.hidden_size} channels; "
-            "raise calibration.samples or calibration.sequence_length, or give more text"
-        )
-    if count % ranks:
-        raise LowBitError(
-            f"{count} calibration windows do not divide among dp={ranks}; set calibration.samples to a multiple"
-        )
-    section = config.correction
-    if section.mode != "none" and section.batch_size % ranks:
-        raise LowBitError(
-            f"correction.batch_size={section.batch_size} does not divide among dp={ranks}; set a multiple"
-        )
-    if section.mode != "none" and section.batch_size > count:
-        raise LowBitError(f"correction.batch_size={section.batch_size} is above the {count} calibration windows")

@@ -176,7 +176,7 @@ def of_all_ranks(mine: dict[str, str]) -> dict[str, str]:
 class PassState(State):
     """A calibration pass that may stop after any of its `total` batches. All ranks make it and call it together.
 
-    done: batches that need not be read again; tensors: what this rank's observers held after them (comm/calibration.py).
+    done: batches that need not be read again; tensors: what this rank's observers held after them.
     lag: how many batches the first pipeline stage may be ahead of the last.
     """
 

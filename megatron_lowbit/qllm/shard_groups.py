@@ -8,8 +8,8 @@ the order of the shards:
 
     sum_r sum_s y_rs   differs from   sum_s' y_s'   in floating point, ordered_sum does not
 
-So quantization at TP = 1, 2, 4 and 8 ends with the same bits. Both functions below are differentiable and take the
-lists of one rank; group None is a single process, which holds all shards.
+So quantization at TP = 1, 2, 4 and 8 ends with the same bits. Functions that take a group are differentiable and take
+the lists of one rank; group None is a single process, which holds all shards.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_lowbit.runtime.distributed import all_gather_stack
 
 
 def ordered_sum(parts: Sequence[Tensor], group: dist.ProcessGroup | None) -> Tensor:
-    """Sum of all ranks' parts, added one after the other in shard order: the same bits on every rank, at every size."""
+    """Return the sum of all ranks' parts, added in shard order: the same bits on every rank, at every size."""
     total: Tensor | None = None
     for part in _all_parts(parts, group):
         total = part.clone() if total is None else total.add_(part)
@@ -32,13 +32,19 @@ def ordered_sum(parts: Sequence[Tensor], group: dist.ProcessGroup | None) -> Ten
     return total
 
 
+def partial_sums(parts: Sequence[Tensor], ranks: int) -> list[Tensor]:
+    """Return the partial sums that `ranks` tensor-parallel ranks would have, of the outputs of all shards in order."""
+    each = len(parts) // ranks
+    return [ordered_sum(parts[rank * each : (rank + 1) * each], None) for rank in range(ranks)]
+
+
 def replicate(x: Tensor, count: int, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
-    """x for each of this rank's `count` shards; the gradient is the ordered sum over the shards of all ranks."""
+    """Return x for each of this rank's `count` shards; the gradient is the ordered sum over the shards of all ranks."""
     return _Replicate.apply(x, count, group)
 
 
 def gather_shards(parts: Sequence[Tensor], group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
-    """The parts of all ranks' shards, in order, on every rank; each part's gradient goes back to its own rank."""
+    """Return the parts of all ranks' shards, in order, on every rank; each one's gradient goes back to its own rank."""
     if group is None:
         return tuple(parts)
     return _GatherShards.apply(group, *parts)

@@ -5,8 +5,7 @@
                      y = Q(x S) Q(R W)^T + Q(x S) A^T B^T      branch
 
 lora_a [rank, in], lora_b [out, rank] are the factors over all shards; for a column-parallel linear A is shared and B is
-cut along the outputs, for a row-parallel one A is cut along the inputs and B is shared (shard_groups.py sums its
-gradient).
+cut along the outputs, for a row-parallel one A is cut along the inputs and B is shared (`replicate` sums its gradient).
 The rounding Q passes the gradient straight through, so what is trained is what is deployed.
 """
 
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.config import LowBitError, WeightsConfig
 from megatron_lowbit.kernels import pack_bits
-from megatron_lowbit.qllm.shard_groups import gather_shards, ordered_sum, replicate
+from megatron_lowbit.qllm.shard_groups import gather_shards, ordered_sum, partial_sums, replicate
 from megatron_lowbit.quant.affine import (
     LowRank,
     QuantizedWeight,
@@ -41,8 +40,9 @@ Kind = Literal["column", "row"]
 
 
 class ShardedLinear(nn.Module):
-    """name: its fqn; weights: this rank's shards [out / G, in] (column) or [out, in / G] (row), frozen.
+    """Compute y = x W^T of this rank's shards.
 
+    name: its fqn; weights: float32 shards [out / G, in] (column) or [out, in / G] (row), which take no gradients.
     It computes in full precision until `quantized` is set. The input of a column-parallel one arrives reassembled and
     quantized where `prepared` is set (its norm did it).
     """
@@ -89,12 +89,11 @@ class ShardedLinear(nn.Module):
         """Reassemble the weights for good: one plan of all inputs (column), one per shard (row)."""
         self.plans = list(plans)
         self._active = [None if plan.is_identity else plan for plan in plans]
-        per_shard = self.plans * len(self.hp_weights) if self.kind == "column" else self.plans
-        self.hp_weights = [plan.weights(w) for plan, w in zip(per_shard, self.hp_weights, strict=True)]
+        self.hp_weights = self._reassembled(plans)
         self._frozen = None
 
     def quantize(self, scheme: Scheme, config: WeightsConfig) -> None:
-        """From here on the linear computes with quantized weights and activations."""
+        """Compute with quantized weights and activations from here on."""
         self.scheme, self.config, self.quantized = scheme, config, True
 
     def add_low_rank(self, rank: int, branch: bool, generator: torch.Generator) -> list[nn.Parameter]:
@@ -123,36 +122,49 @@ class ShardedLinear(nn.Module):
         self.lora_shared, self.lora_shards, self.branch = None, None, False
         self.freeze()
 
-    def freeze(self) -> None:
-        """Compute the effective weights once, for all forwards until the next `unfreeze` or change."""
+    def freeze(self, weights: Sequence[Tensor] | None = None) -> None:
+        """Multiply with `weights`, one per shard, until the next `unfreeze` or change; None: the effective weights."""
         self._frozen = None
         with torch.no_grad():
-            self._frozen = [w.detach() for w in self.effective_weights()]
+            self._frozen = [w.detach() for w in self.effective_weights()] if weights is None else list(weights)
 
     def unfreeze(self) -> None:
+        """Compute the weights anew in every forward."""
         self._frozen = None
 
     def effective_weights(self) -> list[Tensor]:
-        """What each shard multiplies with; differentiable in A and B."""
+        """Return what each shard multiplies with; differentiable in A and B."""
         if self._frozen is not None:
             return self._frozen
         if not self.quantized:
             return self.hp_weights
-        weights = self.corrected()
-        qparams = self._qparams(weights)
-        return [
-            fake_quantize_with(w, scale, zero_point, self.scheme.weight_bits)
-            for w, (scale, zero_point) in zip(weights, qparams, strict=True)
-        ]
+        return self._fake_quantized(self.corrected(), self.scheme.weight_bits, self.config)
+
+    @torch.no_grad()
+    def weights_under(self, plans: Sequence[ReassemblyPlan], scheme: Scheme, config: WeightsConfig) -> list[Tensor]:
+        """Return what the shards would multiply with, reassembled and quantized; the linear stays as it is.
+
+        plans: one of all inputs (column), or one per shard (row). A collective call over tp_group.
+        """
+        return self._fake_quantized(self._reassembled(plans), scheme.weight_bits, config)
+
+    def _reassembled(self, plans: Sequence[ReassemblyPlan]) -> list[Tensor]:
+        """Return R W of each shard."""
+        per_shard = list(plans) * len(self.hp_weights) if self.kind == "column" else plans
+        return [plan.weights(w) for plan, w in zip(per_shard, self.hp_weights, strict=True)]
+
+    def _fake_quantized(self, weights: Sequence[Tensor], bits: int, config: WeightsConfig) -> list[Tensor]:
+        qparams = self._qparams(weights, bits, config)
+        return [fake_quantize_with(w, *pair, bits) for w, pair in zip(weights, qparams, strict=True)]
 
     def corrected(self) -> list[Tensor]:
-        """R W + B A of each shard (R W alone where there is no correction, or a branch), not quantized."""
+        """Return R W + B A of each shard (R W alone where there is no correction, or a branch), not quantized."""
         if self.lora_shared is None or self.branch:
             return self.hp_weights
         return [w + (b @ a).to(w.dtype) for w, (a, b) in zip(self.hp_weights, self._factors(), strict=True)]
 
     def _factors(self) -> list[tuple[Tensor, Tensor]]:
-        """(A, B) of each shard."""
+        """Return (A, B) of each shard."""
         assert self.lora_shared is not None and self.lora_shards is not None
         shared = replicate(self.lora_shared, len(self.lora_shards), self.tp_group)
         if self.kind == "column":
@@ -160,7 +172,7 @@ class ShardedLinear(nn.Module):
         return list(zip(self.lora_shards, shared, strict=True))
 
     def _branch(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Q(x S) A^T B^T of each shard, with A and B rounded to bf16 as they are stored."""
+        """Return Q(x S) A^T B^T of each shard, with A and B rounded to bf16 as they are stored."""
         factors = [(_bf16(a, x_s), _bf16(b, x_s)) for (a, b), x_s in zip(self._factors(), inputs, strict=True)]
         return [F.linear(F.linear(x_s, a), b) for x_s, (a, b) in zip(inputs, factors, strict=True)]
 
@@ -175,14 +187,13 @@ class ShardedLinear(nn.Module):
         if self.quantized and self.reducer is not None:
             assert self.reducer.plan is not None, "training runs through a plan's collective"
             ranks = self.reducer.plan.tp_size
-            each = len(parts) // ranks
-            return self.reducer.all_reduce([ordered_sum(parts[r * each : (r + 1) * each], None) for r in range(ranks)])
+            return self.reducer.all_reduce(partial_sums(parts, ranks))
         return ordered_sum(parts, None)
 
     @torch.no_grad()
-    def _qparams(self, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """(scale, zero_point) of each shard; one scale per output channel spans all shards of a row-parallel weight."""
-        bits, symmetric, group_size = self.scheme.weight_bits, self.config.symmetric, self.config.group_size
+    def _qparams(self, weights: Sequence[Tensor], bits: int, config: WeightsConfig) -> list[tuple[Tensor, Tensor]]:
+        """Return (scale, zero_point) of each shard; a row-parallel weight has one per output channel for all shards."""
+        symmetric, group_size = config.symmetric, config.group_size
         if self.kind == "column" or group_size is not None:
             return [choose_qparams(w, bits, symmetric, group_size) for w in weights]
         low = torch.stack([w.amin(1, keepdim=True) for w in weights]).amin(0).float()
@@ -194,10 +205,10 @@ class ShardedLinear(nn.Module):
 
     @torch.no_grad()
     def packed(self) -> QuantizedWeight:
-        """The whole (unsharded) quantized weight; a collective call over tp_group."""
+        """Return the whole (unsharded) quantized weight; a collective call over tp_group."""
         bits = self.scheme.weight_bits
         weights = self.corrected()
-        qparams = self._qparams(weights)
+        qparams = self._qparams(weights, bits, self.config)
         if any(not torch.isfinite(w).all() for w in weights):
             raise LowBitError(f"{self.name} holds NaN or Inf after the correction; lower correction.learning_rate")
         codes = [quantize(w, *q, bits) for w, q in zip(weights, qparams, strict=True)]
@@ -214,7 +225,7 @@ class ShardedLinear(nn.Module):
 
     @torch.no_grad()
     def low_rank(self) -> LowRank | None:
-        """The whole bf16 factors of a branch; a collective call over tp_group."""
+        """Return the whole bf16 factors of a branch; a collective call over tp_group."""
         if self.lora_shared is None or self.lora_shards is None or not self.branch:
             return None
         shared = self.lora_shared.to(torch.bfloat16)
@@ -223,7 +234,7 @@ class ShardedLinear(nn.Module):
         return LowRank(a.detach().cpu(), b.detach().cpu())
 
     def whole_plan(self) -> ReassemblyPlan | None:
-        """The plan of all inputs; a collective call over tp_group for a row-parallel linear."""
+        """Return the plan of all inputs; a collective call over tp_group for a row-parallel linear."""
         if self.plans is None:
             return None
         plans = [plan.to("cpu") for plan in self.plans]
@@ -238,7 +249,7 @@ class ShardedLinear(nn.Module):
 
 
 class PreparedNorm(nn.Module):
-    """A norm, named by its fqn, whose output is quantized per token, once for all linears that read it."""
+    """Quantize the output of a norm, named by its fqn, per token: once for all linears that read it."""
 
     def __init__(self, name: str, norm: nn.Module, act_bits: int):
         super().__init__()
@@ -246,7 +257,7 @@ class PreparedNorm(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """The norm's own: some blocks (Mamba's) ask for its dtype."""
+        """Return the norm's own: some blocks (Mamba's) ask for its dtype."""
         return self.norm.weight
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -254,7 +265,7 @@ class PreparedNorm(nn.Module):
 
 
 def prepare(x: Tensor, plan: ReassemblyPlan | None, act_bits: int) -> Tensor:
-    """Q(x S): reassembled and fake-quantized per token."""
+    """Return Q(x S): reassembled and fake-quantized per token, [..., width], of x [..., in]."""
     if plan is not None:
         x = plan.activations(x)
     return x if act_bits == 16 else fake_quantize(x, act_bits)

@@ -23,7 +23,7 @@ from megatron_lowbit.io.data import Windows
 from megatron_lowbit.launch.loading import read_config
 from megatron_lowbit.qllm import resume
 from megatron_lowbit.qllm.block_source import BlockSource
-from megatron_lowbit.qllm.pipeline import Walk
+from megatron_lowbit.qllm.pipeline import BlockwiseQuantizer
 from megatron_lowbit.runtime.metrics import MetricLogger
 
 SETTINGS = [
@@ -90,16 +90,17 @@ def quantize_runs(model: Path, root: Path) -> ResumeFuzz:
     def run(folder: Path) -> dict[str, Any]:
         config = load_config(QuantizeConfig, None, [*SETTINGS, f"model={model}", f"output_dir={folder}"])
         source = BlockSource(model, hf_config, config, torch.float32, torch.device("cpu"), None)
-        walk = Walk(source, windows, config, [2], None, MetricLogger(root, "quantize", {}, rank=1))  # which writes none
-        save = walk.state.save
+        logger = MetricLogger(root, "quantize", {}, rank=1)  # which writes none
+        quantizer = BlockwiseQuantizer(source, windows, config, [2], None, logger)
+        save = quantizer.state.save
 
         def save_and_copy(*args: Any, **values: Any) -> Any:
             parts = save(*args, **values)
             saved.append(contents(folder))
             return parts
 
-        walk.state.save = save_and_copy  # type: ignore[method-assign]
-        stats = walk.run(lambda output: None)
+        quantizer.state.save = save_and_copy  # type: ignore[method-assign]
+        stats = quantizer.run(lambda output: None)
         found = {name: data for name, data in contents(folder).items() if not name.startswith("resume")}
         for name in [name for name in found if name.endswith(".safetensors")]:  # bytes may hold another order
             found |= {f"{name}/{key}": tensor for key, tensor in load(found.pop(name)).items()}

@@ -45,14 +45,14 @@ def test_operations_are_those_that_run(tmp_path, monkeypatch):
     """torch counts what quantize multiplies. Our count knows nothing of low-rank products and norms' gains."""
     arguments = ["model=embedded", "weights.scheme=W4A4", "correction.epochs=1", *TEXT]
     said = dry_run(tmp_path / "dry", *arguments)["stages"]
-    real, counts = pipeline.Walk._group, []
+    real, counts = pipeline.BlockwiseQuantizer._quantize_group, []
 
-    def counted(self, number, indices):
+    def counted(self, *group):
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-            real(self, number, indices)
+            real(self, *group)
         counts.append(counter.get_total_flops())
 
-    monkeypatch.setattr(pipeline.Walk, "_group", counted)
+    monkeypatch.setattr(pipeline.BlockwiseQuantizer, "_quantize_group", counted)
     assert run_here("quantize", *arguments, f"output_dir={tmp_path / 'run'}") == 0
     assert len(counts) == 2
     assert sum(stage["flops"] for stage in said.values()) == pytest.approx(sum(counts), rel=0.05)

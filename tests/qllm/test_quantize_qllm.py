@@ -14,7 +14,7 @@ from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import EvaluateConfig, load_config
 from megatron_lowbit.launch import qllm
 from megatron_lowbit.launch.engines.start import start_engine
-from megatron_lowbit.qllm.pipeline import Walk
+from megatron_lowbit.qllm.pipeline import BlockwiseQuantizer
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 SETTINGS = [
@@ -189,17 +189,17 @@ NOT_BIT_EQUAL = {"trained norms", "trained norms and a branch", "o_proj"}
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_deployed_is_what_was_trained(mode, tmp_path, monkeypatch):
-    """The applied artifact's hidden states after all blocks are the walk's last quantized stream."""
-    walks: list[Walk] = []
+    """The applied artifact's hidden states after all blocks are the pipeline's last quantized stream."""
+    quantizers: list[BlockwiseQuantizer] = []
 
-    class Kept(Walk):
+    class Kept(BlockwiseQuantizer):
         def __init__(self, *args):
             super().__init__(*args)
-            walks.append(self)
+            quantizers.append(self)
 
-    monkeypatch.setattr(qllm, "Walk", Kept)
+    monkeypatch.setattr(qllm, "BlockwiseQuantizer", Kept)
     folder = quantize(tmp_path / "artifact", *SHORT, *MODES[mode])
-    (walk,) = walks
+    (quantizer,) = quantizers
     virtual = "virtual_tp=2" if "virtual_tp=2" in MODES[mode] else "virtual_tp=1"
     row = evaluate(tmp_path / "evaluate", f"artifact={folder}", virtual)
     assert 1 < row["perplexity"] < 1024
@@ -220,8 +220,8 @@ def test_what_is_deployed_is_what_was_trained(mode, tmp_path, monkeypatch):
     hidden: list[torch.Tensor] = []
     engine.module.model.norm.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
     with torch.inference_mode():
-        engine(walk.ids)
-    trained, exact = walk.stream.values, walk.hp_stream.values
+        engine(quantizer.share.ids)
+    trained, exact = quantizer.streams.quantized.values, quantizer.streams.full_precision.values
     # One activation that float32 noise puts on the other side of a rounding boundary moves all later tokens of its
     # window, so not every token is asked for.
     error = ((hidden[0] - trained).norm(dim=-1) / trained.norm(dim=-1)).flatten()
