@@ -106,6 +106,13 @@ def test_the_parser_sees_the_imports():
     assert not [name for name in imported(sources()[""]) if name.startswith("megatron_lowbit")]
 
 
+def test_the_pipeline_reads_no_private_attribute_of_another_object():
+    for module, file in sources().items():
+        for node in ast.walk(ast.parse(file.read_text())) if room(module) == "qllm" else ():
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                assert ast.unparse(node.value) in ("self", "cls"), f"{module}: {ast.unparse(node)}"
+
+
 @pytest.mark.parametrize("module", list(sources()))
 def test_only_adapters_import_the_frameworks(module):
     frameworks = {"deepspeed", "megatron"} & {name.partition(".")[0] for name in imported(sources()[module])}

@@ -1,7 +1,6 @@
 """What a run takes on tp x dp ranks, from shapes alone: operations and bytes per stage, and seconds at given rates.
 
-Counted as qllm/pipeline.py, search.py, low_rank.py and comm/observers.py do them, per rank; nothing
-overlaps there, so seconds add up:
+Counted as the files of qllm/ and comm/calibration.py do them, per rank; nothing overlaps there, so seconds add up:
 
     flops        matrix products: partial and whole forwards of a block, backward as two forwards, Gram matrices
     rounded      values that are fake-quantized: candidates' and trained weights, inputs of linears

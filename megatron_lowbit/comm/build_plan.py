@@ -184,7 +184,7 @@ def widest_features(aggregated: Tensor, k: int) -> Tensor:
 
 
 def describe(config: CommConfig) -> str:
-    """Return what the collective is called in plans: int4, random int4/bf16, hybrid int4/bf16, rank-1 tiered int4 and so on.
+    """Return what the collective is called in plans: int4, random int4/bf16, hybrid int4/bf16, rank-1 tiered int4 ...
 
     Plans keep the first name of scale=per_token, rank-1; plan.label_of returns today's.
     """

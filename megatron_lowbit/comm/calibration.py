@@ -36,7 +36,7 @@ from megatron_lowbit.runtime.distributed import all_gather_values, world_size
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """Process groups of this rank: tensor-, data- and pipeline-parallel; None where there is one rank."""
+    """Name the process groups of this rank: tensor-, data- and pipeline-parallel; None where there is one rank."""
 
     tp: dist.ProcessGroup | None = None
     dp: dist.ProcessGroup | None = None
@@ -44,7 +44,7 @@ class ParallelGroups:
 
 
 class ResumableState(Protocol):
-    """The saved state of a pass that may be preempted.
+    """Save the state of a pass that may be preempted.
 
     tensors: what the observers held when it was saved, named {tp_size}|{site}|{field}; empty for a fresh pass.
     """
@@ -94,7 +94,7 @@ def calibrate(
 
 
 class SiteObservers:
-    """One RangeObserver per tensor-parallel size and site; size 1 stands for the full sum (and for inputs).
+    """Keep a RangeObserver per tensor-parallel size and site; size 1 stands for the full sum (and for inputs).
 
     sites: {fqn: row-parallel linear}; tp_sizes: multiples of the size of groups.tp; gamma, histograms: of every
     RangeObserver; saved: what `tensors` returned in the pass that is continued, or nothing. Raises LowBitError for
@@ -143,7 +143,7 @@ class SiteObservers:
 
     @contextmanager
     def attached(self, inputs: Mapping[str, Any], mask: Callable[[], Tensor]) -> Iterator[None]:
-        """Within: forwards of the sites, and of the linears in `inputs`, are observed.
+        """Observe forwards of the sites, and of the linears in `inputs`, inside the context.
 
         mask(): bool [windows, length] of the batch that runs.
         """

@@ -18,7 +18,7 @@ from megatron_lowbit.qllm.trace_blocks import BlockCall
 
 @dataclass
 class Block:
-    """One decoder block: this rank's shards of it, and what is known of it.
+    """Hold one decoder block: this rank's shards of it, and what is known of it.
 
     index: its number; name: its fqn in the model. input_groups: its linears by what they read, in the order they run.
     unquantized: {name in the model: tensor on the CPU} of what is stored as it is (norms, biases). calls: {windows at

@@ -96,7 +96,11 @@ class BlockSource:
         return f"{self.block_name(index)}.{name}"
 
     def trace(self, ids: Tensor) -> None:
-        """Find out how the model calls its blocks. ids, errors: BlockTracer.trace's."""
+        """Find out how the model calls its blocks, and which of their linears read the same input (`groups`).
+
+        ids: int64 [windows, length], of which a few tokens serve. Raises LowBitError for a model whose blocks cannot be
+        run one by one.
+        """
         self.load_rest()
         self.groups = self.tracer.trace(ids)
 
@@ -109,7 +113,7 @@ class BlockSource:
         return self.tracer.embed(ids)
 
     def load_rest(self) -> None:
-        """Materialize what is neither a block nor the language-model head (embeddings, final norm)."""
+        """Load what is neither a block nor the language-model head (embeddings, final norm)."""
         if self._is_loaded():
             return
         base = self.model.base_model

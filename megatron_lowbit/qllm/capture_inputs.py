@@ -1,4 +1,4 @@
-"""What the linears of a block read, batch by batch, and the forward of their owner on another input in its place.
+"""Capture what the linears of a block read, batch by batch, and run their owner on another input in its place.
 
 A block's forward is stopped as soon as the tensor that is wanted is there; the rest of it is never computed.
 """
@@ -18,7 +18,7 @@ OwnerForward = Callable[[Tensor], Tensor]
 
 
 class _StopForward(Exception):
-    """Ends a block's forward where its rest would be computed for nobody."""
+    """End a block's forward where its rest would be computed for nobody."""
 
 
 def captured_inputs(
@@ -70,7 +70,7 @@ def _input_of(module: nn.Module, forward: Callable[[], Any]) -> Tensor:
 
 @contextmanager
 def _recorded_call(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Within: collect the (args, kwargs) that `module` is called with."""
+    """Collect the (args, kwargs) that `module` is called with inside the context."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -85,7 +85,7 @@ def _recorded_call(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], di
 
 @contextmanager
 def _replaced_inputs(modules: Sequence[nn.Module], x: Tensor) -> Iterator[None]:
-    """Within: `modules` are given x instead of their own input."""
+    """Give `modules` x instead of their own input inside the context."""
     handles = [module.register_forward_pre_hook(lambda *_: (x,)) for module in modules]
     try:
         yield

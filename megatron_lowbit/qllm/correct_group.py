@@ -28,7 +28,7 @@ from megatron_lowbit.runtime.distributed import world_size
 
 @dataclass
 class CorrectionResult:
-    """Losses of a group's correction: the mean of every epoch, and those over all windows before and after it."""
+    """Hold a group's losses: the mean of every epoch, and those over all windows before and after the correction."""
 
     losses: list[float] = field(default_factory=list)
     loss_before: float | None = None

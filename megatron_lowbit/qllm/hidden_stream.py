@@ -14,7 +14,7 @@ from megatron_lowbit.io.files import sha256
 
 
 class HiddenStream:
-    """A file of [windows, length, hidden] in `dtype`; pages of it are in memory while they are used.
+    """Keep [windows, length, hidden] in `dtype` in a file; pages of it are in memory while they are used.
 
     Raises LowBitError where the disk has no room: the file is allocated whole when it is made, because a write to a
     mapped page of a full disk would kill the process; and for one that should exist and does not, or that no longer
@@ -50,11 +50,12 @@ class HiddenStream:
         self._hashed = 0  # windows, from the first one on
 
     def read(self, start: int, stop: int, device: torch.device) -> Tensor:
-        # A copy: in-place arithmetic on what was read must not reach the file.
+        """Return a copy of windows start, ..., stop - 1 on the device."""
+        # In-place arithmetic on what was read must not reach the file.
         return self.values[start:stop].to(device, copy=True)
 
     def write(self, start: int, hidden: Tensor) -> None:
-        """Windows start, start + 1, ...; one after the other from 0 on where the stream is hashed."""
+        """Write windows start, start + 1, ...; one after the other from 0 on where the stream is hashed."""
         written = self.values[start : start + len(hidden)]
         written.copy_(hidden)
         if self._sha is not None:  # what was just written is still in the cache, so this costs no reading
@@ -63,7 +64,7 @@ class HiddenStream:
             self._hashed += len(hidden)
 
     def checksum(self) -> str:
-        """The sha256 of the file, all of which this object has written."""
+        """Return the SHA-256 of the file, all of which this object has written."""
         assert self._sha is not None and self._hashed == len(self.values), "only what was written whole has one"
         return self._sha.hexdigest()
 

@@ -121,7 +121,7 @@ def _gradients(
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW without decay: NVIDIA apex's FusedAdam where that is installed and there is a GPU, else torch's own."""
+    """Return AdamW without decay: NVIDIA apex's FusedAdam where it is installed and there is a GPU, else torch's."""
     if torch.cuda.is_available():
         try:
             from apex.optimizers import FusedAdam

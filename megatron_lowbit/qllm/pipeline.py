@@ -160,7 +160,16 @@ class BlockwiseQuantizer:
         part = pack_blocks(group, trains_norms(self.config.correction))
         sums = {linear.name: self.source.bit_sums[linear.name] for linear in group.linears()}
         weights = fingerprint_of(sums, self.source.text_config, self.source.tp_group)["weights"]
-        result = GroupResult(indices, time.perf_counter() - began, peak_memory(), **vars(correction), **vars(report))
+        result = GroupResult(
+            indices,
+            time.perf_counter() - began,
+            peak_memory(),
+            correction.losses,
+            correction.loss_before,
+            correction.loss_after,
+            report.reassembled,
+            report.layers,
+        )
         self.results.append(result)
         # Before the state: a kill between the two would leave the group unlogged.
         log(group_seconds=result.seconds, peak_bytes=result.peak_bytes)

@@ -27,13 +27,14 @@ from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 
 
 class ChannelStats:
-    """Running statistics of activations [tokens, M]: max_abs float32 [M]; gram float64 [M, M], sum of tokens' x^T x."""
+    """Keep statistics of activations x [tokens, M]: max_abs float32 [M]; gram float64 [M, M], the sum of x^T x."""
 
     def __init__(self, features: int, device: torch.device | str = "cpu"):
         self.max_abs = torch.zeros(features, device=device)
         self.gram = torch.zeros(features, features, dtype=torch.float64, device=device)
 
     def update(self, x: Tensor) -> None:
+        """Count the tokens of x [tokens, M]."""
         x = x.float()
         self.max_abs = torch.maximum(self.max_abs, x.abs().amax(0))
         self.gram += x.T @ x
@@ -46,18 +47,18 @@ class ChannelStats:
 
 
 def squared_distances(gram: Tensor) -> Tensor:
-    """|v_i - v_j|^2 [M, M] from the Gram matrix of v."""
+    """Return |v_i - v_j|^2 [M, M] from the Gram matrix of v [M, M]."""
     norms = gram.diagonal()
     return (norms[:, None] + norms[None, :] - 2 * gram).clamp_(min=0)
 
 
 def merge_error(x_gram: Tensor, weight_gram: Tensor) -> Tensor:
-    """D(i, j) [M, M]: the squared output error, over all tokens and outputs, of merging channels i and j."""
+    """Return D(i, j) [M, M]: the squared output error, over all tokens and outputs, of merging channels i and j."""
     return squared_distances(x_gram) * squared_distances(weight_gram) / 4
 
 
 def threshold_for(max_abs: Tensor, added: int) -> float:
-    """The theta that adds `added` channels (fewer where breakpoints tie): between two breakpoints max|x_i| / t."""
+    """Return the theta that adds `added` channels (fewer where they tie): between two breakpoints max|x_i| / t."""
     added = max(added, 1)
     widest = max_abs.float().topk(min(added + 1, len(max_abs))).values
     steps = torch.arange(1, added + 2, device=max_abs.device)
@@ -66,14 +67,14 @@ def threshold_for(max_abs: Tensor, added: int) -> float:
 
 
 def num_splits(max_abs: Tensor, threshold: float) -> Tensor:
-    """T = ceil(max|x| / theta), int64 [M], at least 1."""
+    """Return T = ceil(max|x| / theta), int64 [M], at least 1."""
     if threshold <= 0:
         return torch.ones_like(max_abs, dtype=torch.int64)
     return torch.ceil(max_abs / threshold).to(torch.int64).clamp_(min=1)
 
 
 def split_counts(max_abs: Tensor, added: int) -> Tensor:
-    """T of every channel, int64 [M], that adds exactly `added`: num_splits at threshold_for, with ties broken by index.
+    """Return T of every channel, int64 [M], that adds exactly `added`: T at threshold_for, with ties broken by index.
 
     Exactly, because all shards of a row-parallel input have to stay of one width.
     """
@@ -84,7 +85,7 @@ def split_counts(max_abs: Tensor, added: int) -> Tensor:
 
 
 def match(distance: Tensor, channels: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
-    """Bipartite soft matching: `count` shortest edges (source, target), or None where set A is smaller than that."""
+    """Return the `count` shortest edges (source, target) of bipartite soft matching; None where set A is smaller."""
     a, b = channels[0::2], channels[1::2]
     if count > len(a) or len(b) == 0:
         return None
@@ -103,7 +104,10 @@ def build_plan(max_abs: Tensor, threshold: float, distance: Tensor | None) -> Re
 
 
 def plan_of(splits: Tensor, distance: Tensor | None) -> ReassemblyPlan | None:
-    """build_plan for given numbers of sub-channels, int64 [M]."""
+    """Split every channel into `splits` sub-channels, int64 [M], then merge as many channels as that added.
+
+    distance, returns: see build_plan.
+    """
     features = len(splits)
     added = int(splits.sum()) - features
     outputs = splits.clone()  # channels of x' that start with this channel of x
@@ -128,7 +132,7 @@ def plan_of(splits: Tensor, distance: Tensor | None) -> ReassemblyPlan | None:
 
 
 def candidate_plans(stats: ChannelStats, weight_gram: Tensor, config: ReassemblyConfig) -> list[ReassemblyPlan]:
-    """The distinct plans among which the block's output chooses, the identity first.
+    """Return the distinct plans among which the block's output chooses, the identity first.
 
     For mode=fixed there is one: the given expansion, or the identity where too few channels are left to merge.
     """

@@ -1,4 +1,4 @@
-"""What a killed run is continued from: <output_dir>/resume.
+"""Save what a killed run is continued from: <output_dir>/resume.
 
     state.json              stage, settings, what is done, and the checksum of every file that holds it
   of quantize
@@ -53,7 +53,7 @@ SAVE_EVERY = 60.0  # seconds of a calibration pass; more where saving itself tak
 
 
 class State:
-    """A stage's unfinished work. inputs: {what: digest} of what the settings only name (text, weights)."""
+    """Keep a stage's unfinished work. inputs: {what: digest} of what the settings only name (text, weights)."""
 
     def __init__(self, stage: str, config: CalibrateConfig, inputs: dict[str, str]):
         self.output = Path(config.output_dir)
@@ -64,7 +64,7 @@ class State:
         self.settings: dict[str, Any] = json.loads(json.dumps({"stage": stage, "state": STATE, **values, **inputs}))
 
     def found(self, *keys: str) -> dict[str, Any] | None:
-        """state.json of an unfinished run; None, and an empty folder, where there is none.
+        """Return state.json of an unfinished run; None, and an empty folder, where there is none.
 
         Raises LowBitError for a run of another stage or other settings, naming them, and for a damaged file.
         """
@@ -94,7 +94,7 @@ class State:
 
     @contextlib.contextmanager
     def _start_over(self) -> Iterator[None]:
-        """Around the reading of the state: what to do is added to a LowBitError."""
+        """Add what to do to a LowBitError that is raised inside the context, where the state is read."""
         try:
             yield
         except LowBitError as error:
@@ -108,7 +108,7 @@ class State:
 
 
 class RunState(State):
-    """The state of one run of quantize. Only rank 0 calls `find`, `save` and `forget`."""
+    """Keep the state of one run of quantize. Only rank 0 calls `find`, `save` and `forget`."""
 
     def __init__(self, config: QuantizeConfig, inputs: dict[str, str]):
         super().__init__("quantize", config, inputs)
@@ -117,10 +117,11 @@ class RunState(State):
         self.run_name = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
 
     def part_path(self, name: str) -> Path:
+        """Return the path of a part of the checkpoint: a group's number, or "rest"."""
         return self.output / f"lowbit-{self.run_name}-{name}.safetensors"
 
     def find(self) -> dict[str, Any]:
-        """state.json of an unfinished run, or {"done": 0} after making the folder for a fresh one.
+        """Return state.json of an unfinished run, or {"done": 0} after making the folder for a fresh one.
 
         Raises LowBitError for a run of other settings, naming them, and for one whose files are gone or damaged.
         """
@@ -136,7 +137,7 @@ class RunState(State):
         return found
 
     def ranges(self, found: dict[str, Any]) -> Ranges:
-        """What the groups done have recorded; `found` is what `find` returned."""
+        """Return the ranges that finished groups have recorded; `found` is what `find` returned."""
         path = self._ranges_path(found["done"])
         with self._start_over(), complete(self.folder / "state.json"):
             verify_files(self.folder, {"files": {_inside(path): found["files"][_inside(path)]}})
@@ -158,25 +159,26 @@ class RunState(State):
         return parts
 
     def _ranges_path(self, done: int) -> Path:
-        """The JSON of the ranges, which holds the checksum of their tensors."""
+        """Return the path of the JSON of the ranges, which holds the checksum of their tensors."""
         return self.folder / f"ranges-{done}" / "calibration.json"
 
 
 def _inside(path: Path) -> str:
-    """A file of a folder of the state, as state.json names it."""
+    """Return the name that state.json gives to a file of a folder of the state."""
     return f"{path.parent.name}/{path.name}"
 
 
 def of_all_ranks(mine: dict[str, str]) -> dict[str, str]:
-    """{file: checksum} of every rank's files. A collective call."""
+    """Return {file: checksum} of every rank's files. A collective call."""
     every = all_gather_values(mine, dist.group.WORLD if dist.is_initialized() else None)
     return {name: checksum for part in every for name, checksum in part.items()}
 
 
 class PassState(State):
-    """A calibration pass that may stop after any of its `total` batches. All ranks make it and call it together.
+    """Keep the state of a calibration pass, which may stop after any of its `total` batches.
 
-    done: batches that need not be read again; tensors: what this rank's observers held after them.
+    All ranks make it and call it together. done: batches that need not be read again; tensors: what this rank's
+    observers held after them.
     lag: how many batches the first pipeline stage may be ahead of the last.
     """
 
@@ -190,7 +192,7 @@ class PassState(State):
             print(f"continuing after {self.done} of the {total} batches")
 
     def after_batch(self, observer_tensors: Callable[[], dict[str, Tensor]]) -> None:
-        """Save from time to time. Raises Preempted, after saving, once any rank was told to stop."""
+        """Save from time to time. Raises Preempted, after saving, once any rank is to stop."""
         self.done += 1
         if self.done == self.total:  # what is left takes no time
             self.watch.close()

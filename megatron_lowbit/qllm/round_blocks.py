@@ -26,7 +26,7 @@ from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 
 @dataclass
 class ReassemblyReport:
-    """What reassembly did to the inputs of some blocks, by the fqn of their norm or linear, on this rank.
+    """Record what reassembly did to the inputs of some blocks, by the fqn of their norm or linear, on this rank.
 
     reassembled: channels that it adds before as many are merged; layers: search.describe.
     """
@@ -65,7 +65,6 @@ class BlockRounder:
 
     def round_block(self, block: Block, inputs: HiddenStream, report: ReassemblyReport) -> None:
         """Reassemble and round one block, input group by input group, in the order they run."""
-
         share = self.share
 
         def forwards() -> Iterator[tuple[Callable[[], Any], Tensor]]:

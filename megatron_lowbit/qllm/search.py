@@ -36,7 +36,7 @@ Errors = tuple[float, float] | None  # of the choice, and of no reassembly; None
 
 
 class Choice(NamedTuple):
-    """One plan for all inputs (column), or one for each of this rank's shards (row); and what `describe` says of it."""
+    """Hold one plan for all inputs (column) or one per shard of this rank (row), and what `describe` says of it."""
 
     plans: list[ReassemblyPlan]
     description: dict[str, Any]
@@ -231,7 +231,7 @@ def describe(plans: Sequence[ReassemblyPlan], max_abs: Sequence[Tensor], errors:
 def quantized_owner(
     owner: nn.Module, linears: Sequence[ShardedLinear], weights: Sequence[list[Tensor]], attention_bits: int
 ) -> Iterator[None]:
-    """Within: the owner of a column group computes with the given weights of its linears, and quantized Q, K and V."""
+    """Have the owner of a column group compute with the given weights, and Q, K and V quantized, inside the context."""
     attention.set_bits([owner], attention_bits)
     for linear, shards in zip(linears, weights, strict=True):
         linear.freeze(shards)

@@ -37,7 +37,7 @@ from typing import NoReturn
 from megatron_lowbit.runtime.preemption import HELD_BACK, PARENT
 
 PRELOADED = ("torch.distributed.run", "transformers.models.llama.modeling_llama", "datasets", "deepspeed")
-OURS = ("launch.runner", "launch.engine", "adapters.deepspeed", "adapters.huggingface", "kernels")
+OURS = ("launch.runner", "launch.engines.start", "adapters.deepspeed", "adapters.huggingface", "kernels")
 
 
 def preloaded() -> list[str]:

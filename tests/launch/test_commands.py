@@ -254,7 +254,10 @@ def test_the_result_says_what_was_read(chain, tmp_path, capsys):
     assert run_here("evaluate", "model=embedded", data, f"output_dir={tmp_path}") == 0
     about = results(tmp_path, "evaluate")["data"]["evaluation"]
     assert (about["column"], about["first"], about["windows"]) == ("content", "def f0(): pass", 3)
-    assert f"{data}: column content, 3 windows (fewer than evaluation.samples=128); it begins 'def f0(): pass'\n" in capsys.readouterr().out
+    assert (
+        f"{data}: column content, 3 windows (fewer than evaluation.samples=128); it begins 'def f0(): pass'\n"
+        in capsys.readouterr().out
+    )
     assert run_here("evaluate", "model=embedded", data, "evaluation.text_column=url", f"output_dir={tmp_path}") == 0
     assert results(tmp_path, "evaluate")["data"]["evaluation"]["first"] == "x" * 80
 

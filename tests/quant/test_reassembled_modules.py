@@ -285,6 +285,27 @@ def test_training_forward_is_the_deployed_one(kind, scheme, group_size, correcti
 
 
 @pytest.mark.parametrize("kind", ("column", "row"))
+@pytest.mark.parametrize("group_size", (None, 3))
+def test_a_candidate_is_scored_with_the_weights_it_would_deploy(kind, group_size):
+    """weights_under: the bits of a linear that takes the plan for good; the one that was asked computes as before."""
+    w, x = normal(OUT, IN, seed=40), normal(2, 5, IN, seed=41)
+    scheme, config = Scheme.parse("W4A4"), WeightsConfig(scheme="W4A4", group_size=group_size)
+    asked, deployed = sharded(kind, w), sharded(kind, w)
+    before = asked(x)
+    candidate = asked.weights_under(sharded_plans(kind), scheme, config)
+    deployed.set_plans(sharded_plans(kind))
+    deployed.quantize(scheme, config)
+    with torch.no_grad():
+        assert all(map(torch.equal, candidate, deployed.effective_weights()))
+    assert torch.equal(asked(x), before) and asked.plans is None and not asked.quantized
+    asked.freeze(candidate)
+    with torch.no_grad():
+        assert all(map(torch.equal, asked.effective_weights(), candidate))
+    asked.unfreeze()
+    assert torch.equal(asked(x), before)
+
+
+@pytest.mark.parametrize("kind", ("column", "row"))
 def test_whole_quantized_weight_is_that_of_the_unsharded_one(kind):
     """Cut into shards or not, one scale per output channel: the codes of QuantizedWeight.from_float."""
     w = normal(OUT, IN, seed=26)
