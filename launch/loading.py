@@ -57,7 +57,7 @@ def read_tokenizer(name: str | Path) -> Any:
 
 
 def load_model(config: StageConfig, hf_config: Any, checkpoint: LowBitCheckpoint | None) -> Any:
-    """The whole Hugging Face model, with the outliers that config asks for; from the artifact without config.model."""
+    """Load the Hugging Face model, with the outliers that config asks for; without config.model the artifact itself."""
     name, dtype = model_name(config.model or config.artifact or ""), compute_dtype(config)
     with _loading(name):
         if config.model is None and checkpoint is not None:
@@ -71,7 +71,7 @@ def load_model(config: StageConfig, hf_config: Any, checkpoint: LowBitCheckpoint
 
 
 def _from_folder(folder: str, dtype: torch.dtype) -> Any:
-    """The model that a folder holds, whatever stands before all names of its weights."""
+    """Load the model that a folder holds, whatever stands before all names of its weights."""
     from transformers import AutoModelForCausalLM
 
     check_safetensors(folder)
@@ -92,7 +92,7 @@ def _from_folder(folder: str, dtype: torch.dtype) -> Any:
 
 @contextlib.contextmanager
 def _loading(name: str | Path) -> Iterator[None]:
-    """Whatever transformers, safetensors, tokenizers and the hub client raise, as one line; what they print, not."""
+    """Raise what transformers, safetensors, tokenizers and the hub client do as one line; hide what they print."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -108,7 +108,7 @@ def _loading(name: str | Path) -> Iterator[None]:
 
 
 def _from_checkpoint(hf_config: Any, checkpoint: LowBitCheckpoint, dtype: torch.dtype) -> Any:
-    """A model without full-precision linears: zeros that take no memory stand for them until they are swapped.
+    """Build a model without full-precision linears: zeros that take no memory stand for them until they are swapped.
 
     (An engine that shards the model copies its share of those zeros; the swap frees them again.)
     """

@@ -26,6 +26,8 @@ NOT_VERBS = re.compile(
     "A|All|An|Any|Around|As|At|Before|Both|By|Each|Every|For|From|How|In|Inside|Into|Like|Most|No|None|Of|On|One|Or|"
     "Some|That|The|There|This|Those|What|Whatever|Where|Whether|Which|Who|Whoever|Whose|Why|With|Within|Without"
 )
+
+
 # Files that are being rewritten; their docstrings follow. A file that passes leaves the list.
 def begins_with_a_verb(text: str) -> bool:
     word = re.split(r"[\s.,:;(]", text.strip(), maxsplit=1)[0]

@@ -44,7 +44,7 @@ from megatron_lowbit.runtime.metrics import MetricLogger, progress
 def take_checkpoints(
     given: LowBitCheckpoint | None, model: nn.Module, weights: Sequence[WeightsConfig], dtype: torch.dtype | None
 ) -> dict[str, LowBitCheckpoint]:
-    """{scheme: checkpoint}: the artifact's, or the model rounded as `weights` say."""
+    """Return {scheme: checkpoint}: the artifact's, or the model rounded as `weights` say."""
     if given is not None:
         return {given.scheme_name: given}
     made: dict[str, LowBitCheckpoint] = {
@@ -56,14 +56,14 @@ def take_checkpoints(
 
 
 def round_weights(model: nn.Module, weights: WeightsConfig, dtype: torch.dtype | None) -> LowBitCheckpoint:
-    """Round-to-nearest checkpoint of an unsharded, unpatched model; what is not quantized is stored as `dtype`."""
+    """Round an unsharded, unpatched model to nearest; what is not quantized is stored as `dtype`."""
     linears = {name: linear for name, (_, linear) in huggingface.find_linears(model).items()}
     checkpoint = quantize_model(model, linears, weights, huggingface.fingerprint(model), dtype)
     return replace(checkpoint, attention_bits=attention.possible_bits(model, linears, checkpoint.attention_bits))
 
 
 def load_windows(engine: Engine, section: Any, key: str, logger: MetricLogger) -> Windows:
-    """The section's token windows, read and tokenized by rank 0, which also says what it has read."""
+    """Return the section's token windows, read and tokenized by rank 0, which also says what it has read."""
     if section.data is None:
         raise LowBitError(no_data(key))
     check_tokenizer(engine.tokenizer)
@@ -81,7 +81,7 @@ def calibrate_engine(
     sites: Mapping[str, Any] | None = None,
     resumed: CalibrateConfig | None = None,
 ) -> CalibrationStats:
-    """One calibration pass of the unpatched engine over calibration.data; with comm.gather also of what column-parallel
+    """Run the unpatched engine once over calibration.data; with comm.gather also record what column-parallel
     linears read. sites: other than the engine's own. resumed: the config of a pass whose state is kept in its
     output_dir, and continued from there; without, a pass that is told to stop starts over."""
     windows = load_windows(engine, section, "calibration", logger)
@@ -117,7 +117,7 @@ def calibrate_engine(
 def share_of_batch(
     ids: torch.Tensor, mask: torch.Tensor, dp_group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This data-parallel rank's neighbouring windows of a batch; where they do not divide, the last get padding."""
+    """Return this data-parallel rank's neighbouring windows; where they do not divide, the last get padding."""
     size, rank = world_size(dp_group), group_rank(dp_group)
     missing = -len(ids) % size
     if missing:
@@ -126,7 +126,7 @@ def share_of_batch(
 
 
 def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artifact:
-    """What evaluate and generate apply: the given artifact, or one made here from weights.* and comm.*.
+    """Return what evaluate and generate apply: the given artifact, or one made here from weights.* and comm.*.
 
     Raises LowBitError for a setting that the artifact, or the layout, would leave without effect.
     """

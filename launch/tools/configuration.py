@@ -70,7 +70,7 @@ def page() -> str:
 
 
 def _command(stage: str, config: type[StageConfig]) -> Iterable[str]:
-    """The sections that a command takes, its own keys, and what it sets otherwise than the tables above."""
+    """Return the sections that a command takes, its own keys, and what it sets otherwise than the tables above."""
     own, *sections = list_sections(config())
     yield f"{_sentence(STAGES[stage])}\n"
     if sections:

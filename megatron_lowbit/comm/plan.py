@@ -238,7 +238,11 @@ class CommPlan:
 
     @property
     def label(self) -> str:
-        """What results call the collective."""
+        """Return what results call the collective.
+
+        Returns:
+            The description; artifacts keep `rank-1` for what is called per-token today.
+        """
         return label_of(self.description)
 
     def save(self, folder: str | Path) -> None:

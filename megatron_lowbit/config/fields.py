@@ -62,7 +62,7 @@ def list_sections(config: BaseModel, prefix: str = "") -> Iterator[Section]:
 
 
 def _description(model: type[BaseModel], name: str) -> str:
-    """The docstring of the field; of one that only has another default, that of the class it comes from."""
+    """Return the docstring of the field; of one that only has another default, that of the class it comes from."""
     for base in model.__mro__:
         if issubclass(base, BaseModel) and name in base.model_fields:
             text = base.model_fields[name].description
@@ -72,7 +72,7 @@ def _description(model: type[BaseModel], name: str) -> str:
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:
-    """The words of a Literal, also inside a tuple or beside None."""
+    """Return the words of a Literal, also inside a tuple or beside None."""
     if get_origin(annotation) is Literal:
         return tuple(map(str, get_args(annotation)))
     return tuple(choice for inner in get_args(annotation) for choice in _choices(inner))

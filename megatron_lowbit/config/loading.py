@@ -64,7 +64,7 @@ def old_name(file: str) -> tuple[str, str] | None:
 
 
 def _merged(stage: type[BaseModel], given: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """The stage's defaults, then a file's keys, then the overrides; not yet validated."""
+    """Merge the stage's defaults, then a file's keys, then the overrides; not yet validated."""
     tree = stage().model_dump()  # a section that is given in part keeps the stage's other defaults
     _choose_preset(tree, given, overrides)
     _merge(tree, deepcopy(given))
@@ -143,7 +143,7 @@ def _override(stage: type[BaseModel], tree: dict[str, Any], override: str) -> No
 
 
 def _text_kind(annotation: Any) -> type | None:
-    """`str` for a field that is text, type(None) for text that may be unset, None for all other fields."""
+    """Return `str` for a field that is text, type(None) for text that may be unset, None for all other fields."""
     if annotation is str:
         return str
     return type(None) if set(get_args(annotation)) == {str, type(None)} else None
@@ -170,7 +170,7 @@ def _check_values(value: Any, key: str) -> None:
 
 
 def _choose_preset(tree: dict[str, Any], given: dict[str, Any], overrides: list[str]) -> None:
-    """The values of the preset, the last one named, go in before all that is given, which then wins."""
+    """Put in the values of the preset, the last one named, before all that is given, which then wins."""
     comm = given.get("comm")
     named = [str(comm["preset"])] if isinstance(comm, dict) and "preset" in comm else []
     named += [text.strip(" '\"") for key, _, text in (o.partition("=") for o in overrides) if key == "comm.preset"]
@@ -187,7 +187,7 @@ def _merge(tree: dict[str, Any], given: dict[str, Any]) -> None:
 
 
 def _annotation(stage: type[BaseModel], path: list[str]) -> Any:
-    """The type of the field at `path`; None where there is no such field."""
+    """Return the type of the field at `path`; None where there is no such field."""
     model: Any = stage
     for name in path[:-1]:
         if name not in getattr(model, "model_fields", {}):

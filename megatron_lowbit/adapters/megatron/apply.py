@@ -155,7 +155,7 @@ def warn_unreplaced(model: Any, checkpoint: LowBitCheckpoint) -> None:
 
 
 def _completed(model: Any, expected: Fingerprint) -> Fingerprint:
-    """The fingerprint of a GPTModel, which knows no model_type and pads its vocabulary: those are as expected."""
+    """Return a GPTModel's fingerprint; it knows no model_type and pads its vocabulary: those are as expected."""
     here = fingerprint(model, expected["weights"])
     return {key: here.get(key, value) for key, value in expected.items()}
 
