@@ -87,18 +87,19 @@ class BlockwiseQuantizer:
         names = [source.fqn(index, name) for index, kinds in enumerate(source.kinds) for name in kinds]
         self.attention_bits = attention.possible_bits(source.model, names, attention_bits(config))
         check_windows(windows, config, world_size(dp_group), source.text_config)
-        section = config.calibration
-        self.share = CalibrationShare(windows, section.batch_size, source.device, dp_group, self._check_preemption)
+        self.results: list[GroupResult] = []
+        count = -(-len(source.blocks) // config.correction.blocks_per_group)
+        # Not a method of this object: the cycle would keep the streams' files mapped until Python collects garbage.
+        check = partial(check_preemption, PreemptionCheck(), self.results, count)
+        self.share = CalibrationShare(windows, config.calibration.batch_size, source.device, dp_group, check)
         self.rounder = BlockRounder(config, self.attention_bits, self.share, source.tp_group)
         self.folder = Path(config.output_dir)
         inputs = {"calibration.data's tokens": windows.digest(), "model's weights": source.weights.digest()}
         self.state = RunState(config, inputs)
-        self.results: list[GroupResult] = []
         self.parts: list[dict[str, Any]] = []
         self.bit_sums: dict[str, int] = {}
         self.ranges: Ranges = {size: {} for size in (1, *tp_sizes)}
         self.checksums: dict[str, str] = {}  # {stream that the run continues from: its SHA-256}
-        self.watch = PreemptionCheck()
 
     def run(self, save_beside: Callable[[Path], Any]) -> CalibrationStats:
         """Quantize, resuming where an earlier run of the same settings stopped, and write the checkpoint to output_dir.
@@ -182,18 +183,12 @@ class BlockwiseQuantizer:
         for size, by_linear in found.items():
             self.ranges[size] |= by_linear
 
-    def _check_preemption(self) -> None:
-        """Raise Preempted on all ranks once one of them is to stop."""
-        done, size = len(self.results), self.config.correction.blocks_per_group
-        count = -(-len(self.source.blocks) // size)
-        self.watch.check(f"after {done} of {count} groups of blocks; the same command continues there")
-
     def _resume(self) -> int:
         """Return how many groups an unfinished run of the same settings has done, and take over what it has found."""
         found = on_rank_zero(self.state.find)
         if found["done"]:
             with complete(self.state.folder / "state.json"):
-                self.results = [GroupResult(**result) for result in found["results"]]
+                self.results += [GroupResult(**result) for result in found["results"]]
             self.parts, self.bit_sums, self.checksums = found["parts"], found["bit_sums"], found["files"]
             self.ranges = on_every_rank(lambda: self.state.ranges(found))
             if env_rank() == 0:
@@ -217,6 +212,11 @@ class BlockwiseQuantizer:
         except OSError as error:
             raise LowBitError(f"cannot write to {str(self.folder)!r}: {one_line(error)}") from None
         write_checkpoint(self.folder, merged, weights.scheme, weights.shard_groups, self.attention_bits, fingerprint)
+
+
+def check_preemption(watch: PreemptionCheck, results: list[GroupResult], groups: int) -> None:
+    """Raise Preempted on all ranks once one of them is to stop. results: of the groups done, out of `groups`."""
+    watch.check(f"after {len(results)} of {groups} groups of blocks; the same command continues there")
 
 
 def attention_bits(config: QuantizeConfig) -> int:
