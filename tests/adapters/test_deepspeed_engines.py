@@ -110,6 +110,6 @@ print(deepspeed_cases.message_of(lambda: engine.save_16bit_model("nowhere")))
 def test_a_patch_before_deepspeed_is_imported(wrapped, tmp_path):
     folder = save_artifact(make_artifact(build("llama"), "W4A8"), tmp_path)
     command = [sys.executable, "-c", BEFORE_ITS_IMPORT.format(wrapped=wrapped), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "helpers")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert "\nsave_16bit_model: the engine" in f"\n{done.stdout}", done.stderr
