@@ -39,5 +39,5 @@ def test_an_exception_reaches_the_test_and_the_pool_starts_anew(pool):
 
 
 def test_a_function_that_workers_may_not_find(pool):
-    with pytest.raises(ValueError, match="belongs into a module that workers"):
+    with pytest.raises(ValueError, match="which workers can import"):
         pool.run(test_a_function_that_workers_may_not_find)
