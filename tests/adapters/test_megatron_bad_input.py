@@ -27,7 +27,7 @@ def rounded(weights: WeightsConfig, architecture: str = "llama", **changes: int)
 
 
 def tuned_artifact(tp_sizes: tuple[int, ...], scheme: str = "none") -> Artifact:
-    """Of a llama of which one value of one linear is another."""
+    """Return an artifact of a llama of which one value of one linear is another."""
     model = build("llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] += 1.0
     return make_artifact(model, scheme, tp_sizes)

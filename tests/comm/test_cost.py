@@ -76,7 +76,7 @@ def test_a_reduce_scatter_is_sent_as_it_is_chosen(two_ranks):
 
 
 def test_noise_speaks_for_bf16(monkeypatch):
-    """Of five rounds bf16 counts with its second best, and every other mode with the one in the middle."""
+    """bf16 counts with the second best of its five rounds, every other mode with the one in the middle."""
     monkeypatch.setattr(autotune, "HybridReducer", lambda plan, group, mode: mode)
     monkeypatch.setattr(autotune.dist, "get_backend", lambda group: "gloo")
     monkeypatch.setattr(autotune.dist, "get_world_size", lambda group: 2)

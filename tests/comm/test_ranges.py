@@ -124,7 +124,7 @@ def test_padding_is_left_out():
 
 @pytest.mark.parametrize("size", (2, 4, 8))
 def test_partial_sums_add_up_to_the_full_sum(size):
-    """Of one token the minimum is the value itself, and the bias belongs to no rank."""
+    """The minimum over one token is the value itself, and the bias belongs to no rank."""
     model = Toy()
     batch = (torch.tensor([[3, PAD]]), torch.tensor([[True, False]]))
     ranges = calibrate(model, model.sites(), [batch], (size,), FINGERPRINT).ranges

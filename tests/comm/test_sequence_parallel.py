@@ -120,7 +120,7 @@ def rounded(x: Tensor, codec: Codec) -> Tensor:
 
 
 def gather_plan(x: Tensor, num_bf16: int, num_bits: int = 4) -> Codec:
-    """Of one sender; build_plan makes those of two, of which the second is dropped."""
+    """Return a codec of one sender; build_plan makes those of two, of which the second is dropped."""
     two = make_plan(torch.stack([x.float(), x.float()]), num_bf16, num_bits).first
     return Codec(two.scale[:1], two.zero_point[:1], two.bits)
 

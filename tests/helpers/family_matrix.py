@@ -26,8 +26,8 @@ TRAIN = ["correction.epochs=1", "correction.batch_size=2", "correction.rank=2", 
 
 @dataclass
 class Outcome:
-    """Of one family: what became of every stage (`yes`, `refused`, `traceback`), and what the first said that was
-    refused, or left something in full precision."""
+    """What one family came to: the outcome of every stage (`yes`, `refused`, `traceback`), and what the first said that
+    was refused, or left something in full precision."""
 
     family: str
     stages: dict[str, str] = field(default_factory=dict)

@@ -129,8 +129,8 @@ def by_inner_names(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def loaded_into_specs(rank: int, size: int, scheme: str, sequence_parallel: bool) -> dict[str, Any]:
-    """Of models that are packed on load, with the norms inside and outside: logits, kinds, and the keys that Megatron's
-    checkpoints have before and after the load."""
+    """Return, of models that are packed on load with the norms inside and outside: logits, kinds, and the keys that
+    Megatron's checkpoints have before and after the load."""
     from megatron_checkpoint_cases import keys_of
 
     with parallel(size):

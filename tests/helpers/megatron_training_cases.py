@@ -45,7 +45,7 @@ def row_gradients(rank: int, size: int, artifact: Artifact, sequence_parallel: b
 
 
 def quantized_gradients(rank: int, size: int, artifact: Artifact, sequence_parallel: bool) -> dict[str, Any]:
-    """Of every quantized layer: the upstream gradient, x.grad, and this rank's dequantized weight."""
+    """Return, for every quantized layer, the upstream gradient, x.grad, and this rank's dequantized weight."""
     with parallel(size):
         model = gpt_model(tiny_models.build("llama"), sequence_parallel)
         lowbit.apply_to_megatron(model, artifact)

@@ -53,7 +53,7 @@ class Command:
 
 @cache
 def commands() -> list[Command]:
-    """Of all manual pages, those that end in a backslash joined with the next line, without comments."""
+    """Return the commands of all manual pages, without comments; a backslash at a line's end joins it with the next."""
     found = []
     for page in MANUAL:
         lines = page.read_text().replace("\\\n", "").splitlines()

@@ -345,7 +345,7 @@ def agreements(rank: int, size: int, plan: SitePlan) -> dict[str, int]:
 
 
 def clipped_ranges(rank: int, size: int, windows: Tensor) -> Tensor | None:
-    """Of windows [windows, length, features] that data-parallel ranks share."""
+    """Return statistics of windows [windows, length, features] that data-parallel ranks share."""
     observer = RangeObserver(1, windows.shape[2], 0.1, windows.device, histograms=True)
     for window in windows.view(-1, size, *windows.shape[1:]):
         mine = window[rank : rank + 1]

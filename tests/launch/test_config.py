@@ -2,11 +2,10 @@
 
 import os
 import threading
-from pathlib import Path
 
 import pytest
+from config_errors import refused
 
-from megatron_lowbit import launch
 from megatron_lowbit.config import (
     CalibrateConfig,
     CommConfig,
@@ -17,27 +16,14 @@ from megatron_lowbit.config import (
     QuantizeConfig,
     defaults,
     errors,
-    list_sections,
     load_config,
     one_line,
 )
-from megatron_lowbit.launch import arguments
-from megatron_lowbit.launch.bench.config import BenchmarkCollectivesConfig, BenchmarkConfig, BenchmarkKernelsConfig
-from megatron_lowbit.launch.slurm.config import SlurmConfig
-from megatron_lowbit.launch.tools import configuration
+from megatron_lowbit.launch.bench.config import BenchmarkConfig
 from megatron_lowbit.qllm.resume import State
 from megatron_lowbit.quant.affine import Scheme
 
 STAGES = (BenchmarkConfig, CalibrateConfig, DemoConfig, EvaluateConfig, GenerateConfig, QuantizeConfig)
-
-
-def refused(*overrides: str, stage=EvaluateConfig, file: str | None = None) -> str:
-    """The message that the overrides (or the file) end in: one line."""
-    with pytest.raises(LowBitError) as raised:
-        load_config(stage, file, list(overrides))
-    message = str(raised.value)
-    assert message and "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -449,104 +435,3 @@ def test_states_of_unfinished_runs_keep_the_first_name(tmp_path):
     config = load_config(CalibrateConfig, None, [f"output_dir={tmp_path}"])
     assert config.comm.scale == "per_token"
     assert State("calibrate", config, {}).settings["comm.scale"] == "rank1"
-
-
-CONFIGS = [*arguments.CONFIGS.values(), BenchmarkCollectivesConfig, BenchmarkKernelsConfig, SlurmConfig]
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
-def test_every_key_has_a_description(config):
-    """Also one whose default alone a command changes; and no section is without a title."""
-    sections = list(list_sections(config()))
-    for section in sections:
-        assert section.title or section.prefix == "", section.prefix
-        for key in section.keys:
-            assert len(key.description) > 4, key.name
-    if "NAME" not in str(sections):  # SlurmConfig's stages have names of the user's choice
-        assert {key.name: key.default for section in sections for key in section.keys} == defaults(config())
-
-
-@pytest.mark.parametrize("command", [*arguments.CONFIGS, "benchmark collectives", "benchmark kernels", "slurm"])
-def test_help_explains_every_key(command, capsys, monkeypatch):
-    """--help prints key, default and description of all that a command takes, on 80 columns whatever the window."""
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as end:
-        launch.main([*command.split(), "--help"])
-    out = capsys.readouterr().out
-    assert end.value.code == 0 and max(map(len, out.splitlines())) <= 80
-    assert "  output_dir=runs/" in out and "folder of " in out
-    if command in ("evaluate", "quantize"):
-        expected = "  comm.bits=4\n      bits of a feature that does not travel in bf16\n"
-        assert expected in out and "\n\ncomm: Low-bit communication" in out
-    if command == "benchmark kernels":
-        assert "  model=" not in out, "a key that the command refuses"
-
-
-SCHEMES = """
-weights: {scheme: W4A4}
-correction: {epochs: 10}
-output_dir: runs/any
-schemes:
-  W4A4: {output_dir: runs/a, correction: {learning_rate: 0.25}}
-  W4A8: {output_dir: 008, comm: {preset: paper}}
-"""
-
-
-def test_a_scheme_brings_its_own_keys(tmp_path):
-    """The section `schemes` of a file: keys of the chosen scheme beat the file's, and overrides beat both."""
-    file = tmp_path / "model.yaml"
-    file.write_text(SCHEMES)
-
-    def load(*overrides: str) -> QuantizeConfig:
-        return load_config(QuantizeConfig, str(file), list(overrides))
-
-    assert (load().output_dir, load().correction.learning_rate, load().correction.epochs) == ("runs/a", 0.25, 10)
-    w4a8 = load("weights.scheme=W6A6", "weights.scheme=W4A8")
-    assert (w4a8.output_dir, w4a8.correction.learning_rate, w4a8.correction.epochs) == ("008", 5e-3, 10)
-    assert w4a8.comm.scale == "static", "a preset counts there too"
-    assert load("weights={scheme: W4A8}").output_dir == "008"
-    assert load("weights.scheme=W8A8").output_dir == "runs/any", "a scheme that is not listed brings nothing"
-    assert load("output_dir=mine").output_dir == load("output_dir=mine", "weights.scheme=W4A8").output_dir == "mine"
-    assert refused(stage=CalibrateConfig, file=str(file)).startswith("unknown config key")
-
-
-@pytest.mark.parametrize(
-    ("schemes", "said"),
-    [
-        ("[W4A4]", "schemes=['W4A4']: give a section of keys for each scheme"),
-        ("{W4A9: {tp: 2}}", "schemes: 'W4A9' is not one of none, W4A16, W4A8"),
-        ("{w4a8: {tp: 2}}", "schemes: 'w4a8' is not one of none, W4A16, W4A8"),
-        ("{W4A8: 3}", "schemes.W4A8=3: give keys and values"),
-        ("{W4A8: {tpp: 3}}", "unknown config key 'tpp'"),
-    ],
-)
-def test_schemes_that_are_none(schemes, said, tmp_path):
-    (tmp_path / "model.yaml").write_text(f"schemes: {schemes}\n")
-    assert said in refused(stage=QuantizeConfig, file=str(tmp_path / "model.yaml"))
-
-
-def test_the_file_of_a_scheme_is_that_of_its_model(tmp_path, caplog):
-    """MODEL_w4a8.yaml was a file once: MODEL.yaml is read with that scheme, and a line says so; a real file wins."""
-    errors.notice.cache_clear()
-    (tmp_path / "model.yaml").write_text(SCHEMES)
-    old = str(tmp_path / "model_w4a8.yaml")
-    for _ in range(2):  # arguments are parsed twice
-        assert load_config(QuantizeConfig, old, []).output_dir == "008"
-    assert [record.message for record in caplog.records] == [
-        f"{old} is not there; {tmp_path / 'model.yaml'} is read with weights.scheme=W4A8"
-    ]
-    assert load_config(QuantizeConfig, old, ["weights.scheme=W4A4"]).output_dir == "runs/a"
-    (tmp_path / "model_w4a8.yaml").write_text("output_dir: runs/real\n")
-    assert load_config(QuantizeConfig, old, []).output_dir == "runs/real"
-    for missing in ("model_w3a3.yaml", "model_.yaml", "other_w4a8.yaml", "model_w4a8.txt"):
-        assert "cannot read config file" in refused(stage=QuantizeConfig, file=str(tmp_path / missing))
-
-
-def test_the_page_of_all_keys_is_what_the_code_says():
-    """docs/configuration.md is generated: run the command in its first lines after a change of a key."""
-    file = Path(__file__).parents[2] / "docs" / "configuration.md"
-    assert file.read_text() == configuration.page()
-    for command in CONFIGS:
-        for key in defaults(command()):
-            if command not in (BenchmarkCollectivesConfig, BenchmarkKernelsConfig):  # which refuse some
-                assert f"| `{key}` |" in configuration.page()

@@ -192,7 +192,7 @@ def check_history(output: Path) -> None:
 
 
 def test_a_node_that_goes_down(lab, model, whole, tmp_path, record):
-    """Of two nodes where no other test's jobs run."""
+    """The job runs on two nodes where no other test's jobs do."""
     output, nodes = tmp_path / "artifact", ["--exclude=node[1-2]"]
     jobs = Jobs(lab, tmp_path, {"quantize": quantize(model, output, "tp=2")}, options=nodes).submit()
     jobs.wait_for_group(output)
