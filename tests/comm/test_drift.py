@@ -123,6 +123,8 @@ def test_virtual_ranks_switch_with_the_real_ones(two_ranks, mode, caplog):
     assert all(torch.equal(a, b) for a, b in zip(sums, real[0]["sums"], strict=True))
     assert [record.getMessage() for record in caplog.records] == real[0]["logged"], "the share, too, is the same"
     assert virtual.saturation().saturated == sum(rank["saturated"] for rank in real) > 0
+    sent = sum(partials[0].numel() for partials in calls)  # what is sent again in bf16 counts once
+    assert [virtual.traffic.values, *(rank["values"] for rank in real)] == [sent] * 3
 
 
 def test_per_token_scales_drift_when_values_are_far_from_all_that_was_calibrated(two_ranks):

@@ -370,7 +370,8 @@ def drifting(
         sums = [(reducer.reduce_scatter if scatter else reducer.all_reduce)(partials[rank]) for partials in calls]
     logging.getLogger("megatron_lowbit").removeHandler(logged)
     checks = sum(call == "all_reduce" and dtype == "float64" for call, _, dtype in recorded.calls)
-    return {"sums": sums, "logged": logged.lines, "checks": checks, "saturated": reducer.saturation().saturated}
+    counts = {"saturated": reducer.saturation().saturated, "values": reducer.traffic.values}
+    return {"sums": sums, "logged": logged.lines, "checks": checks, **counts}
 
 
 def extremes(
