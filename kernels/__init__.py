@@ -1,8 +1,8 @@
 """Low-bit kernels: ops of PyTorch in the namespace `megatron_lowbit`.
 
-PyTorch's dispatcher chooses: `hybrid`, `exact`, `packing` and `reference` register the plain torch implementations for
-every device together with their fakes (shapes and dtypes for torch.compile and CUDA graphs); a faster kernel registers
-itself for its device type (`cpu`, `gpu`).
+PyTorch's dispatcher chooses: `hybrid`, `exact`, `packing`, `quantizer` and `linear` register the plain torch
+implementations for every device together with their fakes (shapes and dtypes for torch.compile and CUDA graphs); a
+faster kernel registers itself for its device type (`cpu`, `gpu`).
 """
 
 from megatron_lowbit.kernels import cpu as cpu  # registers its kernels
@@ -14,12 +14,15 @@ from megatron_lowbit.kernels.hybrid import (
     hybrid_unpack_reduce_into,
     hybrid_unpack_reduce_requantize,
 )
+from megatron_lowbit.kernels.linear import FLOAT_BITS, quant_linear
 from megatron_lowbit.kernels.packing import codes_per_word, pack_bits, packed_bytes, unpack_bits
-from megatron_lowbit.kernels.reference import dequantize, quant_linear, reassemble
+from megatron_lowbit.kernels.quantizer import dequantize, quantize, quantize_tokens
+from megatron_lowbit.kernels.reassembly import reassemble
 from megatron_lowbit.kernels.wire_format import BF16_BITS, Format, header_bytes, hybrid_row_bytes, squared_sizes
 
 __all__ = [
     "BF16_BITS",
+    "FLOAT_BITS",
     "Format",
     "codes_per_word",
     "dequantize",
@@ -34,6 +37,8 @@ __all__ = [
     "pack_bits",
     "packed_bytes",
     "quant_linear",
+    "quantize",
+    "quantize_tokens",
     "reassemble",
     "squared_sizes",
     "unpack_bits",

@@ -25,14 +25,12 @@ from torch.nn import functional as F
 from megatron_lowbit.comm.reducers import HybridReducer
 from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.config import LowBitError
-from megatron_lowbit.kernels import dequantize, quant_linear, unpack_bits
+from megatron_lowbit.kernels import FLOAT_BITS, dequantize, quant_linear, quantize_tokens, unpack_bits
 from megatron_lowbit.layers.reassembled_norm import Reassembly, check_width
 from megatron_lowbit.quant.affine import (
     Float32QParams,
     LowRank,
     QuantizedWeight,
-    choose_qparams,
-    quantize,
     straight_through,
 )
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
@@ -90,21 +88,24 @@ class QuantLinear(Float32QParams):
             x = self.reassembly(x)
         check_width(x, self.in_features)
         rows = x.reshape(-1, self.in_features)
-        codes, act_scale, act_zero_point = rows.detach(), None, None
-        if self.act_bits < 16:
-            act_scale, act_zero_point = choose_qparams(
-                codes, self.act_bits, group_size=self.in_features // self.act_groups
-            )
-            codes = quantize(codes, act_scale, act_zero_point, self.act_bits)
-        weight = (self.packed_weight, self.scale, self.zero_point, self.weight_bits)
-        y = _QuantLinearFunction.apply(rows, codes, act_scale, act_zero_point, *weight, dtype or x.dtype)
+        y = self._multiply(rows, dtype or x.dtype)
         if self.lora_a is not None and self.lora_b is not None:
-            inputs = rows
-            if act_scale is not None and act_zero_point is not None:
-                inputs = straight_through(rows, dequantize(codes, act_scale, act_zero_point).to(x.dtype))
-            y = y + F.linear(F.linear(inputs, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+            y = y + F.linear(F.linear(self._rounded(rows), self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+    def _multiply(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        weight = (self.packed_weight, self.scale, self.zero_point, self.weight_bits)
+        if torch.is_grad_enabled() and rows.requires_grad:
+            return _QuantLinearFunction.apply(rows, *weight, self.act_bits, self.act_groups, dtype)
+        return quant_linear(rows, *weight, self.act_bits, self.act_groups, dtype)
+
+    def _rounded(self, rows: Tensor) -> Tensor:
+        """Return x^, what the codes of x stand for, with the straight-through gradient; x itself where it has none."""
+        if self.act_bits == FLOAT_BITS:
+            return rows
+        codes = quantize_tokens(rows.detach(), self.act_bits, self.act_groups)
+        return straight_through(rows, dequantize(*codes).to(rows.dtype))
 
     def extra_repr(self) -> str:
         scheme = f"W{self.weight_bits}A{self.act_bits}"
@@ -115,16 +116,16 @@ class _QuantLinearFunction(torch.autograd.Function):
     """Forward on codes; backward straight through both roundings: dx = dy W^, W^ the dequantized weight."""
 
     @staticmethod
-    def forward(ctx, rows, codes, act_scale, act_zero_point, packed_weight, scale, zero_point, bits, dtype):  # type: ignore[override]
+    def forward(ctx, rows, packed_weight, scale, zero_point, bits, act_bits, act_groups, dtype):  # type: ignore[override]
         ctx.save_for_backward(packed_weight, scale, zero_point)
         ctx.bits, ctx.in_features, ctx.dtype = bits, rows.shape[1], rows.dtype
-        return quant_linear(codes, act_scale, act_zero_point, packed_weight, scale, zero_point, bits, dtype)
+        return quant_linear(rows.detach(), packed_weight, scale, zero_point, bits, act_bits, act_groups, dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         packed_weight, scale, zero_point = ctx.saved_tensors
         weight = dequantize(unpack_bits(packed_weight, ctx.bits, ctx.in_features), scale, zero_point)
-        return (grad.float() @ weight).to(ctx.dtype), *[None] * 8
+        return (grad.float() @ weight).to(ctx.dtype), *[None] * 7
 
 
 class DenseShard(nn.Module):

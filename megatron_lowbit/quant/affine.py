@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.io.tensors import check_scale, check_tensor, short_repr
-from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, unpack_bits
+from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, quantize, quantizer, unpack_bits
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,12 @@ def qparams_from_range(
     2)."""
     check_bits(num_bits)
     low, high = min_vals.float(), max_vals.float()
-    if symmetric:
-        low, high = -torch.maximum(low.abs(), high.abs()), torch.maximum(low.abs(), high.abs())
-        levels = 2**num_bits - 2  # -(2^(b-1) - 1) .. 2^(b-1) - 1, mirrored around the zero point
-    else:
-        levels = 2**num_bits - 1
-    scale = high / levels - low / levels  # divided first: the difference of two large floats may overflow
-    # A step of zero, or one too small to divide by, leaves nothing to quantize; Inf in a row makes it NaN.
-    constant = scale < torch.finfo(torch.float32).tiny
-    scale = torch.where(constant, 1.0, torch.where(scale.isfinite(), scale, torch.nan))
-    if symmetric:
-        return scale, torch.full_like(scale, 2 ** (num_bits - 1))
-    return scale, torch.where(constant, -low, -torch.round(low / scale))
+    if not symmetric:
+        return quantizer.qparams_from_range(low, high, num_bits)
+    largest = torch.maximum(low.abs(), high.abs())
+    levels = 2**num_bits - 2  # -(2^(b-1) - 1) .. 2^(b-1) - 1, mirrored around the zero point
+    scale, _ = quantizer.usable_step(largest / levels - -largest / levels)
+    return scale, torch.full_like(scale, 2 ** (num_bits - 1))
 
 
 def choose_qparams(
@@ -78,13 +72,6 @@ def choose_qparams(
     group_size or 1."""
     grouped = _grouped(x, group_size)
     return qparams_from_range(grouped.amin(-1), grouped.amax(-1), num_bits, symmetric)
-
-
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> Tensor:
-    """Quantize x [..., features], qparams [..., groups] -> codes uint8 [..., features]."""
-    grouped = x.float().unflatten(-1, (scale.shape[-1], -1))
-    codes = torch.round(grouped / scale.unsqueeze(-1)) + zero_point.unsqueeze(-1)
-    return codes.clamp_(0, 2**num_bits - 1).to(torch.uint8).flatten(-2)
 
 
 class _StraightThrough(torch.autograd.Function):

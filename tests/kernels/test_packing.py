@@ -108,7 +108,7 @@ def test_fakes_of_the_wire_format(tokens, tiers, dtype, per_token):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fake_of_quant_linear(tokens, dtype):
     weight = (kernels.pack_bits(random_codes((5, 6), 4), 4), torch.ones(5, 1), torch.zeros(5, 1), 4)
-    x = torch.from_numpy(np.arange(tokens * 6.0).reshape(tokens, 6))
-    check_op(OPS.quant_linear, x.to(dtype), None, None, *weight, dtype)
-    codes = x.to(torch.uint8)
-    check_op(OPS.quant_linear, codes, torch.ones(tokens, 2), torch.zeros(tokens, 2), *weight, dtype)
+    x = torch.from_numpy(np.arange(tokens * 6.0).reshape(tokens, 6)).to(dtype)
+    check_op(OPS.quant_linear, x, *weight, 16, 1, dtype)
+    check_op(OPS.quant_linear, x, *weight, 4, 2, dtype)
+    check_op(OPS.quantize_tokens, x, 4, 2)

@@ -1,83 +1,171 @@
-"""quant_linear on codes: exact, so that neither the batch nor the rows beside a row change a result."""
+"""quant_linear on codes: the definition's bits, whatever the batch, the shard and the neighbours."""
 
+import linear_oracle
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_lowbit.kernels import dequantize, pack_bits, quant_linear
+from megatron_lowbit.kernels import dequantize, pack_bits, quant_linear, quantize_tokens
+from megatron_lowbit.kernels.linear import round_to
 from megatron_lowbit.kernels.packing import unpack_bits
 from megatron_lowbit.quant.affine import choose_qparams, quantize
 
 # (tokens, out, in, activation groups, weight group size)
-SHAPES = [(1, 1, 2, 1, None), (5, 7, 88, 8, None), (3, 16, 96, 4, 12), (4, 6, 172, 4, None), (2, 3, 9000, 1, None)]
-BITS = [(4, 4), (8, 4), (6, 6), (8, 8)]
+SHAPES = [
+    (1, 1, 2, 1, None),
+    (5, 7, 88, 8, None),
+    (3, 16, 96, 4, 12),
+    (4, 6, 172, 4, None),
+    (2, 3, 9000, 1, None),
+    (3, 66, 120, 8, 40),  # groups of which neither holds the other
+    (0, 3, 16, 1, None),
+]
+BITS = [(4, 4), (8, 4), (6, 6), (8, 8), (2, 2), (5, 3), (7, 7)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def operands(shape: tuple, act_bits: int, weight_bits: int) -> tuple:
-    tokens, out, features, groups, group_size = shape
+def operands(shape: tuple, weight_bits: int) -> tuple:
+    """(x, packed, scale, zero_point, weight_bits): the arguments of quant_linear up to the activations' bits."""
+    tokens, out, features, _, group_size = shape
     generator = torch.Generator().manual_seed(features + out)
     x = torch.randn(tokens, features, generator=generator) + 1  # a mean, so that zero points matter
     weight = torch.randn(out, features, generator=generator)
-    x_scale, x_zero = choose_qparams(x, act_bits, group_size=features // groups)
     scale, zero = choose_qparams(weight, weight_bits, group_size=group_size)
-    packed = pack_bits(quantize(weight, scale, zero, weight_bits), weight_bits)
-    return quantize(x, x_scale, x_zero, act_bits), x_scale, x_zero, packed, scale, zero, weight_bits
+    return x, pack_bits(quantize(weight, scale, zero, weight_bits), weight_bits), scale, zero, weight_bits
 
 
-def by_hand(codes: Tensor, x_scale: Tensor, x_zero: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, bits: int):
-    """The same product of dequantized values in float64, one (s, S) pair per channel."""
-    w = unpack_bits(packed, bits, codes.shape[1]).double()
-    x = codes.double()
-    wide = [t.double().repeat_interleave(x.shape[1] // t.shape[1], 1) for t in (x_scale, x_zero, scale, zero)]
-    return ((x - wide[1]) * wide[0]) @ ((w - wide[3]) * wide[2]).T
+def expected(args: tuple, act_bits: int, act_groups: int, dtype: torch.dtype) -> Tensor:
+    x, packed, scale, zero, bits = args
+    codes = unpack_bits(packed, bits, x.shape[1])
+    return linear_oracle.quant_linear(x, codes, scale, zero, act_bits, act_groups, dtype)
 
 
+def assert_same_bits(actual: Tensor, wanted: Tensor) -> None:
+    assert actual.dtype == wanted.dtype and actual.shape == wanted.shape
+    view = {8: torch.int64, 4: torch.int32, 2: torch.int16}[actual.element_size()]
+    same = (actual.view(view) == wanted.view(view)) | (actual.isnan() & wanted.isnan())
+    assert same.all(), (actual[~same], wanted[~same])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("act_bits, weight_bits", BITS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_against_float64(shape, act_bits, weight_bits):
-    """Whole numbers are exact; what is left is float64's rounding of four terms that may cancel."""
-    args = operands(shape, act_bits, weight_bits)
-    y, expected = quant_linear(*args, torch.float64), by_hand(*args)
-    largest = args[1].max() * args[4].max() * 255 * 255 * shape[2]
-    assert (y - expected).abs().max() <= 2.0**-50 * largest
-    assert quant_linear(*args, torch.float32).dtype == torch.float32
+def test_bits_of_the_definition(shape, act_bits, weight_bits, dtype):
+    args = operands(shape, weight_bits)
+    assert_same_bits(quant_linear(*args, act_bits, shape[3], dtype), expected(args, act_bits, shape[3], dtype))
 
 
+AWKWARD = {
+    "far from zero": lambda x: x * 1e-3 + 1e6,  # zero points of 5e8, which float32 does not multiply exactly
+    "constant": lambda x: torch.full_like(x, 2.7),  # fractional zero points
+    "zero": torch.zeros_like,
+    "denormal": lambda x: x * 1e-40,
+    "outliers": lambda x: x * torch.where(torch.arange(x.shape[1]) % 31 == 3, 1e4, 1.0),
+    "one NaN": lambda x: x.index_put((torch.tensor([1]), torch.tensor([2])), torch.tensor(float("nan"))),
+    "infinite": lambda x: x.index_put((torch.tensor([0]), torch.tensor([1])), torch.tensor(float("inf"))),
+    "the whole range": lambda x: x * 1e38,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("of_weight", (False, True))
+@pytest.mark.parametrize("kind", AWKWARD)
+def test_awkward_values(kind, of_weight, dtype):
+    """Of the activations, or of the weight: bit for bit, and NaN in no other token than its own."""
+    shape = 4, 6, 172, 4, None
+    x, packed, scale, zero, bits = operands(shape, 4)
+    awkward = AWKWARD[kind]
+    if of_weight:
+        scale, zero = choose_qparams(awkward(dequantize(unpack_bits(packed, bits, 172), scale, zero)), bits)
+    else:
+        x = awkward(x)
+    args = x, packed, scale, zero, bits
+    y = quant_linear(*args, 8, 4, dtype)
+    assert_same_bits(y, expected(args, 8, 4, dtype))
+    if not of_weight:
+        broken = y.isnan().all(1)
+        assert broken.tolist() == x.isfinite().all(1).logical_not().tolist()
+
+
+def test_zero_is_zero():
+    """Tokens of zeros, and weights of zeros, whose float corrections left 1e-14 in their place."""
+    x, packed, scale, zero, bits = operands((4, 6, 172, 4, None), 4)
+    x[1] = 0
+    assert (quant_linear(x, packed, scale, zero, bits, 8, 4, torch.float64)[1] == 0).all()
+    at_zero = pack_bits(zero.round().clamp(0, 15).to(torch.uint8).expand(6, 172).contiguous(), 4)
+    assert (quant_linear(x, at_zero, scale, zero.round().clamp(0, 15), 4, 8, 4, torch.float64) == 0).all()
+
+
+@pytest.mark.parametrize("act_bits", (4, 16))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_neither_batch_nor_neighbours_change_a_bit(shape):
-    codes, x_scale, x_zero, packed, scale, zero, bits = operands(shape, 4, 4)
-    whole = quant_linear(codes, x_scale, x_zero, packed, scale, zero, bits, torch.float32)
-    for token in range(len(codes)):
-        rows = slice(token, token + 1)
-        alone = quant_linear(codes[rows], x_scale[rows], x_zero[rows], packed, scale, zero, bits, torch.float32)
+def test_neither_batch_nor_neighbours_change_a_bit(shape, act_bits):
+    x, packed, scale, zero, bits = operands(shape, 4)
+    groups = shape[3]
+    whole = quant_linear(x, packed, scale, zero, bits, act_bits, groups, torch.float32)
+    for token in range(len(x)):
+        alone = quant_linear(x[token : token + 1], packed, scale, zero, bits, act_bits, groups, torch.float32)
         assert torch.equal(alone[0], whole[token])
     for row in range(len(packed)):
         rows = slice(row, row + 1)
-        alone = quant_linear(codes, x_scale, x_zero, packed[rows], scale[rows], zero[rows], bits, torch.float32)
+        alone = quant_linear(x, packed[rows], scale[rows], zero[rows], bits, act_bits, groups, torch.float32)
         assert torch.equal(alone[:, 0], whole[:, row])
 
 
-def test_float64_partial_sums_add_up_to_the_whole():
+@pytest.mark.parametrize("act_bits", (4, 16))
+def test_float64_partial_sums_add_up_to_the_whole(act_bits):
     """What a float32 model's ranks exchange: their float64 sum rounds to what one rank computes."""
-    codes, x_scale, x_zero, packed, scale, zero, bits = operands((64, 32, 96, 8, None), 4, 4)
-    whole = quant_linear(codes, x_scale, x_zero, packed, scale, zero, bits, torch.float32)
+    x, packed, scale, zero, bits = operands((64, 32, 96, 8, None), 4)
+    whole = quant_linear(x, packed, scale, zero, bits, act_bits, 8, torch.float32)
     weight = unpack_bits(packed, bits, 96)
     for ranks in (2, 4, 8):
         total = torch.zeros(64, 32, dtype=torch.float64)
         for rank in range(ranks):
             mine = pack_bits(weight.chunk(ranks, 1)[rank].contiguous(), bits)
-            x = [t.chunk(ranks, 1)[rank].contiguous() for t in (codes, x_scale, x_zero)]
-            total += quant_linear(*x, mine, scale, zero, bits, torch.float64)
+            slice_of_x = x.chunk(ranks, 1)[rank].contiguous()
+            total += quant_linear(slice_of_x, mine, scale, zero, bits, act_bits, 8 // ranks, torch.float64)
         assert torch.equal(total.float(), whole)
+
+
+@pytest.mark.parametrize("weight_bits", (2, 4, 8))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_that_are_not_quantized(dtype, weight_bits):
+    """Sums of float64 products; a backend's float32 sums of bf16 values err by an ulp of float32 per term."""
+    x, packed, scale, zero, bits = operands((5, 7, 96, 1, 12), weight_bits)
+    x = x.to(dtype)
+    codes = unpack_bits(packed, bits, 96).double()
+    wide = [t.double().repeat_interleave(12, 1) for t in (scale, zero)]
+    terms = x.double().abs() @ ((codes + wide[1].abs()) * wide[0]).T
+    y = quant_linear(x, packed, scale, zero, bits, 16, 1, torch.float64)
+    ulp = 2.0**-24 if dtype == torch.bfloat16 else 2.0**-53
+    assert ((y - x.double() @ ((codes - wide[1]) * wide[0]).T).abs() <= 2 * 96 * ulp * terms).all()
 
 
 def test_a_constant_row_has_a_real_zero_point():
     x = torch.full((1, 8), 2.5)
-    x_scale, x_zero = choose_qparams(x, 4)
     weight = torch.arange(16.0).view(2, 8)
     scale, zero = choose_qparams(weight, 8)
     packed = quantize(weight, scale, zero, 8)
-    codes = quantize(x, x_scale, x_zero, 4)
-    y = quant_linear(codes, x_scale, x_zero, packed, scale, zero, 8, torch.float64)
-    expected = 2.5 * dequantize(packed, scale, zero).double().sum(1)[None]  # eight values that float32 has rounded
-    torch.testing.assert_close(y, expected, rtol=8 * 2.0**-24, atol=0)
+    y = quant_linear(x, packed, scale, zero, 8, 4, 1, torch.float64)
+    wanted = 2.5 * dequantize(packed, scale, zero).double().sum(1)[None]  # eight values that float32 has rounded
+    torch.testing.assert_close(y, wanted, rtol=8 * 2.0**-24, atol=0)
+
+
+@pytest.mark.parametrize("groups", (1, 4))
+@pytest.mark.parametrize("bits", (2, 4, 6, 8))
+def test_quantize_tokens(bits, groups):
+    x = operands((5, 1, 172, 1, None), 4)[0]
+    codes, scale, zero = quantize_tokens(x, bits, groups)
+    wanted = linear_oracle.quantized_tokens(x.numpy(), bits, groups)
+    assert (
+        (codes.numpy() == wanted[0]).all() and (scale.numpy() == wanted[1]).all() and (zero.numpy() == wanted[2]).all()
+    )
+
+
+def test_one_rounding():
+    """1 + 2^-8 + 2^-40 lies above the tie of bf16, and float32 would round it to the tie first."""
+    y = torch.tensor([1 + 2.0**-8 + 2.0**-40, 1 + 2.0**-8, -1 - 2.0**-8 - 2.0**-40], dtype=torch.float64)
+    above = 1 + 2.0**-7
+    assert round_to(y, torch.bfloat16).tolist() == [above, 1.0, -above]
+    many = torch.randn(10000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e3
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert_same_bits(round_to(many, dtype), linear_oracle.rounded(many.numpy(), dtype))

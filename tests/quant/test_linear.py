@@ -100,14 +100,13 @@ def test_bf16_activations(scheme):
 
 
 def test_quant_linear_by_hand():
-    """x = (codes - 1) / 2 = [0.5, -0.5], [1, 0]; W = [[2, -1], [0, 3]]."""
-    x = torch.tensor([[2, 0], [3, 1]], dtype=torch.uint8)
+    """x = [7, -8], [15, 0], steps of 1 in 4 bits; W = [[2, -1], [0, 3]]."""
     packed = torch.tensor([[3 | 0 << 4], [1 | 4 << 4]], dtype=torch.uint8)  # low nibble first, zero point 1
-    half, one = torch.full((2, 1), 0.5), torch.ones(2, 1)
-    y = kernels.quant_linear(x, half, one, packed, one, one, 4, torch.float32)
-    assert y.tolist() == [[1.5, -1.5], [2.0, 0.0]]
-    x = torch.tensor([[0.5, -0.5], [1.0, 0.0]])
-    assert torch.equal(kernels.quant_linear(x, None, None, packed, one, one, 4, torch.float32), y)
+    one = torch.ones(2, 1)
+    x = torch.tensor([[7.0, -8.0], [15.0, 0.0]])
+    for act_bits in (4, 16):
+        y = kernels.quant_linear(x, packed, one, one, 4, act_bits, 1, torch.float32)
+        assert y.tolist() == [[22.0, -24.0], [30.0, 0.0]]
 
 
 def row_parallel_shards(weight: QuantizedWeight, act_bits: int, shard_groups: int, size: int) -> list:
@@ -125,9 +124,9 @@ def test_row_parallel_agrees_at_every_size(scheme, in_features, monkeypatch):
     exact, magnitude = oracle(x, weight, bits.act_bits, activation_groups(in_features, 8))
     seen: list[torch.Tensor] = []
 
-    def record(codes, *args):
-        seen.append(codes)
-        return kernels.quant_linear(codes, *args)
+    def record(x, *args):
+        seen.append(kernels.quantize_tokens(x, *args[4:6])[0] if bits.act_bits < 16 else x)
+        return kernels.quant_linear(x, *args)
 
     monkeypatch.setattr(linear, "quant_linear", record)
     for size in (1, 2, 4):

@@ -1,0 +1,111 @@
+"""The product of a token with a packed weight: what every backend computes, bit for bit.
+
+With s, z the scale and zero point of a token, S, Z those of an output channel, x and w the codes, over the blocks of
+neighbouring channels that share s, z, S and Z:
+
+    bracket = x.w - z (1.w) - (x.1 - k z) Z            k channels in the block; float64, in this order
+    y       = sum_h S_h sum_g s_g bracket_gh           float64; blocks in their order, then weight groups in theirs
+
+x.w, 1.w and x.1 are whole numbers and exact, and so is the bracket as long as its terms are whole and below 2^53. One
+operation at a time (no fused multiply-add), and one rounding to the output's dtype at the end. No order of work
+changes a bit: a token's result is the same whatever batch it is in, and a channel's whatever channels lie beside it.
+
+Weight-only schemes (activations of 16 bits) have no codes of x: s = 1, z = 0, and x.w, x.1 are sums of floats. Here
+they are float64; a backend may sum bf16 activations in float32, in an order that no batch changes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.kernels.ops import define, fake
+from megatron_lowbit.kernels.packing import unpack_bits
+from megatron_lowbit.kernels.quantizer import quantize_tokens_reference
+
+FLOAT_BITS = 16  # act_bits of activations that are not quantized
+
+
+def quant_linear_reference(
+    x: Tensor,
+    packed_weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight_bits: int,
+    act_bits: int,
+    act_groups: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Compute y = x^ W^T with a packed weight W, x^ being x quantized per token (QLLM, arXiv 2310.08041, eq. 2).
+
+    x: float [tokens, in]; packed_weight: uint8 [out, row_bytes] (packing.py), or 1-D in the order of a backend
+    (panels.py); scale, zero_point: float32 [out, weight_groups]; weight_bits: 2 to 8. act_bits: 2 to 8, each of
+    `act_groups` equal slices of a token with its own scale; 16: x is not quantized.
+    Returns [tokens, out] in `dtype`.
+    """
+    codes = unpack_bits(packed_weight, weight_bits, x.shape[1])
+    if act_bits == FLOAT_BITS:
+        one = x.new_ones((x.shape[0], 1), dtype=torch.float64)
+        return round_to(multiply(x.double(), one, one - 1, codes, scale, zero_point), dtype)
+    return round_to(multiply(*quantize_tokens_reference(x, act_bits, act_groups), codes, scale, zero_point), dtype)
+
+
+def multiply(x: Tensor, x_scale: Tensor, x_zero: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Sum what the module's docstring writes down: float64 [tokens, out].
+
+    x: uint8 codes [tokens, in], or float64 values with scale 1 and zero point 0; x_scale, x_zero: [tokens, act_groups];
+    codes: uint8 [out, in]; scale, zero_point: float32 [out, weight_groups].
+    """
+    x_scale, x_zero = x_scale.double(), x_zero.double()
+    weight_groups, act_groups = scale.shape[1], x_scale.shape[1]
+    blocks = math.lcm(weight_groups, act_groups)
+    k = x.shape[1] // blocks
+    y = x_scale.new_zeros((x.shape[0], codes.shape[0]))
+    for h, columns in enumerate(range(0, blocks, blocks // weight_groups)):
+        inner = torch.zeros_like(y)
+        for b in range(columns, columns + blocks // weight_groups):
+            here, g = slice(b * k, (b + 1) * k), b * act_groups // blocks
+            a, w, s, z = x[:, here], codes[:, here], x_scale[:, g, None], x_zero[:, g, None]
+            bracket = _dot(a, w) - z * w.sum(1, dtype=torch.float64)
+            bracket -= (a.sum(1, keepdim=True, dtype=torch.float64) - k * z) * zero_point[:, h].double()
+            inner += s * bracket
+        y += inner * scale[:, h].double()
+    return y
+
+
+def _dot(a: Tensor, w: Tensor) -> Tensor:
+    """Compute a w^T in float64. Codes are multiplied in float32, which holds whole numbers below 2^24 in any order."""
+    if a.dtype != torch.uint8:
+        return torch.mm(a, w.to(a.dtype).t())
+    exact = 2**24 // 255**2  # channels
+    total = torch.zeros((len(a), len(w)), dtype=torch.float64, device=a.device)
+    for x, y in zip(a.float().split(exact, 1), w.float().split(exact, 1), strict=True):
+        total += torch.mm(x, y.t())
+    return total
+
+
+def round_to(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float64 to `dtype` once. torch goes to 16 bits by way of float32, which would round twice.
+
+    So the bits that float32 cannot hold are cut off, and the last one that it holds is set where any was lost: never a
+    tie, it then rounds to 16 bits as the whole number would have (rounding to odd; exact above 2^-126).
+    """
+    if dtype in (torch.float64, torch.float32):
+        return y.to(dtype)
+    bits, beyond = y.contiguous().view(torch.int64), 2**29 - 1
+    odd = (bits & ~beyond) | ((bits & beyond) != 0).to(torch.int64) << 29
+    return odd.view(torch.float64).to(torch.float32).to(dtype)
+
+
+quant_linear = define(
+    "quant_linear(Tensor x, Tensor packed_weight, Tensor scale, Tensor zero_point, int weight_bits, int act_bits, "
+    "int act_groups, ScalarType dtype) -> Tensor",
+    quant_linear_reference,
+)
+
+
+@fake(quant_linear)
+def _(x, packed_weight, scale, zero_point, weight_bits, act_bits, act_groups, dtype):
+    return x.new_empty((x.shape[0], scale.shape[0]), dtype=dtype)

@@ -1,0 +1,87 @@
+"""What quant_linear has to return, by another road: numpy, Python's integers and fractions, one output at a time."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MANTISSA = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
+LEAST_EXPONENT = {torch.float32: -126, torch.bfloat16: -126, torch.float16: -14}
+
+
+def quantized_tokens(x: np.ndarray, bits: int, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(codes int64 [tokens, in], scale, zero_point float32 [tokens, groups]) of QLLM's eq. 2, for float32 x."""
+    levels = np.float32(2**bits - 1)
+    scale, zero = (np.zeros((len(x), groups), np.float32) for _ in range(2))
+    codes = np.zeros(x.shape, np.int64)
+    for token, row in enumerate(x):
+        for group, columns in enumerate(np.split(np.arange(len(row)), groups)):
+            low, high = row[columns].min(), row[columns].max()
+            with np.errstate(all="ignore"):
+                step = high / levels - low / levels
+                if step < np.finfo(np.float32).tiny:
+                    step, offset = np.float32(1), -low
+                else:
+                    offset = -np.rint(low / step)
+                if not np.isfinite(step):
+                    step = offset = np.float32(np.nan)
+                scale[token, group], zero[token, group] = step, offset
+                values = np.rint(row[columns] / step) + offset
+            codes[token, columns] = np.nan_to_num(np.clip(values, 0, levels)).astype(np.int64)
+    return codes, scale, zero
+
+
+def product(
+    codes: np.ndarray, s: np.ndarray, z: np.ndarray, weight: np.ndarray, scale: np.ndarray, zero: np.ndarray
+) -> np.ndarray:
+    """The definition in kernels/linear.py, float64 [tokens, out]: whole numbers by Python, the rest one operation of
+    float64 at a time."""
+    blocks = math.lcm(s.shape[1], scale.shape[1])
+    k = codes.shape[1] // blocks
+    y = np.zeros((len(codes), len(weight)))
+    for token, row in np.ndindex(y.shape):
+        for h in range(scale.shape[1]):
+            inner = 0.0
+            for b in range(h * blocks // scale.shape[1], (h + 1) * blocks // scale.shape[1]):
+                here, g = slice(b * k, (b + 1) * k), b * s.shape[1] // blocks
+                x, w = codes[token, here].tolist(), weight[row, here].tolist()
+                dot = float(sum(a * c for a, c in zip(x, w, strict=True)))
+                bracket = dot - float(z[token, g]) * float(sum(w))
+                bracket = bracket - (float(sum(x)) - float(k) * float(z[token, g])) * float(zero[row, h])
+                inner = inner + float(s[token, g]) * bracket
+            y[token, row] += inner * float(scale[row, h])
+    return y
+
+
+def rounded(y: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """float64 to `dtype` in one rounding, half to even, by fractions."""
+    if dtype == torch.float64:
+        return torch.from_numpy(y)
+    return torch.tensor([_round(float(value), dtype) for value in y.flat], dtype=torch.float64).view(y.shape).to(dtype)
+
+
+def _round(value: float, dtype: torch.dtype) -> float:
+    if value == 0 or not math.isfinite(value):
+        return value
+    exponent = max(math.frexp(value)[1] - 1, LEAST_EXPONENT[dtype])
+    unit = Fraction(2) ** (exponent - MANTISSA[dtype])
+    nearest = round(Fraction(value) / unit) * unit  # Python's round is half to even
+    return (
+        math.copysign(float(nearest), value)
+        if abs(nearest) <= Fraction(torch.finfo(dtype).max)
+        else math.copysign(math.inf, value)
+    )
+
+
+def quant_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, act_bits: int, act_groups: int, dtype: torch.dtype
+) -> Tensor:
+    """y of kernels.quant_linear for x [tokens, in] and the weight's unpacked codes uint8 [out, in]."""
+    tokens = quantized_tokens(x.float().numpy(), act_bits, act_groups)
+    with np.errstate(all="ignore"):
+        y = product(*tokens, codes.numpy().astype(np.int64), scale.numpy(), zero.numpy())
+    return rounded(y, dtype)
