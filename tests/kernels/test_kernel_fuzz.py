@@ -55,9 +55,9 @@ def test_sanitizers_find_nothing(tmp_path):
 def test_the_sanitizers_are_there(tmp_path):
     """One byte too far in the source is found."""
     broken = tmp_path / "hybrid.cpp"
-    text = (Path(kernel_fuzz.build.SOURCE)).read_text()
+    text = (kernel_fuzz.build.SOURCES["hybrid"]).read_text()
     line = "  total.store(tally);\n"
     assert text.count(line) >= 1
     broken.write_text(text.replace(line, line + "  reinterpret_cast<volatile char*>(tally)[24] = 1;\n"))
-    done = sanitized(200, tmp_path / "cache", f"source={broken}", f"-I{kernel_fuzz.build.SOURCE.parent}")
+    done = sanitized(200, tmp_path / "cache", f"source={broken}", f"-I{kernel_fuzz.build.SOURCES['hybrid'].parent}")
     assert done.returncode != 0 and "AddressSanitizer" in done.stderr
