@@ -16,7 +16,13 @@ typedef uint32_t HalfLanes __attribute__((vector_size(32)));
 typedef float HalfFloats __attribute__((vector_size(32)));
 constexpr int kHalf = 8;  // outputs that are finished together
 
-inline Doubles to_doubles(const uint32_t* whole) { return __builtin_convertvector(load<HalfLanes>(whole), Doubles); }
+inline Doubles to_doubles(const uint32_t* whole) {
+#ifdef __AVX512F__
+  return (Doubles)_mm512_cvtepu32_pd((__m256i)load<HalfLanes>(whole));  // which GCC does not make of the line below
+#else
+  return __builtin_convertvector(load<HalfLanes>(whole), Doubles);
+#endif
+}
 inline Doubles to_doubles(const float* values) { return __builtin_convertvector(load<HalfFloats>(values), Doubles); }
 inline Doubles to_doubles(const double* values) { return load<Doubles>(values); }
 
@@ -70,37 +76,34 @@ inline HalfFloats round_to_odd(Doubles y) {
   return __builtin_convertvector((Doubles)((bits & ~beyond) | (lost & (beyond + 1))), HalfFloats);
 }
 
-// y: of 8 outputs from `output` on, of which the row may have fewer.
-inline void store_outputs(const Output& to, int64_t token, int64_t output, Doubles y) {
-  const int64_t here = std::min<int64_t>(kHalf, to.outputs - output), at = token * to.outputs + output;
-  if (here <= 0) return;
-  auto put = [&](auto* data, const auto& values) {
-    if (here == kHalf) std::memcpy(data + at, &values, kHalf * sizeof *data);
-    else std::memcpy(data + at, &values, here * sizeof *data);
-  };
-  switch (to.dtype) {
-    case kFloat64:
-      return put(static_cast<double*>(to.data), y);
-    case kFloat32:
-      return put(static_cast<float*>(to.data), __builtin_convertvector(y, HalfFloats));
-    default:
-      break;
-  }
-  HalfFloats odd = round_to_odd(y);
-  typedef uint16_t Shorts __attribute__((vector_size(16)));
-  if (to.dtype == kBfloat16) {
-    HalfLanes bits = (HalfLanes)odd;
-    HalfLanes rounded = bits + 0x7fffu + (bits >> 16 & 1u);
-    HalfLanes nan = (HalfLanes)(odd != odd);
-    rounded = (nan & 0x7fc00000u) | (~nan & rounded);
-    return put(static_cast<uint16_t*>(to.data), __builtin_convertvector(rounded >> 16, Shorts));
-  }
+typedef uint16_t Shorts __attribute__((vector_size(16)));
+
+inline Shorts to_bfloat16(HalfFloats v) {
+  HalfLanes bits = (HalfLanes)v, nan = (HalfLanes)(v != v);
+  HalfLanes rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+  return __builtin_convertvector(((nan & 0x7fc00000u) | (~nan & rounded)) >> 16, Shorts);
+}
+
+inline Shorts to_float16(HalfFloats v) {
   Floats wide = {};
-  std::memcpy(&wide, &odd, sizeof odd);
+  std::memcpy(&wide, &v, sizeof v);
   Lanes half = Float16::narrow(wide);
   HalfLanes low;
   std::memcpy(&low, &half, sizeof low);
-  put(static_cast<uint16_t*>(to.data), __builtin_convertvector(low, Shorts));
+  return __builtin_convertvector(low, Shorts);
+}
+
+// y: of 8 outputs from `output` on, of which the row may have fewer.
+INLINE inline void store_outputs(const Output& to, int64_t token, int64_t output, Doubles y) {
+  const int64_t here = std::min<int64_t>(kHalf, to.outputs - output), at = token * to.outputs + output;
+  auto put = [&](auto* data, auto values) INLINE {
+    if (__builtin_expect(here == kHalf, 1)) store(data + at, values);
+    else if (here > 0) std::memcpy(data + at, &values, here * sizeof *data);
+  };
+  if (to.dtype == kBfloat16) return put(static_cast<uint16_t*>(to.data), to_bfloat16(round_to_odd(y)));
+  if (to.dtype == kFloat32) return put(static_cast<float*>(to.data), __builtin_convertvector(y, HalfFloats));
+  if (to.dtype == kFloat64) return put(static_cast<double*>(to.data), y);
+  put(static_cast<uint16_t*>(to.data), to_float16(round_to_odd(y)));
 }
 
 // The sums of a tile of tokens and outputs while its blocks go by: over g, and over h; float64 [tokens, outputs].
@@ -109,22 +112,36 @@ struct Sums {
   alignas(64) double inner[Size], total[Size];
 };
 
+// A block on its way through the sums.
+struct Block {
+  int64_t index, group;       // of all; of weights
+  bool first, last, first_group, end;  // of its group; of all
+
+  Block(int64_t index, const Channels& channels) : index(index) {
+    const int64_t per_group = channels.blocks / channels.groups;
+    group = index / per_group;
+    first = index % per_group == 0;
+    last = (index + 1) % per_group == 0;
+    first_group = group == 0;
+    end = index + 1 == channels.blocks;
+  }
+};
+
 // Adds a block's dot products of a token with 8 outputs, and stores the outputs after the last block. at: of the 8 in
 // the sums; output: the first of the 8 in the panel.
 template <int Size, class Value>
-INLINE inline void finish_block(const Tokens& tokens, int64_t token, const Channels& channels, int64_t panel, int64_t block,
-                                int output, const Value* dot, Sums<Size>& sums, int at, const Output& to) {
-  const int64_t per_group = channels.blocks / channels.groups, group = block / per_group;
-  const int64_t t = token * tokens.blocks + block;
-  const double* zeros = channels.zero.get() + group * kPanel + output;
-  Doubles bracket = to_doubles(dot) - tokens.zero.get()[t] * load<Doubles>(channels.sums.get() + block * kPanel + output);
-  bracket = bracket - tokens.rest.get()[t] * load<Doubles>(zeros);
-  Doubles inner = block % per_group ? load<Doubles>(sums.inner + at) : Doubles{};
-  inner = inner + tokens.scale.get()[t] * bracket;
-  if ((block + 1) % per_group) return store(sums.inner + at, inner);
-  Doubles total = group ? load<Doubles>(sums.total + at) : Doubles{};
-  total = total + inner * load<Doubles>(channels.scale.get() + group * kPanel + output);
-  if (block + 1 < channels.blocks) return store(sums.total + at, total);
+INLINE inline void finish_block(const Tokens& tokens, int64_t token, const Channels& channels, int64_t panel,
+                                const Block& block, int output, const Value* dot, Sums<Size>& sums, int at,
+                                const Output& to) {
+  const int64_t t = token * tokens.blocks + block.index, group = block.group * kPanel + output;
+  const Doubles ones = load<Doubles>(channels.sums.get() + block.index * kPanel + output);
+  Doubles bracket = to_doubles(dot) - tokens.zero.get()[t] * ones;
+  bracket = bracket - tokens.rest.get()[t] * load<Doubles>(channels.zero.get() + group);
+  Doubles inner = (block.first ? Doubles{} : load<Doubles>(sums.inner + at)) + tokens.scale.get()[t] * bracket;
+  if (!block.last) return store(sums.inner + at, inner);
+  Doubles total = block.first_group ? Doubles{} : load<Doubles>(sums.total + at);
+  total = total + inner * load<Doubles>(channels.scale.get() + group);
+  if (!block.end) return store(sums.total + at, total);
   store_outputs(to, token, panel * kPanel + output, total);
 }
 

@@ -15,7 +15,10 @@ inline void widen(const void* from, DType dtype, float* to, int64_t count) {
       return;
     case kBfloat16: {
       const uint16_t* words = static_cast<const uint16_t*>(from);
-      for (int64_t i = 0; i < count; ++i) to[i] = as_float(static_cast<uint32_t>(words[i]) << 16);
+      int64_t i = 0;
+      for (; i + kLanes <= count; i += kLanes)
+        store(to + i, __builtin_convertvector(load<HalfWords>(words + i), Lanes) << 16);
+      for (; i < count; ++i) to[i] = as_float(static_cast<uint32_t>(words[i]) << 16);
       return;
     }
     case kFloat16:

@@ -61,9 +61,10 @@ void multiply_doubles(const TileJob& job, const double* x, int64_t tokens, int64
         each<kPanel / kHalf>([&](auto i) INLINE { store(dots.get() + token * kPanel + i * kHalf, total[i]); });
       }
     }
+    const Block block(b, job.channels);
     for (int64_t token = 0; token < tokens; ++token)
       for (int o = 0; o < kPanel; o += kHalf)
-        finish_block(job.tokens, token, job.channels, panel, b, o, dots.get() + token * kPanel + o, sums[token], o, job.to);
+        finish_block(job.tokens, token, job.channels, panel, block, o, dots.get() + token * kPanel + o, sums[token], o, job.to);
   }
 }
 
@@ -94,9 +95,10 @@ __attribute__((noinline)) void pair_tile(const TileJob& job, const uint16_t* x, 
       });
     alignas(64) float dots[Rows * kPanel];
     each<Rows * kGroups>([&](auto i) INLINE { _mm512_store_ps(dots + i * 16, total[i]); });
+    const Block block(b, job.channels);
     for (int r = 0; r < Rows; ++r)
       for (int o = 0; o < kPanel; o += kHalf)
-        finish_block(job.tokens, token + r, job.channels, panel, b, o, dots + r * kPanel + o, sums, r * kPanel + o, job.to);
+        finish_block(job.tokens, token + r, job.channels, panel, block, o, dots + r * kPanel + o, sums, r * kPanel + o, job.to);
   }
 }
 
