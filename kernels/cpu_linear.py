@@ -56,16 +56,15 @@ def _quant_linear(
 ) -> Tensor:
     """Compute quant_linear with the C++ kernel."""
     library, (outputs, groups), inputs = linear_kernels.find(), scale.shape, x.shape[1]
-    blocks, pairs = blocks_of(act_bits, act_groups, groups), act_bits == FLOAT_BITS
+    layout = weight_bits, inputs, blocks_of(act_bits, act_groups, groups), act_bits == FLOAT_BITS
     good = library is not None and x.dtype in _DTYPES and dtype in _DTYPES and outputs > 0
     good = good and scale.dtype == zero_point.dtype == torch.float32 and zero_point.shape == scale.shape
     panels: Tensor | None = packed_weight
     if packed_weight.dim() == 2:
-        panels = panels_of(packed_weight, weight_bits, inputs, blocks, pairs) if good else None
+        panels = panels_of(packed_weight, *layout) if good else None
     if library is None or not good or panels is None:
-        if packed_weight.dim() == 1:
-            packed_weight = rows_of(packed_weight, outputs, weight_bits, inputs, blocks, pairs)
-        return quant_linear_reference(x, packed_weight, scale, zero_point, weight_bits, act_bits, act_groups, dtype)
+        rows = rows_of(packed_weight, outputs, *layout)
+        return quant_linear_reference(x, rows, scale, zero_point, weight_bits, act_bits, act_groups, dtype)
     if x.stride(1) != 1:
         x = x.contiguous()
     scale, zero_point = scale.contiguous(), zero_point.contiguous()

@@ -2,7 +2,7 @@
 
 A panel tensor is uint8 [bytes]: one dimension, by which quant_linear knows it. The codes take the bytes that they take
 in the artifact's rows, but for padding, and codes of odd width, which lie in the next even one (7 bits in 8). They are
-ordered once, when a linear first runs on a CPU, and not kept twice; `rows_of` puts them back.
+ordered once, when a linear first runs on a CPU, and not kept twice; rows_of puts them back.
 """
 
 from __future__ import annotations
@@ -61,14 +61,21 @@ def panels_of(packed_weight: Tensor, num_bits: int, inputs: int, blocks: int, pa
     return panels
 
 
-def rows_of(panels: Tensor, outputs: int, num_bits: int, inputs: int, blocks: int, pairs: bool) -> Tensor:
-    """Return panels as rows uint8 [outputs, row_bytes]: the inverse of panels_of."""
-    library = linear_kernels.find()
-    if library is None:
-        raise RuntimeError("a weight in the CPU kernels' order cannot be read with MEGATRON_LOWBIT_KERNELS=reference")
+def codes_of(packed_weight: Tensor, outputs: int, num_bits: int, inputs: int, blocks: int, pairs: bool) -> Tensor:
+    """Return the codes uint8 [outputs, inputs] of rows or panels; the other arguments as panels_of had them."""
+    if packed_weight.dim() == 2:
+        return unpack_bits(packed_weight, num_bits, inputs)
+    library = linear_kernels.loaded[0]  # it made the panels, whatever is to run now
+    assert isinstance(library, ctypes.CDLL)
     codes = torch.empty((outputs, inputs), dtype=torch.uint8)
     shape = outputs, inputs, blocks, num_bits
-    library.lowbit_unpack_panels(
-        panels.contiguous().data_ptr(), *shape, pairs, codes.data_ptr(), torch.get_num_threads()
-    )
-    return pack_bits(codes, num_bits)
+    panels = packed_weight.contiguous()
+    library.lowbit_unpack_panels(panels.data_ptr(), *shape, pairs, codes.data_ptr(), torch.get_num_threads())
+    return codes
+
+
+def rows_of(packed_weight: Tensor, outputs: int, num_bits: int, inputs: int, blocks: int, pairs: bool) -> Tensor:
+    """Return rows or panels as rows uint8 [outputs, row_bytes]: the inverse of panels_of."""
+    if packed_weight.dim() == 2:
+        return packed_weight
+    return pack_bits(codes_of(packed_weight, outputs, num_bits, inputs, blocks, pairs), num_bits)

@@ -16,7 +16,8 @@ branch:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,16 @@ from torch.nn import functional as F
 from megatron_lowbit.comm.reducers import HybridReducer
 from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.config import LowBitError
-from megatron_lowbit.kernels import FLOAT_BITS, dequantize, quant_linear, quantize_tokens, unpack_bits
+from megatron_lowbit.kernels import (
+    FLOAT_BITS,
+    blocks_of,
+    codes_of,
+    dequantize,
+    panels_of,
+    quant_linear,
+    quantize_tokens,
+    rows_of,
+)
 from megatron_lowbit.layers.reassembled_norm import Reassembly, check_width
 from megatron_lowbit.quant.affine import (
     Float32QParams,
@@ -45,7 +55,7 @@ class QuantLinear(Float32QParams):
     plan: reassembles x first, where the module before it did not. low_rank: this rank's share of the branch.
     """
 
-    packed_weight: Tensor  # uint8 [out_features, row_bytes]
+    packed_weight: Tensor  # uint8 [out_features, row_bytes]; on a CPU, after the first forward, in the kernels' order
     scale: Tensor  # float32 [out_features, groups]
     zero_point: Tensor  # float32 [out_features, groups]
     bias: nn.Parameter | None
@@ -95,6 +105,8 @@ class QuantLinear(Float32QParams):
         return y if self.bias is None else y + self.bias
 
     def _multiply(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.packed_weight.dim() == 2 and self.packed_weight.device.type == "cpu":
+            self._order_for_kernels()
         weight = (self.packed_weight, self.scale, self.zero_point, self.weight_bits)
         if torch.is_grad_enabled() and rows.requires_grad:
             return _QuantLinearFunction.apply(rows, *weight, self.act_bits, self.act_groups, dtype)
@@ -107,6 +119,38 @@ class QuantLinear(Float32QParams):
         codes = quantize_tokens(rows.detach(), self.act_bits, self.act_groups)
         return straight_through(rows, dequantize(*codes).to(rows.dtype))
 
+    def _layout(self) -> tuple[int, int, int, bool]:
+        blocks = blocks_of(self.act_bits, self.act_groups, self.scale.shape[1])
+        return self.weight_bits, self.in_features, blocks, self.act_bits == FLOAT_BITS
+
+    @torch.compiler.disable
+    def _order_for_kernels(self) -> None:
+        """Put the weight in the order that the CPU kernels read, in place of the rows: once, not at every call."""
+        panels = panels_of(self.packed_weight, *self._layout())
+        if panels is not None:
+            self.packed_weight = panels
+
+    def _order_as_rows(self) -> None:
+        """Put the weight back into rows: for what stores it, loads it or moves it to another device."""
+        self.packed_weight = rows_of(self.packed_weight, self.out_features, *self._layout())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        self._order_as_rows()
+        super()._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._order_as_rows()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._order_as_rows()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._order_as_rows()
+        return self.__dict__.copy()
+
     def extra_repr(self) -> str:
         scheme = f"W{self.weight_bits}A{self.act_bits}"
         return f"{self.in_features}, {self.out_features}, {scheme}, act_groups={self.act_groups}"
@@ -118,13 +162,14 @@ class _QuantLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, packed_weight, scale, zero_point, bits, act_bits, act_groups, dtype):  # type: ignore[override]
         ctx.save_for_backward(packed_weight, scale, zero_point)
-        ctx.bits, ctx.in_features, ctx.dtype = bits, rows.shape[1], rows.dtype
+        blocks = blocks_of(act_bits, act_groups, scale.shape[1])
+        ctx.layout, ctx.dtype = (bits, rows.shape[1], blocks, act_bits == FLOAT_BITS), rows.dtype
         return quant_linear(rows.detach(), packed_weight, scale, zero_point, bits, act_bits, act_groups, dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         packed_weight, scale, zero_point = ctx.saved_tensors
-        weight = dequantize(unpack_bits(packed_weight, ctx.bits, ctx.in_features), scale, zero_point)
+        weight = dequantize(codes_of(packed_weight, len(scale), *ctx.layout), scale, zero_point)
         return (grad.float() @ weight).to(ctx.dtype), *[None] * 7
 
 
