@@ -293,6 +293,7 @@ void lowbit_quantize_tokens(const void* x, int dtype, int64_t tokens, int64_t ro
 }
 
 void lowbit_linear(const Linear* job) {
+  if (!job->tokens) return;
   const int64_t act_groups = job->act_bits == kFloatBits ? 1 : job->act_groups;
   const int64_t blocks = common_multiple(act_groups, job->weight_groups);
   const Panels panels = panels_of(job->panels, job->outputs, job->inputs, blocks, job->weight_bits);

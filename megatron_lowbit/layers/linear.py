@@ -55,7 +55,7 @@ class QuantLinear(Float32QParams):
     plan: reassembles x first, where the module before it did not. low_rank: this rank's share of the branch.
     """
 
-    packed_weight: Tensor  # uint8 [out_features, row_bytes]; on a CPU, after the first forward, in the kernels' order
+    packed_weight: Tensor  # uint8 [out_features, row_bytes]
     scale: Tensor  # float32 [out_features, groups]
     zero_point: Tensor  # float32 [out_features, groups]
     bias: nn.Parameter | None
@@ -84,6 +84,7 @@ class QuantLinear(Float32QParams):
             )
         self.in_features, self.out_features = weight.in_features, weight.packed_weight.shape[0]
         self.weight_bits, self.act_bits, self.act_groups = weight.num_bits, act_bits, act_groups
+        self._panels: Tensor | None = None  # on a CPU, after the first forward, what takes the place of the rows
         self.register_buffer("packed_weight", weight.packed_weight)
         self.register_buffer("scale", weight.scale)
         self.register_buffer("zero_point", weight.zero_point)
@@ -105,9 +106,10 @@ class QuantLinear(Float32QParams):
         return y if self.bias is None else y + self.bias
 
     def _multiply(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.packed_weight.dim() == 2 and self.packed_weight.device.type == "cpu":
+        if self._panels is None and rows.device.type == "cpu":
             self._order_for_kernels()
-        weight = (self.packed_weight, self.scale, self.zero_point, self.weight_bits)
+        packed = self.packed_weight if self._panels is None else self._panels
+        weight = (packed, self.scale, self.zero_point, self.weight_bits)
         if torch.is_grad_enabled() and rows.requires_grad:
             return _QuantLinearFunction.apply(rows, *weight, self.act_bits, self.act_groups, dtype)
         return quant_linear(rows, *weight, self.act_bits, self.act_groups, dtype)
@@ -126,13 +128,21 @@ class QuantLinear(Float32QParams):
     @torch.compiler.disable
     def _order_for_kernels(self) -> None:
         """Put the weight in the order that the CPU kernels read, in place of the rows: once, not at every call."""
-        panels = panels_of(self.packed_weight, *self._layout())
-        if panels is not None:
-            self.packed_weight = panels
+        self._panels = panels_of(self.packed_weight, *self._layout())
+        if self._panels is not None:
+            del self._buffers["packed_weight"]
 
     def _order_as_rows(self) -> None:
-        """Put the weight back into rows: for what stores it, loads it or moves it to another device."""
-        self.packed_weight = rows_of(self.packed_weight, self.out_features, *self._layout())
+        """Put the weight back into rows: for whatever stores it, loads it, moves it or looks at it."""
+        panels, self._panels = self._panels, None
+        if panels is not None:
+            rows = rows_of(panels, self.out_features, *self._layout())
+            self._buffers = {"packed_weight": rows, **self._buffers}  # the first of them, as in every state dict
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "packed_weight" and self.__dict__.get("_panels") is not None:
+            self._order_as_rows()
+        return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         self._order_as_rows()
