@@ -1,18 +1,24 @@
-"""Arguments of `benchmark collectives` and `benchmark kernels`, as arguments.py has those of the stages."""
+"""Arguments of the kinds of `benchmark`, as arguments.py has those of the stages."""
 
 from __future__ import annotations
 
-from megatron_lowbit.config import PLAN_KEYS, CommConfig, LowBitError, load_config
+from typing import TypeVar
+
+from megatron_lowbit.config import PLAN_KEYS, CommConfig, LowBitError, StageConfig, load_config
 from megatron_lowbit.launch.arguments import Parser, fail
 from megatron_lowbit.launch.bench.config import (
     UNUSED,
     BenchmarkCollectivesConfig,
     BenchmarkKernelsConfig,
+    BenchmarkLinearConfig,
+    BenchmarkModelConfig,
     refuse_unused,
 )
 from megatron_lowbit.launch.bench.netlab import no_namespaces
-from megatron_lowbit.launch.inputs import check_package
+from megatron_lowbit.launch.inputs import check_package, model_name
 from megatron_lowbit.launch.layout import check_alone
+
+Config = TypeVar("Config", bound=StageConfig)
 
 NOT_HERE = [*UNUSED, *(f"comm.{key}" for key in CommConfig.model_fields if key not in PLAN_KEYS), "comm.selection"]
 
@@ -20,7 +26,7 @@ NOT_HERE = [*UNUSED, *(f"comm.{key}" for key in CommConfig.model_fields if key n
 def check_arguments(kind: str, argv: list[str]) -> int | None:
     """Return the exit code after one line on standard error, where something is wrong with the arguments; else None."""
     try:
-        config = {"collectives": parse_collectives, "kernels": parse_kernels}[kind](argv)
+        config = PARSERS[kind](argv)
         if config.wandb != "off":
             check_package("wandb")
     except LowBitError as error:
@@ -59,11 +65,38 @@ def parse_collectives(argv: list[str]) -> BenchmarkCollectivesConfig:
 
 def parse_kernels(argv: list[str]) -> BenchmarkKernelsConfig:
     what = "time the ops of the wire formats on one thread, against eager torch, torch.compile and a copy"
-    parser = Parser(
-        prog="megatron-lowbit benchmark kernels", description=what, config=BenchmarkKernelsConfig, unused=UNUSED
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    config = load_config(BenchmarkKernelsConfig, None, parser.parse_args(argv).overrides)
-    refuse_unused(config, UNUSED)
-    check_alone("benchmark kernels")
+    return _parse("kernels", what, BenchmarkKernelsConfig, argv)
+
+
+def parse_linear(argv: list[str]) -> BenchmarkLinearConfig:
+    what = "time quantized linears on a CPU, against F.linear in bf16 and the low-bit products of torch and oneDNN"
+    return _parse("linear", what, BenchmarkLinearConfig, argv)
+
+
+def parse_model(argv: list[str]) -> BenchmarkModelConfig:
+    what = "time a quantized model on a CPU against the same in bf16: prefill, decode, and the memory of each"
+    config = _parse("model", what, BenchmarkModelConfig, argv, "where `models` run in one process")
+    for name in config.models:
+        if name != "random":
+            model_name(name)
     return config
+
+
+def _parse(
+    kind: str, what: str, config_class: type[Config], argv: list[str], where: str = "where no model runs"
+) -> Config:
+    """Read the arguments of a kind that takes keys only."""
+    parser = Parser(prog=f"megatron-lowbit benchmark {kind}", description=what, config=config_class, unused=UNUSED)
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    config = load_config(config_class, None, parser.parse_args(argv).overrides)
+    refuse_unused(config, UNUSED, where)
+    check_alone(f"benchmark {kind}")
+    return config
+
+
+PARSERS = {
+    "collectives": parse_collectives,
+    "kernels": parse_kernels,
+    "linear": parse_linear,
+    "model": parse_model,
+}
