@@ -126,7 +126,9 @@ def random_model(config: BenchmarkModelConfig) -> Any:
     Raises LowBitError for fields that no config class takes.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of save_pretrained
     fields = {**RANDOM_LLAMA, **config.architecture}
     seed_everything(config.seed)
     try:
