@@ -65,10 +65,9 @@ def run(config: BenchmarkLinearConfig, logger: MetricLogger) -> dict[str, Any]:
     shapes = all_shapes(config.shapes, config.models, config.linears, config.tp_sizes)
     cells = [(shape, threads) for threads in sorted(set(config.threads)) for shape in shapes]
     rows: list[dict[str, Any]] = []
-    before, preemption = torch.get_num_threads(), PreemptionCheck()
+    before = torch.get_num_threads()
     try:
         for shape, threads in progress(cells, len(cells), "timing"):
-            preemption.check()
             torch.set_num_threads(threads)
             measured = measure_shape(config, shape, threads, peaks)
             rows += [{**row, "linears": shapes[shape]} for row in measured]
@@ -103,7 +102,7 @@ def measure_shape(
     x = torch.randn(max(config.tokens), inputs).bfloat16()
     ways, rows = make_ways(config, weight, x)
     measured = [{**row, "outputs": outputs, "inputs": inputs, "threads": threads} for row in rows]
-    for tokens in sorted(set(config.tokens)):
+    for tokens in PreemptionCheck().each(sorted(set(config.tokens))):
         about = {"outputs": outputs, "inputs": inputs, "tokens": tokens, "threads": threads}
         measured += [{**about, **row} for row in measure_cell(config, ways, x[:tokens], clock(threads))]
     for row in measured:

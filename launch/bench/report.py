@@ -30,14 +30,15 @@ def _zip(*lists: Iterable[Any]) -> Iterable[tuple[Any, ...]]:
 
 
 def circumstances() -> dict[str, Any]:
-    """Return when and beside what a run began: date, and load, the processes that wanted a core in the last minute."""
-    return {"date": time.strftime("%Y-%m-%d"), "load": round(os.getloadavg()[0], 1)}
+    """Return what a run began with: date, commit, and load, the processes that wanted a core in the last minute."""
+    commit, load = environment()["commit"], round(os.getloadavg()[0], 1)
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit, "load": load}
 
 
 def heading(title: str, about: Mapping[str, Any]) -> str:
     """Return the title, and a line with the machine, the date, the commit and the load."""
     here = environment()
-    machine, commit = here["machine"], (here["commit"] or "no commit")[:7]
+    machine, commit = here["machine"], (about["commit"] or "no commit")[:9]
     parts = [f"{machine['processor']}, {machine['cores']} cores", about["date"], commit, f"load {about['load']}"]
     return f"## {title}\n\n{', '.join([*parts, 'torch ' + here['versions']['torch']])}\n"
 

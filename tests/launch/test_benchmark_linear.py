@@ -59,7 +59,7 @@ def test_rows(tmp_path):
         )
     table = [line for line in stdout.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(rows) and len({len(line) for line in table}) == 1
-    assert re.search(r"\d cores, \d{4}-\d\d-\d\d, (\w{7}|no comm), load \d", stdout)
+    assert re.search(r"\d cores, \d{4}-\d\d-\d\d, (\w{9}|no commit), load \d", stdout)
     assert "Bit for bit the reference op's: W4A8, W4A8 x8" in stdout
     assert "int4pack does not run here: ValueError: 64 inputs are no multiple of its groups of 128 (96x64)." in stdout
 

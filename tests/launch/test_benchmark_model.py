@@ -53,7 +53,7 @@ def test_rows(tmp_path):
     assert held["ratio"] == held["quantized"] / held["bf16"]
     assert results["same_bits"] == {"random": True}
     assert "The logits of random in W4A8 are bit for bit those of the reference op: yes." in stdout
-    assert re.search(r"\d cores, \d{4}-\d\d-\d\d, (\w{7}|no comm), load \d", stdout)
+    assert re.search(r"\d cores, \d{4}-\d\d-\d\d, (\w{9}|no commit), load \d", stdout)
     table = [line for line in stdout.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(rows) and "prefill 30, tokens/s" in table[2] and "W4A8" in table[0]
 
