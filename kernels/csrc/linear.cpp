@@ -78,7 +78,8 @@ void in_two_phases(int threads, First first, Then then) {
 
 template <int Bits>
 void by_tiles(const Linear& job, const Panels& panels, const Output& to) {
-  const int64_t count = (job.tokens + kMostRows - 1) / kMostRows, width = panels.blocks * panels.steps() * kStep;
+  constexpr int64_t kMost = most_rows(Bits);
+  const int64_t count = (job.tokens + kMost - 1) / kMost, width = panels.blocks * panels.steps() * kStep;
   auto first_of = [&](int64_t part) { return job.tokens * part / count; };  // tiles of nearly the same height
   Tokens tokens(job.tokens, panels.blocks);
   Buffer<int8_t> x(job.tokens * width);

@@ -42,18 +42,21 @@ INLINE inline Quads dot4(Quads sums, Quads weights, int32_t four) {
 #endif
 }
 
-// Registers: 32 with AVX-512, 16 elsewhere; they hold the accumulators, a vector of weights for each column, one token.
-// Where amx.h takes larger batches, taller tiles would only have to be compiled.
+// Registers: 32 with AVX-512, 16 elsewhere; they hold the accumulators, a vector of weights for each column, one token,
+// and what 6-bit codes are put together from. Where amx.h takes larger batches, taller tiles would only be compiled.
 #if defined(__AVX512BW__)
 #if defined(__AMX_INT8__)
-constexpr int kMostRows = 5;
+constexpr int most_rows(int) { return 5; }
 #else
-constexpr int kMostRows = 12;
+constexpr int most_rows(int bits) { return bits == 6 ? 10 : 12; }
 #endif
 constexpr int columns_of(int rows) { return rows <= 5 ? 4 : 2; }
-#else
-constexpr int kMostRows = 5;
-constexpr int columns_of(int rows) { return rows <= 2 ? 4 : 2; }
+#elif defined(__AVXVNNI__)
+constexpr int most_rows(int) { return 5; }
+constexpr int columns_of(int rows) { return rows == 1 ? 4 : 2; }
+#else  // products of bytes need registers of their own
+constexpr int most_rows(int) { return 3; }
+constexpr int columns_of(int) { return 2; }
 #endif
 
 // Codes of a tile's tokens as the tile reads them, step by step: [steps][4 quads][rows][4 inputs], less 128.
@@ -109,8 +112,8 @@ __attribute__((noinline)) void tile(const TileJob& job, const int8_t* x, int64_t
   }
 }
 
-// The whole panel for `rows` tokens, at most kMostRows.
-template <int Bits, int Rows = kMostRows>
+// The whole panel for `rows` tokens, at most most_rows(Bits).
+template <int Bits, int Rows = most_rows(Bits)>
 void tiles(const TileJob& job, int rows, const int8_t* x, int64_t token, int64_t panel) {
   if constexpr (Rows > 0) {
     if (rows != Rows) return tiles<Bits, Rows - 1>(job, rows, x, token, panel);

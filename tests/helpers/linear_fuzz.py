@@ -62,7 +62,8 @@ def call(chance: random.Random) -> str:
     weight_bits, act_bits = chance.randint(2, 8), chance.choice([2, 3, 4, 5, 6, 7, 8, 8, 4, 16])
     dtype, out = chance.choice(DTYPES), chance.choice(DTYPES)
     x = activations(tokens, inputs, dtype, chance)
-    codes = torch.randint(0, 2**weight_bits, (outputs, inputs), dtype=torch.uint8)
+    least = chance.choice([0, 0, 0, 2**weight_bits - 1])  # all at their largest: what saturates would show
+    codes = torch.randint(least, 2**weight_bits, (outputs, inputs), dtype=torch.uint8)
     scale = torch.rand(outputs, weight_groups) * 10.0 ** chance.randint(-3, 3)
     zero = torch.randint(0, 2**weight_bits, scale.shape).float()
     if chance.random() < 0.2:
@@ -114,11 +115,14 @@ def fuzz(calls: int, seed: int) -> Counter[str]:
 
 if __name__ == "__main__":
     calls, seed, *flags = sys.argv[1:]
+    os.environ["MEGATRON_LOWBIT_KERNELS"] = "cpu"
     for flag in flags:
         if flag.startswith("source="):
             build.SOURCES["linear"] = Path(flag.removeprefix("source="))
+        elif flag.startswith("-march="):
+            build.FLAGS[:] = [flag if "-march" in each else each for each in build.FLAGS]
         else:
             build.FLAGS.append(flag)
-    os.environ["MEGATRON_LOWBIT_KERNELS"] = "cpu"
-    assert panels.linear_kernels.find() is not None
-    print(json.dumps(fuzz(int(calls), int(seed))), flush=True)
+    library = panels.linear_kernels.find()
+    assert library is not None
+    print(json.dumps({"path": library.lowbit_linear_path().decode(), "calls": fuzz(int(calls), int(seed))}), flush=True)
