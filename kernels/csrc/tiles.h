@@ -46,11 +46,11 @@ INLINE inline Quads dot4(Quads sums, Quads weights, int32_t four) {
 // and what 6-bit codes are put together from. Where amx.h takes larger batches, taller tiles would only be compiled.
 #if defined(__AVX512BW__)
 #if defined(__AMX_INT8__)
-constexpr int most_rows(int) { return 5; }
+constexpr int most_rows(int) { return 4; }
 #else
 constexpr int most_rows(int bits) { return bits == 6 ? 10 : 12; }
 #endif
-constexpr int columns_of(int rows) { return rows <= 5 ? 4 : 2; }
+constexpr int columns_of(int rows) { return rows <= 4 ? 4 : 2; }
 #elif defined(__AVXVNNI__)
 constexpr int most_rows(int) { return 5; }
 constexpr int columns_of(int rows) { return rows == 1 ? 4 : 2; }
