@@ -19,12 +19,13 @@ from megatron_lowbit.kernels.linear import FLOAT_BITS, quant_linear
 from megatron_lowbit.kernels.packing import codes_per_word, pack_bits, packed_bytes, unpack_bits
 from megatron_lowbit.kernels.panels import blocks_of, codes_of, panels_of, rows_of
 from megatron_lowbit.kernels.quantizer import dequantize, quantize, quantize_tokens
-from megatron_lowbit.kernels.reassembly import reassemble
+from megatron_lowbit.kernels.reassembly import NO_NORM, reassemble
 from megatron_lowbit.kernels.wire_format import BF16_BITS, Format, header_bytes, hybrid_row_bytes, squared_sizes
 
 __all__ = [
     "BF16_BITS",
     "FLOAT_BITS",
+    "NO_NORM",
     "Format",
     "blocks_of",
     "codes_of",

@@ -1,7 +1,8 @@
-"""The ops of quantizer.py and linear.py on CPUs, in C++ (csrc/linear.cpp): quantization and product in one call.
+"""The ops of quantizer.py, reassembly.py and linear.py on CPUs, in C++ (csrc/linear.cpp).
 
-The bits are the definition's (linear.py), but for weight-only products of bf16 activations, which the CPU's bf16
-instructions sum in float32. Weights in panels (panels.py) are read as they are; rows are put in order at every call.
+Quantization and product are one call. The bits are the definition's (linear.py), but for weight-only products of bf16
+activations, which the CPU's bf16 instructions sum in float32. Weights in panels (panels.py) are read as they are; rows
+are put in order at every call.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from megatron_lowbit.kernels.linear import FLOAT_BITS, quant_linear, quant_linea
 from megatron_lowbit.kernels.ops import kernel
 from megatron_lowbit.kernels.panels import blocks_of, linear_kernels, panels_of, rows_of
 from megatron_lowbit.kernels.quantizer import quantize_tokens, quantize_tokens_reference
+from megatron_lowbit.kernels.reassembly import reassemble_op, reassemble_reference
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as in tokens.h
 
@@ -94,3 +96,24 @@ def _quantize_tokens(x: Tensor, num_bits: int, groups: int) -> tuple[Tensor, Ten
         *(codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), torch.get_num_threads()),
     )
     return codes, scale, zero_point
+
+
+@kernel(reassemble_op, "cpu")
+def _reassemble(x: Tensor, src_idx: Tensor, dst_idx: Tensor, coefficient: Tensor, width: int, eps: float) -> Tensor:
+    """Compute reassemble_reference with the C++ kernel."""
+    library, inputs = linear_kernels.find(), x.shape[-1]
+    good = library is not None and x.dtype in _DTYPES and x.dtype != torch.float64 and 0 < inputs < 2**31
+    good = good and coefficient.dtype == torch.float32 and src_idx.dtype == dst_idx.dtype == torch.int64
+    if library is None or not good:
+        return reassemble_reference(x, src_idx, dst_idx, coefficient, width, eps)
+    rows = x.reshape(-1, inputs)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    src_idx, dst_idx, coefficient = src_idx.contiguous(), dst_idx.contiguous(), coefficient.contiguous()
+    y = x.new_empty((*x.shape[:-1], width))
+    library.lowbit_reassemble(
+        *(rows.data_ptr(), _DTYPES[x.dtype], rows.shape[0], rows.stride(0), inputs),
+        *(src_idx.data_ptr(), dst_idx.data_ptr(), coefficient.data_ptr(), src_idx.shape[0], width, eps),
+        *(y.data_ptr(), torch.get_num_threads()),
+    )
+    return y

@@ -26,6 +26,11 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "lowbit_panel_bytes": _SHAPE,
     "lowbit_pack_panels": _PANELS,
     "lowbit_unpack_panels": _PANELS,
+    "lowbit_reassemble": [
+        *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_double),
+        *(ctypes.c_void_p, ctypes.c_int),
+    ],
     "lowbit_quantize_tokens": [
         *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int64),
         *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),

@@ -1,7 +1,8 @@
-// The ops of quantizer.py and linear.py for CPUs. cpu_linear.py builds this file and calls the functions at its end on
+// The ops of quantizer.py, reassembly.py and linear.py for CPUs. cpu_linear.py builds this file and calls the functions at its end on
 // plain pointers. Every path makes the same bits: codes are multiplied exactly, and the float64 part is brackets.h.
 
 #include "amx.h"
+#include "reassembly.h"
 #include "tiles.h"
 #include "weight_only.h"
 
@@ -289,6 +290,26 @@ void lowbit_quantize_tokens(const void* x, int dtype, int64_t tokens, int64_t ro
         scale[token * groups + g] = q.scale;
         zero_point[token * groups + g] = q.zero_point;
       }
+    }
+  }
+}
+
+// x: [tokens, inputs] -> y: [tokens, width] of the same dtype, not float64; eps below 0: no norm before it.
+void lowbit_reassemble(const void* x, int dtype, int64_t tokens, int64_t row_stride, int64_t inputs, const int64_t* from,
+                       const int64_t* to, const float* coefficient, int64_t entries, int64_t width, double eps, void* y,
+                       int threads) {
+  const Plan plan(from, to, coefficient, entries, width);
+  const DType type = static_cast<DType>(dtype);
+  if (tokens * entries < kMinParallel / 16) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int part = 0; part < threads; ++part) {
+    Buffer<float> row(inputs), out(width);
+    const Share share(tokens, part, threads);
+    for (int64_t token = share.first; token < share.last; ++token) {
+      widen(static_cast<const char*>(x) + token * row_stride * bytes_of(type), type, row.get(), inputs);
+      if (eps >= 0) normalize(row.get(), inputs, eps);
+      plan.apply(row.get(), out.get());
+      narrow(out.get(), type, static_cast<char*>(y) + token * width * bytes_of(type), width);
     }
   }
 }

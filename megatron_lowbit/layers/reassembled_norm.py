@@ -77,10 +77,9 @@ class ReassembledNorm(Float32QParams):
         if self.norm is not None or self.gain is None:
             assert self.norm is not None
             return self.reassembly(self.norm(hidden))
-        plan, h = self.reassembly, hidden.float()
-        normed = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        plan = self.reassembly
         coefficient = plan.coefficient * self.gain[plan.src_idx]
-        return reassemble(normed, plan.src_idx, plan.dst_idx, coefficient, plan.width).to(hidden.dtype)
+        return reassemble(hidden, plan.src_idx, plan.dst_idx, coefficient, plan.width, self.eps)
 
 
 def rms_gain(norm: nn.Module) -> tuple[Tensor, float] | None:

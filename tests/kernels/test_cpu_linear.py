@@ -20,7 +20,7 @@ from kernel_inputs import assert_same_bits
 from sanitizers import sanitized
 
 from megatron_lowbit import kernels
-from megatron_lowbit.kernels import build, panels
+from megatron_lowbit.kernels import build, panels, reassembly
 from megatron_lowbit.layers.linear import QuantLinear
 from megatron_lowbit.quant.affine import QuantizedWeight
 
@@ -213,3 +213,29 @@ def test_threads_change_no_bit(threads):
     finally:
         torch.set_num_threads(1)
     assert_same_bits(y, linear_oracle.quant_linear(x, codes, scale, zero, 8, 4, torch.bfloat16))
+
+
+@pytest.mark.parametrize("eps", [1e-5, kernels.NO_NORM])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [0, 1, 37])
+def test_reassembly(tokens, dtype, eps):
+    """The reference's bits: split, merged and copied channels, a NaN, rows that lie apart."""
+    g = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, 200, generator=g).to(dtype)[:, :173] * 3
+    if tokens > 1:
+        x[1, 5] = float("nan")
+    src = torch.randint(0, 173, (210,), generator=g)
+    dst = torch.cat([torch.arange(190), torch.randint(0, 190, (20,), generator=g)])
+    arguments = src, dst, torch.rand(210, generator=g), 190, eps
+    assert_same_bits(kernels.reassemble(x, *arguments), reassembly.reassemble_reference(x, *arguments))
+
+
+def test_norm_and_reassembly_against_float64():
+    """Half an ulp of float32 for the factor and for each of two products."""
+    g = torch.Generator().manual_seed(0)
+    x, gain = torch.randn(9, 173, generator=g) * 5, torch.rand(173, generator=g)
+    index = torch.randperm(173, generator=g)
+    y = kernels.reassemble(x, index, torch.arange(173), gain, 173, 1e-5)
+    exact = x.double() / (x.double().square().mean(1, keepdim=True) + 1e-5).sqrt()
+    exact = exact[:, index] * gain.double()
+    assert ((y - exact).abs() <= 3 * 2.0**-24 * exact.abs()).all()

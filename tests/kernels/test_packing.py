@@ -112,3 +112,4 @@ def test_fake_of_quant_linear(tokens, dtype):
     check_op(OPS.quant_linear, x, *weight, 16, 1, dtype)
     check_op(OPS.quant_linear, x, *weight, 4, 2, dtype)
     check_op(OPS.quantize_tokens, x, 4, 2)
+    check_op(OPS.reassemble, x, torch.arange(6), torch.arange(6) % 4, torch.ones(6), 4, 1e-5)
