@@ -128,7 +128,8 @@ class QuantLinear(Float32QParams):
     @torch.compiler.disable
     def _order_for_kernels(self) -> None:
         """Put the weight in the order that the CPU kernels read, in place of the rows: once, not at every call."""
-        self._panels = panels_of(self.packed_weight, *self._layout())
+        with torch.inference_mode(False):  # training may follow, and keeps no inference tensor for its backward
+            self._panels = panels_of(self.packed_weight, *self._layout())
         if self._panels is not None:
             del self._buffers["packed_weight"]
 
@@ -136,7 +137,8 @@ class QuantLinear(Float32QParams):
         """Put the weight back into rows: for whatever stores it, loads it, moves it or looks at it."""
         panels, self._panels = self._panels, None
         if panels is not None:
-            rows = rows_of(panels, self.out_features, *self._layout())
+            with torch.inference_mode(False):
+                rows = rows_of(panels, self.out_features, *self._layout())
             self._buffers = {"packed_weight": rows, **self._buffers}  # the first of them, as in every state dict
 
     def __getattr__(self, name: str) -> Any:
