@@ -121,36 +121,47 @@ const uint8_t* expand(const uint8_t* step, int64_t step_bytes, int64_t steps, in
   return step;
 }
 
-// Tiles come from the second-level cache, in which the hardware does not look far enough ahead for them.
+// Expanded weights come from the second-level cache, in which the hardware does not look far enough ahead for them.
 constexpr int kAhead = 2;
-inline void fetch(const uint8_t* x, const uint8_t* w) {
+inline void fetch(const uint8_t* w) {
   each<16>([&](auto i) INLINE {
-    _mm_prefetch(reinterpret_cast<const char*>(x) + i * 64, _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(w) + i * 64, _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(w) + kTile + i * 64, _MM_HINT_T0);
   });
 }
 
-// 32 tokens by 32 outputs of a block. x: the tiles of 16 tokens, the next 16 `x_stride` further; w: of two groups.
+constexpr int kColumns = 32;                     // outputs that are multiplied at once
+constexpr int kHalves = kPanel / kColumns;       // of a panel
+constexpr int64_t kDots = 2 * kRows * kColumns;
+
+// 32 tokens by 32 outputs, a piece of a block. x: the tiles of 16 tokens, the next 16 `x_stride` further; w: of two
+// groups; dots: [32][32], added to unless this is the first piece.
 template <class Operand>
-inline void multiply_two(const uint8_t* x, int64_t x_stride, const uint8_t* w, int64_t tiles, void* dots) {
+inline void multiply_two(const uint8_t* x, int64_t x_stride, const uint8_t* w, int64_t tiles, bool first, void* dots) {
+  char* to = static_cast<char*>(dots);
   fence();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, to, 128);
+    _tile_loadd(1, to + 64, 128);
+    _tile_loadd(2, to + 16 * 128, 128);
+    _tile_loadd(3, to + 16 * 128 + 64, 128);
+  }
   for (int64_t t = 0; t < tiles; ++t, x += kTile, w += kGroups * kTile) {
     _tile_loadd(4, x, 64);
     _tile_loadd(6, w, 64);
     Operand::template multiply<0, 4, 6>();
-    fetch(x + kAhead * kTile, w + kAhead * kGroups * kTile);
+    fetch(w + kAhead * kGroups * kTile);
     _tile_loadd(5, x + x_stride, 64);
     Operand::template multiply<2, 5, 6>();
     _tile_loadd(7, w + kTile, 64);
     Operand::template multiply<1, 4, 7>();
     Operand::template multiply<3, 5, 7>();
   }
-  char* to = static_cast<char*>(dots);
   _tile_stored(0, to, 128);
   _tile_stored(1, to + 64, 128);
   _tile_stored(2, to + 16 * 128, 128);
@@ -160,10 +171,16 @@ inline void multiply_two(const uint8_t* x, int64_t x_stride, const uint8_t* w, i
 
 // 16 tokens by 32 outputs.
 template <class Operand>
-inline void multiply_one(const uint8_t* x, const uint8_t* w, int64_t tiles, void* dots) {
+inline void multiply_one(const uint8_t* x, const uint8_t* w, int64_t tiles, bool first, void* dots) {
+  char* to = static_cast<char*>(dots);
   fence();
-  _tile_zero(0);
-  _tile_zero(1);
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+  } else {
+    _tile_loadd(0, to, 128);
+    _tile_loadd(1, to + 64, 128);
+  }
   for (int64_t t = 0; t < tiles; ++t, x += kTile, w += kGroups * kTile) {
     _tile_loadd(4, x, 64);
     _tile_loadd(6, w, 64);
@@ -171,53 +188,79 @@ inline void multiply_one(const uint8_t* x, const uint8_t* w, int64_t tiles, void
     _tile_loadd(7, w + kTile, 64);
     Operand::template multiply<1, 4, 7>();
   }
-  char* to = static_cast<char*>(dots);
   _tile_stored(0, to, 128);
   _tile_stored(1, to + 64, 128);
   fence();
 }
 
-// All tokens with the panels [first, last), where tokens are many: weights are expanded once for all of them.
+// Panels whose expanded weights share the second-level cache.
+template <class Operand>
+struct ExpandedPanels {
+  const int64_t panel_bytes, block_bytes;
+  Buffer<uint8_t> weights;
+  std::vector<Channels> channels;
+
+  ExpandedPanels(const Panels& panels, const AmxShape<Operand>& shape, int64_t together, int64_t weight_groups)
+      : panel_bytes(shape.panel_bytes()), block_bytes(shape.tiles * kGroups * kTile), weights(together * panel_bytes) {
+    for (int64_t i = 0; i < together; ++i) channels.emplace_back(panels.blocks, weight_groups);
+  }
+
+  void read(const Panels& panels, const AmxShape<Operand>& shape, int64_t first, int64_t last, const float* scale,
+            const float* zero_point) {
+    for (int64_t p = first; p < last; ++p) {
+      uint8_t* at = weights.get() + (p - first) * panel_bytes;
+      const uint8_t* step = panels.panel(p);
+      for (int64_t b = 0; b < panels.blocks; ++b, at += block_bytes)
+        step = expand<Operand>(step, panels.step_bytes(), panels.steps(), shape.tiles, at);
+      channels[p - first].read(panels, p, scale, zero_point);
+    }
+  }
+
+  const uint8_t* of(int64_t half, int64_t block, int64_t tile) const {
+    return weights.get() + half / kHalves * panel_bytes + block * block_bytes + tile * kGroups * kTile +
+           half % kHalves * 2 * kTile;
+  }
+};
+
+// All tokens with the panels [first, last), where tokens are many: weights are expanded once for all of them. A piece of
+// 32 tokens stays in the first-level cache while all the panels go by.
 template <class Operand>
 void multiply_wide(const Panels& panels, const AmxShape<Operand>& shape, const uint8_t* x, const Tokens& tokens,
                    const float* scale, const float* zero_point, int64_t weight_groups, int64_t first, int64_t last,
                    const Output& to) {
-  constexpr int kColumns = 32;
+  constexpr int64_t kPiece = 16;  // tiles
   const int64_t together = std::min(last - first, std::max<int64_t>(1, kExpanded / shape.panel_bytes()));
   const int64_t x_stride = kRows * shape.row_bytes();
-  Buffer<uint8_t> expanded(together * shape.panel_bytes());
-  std::vector<Channels> channels;
-  for (int64_t i = 0; i < together; ++i) channels.emplace_back(panels.blocks, weight_groups);
-  auto sums = std::make_unique<Sums<2 * kRows * kColumns>>();
-  alignas(64) typename Operand::Dot dots[2 * kRows * kColumns];
+  ExpandedPanels<Operand> expanded(panels, shape, together, weight_groups);
+  auto sums = std::make_unique<Sums<kDots>[]>(together * kHalves);
+  Buffer<typename Operand::Dot> dots(together * kHalves * kDots);
   for (int64_t begin = first; begin < last; begin += together) {
     const int64_t end = std::min(begin + together, last);
-    for (int64_t p = begin; p < end; ++p) {
-      uint8_t* at = expanded.get() + (p - begin) * shape.panel_bytes();
-      const uint8_t* step = panels.panel(p);
-      for (int64_t b = 0; b < panels.blocks; ++b, at += shape.tiles * kGroups * kTile)
-        step = expand<Operand>(step, panels.step_bytes(), panels.steps(), shape.tiles, at);
-      channels[p - begin].read(panels, p, scale, zero_point);
-    }
-    for (int64_t token = 0; token < shape.tokens; token += 2 * kRows)
-      for (int64_t p = begin; p < end; ++p)
-        for (int column = 0; column < kPanel; column += kColumns) {
-          const int rows = static_cast<int>(std::min<int64_t>(2 * kRows, shape.tokens - token));
-          const uint8_t* tiles = x + token * shape.row_bytes();
-          const uint8_t* w = expanded.get() + (p - begin) * shape.panel_bytes() + column / 16 * kTile;
-          for (int64_t b = 0; b < shape.blocks; ++b) {
-            if (rows > kRows) multiply_two<Operand>(tiles, x_stride, w, shape.tiles, dots);
-            else multiply_one<Operand>(tiles, w, shape.tiles, dots);
-            tiles += shape.tiles * kTile;
-            w += shape.tiles * kGroups * kTile;
-            const Block block(b, channels[p - begin]);
+    expanded.read(panels, shape, begin, end, scale, zero_point);
+    for (int64_t token = 0; token < shape.tokens; token += 2 * kRows) {
+      const int rows = static_cast<int>(std::min<int64_t>(2 * kRows, shape.tokens - token));
+      for (int64_t b = 0; b < shape.blocks; ++b) {
+        const Block block(b, expanded.channels[0]);
+        for (int64_t tile = 0; tile < shape.tiles; tile += kPiece) {
+          const uint8_t* piece = x + token * shape.row_bytes() + (b * shape.tiles + tile) * kTile;
+          const int64_t tiles = std::min(kPiece, shape.tiles - tile);
+          for (int64_t half = 0; half < (end - begin) * kHalves; ++half) {
+            const uint8_t* w = expanded.of(half, b, tile);
+            auto* dot = dots.get() + half * kDots;
+            if (rows > kRows) multiply_two<Operand>(piece, x_stride, w, tiles, !tile, dot);
+            else multiply_one<Operand>(piece, w, tiles, !tile, dot);
+            if (tile + tiles < shape.tiles) continue;
+            const Channels& channels = expanded.channels[half / kHalves];
+            const int column = static_cast<int>(half % kHalves * kColumns);
             for (int r = 0; r < rows; ++r)
               each<kColumns / kHalf>([&](auto i) INLINE {
                 const int o = i * kHalf, at = r * kColumns + o;
-                finish_block(tokens, token + r, channels[p - begin], p, block, column + o, dots + at, *sums, at, to);
+                finish_block(tokens, token + r, channels, begin + half / kHalves, block, column + o, dot + at, sums[half], at, to);
               });
           }
         }
+      }
+    }
   }
 }
 
