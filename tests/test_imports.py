@@ -123,7 +123,7 @@ def run_python(code: str, **environment: str) -> str:
     """Standard output of `python -c code`, started in the repository's root."""
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONSAFEPATH", "PYTHONPATH")}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=env | environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=env | environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -195,7 +195,7 @@ for call in calls:
         print(end.code, file=sys.stderr)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     lines = done.stderr.splitlines()

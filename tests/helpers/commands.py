@@ -80,7 +80,7 @@ def run_there(*argv: object, timeout: float = 300, **environment: str) -> tuple[
         return process.returncode, stdout, stderr
 
 
-def ranks_of(process: subprocess.Popen[str], size: int, timeout: float = 60) -> dict[int, int]:
+def ranks_of(process: subprocess.Popen[str], size: int, timeout: float = 300) -> dict[int, int]:
     """{rank: process id} of the ranks that a command has started, as soon as there are `size`."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline and process.poll() is None:

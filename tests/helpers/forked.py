@@ -25,13 +25,13 @@ class Forked:
         if self.code is None:
             os.kill(self.pid, number)
 
-    def read_until(self, part: str, timeout: float = 60) -> str:
+    def read_until(self, part: str, timeout: float = 300) -> str:
         """What it has printed up to now, which holds `part`."""
         while part not in self.text:
             assert self._read(timeout), f"it never said {part!r}: {self.text}"
         return self.text
 
-    def finish(self, timeout: float = 60) -> tuple[int, str]:
+    def finish(self, timeout: float = 300) -> tuple[int, str]:
         """(exit code, all it printed); killed, and an AssertionError, after so many seconds without a word."""
         try:
             while self._read(timeout):

@@ -182,7 +182,7 @@ def kill_and_run_again(
         with forked(lambda: again(command), TMPDIR=machine(folder)) as child:
             second, said = child.finish(PATIENCE)
             faults += left_running(child)
-        if second != 2 or "belongs to process" not in said or time.monotonic() - began > 60:
+        if second != 2 or "belongs to process" not in said or time.monotonic() - began > PATIENCE:
             break
         time.sleep(0.5)
     if second:

@@ -121,7 +121,7 @@ PartitionName=tests Nodes={",".join(NODES)} Default=YES MaxTime=INFINITE State=U
     def run(self, *command: object, check: bool = True) -> str:
         """Standard output of a client's command."""
         done = subprocess.run(
-            [str(word) for word in command], env=self.environ, capture_output=True, text=True, timeout=60
+            [str(word) for word in command], env=self.environ, capture_output=True, text=True, timeout=300
         )
         assert not check or done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout

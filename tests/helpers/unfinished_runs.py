@@ -77,7 +77,7 @@ def done(folder: Path) -> int | None:
 
 def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool], victim: int | None = None) -> None:
     """SIGKILL the process (or `victim`) as soon as ready()."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not ready():
         assert process.poll() is None, f"it ended by itself: {process.communicate()}"
         assert time.monotonic() < deadline

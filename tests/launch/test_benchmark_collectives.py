@@ -218,7 +218,7 @@ def namespaces(owner: int) -> list[str]:
 def test_a_link_holds_its_rate(needs_namespaces, tmp_path):
     use = ["--ranks", "2", "--sizes", "1MiB", "--rate", "1gbit", "algorithms=[one_shot]", *QUICK]
     with started(*COMMAND, "benchmark", "collectives", *use, f"output_dir={tmp_path}") as process:
-        assert process.communicate(timeout=60) and process.returncode == 0
+        assert process.communicate(timeout=300) and process.returncode == 0
         assert not namespaces(process.pid)
     bf16, one_shot = rows(tmp_path)
     assert (bf16["algorithm"], one_shot["algorithm"]) == ("bf16", "one_shot")
@@ -234,12 +234,12 @@ def test_nothing_is_left_behind(needs_namespaces, tmp_path, ending):
     """Ctrl-C clears up at once; after SIGKILL the ranks end by themselves, and the next run clears up."""
     use = ["--ranks", "2", "--sizes", "64MiB", "--rate", "10mbit", f"output_dir={tmp_path}"]
     with started(*COMMAND, "benchmark", "collectives", *use) as process:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline and not (ranks := working(process.pid)):
             time.sleep(0.05)
         assert len(namespaces(process.pid)) == 3
         os.kill(process.pid, ending)
-        process.communicate(timeout=30)
+        process.communicate(timeout=300)
         assert process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}[ending]
         while time.monotonic() < deadline and any(Path(f"/proc/{rank}").exists() for rank in ranks):
             time.sleep(0.05)

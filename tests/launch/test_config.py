@@ -310,7 +310,7 @@ def test_a_pipe_can_be_read_once_but_is_parsed_twice(tmp_path):
     writer = threading.Thread(target=pipe.write_text, args=("tp: 2\n",), daemon=True)
     writer.start()
     assert [load_config(EvaluateConfig, str(pipe), []).tp for _ in range(2)] == [2, 2]
-    writer.join(10)
+    writer.join(300)
 
 
 @pytest.mark.parametrize(

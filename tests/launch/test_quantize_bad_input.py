@@ -242,7 +242,7 @@ def test_bad_input_of_ranks(case, ranks, folder, tmp_path):
     more, said = RANK_CASES[case]
     arguments = [argument.format(folder=folder) for argument in [*QUANTIZE, *more]]
     argv = [*arguments, f"output_dir={tmp_path}"]
-    results = ranks.run(preemption_cases.command, free_port(), argv, {}, "", timeout=60)
+    results = ranks.run(preemption_cases.command, free_port(), argv, {}, "", timeout=300)
     assert [code for code, _ in results] == [2, 2], results
     # Rank 0 may also have said, on standard output, what text it has read.
     line = only_line(re.sub(r"^calibration\.data=.*\n", "", results[0][1], flags=re.MULTILINE))

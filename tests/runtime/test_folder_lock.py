@@ -142,7 +142,7 @@ def test_it_is_refreshed(tmp_path, monkeypatch):
     lock = FolderLock(tmp_path)
     lock.take()
     os.utime(lock.path, (0, 0))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 3000
     while lock.path.stat().st_mtime < 1 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert lock.path.stat().st_mtime > 1
@@ -186,7 +186,7 @@ def test_one_of_many_wins(dead, tmp_path, monkeypatch):
         os.close(start)
         os.close(go)
         codes: dict[int, int] = {}
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while len(codes) < 11 and time.monotonic() < deadline:
             for child in children:
                 if child not in codes and (ended := os.waitpid(child, os.WNOHANG))[0]:
@@ -209,7 +209,7 @@ def test_two_jobs_and_a_killed_one(tmp_path, capsys):
         def ready() -> bool:
             return (tmp_path / "out" / "metrics.jsonl").exists() and done(tmp_path / "out") is not None
 
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not (tmp_path / "out" / ".lock").exists():
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.001)
@@ -221,7 +221,7 @@ def test_two_jobs_and_a_killed_one(tmp_path, capsys):
         assert run_here("evaluate", f"model={model}", f"output_dir={tmp_path / 'out'}") == 2
         process.send_signal(signal.SIGCONT)
         kill_when(process, ready)
-        assert process.wait(30) == -signal.SIGKILL
+        assert process.wait(300) == -signal.SIGKILL
     assert (tmp_path / "out" / ".lock").exists()
     capsys.readouterr()
     assert run_here(*command) == 0
@@ -238,7 +238,7 @@ def test_ranks_are_refused_together(tmp_path):
     lock.take()
     arguments = quantize(model, tmp_path / "out", "tp=2")[1:]
     with started(*COMMAND[:2], "megatron_lowbit.launch.quantize", *arguments, MASTER_PORT=str(free_port())) as process:
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=300)
     (line,) = stderr.splitlines()
     assert process.returncode == 2 and f"belongs to process {os.getpid()}" in line
     lock.release()

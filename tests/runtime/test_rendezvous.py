@@ -45,7 +45,7 @@ def joins() -> int:
 
 def joins_and_stays() -> int:
     code = joins()
-    time.sleep(60)
+    time.sleep(600)
     return code
 
 
@@ -67,11 +67,11 @@ def test_a_rank_0_that_never_answers(silent):
 
 def test_a_signal_while_rank_0_does_not_answer(silent):
     with forked(joins, **rank(1, 2, silent)) as child:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while not waits_in_the_store(child.pid) and time.monotonic() < deadline:
             time.sleep(0.02)
         child.send_signal(signal.SIGTERM)
-        code, said = child.finish(30)  # of 60 that it would wait
+        code, said = child.finish()
     assert (code, said) == (99, "its ranks had not met yet\n")
 
 
@@ -94,7 +94,7 @@ def test_a_peer_that_dies_while_ranks_connect():
             for number in range(2)
         ]
         assert children[1].finish()[0] == -signal.SIGKILL
-        code, said = children[0].finish(30)
+        code, said = children[0].finish()
     assert code == 2 and ("for its connections with the other 1 ranks" in said or "cannot connect" in said), said
 
 
@@ -149,7 +149,7 @@ def test_the_time_of_a_collective_is_a_setting(own_group):
         code = joins()
         group = dist.new_group([0, 1]) if own_group else None
         if os.environ["RANK"] == "1":
-            time.sleep(60)
+            time.sleep(600)
         try:
             dist.all_reduce(torch.ones(1), group=group)
         except RuntimeError:
@@ -162,7 +162,7 @@ def test_the_time_of_a_collective_is_a_setting(own_group):
             stack.enter_context(forked(waits, **rank(number, 2, port, MEGATRON_LOWBIT_COLLECTIVE_SECONDS=2)))
             for number in range(2)
         ]
-        assert children[0].finish(40) == (0, "joined\nover\n")
+        assert children[0].finish() == (0, "joined\nover\n")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_rank_that_waits_says_for_whom(culprit, how, who, says):
         presence.BEAT, presence.REPORT_AFTER = 0.1, 1.5
         joins()
         if int(os.environ["RANK"]) == culprit:
-            time.sleep(60)
+            time.sleep(600)
         distributed.on_every_rank(lambda: None)
         return 0
 

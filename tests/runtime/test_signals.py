@@ -25,7 +25,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def wait_until(ready) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not ready():
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -56,7 +56,7 @@ sys.exit(main(["generate", "model=embedded", "prompt=def", f"output_dir={sys.arg
 
 
 def test_interrupted_while_it_imports(tmp_path):
-    done = subprocess.run([sys.executable, "-c", IMPORTS, tmp_path], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", IMPORTS, tmp_path], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "megatron-lowbit: interrupted\n")
 
 
@@ -139,7 +139,7 @@ def test_interrupted_with_ranks(to, ranks):
         targets = {"the command": [child.pid], "everybody": [child.pid, *own], "a rank": own[:1]}[to]
         for pid in targets:
             os.kill(pid, signal.SIGINT)
-        code, said = child.finish(30)
+        code, said = child.finish()
     assert code == 130 and said == ("" if to == "a rank" else "megatron-lowbit: interrupted\n")
     assert all(gone(pid) for pid in own)
 
@@ -150,7 +150,7 @@ def test_ranks_die_with_their_command(ranks):
     with forked(starts) as child:
         own = pids()
         child.send_signal(signal.SIGKILL)
-        assert child.finish(30)[0] == -signal.SIGKILL
+        assert child.finish()[0] == -signal.SIGKILL
     wait_until(lambda: all(gone(pid) for pid in own))
 
 
@@ -170,4 +170,4 @@ def test_parity_passes_signals_on(tmp_path, monkeypatch):
     with forked(runs) as child:
         wait_until(lambda: (tmp_path / "0").exists())
         child.send_signal(signal.SIGTERM)
-        assert child.finish(30) == (99, "")
+        assert child.finish() == (99, "")
