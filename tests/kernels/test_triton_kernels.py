@@ -32,7 +32,14 @@ def run(*arguments: str, **environment: str) -> str:
 
 @needs_triton
 def test_same_bits_as_the_reference_in_the_interpreter():
-    """Triton looks at the variable when it is imported, so in a process of its own."""
+    """Triton looks at the variable when it is imported, so in a process of its own. Every third case: kinds of values
+    come in sevens, so that each kind is met, and with either form of scales."""
+    assert int(run("cpu", "3", TRITON_INTERPRET="1")) >= 20
+
+
+@needs_triton
+@pytest.mark.slow
+def test_same_bits_in_the_interpreter_in_every_case():
     assert int(run("cpu", TRITON_INTERPRET="1")) >= 40
 
 
@@ -58,4 +65,4 @@ def test_scales_of_bf16_features_are_infinite():
 
 def test_importing_the_package_does_not_import_triton():
     code = "import sys, megatron_lowbit.kernels; assert 'triton' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
