@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export DS_BUILD_OPS := 0
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo test test-all test-slurm slurm-packages check bench clean
+.PHONY: help demo test test-quick test-all test-slurm slurm-packages check bench clean
 
 demo: $(VENV)/.run ## the whole pipeline on the embedded model, two ranks, no network
 	$(BIN)/megatron-lowbit demo
@@ -20,11 +20,16 @@ help: ## this list
 bench: $(VENV)/.run ## timings (BENCHMARKS.md)
 	$(BIN)/megatron-lowbit benchmark
 
-test: $(VENV)/.test ## the tests
-	$(BIN)/python -m pytest
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-test-all: $(VENV)/.test ## the slow tests too: long fuzz runs, and what asks a package index
-	$(BIN)/python -m pytest -m "slow or not slow"
+test: $(VENV)/.test ## the tests but for the slow ones, on two cores
+	$(PYTEST)
+
+test-quick: $(VENV)/.test ## the tests that start no processes: a minute
+	$(PYTEST) -m quick
+
+test-all: $(VENV)/.test ## the slow tests too; MINUTES=50 begins none of them later
+	$(PYTEST) -m "slow or not slow" $(if $(MINUTES),--minutes $(MINUTES) -rs)
 
 test-slurm: slurm-packages $(VENV)/.test ## jobs on a real Slurm of two nodes, on this machine; installs it with apt as root
 	EVERY_LAUNCHER=1 $(BIN)/python -m pytest -s -rs tests/launch/test_slurm.py tests/launch/test_slurm_jobs.py

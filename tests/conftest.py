@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports torch, datasets or transformers: threads, CPU, no network, no cache outside the test run.
@@ -23,6 +26,7 @@ import torch  # noqa: E402
 from rank_pool import RankPool  # noqa: E402
 
 torch.set_num_threads(1)
+pytest_plugins = ["selection"]
 
 
 _status = pytest.StashKey[int]()
@@ -80,26 +84,46 @@ def pool_of(request):
     return lambda size: request.getfixturevalue({1: "one_rank", 2: "two_ranks", 4: "four_ranks"}[size])
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory, request) -> Path:
+    """A folder that all workers of one `pytest -n` share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if hasattr(request.config, "workerinput") else base
+
+
+@contextlib.contextmanager
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Wait until no other worker is in here; the lock goes with the process, so that none is left behind."""
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture
-def needs_namespaces():
-    """Skips where this process cannot make network namespaces."""
+def needs_namespaces(shared_folder):
+    """Skips where this process cannot make network namespaces; one test at a time has them, for their links' sake."""
     from megatron_lowbit.launch.bench import netlab
 
-    reason = netlab.no_namespaces()
-    if reason is None:  # root in a container may still not be allowed to
-        made = netlab.call("up", "1", "1gbit")
-        netlab.call("down")
-        reason = f"cannot make network namespaces: {made.stderr.strip()}" if made.returncode else None
-    if reason is not None:
-        pytest.skip(reason)
+    with one_at_a_time(shared_folder / "namespaces.lock"):
+        reason = netlab.no_namespaces()
+        if reason is None:  # root in a container may still not be allowed to
+            made = netlab.call("up", "1", "1gbit")
+            netlab.call("down")
+            reason = f"cannot make network namespaces: {made.stderr.strip()}" if made.returncode else None
+        if reason is not None:
+            pytest.skip(reason)
+        yield
 
 
 @pytest.fixture(scope="session")
-def embedded_artifact(tmp_path_factory):
+def embedded_artifact(shared_folder):
     """Folder of the embedded model at W4A4 with plans for two and eight ranks, made by the README's first command."""
     from commands import CALIBRATION, run_here
 
-    folder = tmp_path_factory.mktemp("embedded")
+    folder, config = shared_folder / "embedded", Path(__file__).parents[1] / "configs" / "debug_cpu.yaml"
     settings = [*CALIBRATION[1:], "comm.tp_sizes=[2,8]", f"output_dir={folder}"]
-    assert run_here("quantize", "--config", Path(__file__).parents[1] / "configs" / "debug_cpu.yaml", *settings) == 0
+    with one_at_a_time(shared_folder / "embedded.lock"):  # the first worker makes it for all
+        if not (shared_folder / "embedded.done").exists():
+            assert run_here("quantize", "--config", config, *settings) == 0
+            (shared_folder / "embedded.done").touch()
     return folder
