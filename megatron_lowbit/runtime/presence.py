@@ -82,7 +82,11 @@ class Presence:
 
     def _look(self, store: dist.Store) -> None:
         for other in range(self.size):
-            if other != self.rank and store.check([str(other)]):
+            if other == self.rank:
+                continue
+            if not store.check([str(other)]):  # it has never told: it ended, or was stopped, as soon as all had met
+                self._seen.setdefault(other, ("", 0, "an unknown host", time.monotonic()))
+            else:
                 beat = store.get(str(other)).decode()
                 if other not in self._seen or beat != self._seen[other][0]:
                     _, steps, host = beat.split(" ", 2)
