@@ -32,7 +32,7 @@ test-all: $(VENV)/.test ## the slow tests too; MINUTES=50 begins none of them la
 	$(PYTEST) -m "slow or not slow" $(if $(MINUTES),--minutes $(MINUTES) -rs)
 
 test-slurm: slurm-packages $(VENV)/.test ## jobs on a real Slurm of two nodes, on this machine; installs it with apt as root
-	EVERY_LAUNCHER=1 $(BIN)/python -m pytest -s -rs tests/launch/test_slurm.py tests/launch/test_slurm_jobs.py
+	$(BIN)/python -m pytest -m "slow or not slow" -s -rs tests/launch/test_slurm.py tests/launch/test_slurm_jobs.py
 
 # Never fails: where Slurm cannot be installed its tests are skipped, and say why.
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge

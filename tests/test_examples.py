@@ -1,4 +1,4 @@
-"""Each script of examples/ as a user starts it: real processes, the embedded model, no network."""
+"""Each script of examples/ as a user starts it: real processes (warm ones), the embedded model, no network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from commands import needs_deepspeed, needs_megatron, run_here
+from commands import needs_deepspeed, needs_megatron, run_here, run_there
 from pages import ROOT, commands
 from slurm_lab import SlurmLab, why_not
 
@@ -30,9 +30,9 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
 def test_a_script(script, launcher, embedded_artifact):
     """Messages are low-bit at both linears of six blocks, logits are others with them, and the same again without."""
     command = [sys.executable, *launcher, str(EXAMPLES / script), str(embedded_artifact)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3000)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    code, stdout, stderr = run_there(*command)
+    assert code == 0, stderr
+    lines = stdout.splitlines()
     assert "sites with low-bit messages: 12" in lines and "after remove: as before" in lines
     change = next(line for line in lines if line.startswith("largest change of a logit: "))
     assert float(change.rpartition(" ")[2]) > 0
@@ -60,6 +60,8 @@ def test_slurm_scripts_are_rendered(tmp_path, monkeypatch):
         subprocess.run(["bash", "-n", script], check=True, timeout=300)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("slurm")
 @pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 def test_slurm_jobs(tmp_path, monkeypatch, capsys):
     """Both jobs, on a Slurm of the tests' own, end well, the second on what the first has written."""

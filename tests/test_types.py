@@ -56,6 +56,8 @@ def errors(tmp_path_factory) -> str:
     return done.stdout
 
 
+@pytest.mark.slow  # make check runs mypy anyway
+@pytest.mark.xdist_group("mypy")
 @pytest.mark.parametrize("room", ACROSS)
 def test_a_wrong_call_is_seen(room, errors):
     assert f"{room}/seeded.py:5: error" in errors, errors

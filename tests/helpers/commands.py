@@ -68,12 +68,14 @@ def started(*argv: object, **environment: str) -> Iterator[subprocess.Popen[str]
 
 
 def run_there(*argv: object, timeout: float = 300, **environment: str) -> tuple[int, str, str]:
-    """(exit code, standard output, standard error) of a whole command line; warm where it is `python -m ...`.
+    """(exit code, standard output, standard error) of a whole command line; warm where it is a Python's, of a module
+    or a script.
 
     Not with W&B, whose service does not work in a fork.
     """
     wandb = any("wandb" in str(argument) for argument in argv)
-    if [*map(str, argv[:2])] == [sys.executable, "-m"] and not wandb and "PYTHONPATH" not in environment:
+    warms = argv[0] == sys.executable and (argv[1] == "-m" or str(argv[1]).endswith(".py"))
+    if warms and not wandb and "PYTHONPATH" not in environment:
         argv = (warm.python(), *argv[1:])
     with started(*argv, **environment) as process:
         stdout, stderr = process.communicate(timeout=timeout)

@@ -25,6 +25,12 @@ class Forked:
         if self.code is None:
             os.kill(self.pid, number)
 
+    def poll(self) -> int | None:
+        """The exit code, None while it runs."""
+        if self.code is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.code = os.waitstatus_to_exitcode(ended[1])
+        return self.code
+
     def read_until(self, part: str, timeout: float = 300) -> str:
         """What it has printed up to now, which holds `part`."""
         while part not in self.text:

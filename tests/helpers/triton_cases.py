@@ -1,4 +1,4 @@
-"""Triton's kernels of the hybrid ops against the torch reference, bit for bit: `python triton_cases.py cpu|cuda [STEP]`.
+"""Triton's kernels of the hybrid ops against torch's reference, bit for bit: `python triton_cases.py cpu|cuda [STEP]`.
 
 On the CPU it needs TRITON_INTERPRET=1. STEP 3 takes every third case. Prints the number of cases; the first that
 differs ends it with an error. `compile` makes machine code of all kernels for an H100, which needs no GPU, and prints

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from commands import run_here
+from forked import Forked
 
 SETTINGS = [
     *("calibration.data=stdlib:calibration", "calibration.samples=4", "calibration.sequence_length=64"),
@@ -75,11 +76,11 @@ def done(folder: Path) -> int | None:
     return json.loads(file.read_text())["done"] if file.exists() else None
 
 
-def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool], victim: int | None = None) -> None:
+def kill_when(process: subprocess.Popen[str] | Forked, ready: Callable[[], bool], victim: int | None = None) -> None:
     """SIGKILL the process (or `victim`) as soon as ready()."""
     deadline = time.monotonic() + 300
     while not ready():
-        assert process.poll() is None, f"it ended by itself: {process.communicate()}"
+        assert process.poll() is None, "it ended by itself"
         assert time.monotonic() < deadline
         time.sleep(0.001)
     os.kill(process.pid if victim is None else victim, signal.SIGKILL)

@@ -1,8 +1,8 @@
 """A warm Python for tests: a process that has imported the frameworks, and forks where a command is to be started.
 
 Importing torch, transformers, datasets and DeepSpeed takes 10 s and more on a slow machine, and a command with two
-ranks does it three times. `python()` is an executable that takes `-m module ...` as a Python does, but has the warm
-process fork and run the module there, with the caller's arguments, environment, folder and standard streams. What the
+ranks does it three times. `python()` is an executable that takes `-m module ...` or `script ...` as a Python does, but
+has the warm process fork and run that, with the caller's arguments, environment, folder and standard streams. What the
 module starts by `sys.executable` is warm too. Signals are passed on, a caller that is killed takes its fork with it,
 and the exit code is the fork's. In another network namespace, where no fork would be, the executable is a Python of
 its own. Tests of launchers, of kills and of process trees start one of their own too.
@@ -212,9 +212,11 @@ def _main(arguments: list[str]) -> None:
 
     if arguments[:1] == ["-u"]:
         del arguments[0]
-    if arguments[:1] != ["-m"]:
-        raise SystemExit(f"the warm Python runs `-m module` alone, not {arguments[:1]}")
-    module, sys.argv = arguments[1], arguments[1:]
+    script = arguments[0] != "-m"
+    if script and arguments[0].startswith("-"):
+        raise SystemExit(f"the warm Python runs `-m module` or a script alone, not {arguments[:1]}")
+    sys.argv = arguments[1 - script :]
+    module = sys.argv[0]
     if module.startswith("megatron_lowbit.launch"):  # as importing it under `python -m` does
         from megatron_lowbit.runtime import preemption
 
@@ -224,4 +226,7 @@ def _main(arguments: list[str]) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*found in sys.modules", category=RuntimeWarning)
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if script:
+            runpy.run_path(module, run_name="__main__")
+        else:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -12,10 +12,13 @@ from commands import CALIBRATION, COMMAND, needs_deepspeed, run_here, run_there
 from megatron_lowbit.launch import benchmark
 from megatron_lowbit.launch.bench import netlab
 
+LOW_BIT = "two_shot per-token tiered int4"
+ROWS = ["patched, nothing quantized", LOW_BIT, "W4A16", f"W4A8 + {LOW_BIT}"]
 QUICK = [*CALIBRATION, "repeats=2", "tokens=256", "tp=2"]
 
 
 @needs_deepspeed
+@pytest.mark.slow
 def test_slow_links_slow_the_unpatched_engine_down(needs_namespaces, tmp_path):
     """256 tokens of bf16 partial sums, 128 wide, twice in each of 6 blocks, are 786,432 bytes either way at N = 2. That
     takes 0.31 s at 20 Mbit/s, but 128 KiB pass at once at both ends of a link. The low-bit ones are a quarter."""
@@ -24,10 +27,20 @@ def test_slow_links_slow_the_unpatched_engine_down(needs_namespaces, tmp_path):
     assert code == 0, stderr
     assert "links of 20mbit" in stdout
     rows = {row["name"]: row for row in json.loads((tmp_path / "benchmark.json").read_text())["rows"]}
-    low_bit = "two_shot per-token tiered int4"
-    assert list(rows) == ["patched, nothing quantized", low_bit, "W4A16", f"W4A8 + {low_bit}"]
+    assert list(rows) == ROWS
     assert all(unpatched > 8 * (786_432 - 2 * 2**16) / 2e7 for row in rows.values() for unpatched, _ in row["pairs"])
     assert all(len(row["pairs"]) == 2 for row in rows.values())
+
+
+@needs_deepspeed
+def test_rows_on_loopback(tmp_path):
+    """What each row compares, and that both engines' times come in pairs."""
+    use = [*QUICK, "comm.mode=two_shot", "comm.drift_threshold=none", f"output_dir={tmp_path}"]
+    code, stdout, stderr = run_there(*COMMAND, "benchmark", *use)
+    assert code == 0, stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "benchmark.json").read_text())["rows"]}
+    assert list(rows) == ROWS and all(name in stdout for name in ROWS)
+    assert all(len(row["pairs"]) == 2 and min(min(pair) for pair in row["pairs"]) > 0 for row in rows.values())
 
 
 def test_only_the_last_token_has_logits():

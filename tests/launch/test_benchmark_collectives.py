@@ -229,7 +229,7 @@ def test_a_link_holds_its_rate(needs_namespaces, tmp_path):
     assert min(one_shot["repetitions"]) >= 8 * (one_shot["link_bytes"] - 2 * 2**16) / 1e9
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("ending", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_nothing_is_left_behind(needs_namespaces, tmp_path, ending):
     """Ctrl-C clears up at once; after SIGKILL the ranks end by themselves, and the next run clears up."""
     use = ["--ranks", "2", "--sizes", "64MiB", "--rate", "10mbit", f"output_dir={tmp_path}"]

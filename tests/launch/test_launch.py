@@ -108,7 +108,7 @@ def test_torchrun_and_the_deepspeed_launcher_agree(tmp_path):
     assert torchrun == deepspeed and list(torchrun) == ["full precision", "full precision + float32"]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_dies_ends_the_command(tmp_path, victim):
     """Rank 0 dies before it has joined its peer, rank 1 in the middle of the work."""
     arguments = [*TWO_RANKS, "calibration.data=stdlib:calibration", "calibration.samples=512", f"output_dir={tmp_path}"]
@@ -130,6 +130,7 @@ def test_a_rank_that_dies_ends_the_command(tmp_path, victim):
     assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "calibrate.json").exists()
 
 
+@pytest.mark.slow
 def test_terminating_a_command_ends_its_ranks(tmp_path):
     """What a scheduler or `timeout` does: the ranks hear of it from the command, and all ask to be run again."""
     arguments = [*TWO_RANKS, "calibration.data=stdlib:calibration", f"output_dir={tmp_path}"]

@@ -32,6 +32,7 @@ from tiny_models import save_model
 from unfinished_runs import SETTINGS, artifact_files, done, metrics
 
 pytestmark = [needs_deepspeed, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]
+SLOW = (pytest.mark.slow, pytest.mark.xdist_group("slurm"))  # on one Slurm, one after the other
 BLOCKS = 5  # in groups of one: states enough to be caught between two
 
 
@@ -67,6 +68,12 @@ def record() -> Iterator[Callable[..., None]]:
     ]
     yield lambda *cells: rows.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     print("", *rows, sep="\n")
+
+
+def slow(test: Callable[..., None]) -> Callable[..., None]:
+    for mark in SLOW:
+        test = mark(test)
+    return test
 
 
 class Jobs:
@@ -138,9 +145,9 @@ def quantize(model: Path, output: Path, *more: str) -> dict:
     return {"arguments": [f"model={model}", *SETTINGS, f"output_dir={output}", *more]}
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def chain(lab, model, tmp_path_factory) -> Jobs:
-    """calibrate -> quantize -> evaluate, each by another launcher, while the tests before its own do their work."""
+    """calibrate -> quantize -> evaluate, each by another launcher."""
     folder = tmp_path_factory.mktemp("chain")
     two_ranks = [f"model={model}", "engine=deepspeed", "tp=2"]
     calibrate = [*two_ranks, *CALIBRATION, "comm.tp_sizes=[2]", f"output_dir={folder / 'plans'}"]
@@ -155,12 +162,14 @@ def chain(lab, model, tmp_path_factory) -> Jobs:
     return jobs
 
 
-def test_jobs_that_have_to_make_way(lab, model, whole, tmp_path, record):
+@pytest.mark.parametrize(
+    "launchers",
+    [{"srun": "offline"}, pytest.param({"torchrun": "off", "deepspeed": "off"}, marks=SLOW)],
+    ids=" ".join,
+)
+def test_jobs_that_have_to_make_way(lab, model, whole, tmp_path, record, launchers):
     """USR1, as Slurm sends it before the time is up: the state is saved, the job goes back into the queue and on."""
     running, faults = {}, {}
-    launchers = {"srun": "offline", "torchrun": "off"}
-    if "EVERY_LAUNCHER" in os.environ:  # make test-slurm; its imports take half a minute
-        launchers["deepspeed"] = "off"
     for launcher, wandb in launchers.items():
         stage = {**quantize(model, tmp_path / launcher / "artifact", "tp=2", f"wandb={wandb}"), "launcher": launcher}
         running[launcher] = Jobs(lab, tmp_path / launcher, {"quantize": stage}).submit()
@@ -191,6 +200,7 @@ def check_history(output: Path) -> None:
     assert steps == list(range(len(steps))) == [r["step"] for r in metrics(output) if "step" in r]
 
 
+@slow
 def test_a_node_that_goes_down(lab, model, whole, tmp_path, record):
     """The job runs on two nodes where no other test's jobs do."""
     output, nodes = tmp_path / "artifact", ["--exclude=node[1-2]"]
@@ -210,6 +220,7 @@ def test_a_node_that_goes_down(lab, model, whole, tmp_path, record):
     record("srun", "quantize", what, "requeued by Slurm, went on", seconds, "identical")
 
 
+@slow
 def test_a_rank_that_is_killed(lab, model, whole, tmp_path, record):
     """The job fails, what waits for it is cancelled, and the same submission goes on."""
     output = tmp_path / "artifact"
@@ -231,6 +242,7 @@ def test_a_rank_that_is_killed(lab, model, whole, tmp_path, record):
     record("srun", "quantize → evaluate", "SIGKILL of rank 1", what, seconds, "identical")
 
 
+@slow
 def test_a_full_disk(lab, model, whole, tmp_path, record):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -250,6 +262,7 @@ def test_a_full_disk(lab, model, whole, tmp_path, record):
     record("srun", "quantize", "disk full", "exit 2 with one line; submitted again it went on", "-", "identical")
 
 
+@slow
 def test_bad_config_in_the_second_stage(lab, model, tmp_path, record):
     stages = {
         "calibrate": {"arguments": [f"model={model}", *CALIBRATION, f"output_dir={tmp_path / 'plans'}"]},
@@ -266,6 +279,7 @@ def test_bad_config_in_the_second_stage(lab, model, tmp_path, record):
     record("srun", "calibrate → quantize → evaluate", "no such model in quantize", what, "-", "-")
 
 
+@slow
 def test_chain(chain, whole, record):
     stages = list(chain.ids)
     assert {stage: chain.ended(stage) for stage in stages} == dict.fromkeys(stages, ("COMPLETED", "0"))

@@ -80,7 +80,7 @@ def one_of_two(tmp_path_factory) -> Path:
     return quantize(tmp_path_factory.mktemp("one-of-two"), *SETTINGS, "correction.batch_size=2")
 
 
-@pytest.mark.parametrize("tp", [4])
+@pytest.mark.parametrize("tp", [pytest.param(4, marks=pytest.mark.slow)])
 def test_tensor_parallel_ranks_write_the_same_files(tp, one, tmp_path):
     folder = quantize_there(tmp_path, *SETTINGS, f"tp={tp}")
     assert description(folder) == description(one)

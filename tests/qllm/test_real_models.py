@@ -90,7 +90,7 @@ def test_real_ranks_equal_virtual_ranks(virtual, tmp_path):
 
 
 @needs_megatron
-@pytest.mark.parametrize("model", ["stories260K", "babyllama105"])
+@pytest.mark.parametrize("model", [pytest.param("stories260K", marks=pytest.mark.slow), "babyllama105"])
 def test_megatron_makes_the_tokens_of_virtual_ranks(tmp_path, model):
     """One artifact with 4-bit weights, activations and messages, greedy: the first slip would change all that follows.
 

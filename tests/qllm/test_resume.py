@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 from commands import COMMAND, ranks_of, run_here, run_there, started
+from forked import forked
 from tiny_models import save_model
 from unfinished_runs import artifact_files, done, kill_when, killed_at, metrics, quantize, renamed
 
+from megatron_lowbit.launch import main
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 # Three blocks in groups of one.
@@ -53,9 +55,9 @@ def has_loss(folder: Path, group: int) -> bool:
 )
 def test_killed_and_run_again(moment, least, model, whole, tmp_path, capsys):
     command = quantize(model, tmp_path)
-    with started(*COMMAND, *command) as process:
-        kill_when(process, lambda: moment(tmp_path))
-        assert process.wait(300) == -signal.SIGKILL
+    with forked(lambda: main(command)) as child:
+        kill_when(child, lambda: moment(tmp_path))
+        assert child.finish()[0] == -signal.SIGKILL
     assert not (tmp_path / "lowbit.json").exists(), "an artifact of a run that has not finished"
     before = done(tmp_path) or 0
     assert before >= least
@@ -105,6 +107,7 @@ def test_killed_twice(model, whole, tmp_path):
     assert artifact_files(tmp_path) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1])
 def test_a_killed_rank(rank, model, whole, tmp_path):
     """The command ends with an error once a rank is gone; run again, the two ranks end with one process's files."""

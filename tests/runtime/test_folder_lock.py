@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import COMMAND, free_port, run_here, started
+from commands import COMMAND, free_port, run_here, run_there, started
 from forked import forked
 from tiny_models import save_model
 from unfinished_runs import artifact_files, done, kill_when, metrics, quantize
@@ -237,8 +237,8 @@ def test_ranks_are_refused_together(tmp_path):
     lock = FolderLock(tmp_path / "out")
     lock.take()
     arguments = quantize(model, tmp_path / "out", "tp=2")[1:]
-    with started(*COMMAND[:2], "megatron_lowbit.launch.quantize", *arguments, MASTER_PORT=str(free_port())) as process:
-        _, stderr = process.communicate(timeout=300)
+    command = [*COMMAND[:2], "megatron_lowbit.launch.quantize", *arguments]
+    code, _, stderr = run_there(*command, MASTER_PORT=str(free_port()))
     (line,) = stderr.splitlines()
-    assert process.returncode == 2 and f"belongs to process {os.getpid()}" in line
+    assert code == 2 and f"belongs to process {os.getpid()}" in line
     lock.release()

@@ -8,24 +8,27 @@ import kill_matrix
 import pytest
 
 
-def faults(names: list[str], kills: int, tmp_path) -> list[str]:
+def faults(names: list[str], kills: int, tmp_path, seed: int = 7) -> list[str]:
     said: list[str] = []
-    tallies = kill_matrix.campaign(names, kills, 7, tmp_path, said.append)
+    tallies = kill_matrix.campaign(names, kills, seed, tmp_path, said.append)
     assert sum(tally.kills for tally in tallies.values()) >= kills
     return [fault for tally in tallies.values() for fault in tally.faults]
 
 
 def test_a_few(tmp_path):
-    assert faults(["quantize rtn", "calibrate"], 6, tmp_path) == []
+    assert faults(["quantize rtn", "calibrate"], 4, tmp_path) == []
 
 
 @pytest.mark.slow
-def test_two_hundred(tmp_path):
-    names = [*kill_matrix.OF_ONE_PROCESS]
-    for part in ("one", "several"):
-        (tmp_path / part).mkdir()
-    assert faults(names, 180, tmp_path / "one") == []
-    assert faults([*kill_matrix.OF_SEVERAL_PROCESSES], 21, tmp_path / "several") == []
+@pytest.mark.parametrize("seed", range(6))
+def test_two_hundred(seed, tmp_path):
+    assert faults([*kill_matrix.OF_ONE_PROCESS], 30, tmp_path, seed) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_of_several_processes(seed, tmp_path):
+    assert faults([*kill_matrix.OF_SEVERAL_PROCESSES], 7, tmp_path, seed) == []
 
 
 def test_what_counts_as_the_same(tmp_path):

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 from commands import SMALL_TEXT, free_port, run_here, run_there, started
 from tiny_models import save_model
 from unfinished_runs import artifact_files, done, quantize, renamed
@@ -169,7 +170,7 @@ def test_what_starts_its_own_ranks_refuses_a_launcher(command, environ, monkeypa
 
 
 def start(stage: str, arguments: list[str], **environ: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", f"megatron_lowbit.launch.{stage}", *arguments]
+    command = [warm.python(), "-m", f"megatron_lowbit.launch.{stage}", *arguments]
     return subprocess.Popen(
         command, env={**os.environ, **environ}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -14,12 +14,15 @@ from pathlib import Path
 import preemption_cases as cases
 import pytest
 from commands import COMMAND, free_port, run_here, run_there, started
+from forked import forked
 from rank_pool import RankPool
 from tiny_models import save_model
 from unfinished_runs import artifact_files, done, killed_at, metrics, quantize, renamed
 
+from megatron_lowbit.launch import main
 from megatron_lowbit.qllm import resume
 from megatron_lowbit.runtime import preemption
+from megatron_lowbit.runtime.metrics import MetricLogger
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,7 @@ def test_quantize_stops_in_every_group(model, tmp_path):
 def calibrate(model: Path, folder: Path, *more: str) -> list[str]:
     return [
         *("calibrate", f"model={model}", f"output_dir={folder}", "calibration.data=stdlib:calibration"),
-        *("calibration.samples=250", "calibration.sequence_length=64", "calibration.batch_size=1"),
+        *("calibration.samples=40", "calibration.sequence_length=64", "calibration.batch_size=1"),
         *("comm.tp_sizes=[2]", "comm.preset=paper", "comm.clipping=histogram", *more),
     ]
 
@@ -98,14 +101,24 @@ def test_calibrate_stops_and_continues(model, tmp_path, capsys, monkeypatch):
         return len([record for record in metrics(folder) if "calibration_batch" in record])
 
     before = told()  # what the killed process did after its last state is done again, but not told again
-    with started(*COMMAND, *calibrate(model, folder)) as process:
-        until(lambda: told() > before + 2, process)
-        process.send_signal(signal.SIGUSR1)
-        stdout, stderr = process.communicate(timeout=300)
-        assert process.returncode == preemption.REQUEUE, stderr
-    assert f"continuing after {killed} of the 250 batches" in stdout and "took over" in stdout
+
+    def stopped_after_three() -> int:
+        real = MetricLogger.log
+
+        def log(self, **values):
+            real(self, **values)
+            if told() == before + 3:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+        monkeypatch.setattr(MetricLogger, "log", log)
+        return main(calibrate(model, folder))
+
+    with forked(stopped_after_three) as child:
+        code, said = child.finish()
+    assert code == preemption.REQUEUE, said
+    assert f"continuing after {killed} of the 40 batches" in said and "took over" in said
     stopped = done(folder)
-    assert killed < stopped < 250 and f"after {stopped} of 250 batches" in stderr
+    assert stopped is not None and killed < stopped < 40 and f"after {stopped} of 40 batches" in said
     assert not (folder / "calibration.json").exists()
     capsys.readouterr()
     assert run_here(*calibrate(model, folder, "calibration.ema_gamma=0.5")) == 2

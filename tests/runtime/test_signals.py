@@ -98,8 +98,9 @@ from pathlib import Path
 from megatron_lowbit.runtime import preemption
 preemption.install()
 Path(sys.argv[1], os.environ["RANK"]).write_text(str(os.getpid()))
-time.sleep(120)
+time.sleep(600)
 """
+UNTIL_ASKED = RANK.replace("time.sleep(600)", "while not preemption.asked(): time.sleep(0.01)\nsys.exit(99)")
 
 
 @pytest.fixture
@@ -144,6 +145,24 @@ def test_interrupted_with_ranks(to, ranks):
     assert all(gone(pid) for pid in own)
 
 
+def test_terminated_with_ranks(tmp_path, monkeypatch):
+    """What a scheduler or `timeout` does: the command passes it on, and all ask to be run again."""
+    script = tmp_path / "rank.py"
+    script.write_text(UNTIL_ASKED)
+    real = subprocess.Popen
+    command = [sys.executable, str(script), str(tmp_path)]
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **more: real(command, **more))
+
+    def starts() -> int:
+        preemption.install()
+        return runner._start_ranks("evaluate", [], 2)
+
+    with forked(starts) as child:
+        wait_until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
+        child.send_signal(signal.SIGTERM)
+        assert child.finish()[0] == preemption.REQUEUE
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_ranks_die_with_their_command(ranks):
     starts, pids = ranks
@@ -159,7 +178,7 @@ def test_parity_passes_signals_on(tmp_path, monkeypatch):
     from megatron_lowbit.launch import parity
 
     script = tmp_path / "engine.py"
-    script.write_text(RANK.replace("time.sleep(120)", "while not preemption.asked(): time.sleep(0.01)\nsys.exit(99)"))
+    script.write_text(UNTIL_ASKED)
 
     def runs() -> int:
         preemption.install()

@@ -126,6 +126,7 @@ def test_config_and_environment(whole):
     assert {"commit", "machine"} < set(config["environment"])
 
 
+@pytest.mark.slow
 def test_killed_and_run_again(model, whole, tmp_path):
     """SIGKILL in the second group, of the process and of wandb's own, which loses what wandb has not written yet."""
     moment = 5
@@ -201,6 +202,18 @@ def check_offline(folder: Path, stderr: str, why: str) -> None:
     assert [entry["step"] for entry in run.history] == [record["step"] for record in told(folder)] != []
 
 
+def test_a_server_that_never_answers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(wandb_run, "ANSWER_SECONDS", 0.5)
+    with silent_server() as url:
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        logger = MetricLogger(tmp_path, "evaluate", {}, "online")
+        logger.log(row="a", perplexity=1.0)
+        logger.close(0)
+    check_offline(tmp_path, capsys.readouterr().err, "graphql: timed out")
+
+
+@pytest.mark.slow
 def test_a_silent_server(tmp_path):
     """The same job without W&B finds the same."""
     rows = {}
