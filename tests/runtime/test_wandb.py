@@ -210,6 +210,7 @@ def test_a_server_that_never_answers(tmp_path, monkeypatch, capsys):
         logger = MetricLogger(tmp_path, "evaluate", {}, "online")
         logger.log(row="a", perplexity=1.0)
         logger.close(0)
+        wandb.teardown()  # its service has then written all
     check_offline(tmp_path, capsys.readouterr().err, "graphql: timed out")
 
 
