@@ -12,7 +12,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from megatron_lowbit.kernels.linear import FLOAT_BITS, quant_linear, quant_linear_reference
+from megatron_lowbit.kernels.linear import FLOAT_BITS, check_linear, quant_linear, quant_linear_reference
 from megatron_lowbit.kernels.ops import kernel
 from megatron_lowbit.kernels.panels import blocks_of, linear_kernels, panels_of, rows_of
 from megatron_lowbit.kernels.quantizer import quantize_tokens, quantize_tokens_reference
@@ -57,16 +57,19 @@ def _quant_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     """Compute quant_linear with the C++ kernel."""
+    check_linear(x, packed_weight, scale, zero_point, weight_bits, act_bits, act_groups)
     library, (outputs, groups), inputs = linear_kernels.find(), scale.shape, x.shape[1]
     layout = weight_bits, inputs, blocks_of(act_bits, act_groups, groups), act_bits == FLOAT_BITS
     good = library is not None and x.dtype in _DTYPES and dtype in _DTYPES and outputs > 0
-    good = good and scale.dtype == zero_point.dtype == torch.float32 and zero_point.shape == scale.shape
+    good = good and scale.dtype == zero_point.dtype == torch.float32
     panels: Tensor | None = packed_weight
     if packed_weight.dim() == 2:
         panels = panels_of(packed_weight, *layout) if good else None
     if library is None or not good or panels is None:
         rows = rows_of(packed_weight, outputs, *layout)
         return quant_linear_reference(x, rows, scale, zero_point, weight_bits, act_bits, act_groups, dtype)
+    if panels.numel() != library.lowbit_panel_bytes(outputs, inputs, layout[2], weight_bits):
+        raise ValueError(f"panels of {panels.numel()} bytes are not those of a weight [{outputs}, {inputs}]")
     if x.stride(1) != 1:
         x = x.contiguous()
     scale, zero_point = scale.contiguous(), zero_point.contiguous()

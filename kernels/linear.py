@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.kernels.ops import define, fake
-from megatron_lowbit.kernels.packing import unpack_bits
+from megatron_lowbit.kernels.packing import packed_bytes, unpack_bits
 from megatron_lowbit.kernels.quantizer import quantize_tokens_reference
 
 FLOAT_BITS = 16  # act_bits of activations that are not quantized
@@ -43,13 +43,41 @@ def quant_linear_reference(
     x: float [tokens, in]; packed_weight: uint8 [out, row_bytes] (packing.py), or 1-D in the order of a backend
     (panels.py); scale, zero_point: float32 [out, weight_groups]; weight_bits: 2 to 8. act_bits: 2 to 8, each of
     `act_groups` equal slices of a token with its own scale; 16: x is not quantized.
-    Returns [tokens, out] in `dtype`.
+    Returns [tokens, out] in `dtype`. Raises ValueError where they do not fit together.
     """
+    check_linear(x, packed_weight, scale, zero_point, weight_bits, act_bits, act_groups)
     codes = unpack_bits(packed_weight, weight_bits, x.shape[1])
     if act_bits == FLOAT_BITS:
         one = x.new_ones((x.shape[0], 1), dtype=torch.float64)
         return round_to(multiply(x.double(), one, one - 1, codes, scale, zero_point), dtype)
     return round_to(multiply(*quantize_tokens_reference(x, act_bits, act_groups), codes, scale, zero_point), dtype)
+
+
+def check_linear(
+    x: Tensor,
+    packed_weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight_bits: int,
+    act_bits: int,
+    act_groups: int,
+) -> None:
+    """Raise ValueError, naming the value, where the arguments of quant_linear do not fit together."""
+    if not 2 <= weight_bits <= 8:
+        raise ValueError(f"weight_bits={weight_bits} is not in 2..8")
+    if not 2 <= act_bits <= 8 and act_bits != FLOAT_BITS:
+        raise ValueError(f"act_bits={act_bits} is not in 2..8 or {FLOAT_BITS}")
+    if x.dim() != 2 or scale.dim() != 2 or zero_point.shape != scale.shape:
+        shapes = ", ".join(str(list(t.shape)) for t in (x, scale, zero_point))
+        raise ValueError(f"x, scale and zero_point {shapes} are not [tokens, in], [out, groups] and [out, groups]")
+    inputs, (outputs, weight_groups) = x.shape[1], scale.shape
+    for name, groups in (("activation groups", act_groups), ("weight groups", weight_groups)):
+        if groups < 1 or inputs % groups:
+            raise ValueError(f"{groups} {name} do not divide {inputs} inputs")
+    rows = [outputs, packed_bytes(inputs, weight_bits)]
+    if packed_weight.dtype != torch.uint8 or (packed_weight.dim() != 1 and list(packed_weight.shape) != rows):
+        found = f"{packed_weight.dtype} {list(packed_weight.shape)}"
+        raise ValueError(f"packed_weight {found} is not uint8 {rows}, which {inputs} inputs of {weight_bits} bits take")
 
 
 def multiply(x: Tensor, x_scale: Tensor, x_zero: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

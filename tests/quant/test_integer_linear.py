@@ -169,3 +169,30 @@ def test_one_rounding():
     many = torch.randn(10000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e3
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert_same_bits(round_to(many, dtype), linear_oracle.rounded(many.numpy(), dtype))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"weight_bits": 1}, "weight_bits=1 is not in 2..8"),
+        ({"weight_bits": 16}, "weight_bits=16 is not in 2..8"),
+        ({"act_bits": 9}, "act_bits=9 is not in 2..8 or 16"),
+        ({"act_groups": 3}, "3 activation groups do not divide 88 inputs"),
+        ({"act_groups": 0}, "0 activation groups do not divide 88 inputs"),
+        ({"scale": torch.ones(7, 3), "zero_point": torch.ones(7, 3)}, "3 weight groups do not divide 88 inputs"),
+        ({"zero_point": torch.ones(7, 2)}, r"\[5, 88\], \[7, 1\], \[7, 2\] are not"),
+        ({"x": torch.ones(5, 87)}, r"not uint8 \[7, 44\]|groups do not divide 87"),
+        ({"packed_weight": torch.zeros(7, 43, dtype=torch.uint8)}, r"uint8 \[7, 43\] is not uint8 \[7, 44\]"),
+        ({"packed_weight": torch.zeros(100, dtype=torch.uint8)}, "panels of 100 bytes are not those of a weight"),
+        ({"packed_weight": torch.zeros(7, 44)}, "torch.float32 .* is not uint8"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message, backend, monkeypatch):
+    if backend == "reference" and "panels" in message:
+        pytest.skip("the reference has no panels")
+    monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", backend)
+    names = ("x", "packed_weight", "scale", "zero_point", "weight_bits")
+    arguments = dict(zip(names, operands((5, 7, 88, 8, None), 4), strict=True)) | {"act_bits": 8, "act_groups": 8}
+    with pytest.raises(ValueError, match=message):
+        quant_linear(**(arguments | change), dtype=torch.float32)
