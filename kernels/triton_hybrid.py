@@ -49,6 +49,8 @@ THRESHOLD_BITS: tl.constexpr = tl.constexpr(tuple(THRESHOLDS))
 MANY_TOKENS = 1024  # from here on a program takes several tokens, which share the loads of scales and order
 PROGRAMS_PER_SM = 4  # of requantize, where every program has scratch rows of its own
 NUM_WARPS = 8
+# Left alone, ptxas keeps a few of pack's values in memory, to fit more programs. An option of NVIDIA's alone.
+PACK_REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
 
 
 @triton.jit
@@ -408,6 +410,7 @@ def pack(x: Tensor, format: Format, tile: tuple[int, int] | None = None) -> tupl
             *(message, format.row_bytes, tally),
             *_format(format.tiers, format.per_token),
             **_options(at_once, block),
+            **PACK_REGISTERS,
         )
     return message, tally
 
