@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export DS_BUILD_OPS := 0
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo test test-all test-slurm slurm-packages check bench clean
+.PHONY: help demo test test-all test-gpu test-slurm slurm-packages check bench clean
 
 demo: $(VENV)/.run ## the whole pipeline on the embedded model, two ranks, no network
 	$(BIN)/megatron-lowbit demo
@@ -25,6 +25,9 @@ test: $(VENV)/.test ## the tests
 
 test-all: $(VENV)/.test ## the slow tests too: long fuzz runs, and what asks a package index
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+test-gpu: $(VENV)/.test ## the tests of a GPU, on the first of this machine; without one they are skipped and say so
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest -rs -m gpu tests/kernels tests/launch
 
 test-slurm: slurm-packages $(VENV)/.test ## jobs on a real Slurm of two nodes, on this machine; installs it with apt as root
 	EVERY_LAUNCHER=1 $(BIN)/python -m pytest -s -rs tests/launch/test_slurm.py tests/launch/test_slurm_jobs.py

@@ -1,12 +1,15 @@
-"""Arguments of `benchmark collectives` and `benchmark kernels`, as arguments.py has those of the stages."""
+"""Arguments of `benchmark collectives`, `benchmark kernels` and `benchmark gpu`, as arguments.py has the stages'."""
 
 from __future__ import annotations
 
-from megatron_lowbit.config import PLAN_KEYS, CommConfig, LowBitError, load_config
+from typing import TypeVar
+
+from megatron_lowbit.config import PLAN_KEYS, CommConfig, LowBitError, StageConfig, load_config
 from megatron_lowbit.launch.arguments import Parser, fail
 from megatron_lowbit.launch.bench.config import (
     UNUSED,
     BenchmarkCollectivesConfig,
+    BenchmarkGpuConfig,
     BenchmarkKernelsConfig,
     refuse_unused,
 )
@@ -20,7 +23,7 @@ NOT_HERE = [*UNUSED, *(f"comm.{key}" for key in CommConfig.model_fields if key n
 def check_arguments(kind: str, argv: list[str]) -> int | None:
     """Return the exit code after one line on standard error, where something is wrong with the arguments; else None."""
     try:
-        config = {"collectives": parse_collectives, "kernels": parse_kernels}[kind](argv)
+        config = {"collectives": parse_collectives, "kernels": parse_kernels, "gpu": parse_gpu}[kind](argv)
         if config.wandb != "off":
             check_package("wandb")
     except LowBitError as error:
@@ -59,11 +62,21 @@ def parse_collectives(argv: list[str]) -> BenchmarkCollectivesConfig:
 
 def parse_kernels(argv: list[str]) -> BenchmarkKernelsConfig:
     what = "time the ops of the wire formats on one thread, against eager torch, torch.compile and a copy"
-    parser = Parser(
-        prog="megatron-lowbit benchmark kernels", description=what, config=BenchmarkKernelsConfig, unused=UNUSED
-    )
+    return _keys_only("benchmark kernels", what, BenchmarkKernelsConfig, argv)
+
+
+def parse_gpu(argv: list[str]) -> BenchmarkGpuConfig:
+    what = "check all Triton kernels, NCCL and CUDA graphs on this machine's GPU, and time its linears"
+    return _keys_only("benchmark gpu", what, BenchmarkGpuConfig, argv)
+
+
+Config = TypeVar("Config", bound=StageConfig)
+
+
+def _keys_only(command: str, what: str, config: type[Config], argv: list[str]) -> Config:
+    parser = Parser(prog=f"megatron-lowbit {command}", description=what, config=config, unused=UNUSED)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    config = load_config(BenchmarkKernelsConfig, None, parser.parse_args(argv).overrides)
-    refuse_unused(config, UNUSED)
-    check_alone("benchmark kernels")
-    return config
+    made = load_config(config, None, parser.parse_args(argv).overrides)
+    refuse_unused(made, UNUSED)
+    check_alone(command)
+    return made

@@ -13,7 +13,12 @@ from megatron_lowbit.config import Key, StageConfig, defaults, list_sections
 from megatron_lowbit.launch import STAGES
 from megatron_lowbit.launch.arguments import CONFIGS
 from megatron_lowbit.launch.bench.arguments import NOT_HERE
-from megatron_lowbit.launch.bench.config import UNUSED, BenchmarkCollectivesConfig, BenchmarkKernelsConfig
+from megatron_lowbit.launch.bench.config import (
+    UNUSED,
+    BenchmarkCollectivesConfig,
+    BenchmarkGpuConfig,
+    BenchmarkKernelsConfig,
+)
 from megatron_lowbit.launch.help import as_typed, describe
 from megatron_lowbit.launch.slurm.config import SlurmConfig
 
@@ -59,6 +64,7 @@ def page() -> str:
     for kind, config, unused in (
         ("collectives", BenchmarkCollectivesConfig, NOT_HERE),
         ("kernels", BenchmarkKernelsConfig, UNUSED),
+        ("gpu", BenchmarkGpuConfig, UNUSED),
     ):
         parts += [f"## benchmark {kind}\n", f"{' '.join((config.__doc__ or '').split())}\n"]
         keys = [key for section in list_sections(config()) for key in section.keys if key.name not in unused]

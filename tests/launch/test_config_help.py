@@ -10,11 +10,13 @@ from megatron_lowbit.config import (
     list_sections,
 )
 from megatron_lowbit.launch import arguments
-from megatron_lowbit.launch.bench.config import BenchmarkCollectivesConfig, BenchmarkKernelsConfig
+from megatron_lowbit.launch.bench.config import BenchmarkCollectivesConfig, BenchmarkGpuConfig, BenchmarkKernelsConfig
 from megatron_lowbit.launch.slurm.config import SlurmConfig
 from megatron_lowbit.launch.tools import configuration
 
-CONFIGS = [*arguments.CONFIGS.values(), BenchmarkCollectivesConfig, BenchmarkKernelsConfig, SlurmConfig]
+BENCHMARKS = (BenchmarkCollectivesConfig, BenchmarkKernelsConfig, BenchmarkGpuConfig)
+CONFIGS = [*arguments.CONFIGS.values(), *BENCHMARKS, SlurmConfig]
+COMMANDS = [*arguments.CONFIGS, "benchmark collectives", "benchmark kernels", "benchmark gpu", "slurm"]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
@@ -29,7 +31,7 @@ def test_every_key_has_a_description(config):
         assert {key.name: key.default for section in sections for key in section.keys} == defaults(config())
 
 
-@pytest.mark.parametrize("command", [*arguments.CONFIGS, "benchmark collectives", "benchmark kernels", "slurm"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_key(command, capsys, monkeypatch):
     """--help prints key, default and description of all that a command takes, on 80 columns whatever the window."""
     monkeypatch.setenv("COLUMNS", "200")
@@ -41,7 +43,7 @@ def test_help_explains_every_key(command, capsys, monkeypatch):
     if command in ("evaluate", "quantize"):
         expected = "  comm.bits=4\n      bits of a feature that does not travel in bf16\n"
         assert expected in out and "\n\ncomm: Low-bit communication" in out
-    if command == "benchmark kernels":
+    if command in ("benchmark kernels", "benchmark gpu"):
         assert "  model=" not in out, "a key that the command refuses"
 
 
@@ -51,5 +53,5 @@ def test_the_page_of_all_keys_is_what_the_code_says():
     assert file.read_text() == configuration.page()
     for command in CONFIGS:
         for key in defaults(command()):
-            if command not in (BenchmarkCollectivesConfig, BenchmarkKernelsConfig):  # which refuse some
+            if command not in BENCHMARKS:  # which refuse some
                 assert f"| `{key}` |" in configuration.page()
