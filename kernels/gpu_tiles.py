@@ -59,16 +59,13 @@ def quant_linear(
 def candidates(shape: Problem, tokens: int) -> list[Tile]:
     """Return the tiles that are tried, the usual one first. Those of floats agree in the order of their sums."""
     usual = usual_tile(shape, tokens)
-    tiles = [usual, usual._replace(stages=usual.stages + 2)]
+    deep = usual._replace(stages=usual.stages + 2)
     if is_split(tokens):
-        tiles += [usual._replace(channels=128), usual._replace(channels=128, warps=8)]
-        if not shape.floats:
-            tiles.append(usual._replace(words=2 * usual.words))
-    else:
-        tiles.append(
-            usual._replace(channels=64, tokens=64, warps=4) if usual.channels > 64 else usual._replace(warps=8)
-        )
-    return list(dict.fromkeys(tiles))
+        tiles = [usual, deep, usual._replace(channels=128, warps=8)]
+        return tiles if shape.floats or usual.warps > 4 else [*tiles, usual._replace(words=2 * usual.words)]
+    if usual.channels > 64:
+        return [usual, deep, usual._replace(channels=64, warps=4)]
+    return [usual, usual._replace(tokens=32, warps=4)]
 
 
 def choose(shape: Problem, tokens: int, device: torch.device, launch: Callable[[Tile], object]) -> Tile:

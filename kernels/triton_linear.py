@@ -311,16 +311,18 @@ def usual_tile(problem: Problem, tokens: int) -> Tile:
     """Return a tile that compiles without spilling everywhere, for a product that nobody has timed (gpu_tiles.py)."""
     words = plane_words(problem)
     if is_split(tokens):
-        rows = tokens + (not problem.floats)
-        return Tile(64, min(max(triton.next_power_of_2(rows), 16), 64), words, 4, 3)
-    if problem.blocks > 1 or problem.floats:  # float64 sums stay in registers meanwhile
-        return Tile(64, 64, words, 4, 3)
+        rows = min(max(triton.next_power_of_2(tokens + (not problem.floats)), 16), 64)
+        wide = rows > 32 or (problem.floats and problem.dtype == torch.float32)
+        return Tile(64, rows, words, 8 if wide else 4, 3)
+    # Of several blocks or pieces, float64 sums stay in registers meanwhile.
+    if problem.blocks > 1 or problem.floats:
+        return Tile(64, 64, min(words, 32), 8, 3)
     return Tile(128, 64, words, 8, 3)
 
 
 def plane_words(problem: Problem) -> int:
     """Return how many words are multiplied at a time; of floats, that is the order of their sum."""
-    return min(max(128 // problem.per, 32), 32 if problem.dtype == torch.float32 and problem.floats else 64)
+    return 32 if problem.floats else min(max(128 // problem.per, 32), 64)
 
 
 def is_split(tokens: int) -> bool:
@@ -424,8 +426,9 @@ def sums_options(shape: Problem) -> dict[str, int | bool]:
 
 def _constants(shape: Problem, tile: Tile) -> dict[str, object]:
     """Return the constants of split_kernel and whole_kernel and how they are compiled."""
-    # AMD has instructions for tiles of 16 and of 32, which add up unlike numbers of floats at a time.
-    one_instruction = {"matrix_instr_nonkdim": 16} if HIP and shape.floats else {}
+    # AMD has instructions for tiles of 16 and of 32, which add up unlike numbers of floats at a time. Of 16 a thread
+    # holds fewer sums, too.
+    one_instruction = {"matrix_instr_nonkdim": 16} if HIP else {}
     return {
         **one_instruction,
         "ACC": tl.float32 if shape.floats else tl.int32,
