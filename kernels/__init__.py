@@ -2,10 +2,11 @@
 
 PyTorch's dispatcher chooses: `hybrid`, `exact`, `packing`, `quantizer` and `linear` register the plain torch
 implementations for every device together with their fakes (shapes and dtypes for torch.compile and CUDA graphs); a
-faster kernel registers itself for its device type (`cpu`, `gpu`, `gpu_linear`).
+faster kernel registers itself for its device type (`cpu`, `cpu_linear`, `gpu`, `gpu_linear`).
 """
 
 from megatron_lowbit.kernels import cpu as cpu  # registers its kernels
+from megatron_lowbit.kernels import cpu_linear as cpu_linear
 from megatron_lowbit.kernels import gpu as gpu
 from megatron_lowbit.kernels import gpu_linear as gpu_linear
 from megatron_lowbit.kernels.exact import exact_decode, exact_encode
@@ -17,6 +18,7 @@ from megatron_lowbit.kernels.hybrid import (
 )
 from megatron_lowbit.kernels.linear import FLOAT_BITS, quant_linear
 from megatron_lowbit.kernels.packing import codes_per_word, pack_bits, packed_bytes, unpack_bits
+from megatron_lowbit.kernels.panels import blocks_of, codes_of, panels_of, rows_of
 from megatron_lowbit.kernels.quantizer import dequantize, quantize, quantize_tokens
 from megatron_lowbit.kernels.reassembly import reassemble
 from megatron_lowbit.kernels.wire_format import BF16_BITS, Format, header_bytes, hybrid_row_bytes, squared_sizes
@@ -25,6 +27,8 @@ __all__ = [
     "BF16_BITS",
     "FLOAT_BITS",
     "Format",
+    "blocks_of",
+    "codes_of",
     "codes_per_word",
     "dequantize",
     "exact_decode",
@@ -37,10 +41,12 @@ __all__ = [
     "hybrid_unpack_reduce_requantize",
     "pack_bits",
     "packed_bytes",
+    "panels_of",
     "quant_linear",
     "quantize",
     "quantize_tokens",
     "reassemble",
+    "rows_of",
     "squared_sizes",
     "unpack_bits",
 ]

@@ -1,10 +1,11 @@
-"""Builds hybrid.cpp at first use and loads it; the library is kept for the next process.
+"""Builds hybrid.cpp or linear.cpp at first use and loads it; the library is kept for the next process.
 
 It is kept in $XDG_CACHE_HOME/megatron_lowbit (~/.cache by default), and what is loaded from there runs in this process.
 So the folder has to be this user's and nobody else may write in it, nor in the file; where another user has made it,
 a private folder of this user below the machine's folder for temporary files takes its place, and one line says so.
 
-    hybrid-KEY-SUM.so    KEY: a digest of the sources, the compiler and its version, the flags and the CPU
+    NAME-KEY-SUM.so      NAME: hybrid or linear
+                         KEY: a digest of the sources, the compiler and its version, the flags and the CPU
                          SUM: the SHA-256 of the library itself; a file that is not what its name says is built again
 """
 
@@ -28,20 +29,23 @@ from megatron_lowbit.temporary import beside, remove, remove_dead, scratch_folde
 
 logger = logging.getLogger("megatron_lowbit")
 
-SOURCE = Path(__file__).with_name("csrc") / "hybrid.cpp"
-HEADERS = sorted(SOURCE.parent.glob("*.h"))
+_FOLDER = Path(__file__).with_name("csrc")
+SOURCES = {name: _FOLDER / f"{name}.cpp" for name in ("hybrid", "linear")}
+HEADERS = sorted(_FOLDER.glob("*.h"))
 # No fast-math and no fused multiply-add: results are those of the torch reference.
 FLAGS = ["-std=c++17", "-O2", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
 FLAGS += ["-shared", "-fPIC", "-w"]
 _kept_open: list[int] = []  # the loader knows a library by its name, here the number of its descriptor
 
 
-def load() -> ctypes.CDLL:
-    """Load the library, built first if need be. Raises RuntimeError and OSError where that is impossible."""
+def load(name: str) -> ctypes.CDLL:
+    """Load the library of that name, built first if need be. Raises RuntimeError and OSError where that is
+    impossible."""
     compiler = _compiler()
     version = _run([*compiler, "--version"])
-    sources = [path.read_text() for path in (SOURCE, *HEADERS)]
+    sources = [path.read_text() for path in (SOURCES[name], *HEADERS)]
     key = hashlib.sha256("\0".join([*sources, *compiler, version, *FLAGS, _cpu()]).encode()).hexdigest()[:24]
+    stem = f"{name}-{key}"
     for folder in _folders():
         try:
             if not _is_private(folder):
@@ -50,11 +54,11 @@ def load() -> ctypes.CDLL:
                     folder,
                 )
                 continue
-            return _load_from(folder, key) or _build_in(folder, key, compiler)
+            return _load_from(folder, stem) or _build_in(folder, stem, compiler)
         except OSError:  # a folder that cannot be written
             continue
     with scratch_folder() as folder:
-        return _build_in(folder, key, compiler)  # stays mapped when its file is gone
+        return _build_in(folder, stem, compiler)  # stays mapped when its file is gone
 
 
 def _folders() -> Iterator[Path]:
@@ -75,9 +79,9 @@ def _is_private(folder: Path) -> bool:
     return True
 
 
-def _load_from(folder: Path, key: str) -> ctypes.CDLL | None:
-    """Return the library of that key; None where there is none, or none that can be trusted."""
-    for path in sorted(folder.glob(f"hybrid-{key}-*.so")):
+def _load_from(folder: Path, stem: str) -> ctypes.CDLL | None:
+    """Return the library of that name and key; None where there is none, or none that can be trusted."""
+    for path in sorted(folder.glob(f"{stem}-*.so")):
         with contextlib.suppress(OSError):
             if library := _verified(path):
                 return library
@@ -102,19 +106,19 @@ def _verified(path: Path) -> ctypes.CDLL | None:
     return ctypes.CDLL(str(link))
 
 
-def _build_in(folder: Path, key: str, compiler: list[str]) -> ctypes.CDLL:
+def _build_in(folder: Path, stem: str, compiler: list[str]) -> ctypes.CDLL:
     """Let one of the processes that start together build, while the others wait; then load what was built."""
     with _one_at_a_time(folder):
-        if library := _load_from(folder, key):
+        if library := _load_from(folder, stem):
             return library
         remove_dead([folder])
-        unfinished = beside(folder / f"hybrid-{key}.so")
+        unfinished = beside(folder / f"{stem}.so")
         try:
-            _run([*compiler, *FLAGS, str(SOURCE), "-o", str(unfinished)])
+            _run([*compiler, *FLAGS, str(SOURCES[stem.partition("-")[0]]), "-o", str(unfinished)])
             unfinished.chmod(0o700)
             with open(unfinished, "rb") as file:
                 total = hashlib.file_digest(file, "sha256").hexdigest()
-            path = folder / f"hybrid-{key}-{total}.so"
+            path = folder / f"{stem}-{total}.so"
             os.replace(unfinished, path)
         finally:
             remove(unfinished)

@@ -1,27 +1,13 @@
-"""The ops of hybrid.py and exact.py on CPUs, bit for bit, in C++: hybrid.cpp, compiled at first use.
-
-Nothing is built at import; build.py says where the library is kept. Without a compiler, or where the build fails, the
-torch reference runs, and one line says so.
-
-$MEGATRON_LOWBIT_KERNELS   auto, the default: as above
-                           reference: the torch reference
-                           cpu: this or an error;  triton: what gpu.py makes of it
-$CXX                       the compiler; else c++, else g++
-"""
+"""The ops of hybrid.py and exact.py on CPUs, bit for bit, in C++: hybrid.cpp, compiled at first use (library.py)."""
 
 from __future__ import annotations
 
 import ctypes
-import logging
-import os
-import subprocess
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_lowbit.kernels import build
 from megatron_lowbit.kernels.exact import carrier_words, decode_reference, encode_reference, exact_decode, exact_encode
 from megatron_lowbit.kernels.hybrid import (
     hybrid_pack,
@@ -31,12 +17,10 @@ from megatron_lowbit.kernels.hybrid import (
     requantize_reference,
     unpack_reduce_into_reference,
 )
+from megatron_lowbit.kernels.library import Library
 from megatron_lowbit.kernels.ops import kernel, written
 from megatron_lowbit.kernels.wire_format import BF16_BITS, Format
 
-logger = logging.getLogger("megatron_lowbit")
-
-MODES = ("auto", "reference", "triton", "cpu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as in hybrid.cpp
 
 
@@ -200,41 +184,10 @@ def _format(format: Format) -> _Format | None:
     return _Format(format)
 
 
-_loading = threading.Lock()
-_loaded: list[ctypes.CDLL | Exception] = []  # the library, or why there is none; empty before the first use
-
-
-def _library() -> ctypes.CDLL | None:
-    """Return the kernels; None where the reference is to run."""
-    mode = os.environ.get("MEGATRON_LOWBIT_KERNELS", "auto")
-    if mode == "reference":
-        return None
-    if mode not in MODES:
-        raise RuntimeError(f"MEGATRON_LOWBIT_KERNELS={mode}: use {', '.join(MODES[:-1])} or {MODES[-1]}")
-    with _loading:
-        if not _loaded:
-            try:
-                _loaded.append(_load())
-            except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-                _loaded.append(error)
-                if mode != "cpu":
-                    logger.warning("CPU kernels: %s; the slower torch reference runs", _one_line(error))
-    loaded = _loaded[0]
-    if isinstance(loaded, ctypes.CDLL):
-        return loaded
-    if mode == "cpu":
-        raise RuntimeError(f"MEGATRON_LOWBIT_KERNELS=cpu: {_one_line(loaded)}") from loaded
-    return None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 # Arguments of the functions, as in hybrid.cpp.
 _MESSAGES = [ctypes.c_void_p] + 4 * [ctypes.c_int64]
 _ENCODED = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
-_ARGUMENTS = {
+_ARGUMENTS: dict[str, list[Any]] = {
     "lowbit_pack": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, *_ENCODED],
     "lowbit_unpack_reduce": [ctypes.c_void_p, *_MESSAGES, ctypes.c_void_p, ctypes.c_int, ctypes.c_int],
     "lowbit_exact_encode": [
@@ -249,9 +202,5 @@ _ARGUMENTS = {
 }
 
 
-def _load() -> ctypes.CDLL:
-    """Return the library, with its functions' arguments declared."""
-    library = build.load()
-    for name, types in _ARGUMENTS.items():
-        getattr(library, name).argtypes = types
-    return library
+kernels_of_cpu = Library("hybrid", _ARGUMENTS)
+_library = kernels_of_cpu.find

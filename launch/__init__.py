@@ -22,8 +22,9 @@ STAGES = {
     "generate": "continue prompts",
     "parity": "one artifact on every engine and tensor-parallel size: logits and tokens compared",
     "slurm": "stages as jobs of a Slurm cluster: `slurm render FILE` writes the scripts, `slurm submit` sends them",
-    "benchmark": "time patched against unpatched engines; `benchmark collectives`, `kernels` or `gpu`: these alone",
+    "benchmark": "time patched against unpatched; `benchmark collectives|kernels|linear|model|gpu`: these alone",
 }
+BENCHMARKS = ("collectives", "kernels", "linear", "model", "gpu")  # kinds of `benchmark` that are one process
 
 
 VERSION = ("-V", "--version")
@@ -51,7 +52,7 @@ def _main(argv: list[str] | None) -> int:
     if argv[0] in VERSION:
         print(f"megatron-lowbit {version()}")
         return 0
-    if argv[0] == "benchmark" and argv[1:2] in (["collectives"], ["kernels"], ["gpu"]):
+    if argv[0] == "benchmark" and argv[1:2] and argv[1] in BENCHMARKS:
         from megatron_lowbit.launch.bench import arguments
 
         code = arguments.check_arguments(argv[1], argv[2:])

@@ -19,8 +19,8 @@ from pages import MANUAL, ROOT, Command, commands, links, python_blocks
 
 import megatron_lowbit
 from megatron_lowbit.config import defaults
-from megatron_lowbit.launch import STAGES, arguments
-from megatron_lowbit.launch.bench.arguments import parse_collectives, parse_gpu, parse_kernels
+from megatron_lowbit.launch import BENCHMARKS, STAGES, arguments
+from megatron_lowbit.launch.bench.arguments import PARSERS
 from megatron_lowbit.launch.inputs import check_inputs
 from megatron_lowbit.launch.layout import check_layout, own_ranks, world_of
 from megatron_lowbit.launch.slurm import render
@@ -79,8 +79,8 @@ def test_a_command_parses(command: Command, embedded_artifact, text, tmp_path, c
         assert argv[0] in ("render", "submit")
         assert render.main(["render", *argv[1:], f"output_dir={tmp_path}"]) == 0
         return
-    if stage == "benchmark" and argv[:1] in (["collectives"], ["kernels"], ["gpu"]):
-        {"collectives": parse_collectives, "kernels": parse_kernels, "gpu": parse_gpu}[argv[0]](argv[1:])
+    if stage == "benchmark" and argv and argv[0] in BENCHMARKS:
+        PARSERS[argv[0]](argv[1:])
         return
     config, nproc = arguments.parse(stage, arguments.CONFIGS[stage], argv)
     if command.words[0] == "megatron-lowbit":

@@ -1,4 +1,4 @@
-"""Arguments of `benchmark collectives`, `benchmark kernels` and `benchmark gpu`, as arguments.py has the stages'."""
+"""Arguments of the kinds of `benchmark`, as arguments.py has those of the stages."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from megatron_lowbit.launch.bench.config import (
     BenchmarkCollectivesConfig,
     BenchmarkGpuConfig,
     BenchmarkKernelsConfig,
+    BenchmarkLinearConfig,
+    BenchmarkModelConfig,
     refuse_unused,
 )
 from megatron_lowbit.launch.bench.netlab import no_namespaces
-from megatron_lowbit.launch.inputs import check_package
+from megatron_lowbit.launch.inputs import check_package, model_name
 from megatron_lowbit.launch.layout import check_alone
+
+Config = TypeVar("Config", bound=StageConfig)
 
 NOT_HERE = [*UNUSED, *(f"comm.{key}" for key in CommConfig.model_fields if key not in PLAN_KEYS), "comm.selection"]
 
@@ -23,7 +27,7 @@ NOT_HERE = [*UNUSED, *(f"comm.{key}" for key in CommConfig.model_fields if key n
 def check_arguments(kind: str, argv: list[str]) -> int | None:
     """Return the exit code after one line on standard error, where something is wrong with the arguments; else None."""
     try:
-        config = {"collectives": parse_collectives, "kernels": parse_kernels, "gpu": parse_gpu}[kind](argv)
+        config = PARSERS[kind](argv)
         if config.wandb != "off":
             check_package("wandb")
     except LowBitError as error:
@@ -62,21 +66,44 @@ def parse_collectives(argv: list[str]) -> BenchmarkCollectivesConfig:
 
 def parse_kernels(argv: list[str]) -> BenchmarkKernelsConfig:
     what = "time the ops of the wire formats on one thread, against eager torch, torch.compile and a copy"
-    return _keys_only("benchmark kernels", what, BenchmarkKernelsConfig, argv)
+    return _parse("kernels", what, BenchmarkKernelsConfig, argv)
+
+
+def parse_linear(argv: list[str]) -> BenchmarkLinearConfig:
+    what = "time quantized linears on a CPU, against F.linear in bf16 and the low-bit products of torch and oneDNN"
+    return _parse("linear", what, BenchmarkLinearConfig, argv)
+
+
+def parse_model(argv: list[str]) -> BenchmarkModelConfig:
+    what = "time a quantized model on a CPU against the same in bf16: prefill, decode, and the memory of each"
+    config = _parse("model", what, BenchmarkModelConfig, argv, "where `models` run in one process")
+    for name in config.models:
+        if name != "random":
+            model_name(name)
+    return config
 
 
 def parse_gpu(argv: list[str]) -> BenchmarkGpuConfig:
     what = "check all Triton kernels, NCCL and CUDA graphs on this machine's GPU, and time its linears"
-    return _keys_only("benchmark gpu", what, BenchmarkGpuConfig, argv)
+    return _parse("gpu", what, BenchmarkGpuConfig, argv)
 
 
-Config = TypeVar("Config", bound=StageConfig)
-
-
-def _keys_only(command: str, what: str, config: type[Config], argv: list[str]) -> Config:
-    parser = Parser(prog=f"megatron-lowbit {command}", description=what, config=config, unused=UNUSED)
+def _parse(
+    kind: str, what: str, config_class: type[Config], argv: list[str], where: str = "where no model runs"
+) -> Config:
+    """Read the arguments of a kind that takes keys only."""
+    parser = Parser(prog=f"megatron-lowbit benchmark {kind}", description=what, config=config_class, unused=UNUSED)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    made = load_config(config, None, parser.parse_args(argv).overrides)
-    refuse_unused(made, UNUSED)
-    check_alone(command)
-    return made
+    config = load_config(config_class, None, parser.parse_args(argv).overrides)
+    refuse_unused(config, UNUSED, where)
+    check_alone(f"benchmark {kind}")
+    return config
+
+
+PARSERS = {
+    "collectives": parse_collectives,
+    "kernels": parse_kernels,
+    "linear": parse_linear,
+    "model": parse_model,
+    "gpu": parse_gpu,
+}

@@ -18,6 +18,8 @@ from megatron_lowbit.launch.bench.config import (
     BenchmarkCollectivesConfig,
     BenchmarkGpuConfig,
     BenchmarkKernelsConfig,
+    BenchmarkLinearConfig,
+    BenchmarkModelConfig,
 )
 from megatron_lowbit.launch.help import as_typed, describe
 from megatron_lowbit.launch.slurm.config import SlurmConfig
@@ -64,6 +66,8 @@ def page() -> str:
     for kind, config, unused in (
         ("collectives", BenchmarkCollectivesConfig, NOT_HERE),
         ("kernels", BenchmarkKernelsConfig, UNUSED),
+        ("linear", BenchmarkLinearConfig, UNUSED),
+        ("model", BenchmarkModelConfig, UNUSED),
         ("gpu", BenchmarkGpuConfig, UNUSED),
     ):
         parts += [f"## benchmark {kind}\n", f"{' '.join((config.__doc__ or '').split())}\n"]

@@ -16,7 +16,8 @@ branch:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,16 @@ from torch.nn import functional as F
 from megatron_lowbit.comm.reducers import HybridReducer
 from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.config import LowBitError
-from megatron_lowbit.kernels import FLOAT_BITS, dequantize, quant_linear, quantize_tokens, unpack_bits
+from megatron_lowbit.kernels import (
+    FLOAT_BITS,
+    blocks_of,
+    codes_of,
+    dequantize,
+    panels_of,
+    quant_linear,
+    quantize_tokens,
+    rows_of,
+)
 from megatron_lowbit.layers.reassembled_norm import Reassembly, check_width
 from megatron_lowbit.quant.affine import (
     Float32QParams,
@@ -74,6 +84,7 @@ class QuantLinear(Float32QParams):
             )
         self.in_features, self.out_features = weight.in_features, weight.packed_weight.shape[0]
         self.weight_bits, self.act_bits, self.act_groups = weight.num_bits, act_bits, act_groups
+        self._panels: Tensor | None = None  # on a CPU, after the first forward, what takes the place of the rows
         self.register_buffer("packed_weight", weight.packed_weight)
         self.register_buffer("scale", weight.scale)
         self.register_buffer("zero_point", weight.zero_point)
@@ -95,7 +106,10 @@ class QuantLinear(Float32QParams):
         return y if self.bias is None else y + self.bias
 
     def _multiply(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        weight = (self.packed_weight, self.scale, self.zero_point, self.weight_bits)
+        if self._panels is None and rows.device.type == "cpu":
+            self._order_for_kernels()
+        packed = self.packed_weight if self._panels is None else self._panels
+        weight = (packed, self.scale, self.zero_point, self.weight_bits)
         if torch.is_grad_enabled() and rows.requires_grad:
             return _QuantLinearFunction.apply(rows, *weight, self.act_bits, self.act_groups, dtype)
         return quant_linear(rows, *weight, self.act_bits, self.act_groups, dtype)
@@ -106,6 +120,46 @@ class QuantLinear(Float32QParams):
             return rows
         codes = quantize_tokens(rows.detach(), self.act_bits, self.act_groups)
         return straight_through(rows, dequantize(*codes).to(rows.dtype))
+
+    def _layout(self) -> tuple[int, int, int, bool]:
+        blocks = blocks_of(self.act_bits, self.act_groups, self.scale.shape[1])
+        return self.weight_bits, self.in_features, blocks, self.act_bits == FLOAT_BITS
+
+    @torch.compiler.disable
+    def _order_for_kernels(self) -> None:
+        """Put the weight in the order that the CPU kernels read, in place of the rows: once, not at every call."""
+        self._panels = panels_of(self.packed_weight, *self._layout())
+        if self._panels is not None:
+            del self._buffers["packed_weight"]
+
+    def _order_as_rows(self) -> None:
+        """Put the weight back into rows: for whatever stores it, loads it, moves it or looks at it."""
+        panels, self._panels = self._panels, None
+        if panels is not None:
+            rows = rows_of(panels, self.out_features, *self._layout())
+            self._buffers = {"packed_weight": rows, **self._buffers}  # the first of them, as in every state dict
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "packed_weight" and self.__dict__.get("_panels") is not None:
+            self._order_as_rows()
+        return super().__getattr__(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        self._order_as_rows()
+        super()._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._order_as_rows()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._order_as_rows()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._order_as_rows()
+        return self.__dict__.copy()
 
     def extra_repr(self) -> str:
         scheme = f"W{self.weight_bits}A{self.act_bits}"
@@ -118,13 +172,14 @@ class _QuantLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, packed_weight, scale, zero_point, bits, act_bits, act_groups, dtype):  # type: ignore[override]
         ctx.save_for_backward(packed_weight, scale, zero_point)
-        ctx.bits, ctx.in_features, ctx.dtype = bits, rows.shape[1], rows.dtype
+        blocks = blocks_of(act_bits, act_groups, scale.shape[1])
+        ctx.layout, ctx.dtype = (bits, rows.shape[1], blocks, act_bits == FLOAT_BITS), rows.dtype
         return quant_linear(rows.detach(), packed_weight, scale, zero_point, bits, act_bits, act_groups, dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         packed_weight, scale, zero_point = ctx.saved_tensors
-        weight = dequantize(unpack_bits(packed_weight, ctx.bits, ctx.in_features), scale, zero_point)
+        weight = dequantize(codes_of(packed_weight, len(scale), *ctx.layout), scale, zero_point)
         return (grad.float() @ weight).to(ctx.dtype), *[None] * 7
 
 

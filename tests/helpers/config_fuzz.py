@@ -21,12 +21,22 @@ from pathlib import Path
 from megatron_lowbit.config import LowBitError, StageConfig, defaults, load_config
 from megatron_lowbit.launch import arguments
 from megatron_lowbit.launch.bench import arguments as benchmark_arguments
-from megatron_lowbit.launch.bench.config import BenchmarkCollectivesConfig, BenchmarkKernelsConfig
+from megatron_lowbit.launch.bench.config import (
+    BenchmarkCollectivesConfig,
+    BenchmarkKernelsConfig,
+    BenchmarkLinearConfig,
+    BenchmarkModelConfig,
+)
 from megatron_lowbit.launch.slurm import render as slurm
 from megatron_lowbit.launch.slurm.config import SlurmConfig
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
-BENCHMARKS = {"collectives": BenchmarkCollectivesConfig, "kernels": BenchmarkKernelsConfig}
+BENCHMARKS = {
+    "collectives": BenchmarkCollectivesConfig,
+    "kernels": BenchmarkKernelsConfig,
+    "linear": BenchmarkLinearConfig,
+    "model": BenchmarkModelConfig,
+}
 CLASSES = {**arguments.CONFIGS, **BENCHMARKS, "slurm": SlurmConfig}
 
 # Values that readers of numbers, dates, YAML, paths and text stumble over.

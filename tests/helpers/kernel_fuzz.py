@@ -112,7 +112,7 @@ if __name__ == "__main__":
     calls, seed, *flags = sys.argv[1:]
     for flag in flags:
         if flag.startswith("source="):
-            build.SOURCE = Path(flag.removeprefix("source="))
+            build.SOURCES["hybrid"] = Path(flag.removeprefix("source="))
         else:
             build.FLAGS.append(flag)
     os.environ["MEGATRON_LOWBIT_KERNELS"] = "cpu"

@@ -1,4 +1,4 @@
-"""What quant_linear has to return, by another road: numpy, Python's integers and fractions, one output at a time."""
+"""What quant_linear has to return, by another road: numpy's integers and Python's fractions."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ def quantized_tokens(x: np.ndarray, bits: int, groups: int) -> tuple[np.ndarray,
 def product(
     codes: np.ndarray, s: np.ndarray, z: np.ndarray, weight: np.ndarray, scale: np.ndarray, zero: np.ndarray
 ) -> np.ndarray:
-    """The definition in kernels/linear.py, float64 [tokens, out]: whole numbers by Python, the rest one operation of
+    """The definition in kernels/linear.py, float64 [tokens, out]: whole numbers in int64, the rest one operation of
     float64 at a time."""
-    blocks = math.lcm(s.shape[1], scale.shape[1])
-    k = codes.shape[1] // blocks
-    y = np.zeros((len(codes), len(weight)))
-    for token, row in np.ndindex(y.shape):
-        for h in range(scale.shape[1]):
-            inner = 0.0
-            for b in range(h * blocks // scale.shape[1], (h + 1) * blocks // scale.shape[1]):
-                here, g = slice(b * k, (b + 1) * k), b * s.shape[1] // blocks
-                x, w = codes[token, here].tolist(), weight[row, here].tolist()
-                dot = float(sum(a * c for a, c in zip(x, w, strict=True)))
-                bracket = dot - float(z[token, g]) * float(sum(w))
-                bracket = bracket - (float(sum(x)) - float(k) * float(z[token, g])) * float(zero[row, h])
-                inner = inner + float(s[token, g]) * bracket
-            y[token, row] += inner * float(scale[row, h])
-    return y
+    s, z, scale, zero = (t.astype(np.float64) for t in (s, z, scale, zero))
+    groups, blocks = scale.shape[1], math.lcm(s.shape[1], scale.shape[1])
+    parts = zip(np.split(codes, blocks, 1), np.split(weight, blocks, 1), strict=True)
+    total = np.zeros((len(codes), len(weight)))
+    for b, (x, w) in enumerate(parts):
+        g, h = b * s.shape[1] // blocks, b * groups // blocks
+        if b % (blocks // groups) == 0:
+            inner = np.zeros_like(total)
+        bracket = (x @ w.T).astype(np.float64) - z[:, g, None] * w.sum(1).astype(np.float64)
+        rest = x.sum(1).astype(np.float64) - np.float64(x.shape[1]) * z[:, g]
+        bracket = bracket - rest[:, None] * zero[:, h]
+        inner = inner + s[:, g, None] * bracket
+        if (b + 1) % (blocks // groups) == 0:
+            total = total + inner * scale[:, h]
+    return total
 
 
 def rounded(y: np.ndarray, dtype: torch.dtype) -> Tensor:

@@ -90,7 +90,7 @@ def test_older_processors(monkeypatch, tmp_path):
     if platform.machine() != "x86_64":
         pytest.skip("of another kind")
     monkeypatch.setattr(build, "FLAGS", ["-march=x86-64-v3" if "march" in flag else flag for flag in build.FLAGS])
-    monkeypatch.setattr(cpu, "_loaded", [])
+    monkeypatch.setattr(cpu.kernels_of_cpu, "loaded", [])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for tiers in (TIERS[8], TIERS[9]):
         for per_token in (False, True):
@@ -267,7 +267,7 @@ import sys, torch
 torch.set_num_threads(1)
 from megatron_lowbit import kernels
 from megatron_lowbit.kernels import cpu
-assert not cpu._loaded  # nothing is built at import
+assert not cpu.kernels_of_cpu.loaded  # nothing is built at import
 x = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
 plan = torch.full((50,), 0.3), torch.full((50,), 7.0), torch.arange(50), [16, 3, 4, 47], False
 for _ in range(2):

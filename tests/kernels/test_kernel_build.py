@@ -31,7 +31,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     """The folder, not made yet."""
     source = tmp_path / "hybrid.cpp"
     source.write_text('extern "C" int answer() { return 42; }\n')
-    monkeypatch.setattr(build, "SOURCE", source)
+    monkeypatch.setitem(build.SOURCES, "hybrid", source)
     monkeypatch.setattr(build, "HEADERS", [])
     monkeypatch.setattr(build, "FLAGS", ["-shared", "-fPIC"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -56,12 +56,12 @@ def built(cache: Path) -> list[Path]:
 
 
 def test_built_once_into_a_private_folder(cache, monkeypatch):
-    assert build.load().answer() == 42
+    assert build.load("hybrid").answer() == 42
     (library,) = built(cache)
     assert cache.stat().st_mode & 0o777 == library.stat().st_mode & 0o777 == 0o700
     assert library.stem.split("-")[2] == hashlib.sha256(library.read_bytes()).hexdigest()
     monkeypatch.setattr(build, "_build_in", None)
-    assert build.load().answer() == 42
+    assert build.load("hybrid").answer() == 42
 
 
 @pytest.mark.parametrize(
@@ -77,9 +77,9 @@ def test_built_once_into_a_private_folder(cache, monkeypatch):
     ids=["cut short", "other bytes", "empty", "anybody may write it", "a link", "another user's"],
 )
 def test_a_library_that_is_not_what_was_built(change, cache):
-    build.load()
+    build.load("hybrid")
     change(built(cache)[0])
-    assert build.load().answer() == 42
+    assert build.load("hybrid").answer() == 42
     (library,) = built(cache)
     assert not library.is_symlink() and library.stat().st_mode & 0o777 == 0o700
 
@@ -98,7 +98,7 @@ def plant_everywhere(cache: Path, trace: Path) -> None:
 @as_root
 def test_a_folder_of_another_user(cache, tmp_path, caplog):
     """Nothing of it is loaded; a private folder takes its place, and is found again."""
-    build.load()
+    build.load("hybrid")
     plant_everywhere(cache, tmp_path / "trace")
     for path in (cache, *built(cache)):
         os.chown(path, NOBODY, NOBODY)
@@ -106,7 +106,7 @@ def test_a_folder_of_another_user(cache, tmp_path, caplog):
     for _ in range(2):
         caplog.clear()
         with caplog.at_level(logging.WARNING, "megatron_lowbit"):
-            assert build.load().answer() == 42
+            assert build.load("hybrid").answer() == 42
         (record,) = caplog.records
         assert f"{cache} belongs to another user" in record.getMessage()
     assert not (tmp_path / "trace").exists() and len(built(cache)) == 2
@@ -116,12 +116,12 @@ def test_a_folder_of_another_user(cache, tmp_path, caplog):
 
 @as_root
 def test_what_others_have_put_into_a_lenient_folder(cache, tmp_path):
-    build.load()
+    build.load("hybrid")
     plant_everywhere(cache, tmp_path / "trace")
     for path in built(cache):
         os.chown(path, NOBODY, NOBODY)
     cache.chmod(0o777)
-    assert build.load().answer() == 42
+    assert build.load("hybrid").answer() == 42
     assert not (tmp_path / "trace").exists() and cache.stat().st_mode & 0o777 == 0o700
 
 
@@ -129,7 +129,7 @@ def test_a_folder_that_is_a_link(cache, tmp_path, caplog):
     (tmp_path / "other").mkdir()
     cache.parent.mkdir()
     cache.symlink_to(tmp_path / "other")
-    assert build.load().answer() == 42
+    assert build.load("hybrid").answer() == 42
     assert "may be written by others" in caplog.text and not list((tmp_path / "other").iterdir())
 
 
@@ -137,14 +137,14 @@ def test_no_private_folder_at_all(cache, tmp_path):
     """It is built for this process alone."""
     cache.parent.write_text("no folder")
     (tmp_path / "machine" / f"megatron_lowbit-{os.geteuid()}").write_text("no folder")
-    assert build.load().answer() == 42
+    assert build.load("hybrid").answer() == 42
     assert len(list((tmp_path / "machine").iterdir())) == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux")
 def test_what_was_looked_at_is_what_is_loaded(cache, tmp_path, monkeypatch):
     """Somebody who can rename the folder swaps it between the look and the load."""
-    build.load()
+    build.load("hybrid")
     library, real = built(cache)[0], ctypes.CDLL
     other = planted(tmp_path / "other.so", tmp_path / "trace")
 
@@ -153,16 +153,16 @@ def test_what_was_looked_at_is_what_is_loaded(cache, tmp_path, monkeypatch):
         return real(name)
 
     monkeypatch.setattr(ctypes, "CDLL", swapped_first)
-    assert build.load().answer() == 42 and not (tmp_path / "trace").exists()
+    assert build.load("hybrid").answer() == 42 and not (tmp_path / "trace").exists()
 
 
 def test_a_killed_build_leaves_nothing(cache, monkeypatch):
     def killed() -> None:
         monkeypatch.setattr(os, "replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        build.load()
+        build.load("hybrid")
 
     with forked(killed) as child:
         assert child.finish()[0] == -signal.SIGKILL
     assert len(list(cache.glob(".hybrid-*.tmp"))) == 1
-    assert build.load().answer() == 42
+    assert build.load("hybrid").answer() == 42
     assert sorted(path.name for path in cache.iterdir()) == [built(cache)[0].name, "lock"]

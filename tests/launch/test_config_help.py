@@ -10,13 +10,24 @@ from megatron_lowbit.config import (
     list_sections,
 )
 from megatron_lowbit.launch import arguments
-from megatron_lowbit.launch.bench.config import BenchmarkCollectivesConfig, BenchmarkGpuConfig, BenchmarkKernelsConfig
+from megatron_lowbit.launch.bench.config import (
+    BenchmarkCollectivesConfig,
+    BenchmarkGpuConfig,
+    BenchmarkKernelsConfig,
+    BenchmarkLinearConfig,
+    BenchmarkModelConfig,
+)
 from megatron_lowbit.launch.slurm.config import SlurmConfig
 from megatron_lowbit.launch.tools import configuration
 
-BENCHMARKS = (BenchmarkCollectivesConfig, BenchmarkKernelsConfig, BenchmarkGpuConfig)
+BENCHMARKS = [
+    BenchmarkCollectivesConfig,
+    BenchmarkKernelsConfig,
+    BenchmarkLinearConfig,
+    BenchmarkModelConfig,
+    BenchmarkGpuConfig,
+]
 CONFIGS = [*arguments.CONFIGS.values(), *BENCHMARKS, SlurmConfig]
-COMMANDS = [*arguments.CONFIGS, "benchmark collectives", "benchmark kernels", "benchmark gpu", "slurm"]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
@@ -31,7 +42,7 @@ def test_every_key_has_a_description(config):
         assert {key.name: key.default for section in sections for key in section.keys} == defaults(config())
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*arguments.CONFIGS, *(f"benchmark {kind}" for kind in launch.BENCHMARKS), "slurm"])
 def test_help_explains_every_key(command, capsys, monkeypatch):
     """--help prints key, default and description of all that a command takes, on 80 columns whatever the window."""
     monkeypatch.setenv("COLUMNS", "200")
@@ -43,7 +54,7 @@ def test_help_explains_every_key(command, capsys, monkeypatch):
     if command in ("evaluate", "quantize"):
         expected = "  comm.bits=4\n      bits of a feature that does not travel in bf16\n"
         assert expected in out and "\n\ncomm: Low-bit communication" in out
-    if command in ("benchmark kernels", "benchmark gpu"):
+    if command in ("benchmark kernels", "benchmark linear", "benchmark model", "benchmark gpu"):
         assert "  model=" not in out, "a key that the command refuses"
 
 

@@ -150,6 +150,8 @@ def test_a_layout_that_is_not_the_launchers(environ, size, layout, sentence, mon
         ["parity", "model=m", "artifact=a", "prompts=p"],
         ["benchmark", "collectives", "ranks=2", "sizes=64KiB"],
         ["benchmark", "kernels", "tokens=8", "features=64", "compile=false"],
+        ["benchmark", "linear", "shapes=8x8", "tokens=1"],
+        ["benchmark", "model", "models=embedded"],
     ],
     ids=lambda words: " ".join(words[:2]),
 )

@@ -1,0 +1,96 @@
+"""The ops of quantizer.py and linear.py on CPUs, in C++ (csrc/linear.cpp): quantization and product in one call.
+
+The bits are the definition's (linear.py), but for weight-only products of bf16 activations, which the CPU's bf16
+instructions sum in float32. Weights in panels (panels.py) are read as they are; rows are put in order at every call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.kernels.linear import FLOAT_BITS, quant_linear, quant_linear_reference
+from megatron_lowbit.kernels.ops import kernel
+from megatron_lowbit.kernels.panels import blocks_of, linear_kernels, panels_of, rows_of
+from megatron_lowbit.kernels.quantizer import quantize_tokens, quantize_tokens_reference
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as in tokens.h
+
+
+class _Linear(ctypes.Structure):
+    """Linear of linear.cpp."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+        ("x_dtype", ctypes.c_int32),
+        ("y_dtype", ctypes.c_int32),
+        ("panels", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("scale", ctypes.c_void_p),
+        ("zero_point", ctypes.c_void_p),
+        ("weight_groups", ctypes.c_int64),
+        ("weight_bits", ctypes.c_int32),
+        ("act_bits", ctypes.c_int32),
+        ("act_groups", ctypes.c_int64),
+        ("y", ctypes.c_void_p),
+        ("threads", ctypes.c_int32),
+        ("padding", ctypes.c_int32),
+    ]
+
+
+@kernel(quant_linear, "cpu")
+def _quant_linear(
+    x: Tensor,
+    packed_weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight_bits: int,
+    act_bits: int,
+    act_groups: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Compute quant_linear with the C++ kernel."""
+    library, (outputs, groups), inputs = linear_kernels.find(), scale.shape, x.shape[1]
+    layout = weight_bits, inputs, blocks_of(act_bits, act_groups, groups), act_bits == FLOAT_BITS
+    good = library is not None and x.dtype in _DTYPES and dtype in _DTYPES and outputs > 0
+    good = good and scale.dtype == zero_point.dtype == torch.float32 and zero_point.shape == scale.shape
+    panels: Tensor | None = packed_weight
+    if packed_weight.dim() == 2:
+        panels = panels_of(packed_weight, *layout) if good else None
+    if library is None or not good or panels is None:
+        rows = rows_of(packed_weight, outputs, *layout)
+        return quant_linear_reference(x, rows, scale, zero_point, weight_bits, act_bits, act_groups, dtype)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    scale, zero_point = scale.contiguous(), zero_point.contiguous()
+    y = x.new_empty((x.shape[0], outputs), dtype=dtype)
+    job = _Linear(
+        *(x.data_ptr(), x.shape[0], x.stride(0), _DTYPES[x.dtype], _DTYPES[dtype]),
+        *(panels.data_ptr(), outputs, inputs, scale.data_ptr(), zero_point.data_ptr(), groups),
+        *(weight_bits, act_bits, act_groups, y.data_ptr(), torch.get_num_threads(), 0),
+    )
+    library.lowbit_linear(ctypes.byref(job))
+    return y
+
+
+@kernel(quantize_tokens, "cpu")
+def _quantize_tokens(x: Tensor, num_bits: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute quantize_tokens with the C++ kernel."""
+    library = linear_kernels.find()
+    if library is None or x.dtype not in _DTYPES or x.dim() != 2 or not x.shape[1] or x.shape[1] % groups:
+        return quantize_tokens_reference(x, num_bits, groups)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    codes = x.new_empty(x.shape, dtype=torch.uint8)
+    scale = x.new_empty((x.shape[0], groups), dtype=torch.float32)
+    zero_point = torch.empty_like(scale)
+    library.lowbit_quantize_tokens(
+        *(x.data_ptr(), _DTYPES[x.dtype], x.shape[0], x.stride(0), x.shape[1], num_bits, groups),
+        *(codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), torch.get_num_threads()),
+    )
+    return codes, scale, zero_point

@@ -1,0 +1,286 @@
+// Products in tile registers (Intel AMX): 16 tokens by 16 outputs, 64 bytes of each at a time.
+//
+// Weights are expanded, panel by panel, to what a tile register holds, and stay in the second-level cache while all
+// tokens go by; 32 tokens and 32 outputs are multiplied at once, four accumulators. Codes are bytes, unsigned on both
+// sides, and x.w is exact below 2^32. bf16 activations meet codes as bf16, which holds them exactly, in float32; the
+// order of the sum is the hardware's and the same for every batch.
+
+#pragma once
+
+#include "brackets.h"
+
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__linux__)
+#define LOWBIT_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <memory>
+
+#include "bf16_codes.h"
+
+namespace {
+
+constexpr int64_t kLeastAmxTokens = 5;         // below, tiles.h is faster: it does not expand
+constexpr int64_t kTile = 1024;                // bytes of a tile register
+constexpr int64_t kExpanded = 3 << 19;         // bytes of expanded weights, which the tokens share a 2 MiB cache with
+constexpr int kRows = 16;
+
+// Linux lends the tile registers on request (arch_prctl, ARCH_REQ_XCOMP_PERM of XTILEDATA).
+inline bool amx_allowed() {
+  static const bool allowed = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  return allowed;
+}
+
+// The shape of all eight registers: 16 rows of 64 bytes, but for those of tokens, 0 .. 4, where these are fewer. Held as
+// long as the object lives.
+struct TileRegisters {
+  struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_per_row[16] = {};
+    uint8_t rows[16] = {};
+  };
+  explicit TileRegisters(int tokens) {
+    Config config;
+    for (int i = 0; i < 8; ++i) config.bytes_per_row[i] = 64, config.rows[i] = i < 5 ? tokens : kRows;
+    _tile_loadconfig(&config);
+  }
+  ~TileRegisters() { _tile_release(); }
+};
+
+// What is multiplied, by GCC's own instructions in its own words: its functions for them take literal numbers only.
+// expand: a panel's step (16 inputs) as rows of 64 bytes, [4 groups] apart by kTile.
+template <int Bits>
+struct CodeOperand {
+  static constexpr int kInputs = 64;  // of a tile
+  static constexpr int kBytes = 1;    // of an input
+  using Dot = uint32_t;
+
+  static void expand(const uint8_t* step, uint8_t* to) {
+    each<kGroups>([&](auto g) INLINE {
+      each<4>([&](auto q) INLINE { store(to + g * kTile + q * kVector, quad<Bits, q>(step, g)); });
+    });
+  }
+  template <int C, int A, int B>
+  static INLINE inline void multiply() {
+    asm volatile("tdpbuud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+  }
+};
+
+template <int Bits>
+struct Bfloat16Operand {
+  static constexpr int kInputs = 32;
+  static constexpr int kBytes = 2;
+  using Dot = float;
+
+  static void expand(const uint8_t* step, uint8_t* to) {
+    each<kGroups>([&](auto g) INLINE {
+      each<8>([&](auto p) INLINE { store(to + g * kTile + p * kVector, as_bfloat16<Bits>(pair<Bits, p>(step, g))); });
+    });
+  }
+  template <int C, int A, int B>
+  static INLINE inline void multiply() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+  }
+};
+
+// Tokens as tiles: [tokens / 16][inputs / kInputs][16 rows][64 bytes], each block padded to whole tiles.
+template <class Operand>
+struct AmxShape {
+  int64_t tokens, blocks, tiles;  // tiles: of a block
+
+  AmxShape(const Panels& panels, int64_t tokens)
+      : tokens(tokens), blocks(panels.blocks), tiles(up(panels.block(), Operand::kInputs) / Operand::kInputs) {}
+  int64_t block_bytes() const { return tiles * kVector; }
+  int64_t row_bytes() const { return blocks * block_bytes(); }
+  int64_t x_bytes() const { return up(tokens, kRows) * row_bytes(); }
+  int64_t panel_bytes() const { return blocks * tiles * kGroups * kTile; }
+
+  // row: row_bytes() of a token.
+  void put_row(const uint8_t* row, int64_t token, uint8_t* x) const {
+    uint8_t* to = x + token / kRows * kRows * row_bytes() + token % kRows * kVector;
+    for (int64_t tile = 0; tile < blocks * tiles; ++tile) std::memcpy(to + tile * kTile, row + tile * kVector, kVector);
+  }
+};
+
+// GCC's tile instructions do not tell the compiler that they read and write memory.
+inline void fence() { asm volatile("" ::: "memory"); }
+
+// The next tiles of a block: [tiles][4 groups][kTile]. steps: that are left of it; zeros follow. Returns the step after.
+template <class Operand>
+const uint8_t* expand(const uint8_t* step, int64_t step_bytes, int64_t steps, int64_t tiles, uint8_t* to) {
+  constexpr int64_t kSteps = Operand::kInputs / kStep, kStepRows = kTile / kSteps;
+  for (int64_t s = 0; s < tiles * kSteps; ++s) {
+    uint8_t* at = to + s / kSteps * kGroups * kTile + s % kSteps * kStepRows;
+    if (s < steps) {
+      Operand::expand(step, at);
+      step += step_bytes;
+    } else {
+      for (int g = 0; g < kGroups; ++g) std::memset(at + g * kTile, 0, kStepRows);
+    }
+  }
+  return step;
+}
+
+// Tiles come from the second-level cache, in which the hardware does not look far enough ahead for them.
+constexpr int kAhead = 2;
+inline void fetch(const uint8_t* x, const uint8_t* w) {
+  each<16>([&](auto i) INLINE {
+    _mm_prefetch(reinterpret_cast<const char*>(x) + i * 64, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(w) + i * 64, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(w) + kTile + i * 64, _MM_HINT_T0);
+  });
+}
+
+// 32 tokens by 32 outputs of a block. x: the tiles of 16 tokens, the next 16 `x_stride` further; w: of two groups.
+template <class Operand>
+inline void multiply_two(const uint8_t* x, int64_t x_stride, const uint8_t* w, int64_t tiles, void* dots) {
+  fence();
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t t = 0; t < tiles; ++t, x += kTile, w += kGroups * kTile) {
+    _tile_loadd(4, x, 64);
+    _tile_loadd(6, w, 64);
+    Operand::template multiply<0, 4, 6>();
+    fetch(x + kAhead * kTile, w + kAhead * kGroups * kTile);
+    _tile_loadd(5, x + x_stride, 64);
+    Operand::template multiply<2, 5, 6>();
+    _tile_loadd(7, w + kTile, 64);
+    Operand::template multiply<1, 4, 7>();
+    Operand::template multiply<3, 5, 7>();
+  }
+  char* to = static_cast<char*>(dots);
+  _tile_stored(0, to, 128);
+  _tile_stored(1, to + 64, 128);
+  _tile_stored(2, to + 16 * 128, 128);
+  _tile_stored(3, to + 16 * 128 + 64, 128);
+  fence();
+}
+
+// 16 tokens by 32 outputs.
+template <class Operand>
+inline void multiply_one(const uint8_t* x, const uint8_t* w, int64_t tiles, void* dots) {
+  fence();
+  _tile_zero(0);
+  _tile_zero(1);
+  for (int64_t t = 0; t < tiles; ++t, x += kTile, w += kGroups * kTile) {
+    _tile_loadd(4, x, 64);
+    _tile_loadd(6, w, 64);
+    Operand::template multiply<0, 4, 6>();
+    _tile_loadd(7, w + kTile, 64);
+    Operand::template multiply<1, 4, 7>();
+  }
+  char* to = static_cast<char*>(dots);
+  _tile_stored(0, to, 128);
+  _tile_stored(1, to + 64, 128);
+  fence();
+}
+
+// All tokens with the panels [first, last), where tokens are many: weights are expanded once for all of them.
+template <class Operand>
+void multiply_wide(const Panels& panels, const AmxShape<Operand>& shape, const uint8_t* x, const Tokens& tokens,
+                   const float* scale, const float* zero_point, int64_t weight_groups, int64_t first, int64_t last,
+                   const Output& to) {
+  constexpr int kColumns = 32;
+  const int64_t together = std::min(last - first, std::max<int64_t>(1, kExpanded / shape.panel_bytes()));
+  const int64_t x_stride = kRows * shape.row_bytes();
+  Buffer<uint8_t> expanded(together * shape.panel_bytes());
+  std::vector<Channels> channels;
+  for (int64_t i = 0; i < together; ++i) channels.emplace_back(panels.blocks, weight_groups);
+  auto sums = std::make_unique<Sums<2 * kRows * kColumns>>();
+  alignas(64) typename Operand::Dot dots[2 * kRows * kColumns];
+  for (int64_t begin = first; begin < last; begin += together) {
+    const int64_t end = std::min(begin + together, last);
+    for (int64_t p = begin; p < end; ++p) {
+      uint8_t* at = expanded.get() + (p - begin) * shape.panel_bytes();
+      const uint8_t* step = panels.panel(p);
+      for (int64_t b = 0; b < panels.blocks; ++b, at += shape.tiles * kGroups * kTile)
+        step = expand<Operand>(step, panels.step_bytes(), panels.steps(), shape.tiles, at);
+      channels[p - begin].read(panels, p, scale, zero_point);
+    }
+    for (int64_t token = 0; token < shape.tokens; token += 2 * kRows)
+      for (int64_t p = begin; p < end; ++p)
+        for (int column = 0; column < kPanel; column += kColumns) {
+          const int rows = static_cast<int>(std::min<int64_t>(2 * kRows, shape.tokens - token));
+          const uint8_t* tiles = x + token * shape.row_bytes();
+          const uint8_t* w = expanded.get() + (p - begin) * shape.panel_bytes() + column / 16 * kTile;
+          for (int64_t b = 0; b < shape.blocks; ++b) {
+            if (rows > kRows) multiply_two<Operand>(tiles, x_stride, w, shape.tiles, dots);
+            else multiply_one<Operand>(tiles, w, shape.tiles, dots);
+            tiles += shape.tiles * kTile;
+            w += shape.tiles * kGroups * kTile;
+            const Block block(b, channels[p - begin]);
+            for (int r = 0; r < rows; ++r)
+              each<kColumns / kHalf>([&](auto i) INLINE {
+                const int o = i * kHalf, at = r * kColumns + o;
+                finish_block(tokens, token + r, channels[p - begin], p, block, column + o, dots + at, *sums, at, to);
+              });
+          }
+        }
+  }
+}
+
+// At most 16 tokens: weights are expanded a few tiles at a time, which the first-level cache holds.
+template <class Operand>
+void multiply_narrow(const Panels& panels, const AmxShape<Operand>& shape, const uint8_t* x, const Tokens& tokens,
+                     const float* scale, const float* zero_point, int64_t weight_groups, int64_t first, int64_t last,
+                     const Output& to) {
+  constexpr int64_t kSteps = Operand::kInputs / kStep, kTogether = 4;
+  Buffer<uint8_t> expanded(kTogether * kGroups * kTile);
+  Channels channels(panels.blocks, weight_groups);
+  auto sums = std::make_unique<Sums<kRows * kPanel>>();
+  alignas(64) typename Operand::Dot dots[kRows * kPanel];
+  for (int64_t p = first; p < last; ++p) {
+    channels.read(panels, p, scale, zero_point);
+    const uint8_t *step = panels.panel(p), *tile = x;
+    for (int64_t b = 0; b < panels.blocks; ++b) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t t = 0; t < shape.tiles; t += kTogether) {
+        const int64_t here = std::min(kTogether, shape.tiles - t);
+        step = expand<Operand>(step, panels.step_bytes(), panels.steps() - t * kSteps, here, expanded.get());
+        fence();
+        const uint8_t* w = expanded.get();
+        for (int64_t i = 0; i < here; ++i, tile += kTile, w += kGroups * kTile) {
+          _tile_loadd(4, tile, 64);
+          _tile_loadd(5, w, 64);
+          Operand::template multiply<0, 4, 5>();
+          _tile_loadd(6, w + kTile, 64);
+          Operand::template multiply<1, 4, 6>();
+          _tile_loadd(5, w + 2 * kTile, 64);
+          Operand::template multiply<2, 4, 5>();
+          _tile_loadd(6, w + 3 * kTile, 64);
+          Operand::template multiply<3, 4, 6>();
+        }
+        fence();
+      }
+      char* out = reinterpret_cast<char*>(dots);
+      _tile_stored(0, out, 256);
+      _tile_stored(1, out + 64, 256);
+      _tile_stored(2, out + 128, 256);
+      _tile_stored(3, out + 192, 256);
+      fence();
+      const Block block(b, channels);
+      for (int r = 0; r < shape.tokens; ++r)
+        for (int o = 0; o < kPanel; o += kHalf) {
+          const int at = r * kPanel + o;
+          finish_block(tokens, r, channels, p, block, o, dots + at, *sums, at, to);
+        }
+    }
+  }
+}
+
+template <class Operand>
+void multiply_panels(const Panels& panels, const AmxShape<Operand>& shape, const uint8_t* x, const Tokens& tokens,
+                     const float* scale, const float* zero_point, int64_t weight_groups, int64_t first, int64_t last,
+                     const Output& to) {
+  const TileRegisters registers(static_cast<int>(std::min<int64_t>(shape.tokens, kRows)));
+  auto multiply = shape.tokens <= kRows ? multiply_narrow<Operand> : multiply_wide<Operand>;
+  multiply(panels, shape, x, tokens, scale, zero_point, weight_groups, first, last, to);
+}
+
+}  // namespace
+#endif

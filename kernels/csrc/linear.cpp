@@ -1,0 +1,318 @@
+// The ops of quantizer.py and linear.py for CPUs. cpu_linear.py builds this file and calls the functions at its end on
+// plain pointers. Every path makes the same bits: codes are multiplied exactly, and the float64 part is brackets.h.
+
+#include "amx.h"
+#include "tiles.h"
+#include "weight_only.h"
+
+namespace {
+
+constexpr int kFloatBits = 16;  // of activations that are not quantized
+constexpr int64_t kMinParallel = 1 << 18;  // multiplications; below this, starting threads costs more than they save
+
+// As in cpu_linear.py.
+struct Linear {
+  const void* x;  // [tokens, inputs]
+  int64_t tokens, row_stride;
+  int32_t x_dtype, y_dtype;
+  const uint8_t* panels;
+  int64_t outputs, inputs;
+  const float *scale, *zero_point;  // [outputs, weight_groups]
+  int64_t weight_groups;
+  int32_t weight_bits, act_bits;
+  int64_t act_groups;
+  void* y;  // [tokens, outputs]
+  int32_t threads, padding;
+};
+
+int64_t common_multiple(int64_t a, int64_t b) {
+  int64_t multiple = a;
+  while (multiple % b) multiple += a;
+  return multiple;
+}
+
+const void* row_of(const Linear& job, int64_t token) {
+  return static_cast<const char*>(job.x) + token * job.row_stride * bytes_of(static_cast<DType>(job.x_dtype));
+}
+
+// Codes of a token, each block padded to whole units of inputs; fills in what the brackets need.
+void quantize_token(const Linear& job, const Panels& panels, int64_t token, int64_t unit, Tokens& tokens, float* row,
+                    uint8_t* codes) {
+  widen(row_of(job, token), static_cast<DType>(job.x_dtype), row, job.inputs);
+  const int64_t blocks_per_group = panels.blocks / job.act_groups, group = job.inputs / job.act_groups;
+  const int64_t block = panels.block(), stride = up(block, unit);
+  for (int64_t g = 0; g < job.act_groups; ++g) {
+    float low, high;
+    range_of(row + g * group, group, &low, &high);
+    const QParams q = qparams_of(low, high, job.act_bits);
+    for (int64_t b = g * blocks_per_group; b < (g + 1) * blocks_per_group; ++b) {
+      int64_t sum = codes_of(row + b * block, block, q, job.act_bits, codes + b * stride);
+      tokens.set(token, b, q.scale, q.zero_point, static_cast<double>(sum), block);
+    }
+  }
+}
+
+// The range [first, last) of a thread among `count` things.
+struct Share {
+  int64_t first, last;
+  Share(int64_t count, int thread, int threads) : first(count * thread / threads), last(count * (thread + 1) / threads) {}
+};
+
+int threads_of(const Linear& job, const Panels& panels) {
+  if (job.tokens * job.inputs * job.outputs < kMinParallel) return 1;
+  return static_cast<int>(std::min<int64_t>(job.threads, std::max<int64_t>(panels.count(), 1)));
+}
+
+// work(thread) on every thread, then the next.
+template <class First, class Then>
+void in_two_phases(int threads, First first, Then then) {
+  if (threads == 1) return first(0), then(0);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static, 1)
+    for (int part = 0; part < threads; ++part) first(part);  // waits for the others
+#pragma omp for schedule(static, 1)
+    for (int part = 0; part < threads; ++part) then(part);
+  }
+}
+
+template <int Bits>
+void by_tiles(const Linear& job, const Panels& panels, const Output& to) {
+  constexpr int64_t kMost = most_rows(Bits);
+  const int64_t count = (job.tokens + kMost - 1) / kMost, width = panels.blocks * panels.steps() * kStep;
+  auto first_of = [&](int64_t part) { return job.tokens * part / count; };  // tiles of nearly the same height
+  Tokens tokens(job.tokens, panels.blocks);
+  Buffer<int8_t> x(job.tokens * width);
+  const int threads = threads_of(job, panels);
+  in_two_phases(
+      threads,
+      [&](int thread) {
+        Buffer<float> row(job.inputs);
+        Buffer<uint8_t> codes(width);
+        const Share share(count, thread, threads);
+        for (int64_t part = share.first; part < share.last; ++part) {
+          const int64_t first = first_of(part), rows = first_of(part + 1) - first;
+          for (int64_t r = 0; r < rows; ++r) {
+            quantize_token(job, panels, first + r, kStep, tokens, row.get(), codes.get());
+            interleave(codes.get(), width / kStep, static_cast<int>(r), static_cast<int>(rows), x.get() + first * width);
+          }
+        }
+      },
+      [&](int thread) {
+        Channels channels(panels.blocks, job.weight_groups);
+        const TileJob tile_job{panels, tokens, channels, to};
+        const Share share(panels.count(), thread, threads);
+        for (int64_t panel = share.first; panel < share.last; ++panel) {
+          channels.read(panels, panel, job.scale, job.zero_point);
+          for (int64_t part = 0; part < count; ++part) {
+            const int64_t first = first_of(part);
+            tiles<Bits>(tile_job, static_cast<int>(first_of(part + 1) - first), x.get() + first * width, first, panel);
+          }
+        }
+      });
+}
+
+#ifdef LOWBIT_AMX
+template <int Bits>
+void by_amx(const Linear& job, const Panels& panels, const Output& to) {
+  using Operand = CodeOperand<Bits>;
+  const AmxShape<Operand> shape(panels, job.tokens);
+  Tokens tokens(job.tokens, panels.blocks);
+  Buffer<uint8_t> x(shape.x_bytes());
+  const int threads = threads_of(job, panels);
+  in_two_phases(
+      threads,
+      [&](int thread) {
+        Buffer<float> row(job.inputs);
+        Buffer<uint8_t> codes(shape.row_bytes());
+        const Share share(job.tokens, thread, threads);
+        for (int64_t token = share.first; token < share.last; ++token) {
+          quantize_token(job, panels, token, Operand::kInputs, tokens, row.get(), codes.get());
+          shape.put_row(codes.get(), token, x.get());
+        }
+      },
+      [&](int thread) {
+        const Share share(panels.count(), thread, threads);
+        multiply_panels<Operand>(panels, shape, x.get(), tokens, job.scale, job.zero_point, job.weight_groups, share.first, share.last, to);
+      });
+}
+
+template <int Bits>
+void floats_by_amx(const Linear& job, const Panels& panels, const Output& to) {
+  using Operand = Bfloat16Operand<Bits>;
+  const AmxShape<Operand> shape(panels, job.tokens);
+  Tokens tokens(job.tokens, panels.blocks);
+  Buffer<uint8_t> x(shape.x_bytes());
+  const int threads = threads_of(job, panels);
+  in_two_phases(
+      threads,
+      [&](int thread) {
+        Buffer<uint8_t> padded(shape.row_bytes());
+        const Share share(job.tokens, thread, threads);
+        for (int64_t token = share.first; token < share.last; ++token) {
+          const uint16_t* row = static_cast<const uint16_t*>(row_of(job, token));
+          for (int64_t b = 0; b < panels.blocks; ++b) {
+            std::memcpy(padded.get() + b * shape.block_bytes(), row + b * panels.block(), panels.block() * 2);
+            tokens.set(token, b, 1.0, 0.0, sum_of(row + b * panels.block(), panels.block()), panels.block());
+          }
+          shape.put_row(padded.get(), token, x.get());
+        }
+      },
+      [&](int thread) {
+        const Share share(panels.count(), thread, threads);
+        multiply_panels<Operand>(panels, shape, x.get(), tokens, job.scale, job.zero_point, job.weight_groups, share.first, share.last, to);
+      });
+}
+#endif
+
+// Weight-only, in float64: any dtype, any processor.
+template <int Bits>
+void floats_by_doubles(const Linear& job, const Panels& panels, const Output& to) {
+  Tokens tokens(job.tokens, panels.blocks);
+  Buffer<double> x(job.tokens * job.inputs);
+  const int threads = threads_of(job, panels);
+  in_two_phases(
+      threads,
+      [&](int thread) {
+        Buffer<float> row(job.inputs);
+        const Share share(job.tokens, thread, threads);
+        for (int64_t token = share.first; token < share.last; ++token) {
+          double* values = x.get() + token * job.inputs;
+          if (job.x_dtype == kFloat64) {
+            std::memcpy(values, row_of(job, token), job.inputs * sizeof(double));
+          } else {
+            widen(row_of(job, token), static_cast<DType>(job.x_dtype), row.get(), job.inputs);
+            convert(row.get(), values, job.inputs);
+          }
+          for (int64_t b = 0; b < panels.blocks; ++b)
+            tokens.set(token, b, 1.0, 0.0, sum_of(values + b * panels.block(), panels.block()), panels.block());
+        }
+      },
+      [&](int thread) {
+        Channels channels(panels.blocks, job.weight_groups);
+        const Share share(panels.count(), thread, threads);
+        for (int64_t panel = share.first; panel < share.last; ++panel) {
+          channels.read(panels, panel, job.scale, job.zero_point);
+          multiply_doubles<Bits>(TileJob{panels, tokens, channels, to}, x.get(), job.tokens, panel);
+        }
+      });
+}
+
+#ifdef LOWBIT_BF16
+template <int Bits>
+void floats_by_pairs(const Linear& job, const Panels& panels, const Output& to) {
+  const int64_t width = panels.blocks * panels.steps() * kStep;
+  Tokens tokens(job.tokens, panels.blocks);
+  Buffer<uint16_t> x(job.tokens * width);
+  const int threads = threads_of(job, panels);
+  in_two_phases(
+      threads,
+      [&](int thread) {
+        const Share share(job.tokens, thread, threads);
+        for (int64_t token = share.first; token < share.last; ++token) {
+          const uint16_t* row = static_cast<const uint16_t*>(row_of(job, token));
+          for (int64_t b = 0; b < panels.blocks; ++b) {
+            std::memcpy(x.get() + token * width + b * panels.steps() * kStep, row + b * panels.block(), panels.block() * 2);
+            tokens.set(token, b, 1.0, 0.0, sum_of(row + b * panels.block(), panels.block()), panels.block());
+          }
+        }
+      },
+      [&](int thread) {
+        Channels channels(panels.blocks, job.weight_groups);
+        const Share share(panels.count(), thread, threads);
+        for (int64_t panel = share.first; panel < share.last; ++panel) {
+          channels.read(panels, panel, job.scale, job.zero_point);
+          multiply_pairs<Bits>(TileJob{panels, tokens, channels, to}, x.get(), width, job.tokens, panel);
+        }
+      });
+}
+#endif
+
+Panels panels_of(const uint8_t* data, int64_t outputs, int64_t inputs, int64_t blocks, int bits) {
+  return {data, outputs, inputs, blocks, stored_bits(bits)};
+}
+
+}  // namespace
+
+extern "C" {
+
+// The instructions that multiply: amx, avx512_vnni, avx512, avx_vnni, avx2 or plain.
+const char* lowbit_linear_path() {
+#ifdef LOWBIT_AMX
+  if (amx_allowed()) return "amx";
+#endif
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+  return "avx512_vnni";
+#elif defined(__AVX512BW__)
+  return "avx512";
+#elif defined(__AVXVNNI__)
+  return "avx_vnni";
+#elif defined(__AVX2__)
+  return "avx2";
+#else
+  return "plain";
+#endif
+}
+
+int64_t lowbit_panel_bytes(int64_t outputs, int64_t inputs, int64_t blocks, int bits) {
+  return panels_of(nullptr, outputs, inputs, blocks, bits).bytes();
+}
+
+// codes: uint8 [outputs, inputs]; pairs: for activations that are not quantized.
+void lowbit_pack_panels(const uint8_t* codes, int64_t outputs, int64_t inputs, int64_t blocks, int bits, int pairs,
+                        uint8_t* to, int threads) {
+  pack_panels(codes, panels_of(to, outputs, inputs, blocks, bits), pairs ? kPairs : kQuads, to, threads);
+}
+
+void lowbit_unpack_panels(const uint8_t* from, int64_t outputs, int64_t inputs, int64_t blocks, int bits, int pairs,
+                          uint8_t* codes, int threads) {
+  unpack_panels(panels_of(from, outputs, inputs, blocks, bits), pairs ? kPairs : kQuads, codes, threads);
+}
+
+// x: [tokens, features] of any dtype; codes: uint8 alike; scale, zero_point: [tokens, groups].
+void lowbit_quantize_tokens(const void* x, int dtype, int64_t tokens, int64_t row_stride, int64_t features, int bits,
+                            int64_t groups, uint8_t* codes, float* scale, float* zero_point, int threads) {
+  const int64_t group = features / groups;
+  if (tokens * features < kMinParallel / 16) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int part = 0; part < threads; ++part) {
+    Buffer<float> row(features);
+    const Share share(tokens, part, threads);
+    for (int64_t token = share.first; token < share.last; ++token) {
+      const char* from = static_cast<const char*>(x) + token * row_stride * bytes_of(static_cast<DType>(dtype));
+      widen(from, static_cast<DType>(dtype), row.get(), features);
+      for (int64_t g = 0; g < groups; ++g) {
+        float low, high;
+        range_of(row.get() + g * group, group, &low, &high);
+        const QParams q = qparams_of(low, high, bits);
+        codes_of(row.get() + g * group, group, q, bits, codes + token * features + g * group);
+        scale[token * groups + g] = q.scale;
+        zero_point[token * groups + g] = q.zero_point;
+      }
+    }
+  }
+}
+
+void lowbit_linear(const Linear* job) {
+  if (!job->tokens) return;
+  const int64_t act_groups = job->act_bits == kFloatBits ? 1 : job->act_groups;
+  const int64_t blocks = common_multiple(act_groups, job->weight_groups);
+  const Panels panels = panels_of(job->panels, job->outputs, job->inputs, blocks, job->weight_bits);
+  const Output to{job->y, static_cast<DType>(job->y_dtype), job->outputs};
+  with_bits(panels.bits, [&](auto bits) {
+    if (job->act_bits == kFloatBits) {
+#ifdef LOWBIT_AMX
+      if (job->x_dtype == kBfloat16 && amx_allowed()) return floats_by_amx<bits>(*job, panels, to);
+#endif
+#ifdef LOWBIT_BF16
+      if (job->x_dtype == kBfloat16) return floats_by_pairs<bits>(*job, panels, to);
+#endif
+      return floats_by_doubles<bits>(*job, panels, to);
+    }
+#ifdef LOWBIT_AMX
+    if (job->tokens >= kLeastAmxTokens && amx_allowed()) return by_amx<bits>(*job, panels, to);
+#endif
+    by_tiles<bits>(*job, panels, to);
+  });
+}
+}

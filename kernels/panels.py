@@ -1,0 +1,81 @@
+"""Weights in the order that the CPU kernels read: panels of 64 outputs (csrc/panels.h).
+
+A panel tensor is uint8 [bytes]: one dimension, by which quant_linear knows it. The codes take the bytes that they take
+in the artifact's rows, but for padding, and codes of odd width, which lie in the next even one (7 bits in 8). They are
+ordered once, when a linear first runs on a CPU, and not kept twice; rows_of puts them back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.kernels.library import Library
+from megatron_lowbit.kernels.linear import FLOAT_BITS
+from megatron_lowbit.kernels.packing import pack_bits, unpack_bits
+
+_SHAPE: list[Any] = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+_PANELS: list[Any] = [ctypes.c_void_p, *_SHAPE, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
+_ARGUMENTS: dict[str, list[Any]] = {
+    "lowbit_linear": [ctypes.c_void_p],
+    "lowbit_linear_path": [],
+    "lowbit_panel_bytes": _SHAPE,
+    "lowbit_pack_panels": _PANELS,
+    "lowbit_unpack_panels": _PANELS,
+    "lowbit_quantize_tokens": [
+        *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int64),
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
+    ],
+}
+linear_kernels = Library(
+    "linear", _ARGUMENTS, {"lowbit_panel_bytes": ctypes.c_int64, "lowbit_linear_path": ctypes.c_char_p}
+)
+
+
+def blocks_of(act_bits: int, act_groups: int, weight_groups: int) -> int:
+    """Return how many blocks of inputs have scales and zero points in common."""
+    return weight_groups if act_bits == FLOAT_BITS else math.lcm(act_groups, weight_groups)
+
+
+def fits(num_bits: int, inputs: int, blocks: int) -> bool:
+    """Return whether the kernels multiply such a weight exactly: the dot product of a block stays below 2^32."""
+    return 2 <= num_bits <= 8 and inputs > 0 and inputs // blocks * 255 * (2**num_bits - 1) < 2**32
+
+
+def panels_of(packed_weight: Tensor, num_bits: int, inputs: int, blocks: int, pairs: bool) -> Tensor | None:
+    """Return rows uint8 [outputs, row_bytes] as panels; None where the kernels cannot run.
+
+    blocks: of inputs, as blocks_of says; pairs: for activations that are not quantized.
+    """
+    library = linear_kernels.find() if packed_weight.device.type == "cpu" and fits(num_bits, inputs, blocks) else None
+    if library is None:
+        return None
+    codes = unpack_bits(packed_weight, num_bits, inputs)
+    shape = codes.shape[0], inputs, blocks, num_bits
+    panels = torch.empty(library.lowbit_panel_bytes(*shape), dtype=torch.uint8)
+    library.lowbit_pack_panels(codes.data_ptr(), *shape, pairs, panels.data_ptr(), torch.get_num_threads())
+    return panels
+
+
+def codes_of(packed_weight: Tensor, outputs: int, num_bits: int, inputs: int, blocks: int, pairs: bool) -> Tensor:
+    """Return the codes uint8 [outputs, inputs] of rows or panels; the other arguments as panels_of had them."""
+    if packed_weight.dim() == 2:
+        return unpack_bits(packed_weight, num_bits, inputs)
+    library = linear_kernels.loaded[0]  # it made the panels, whatever is to run now
+    assert isinstance(library, ctypes.CDLL)
+    codes = torch.empty((outputs, inputs), dtype=torch.uint8)
+    shape = outputs, inputs, blocks, num_bits
+    panels = packed_weight.contiguous()
+    library.lowbit_unpack_panels(panels.data_ptr(), *shape, pairs, codes.data_ptr(), torch.get_num_threads())
+    return codes
+
+
+def rows_of(packed_weight: Tensor, outputs: int, num_bits: int, inputs: int, blocks: int, pairs: bool) -> Tensor:
+    """Return rows or panels as rows uint8 [outputs, row_bytes]: the inverse of panels_of."""
+    if packed_weight.dim() == 2:
+        return packed_weight
+    return pack_bits(codes_of(packed_weight, outputs, num_bits, inputs, blocks, pairs), num_bits)
