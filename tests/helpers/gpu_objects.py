@@ -2,7 +2,7 @@
 
 The package's own launch code runs on tensors of device "meta", at the widths of LLaMA-2 7B; each launch is compiled for
 each target, with the specializations that a launch on a GPU would have, and the objects are read: registers, spills,
-stack, shared memory and the instructions of the tensor cores. Prints a table in Markdown.
+stack, shared memory and the instructions of the tensor cores. Prints tables in Markdown.
 """
 
 from __future__ import annotations
@@ -198,13 +198,23 @@ def launches(target: str) -> dict[str, Launch]:
 
 
 def main() -> None:
-    print(f"Triton {triton.__version__}\n\n| kernel | target | registers | spills | stack | shared | tensor cores |")
-    print("|---|---|---:|---:|---:|---:|---|")
     every = {target: launches(target) for target in TARGETS}
-    for name in every["sm_80"]:
-        for target in TARGETS:
-            found = read(compiled(every[target][name], TARGETS[target]))
-            print(f"| {name} | {target} | {' | '.join(map(str, found[:4]))} | {', '.join(found.matrix)} |", flush=True)
+    found = {
+        name: {target: read(compiled(every[target][name], TARGETS[target])) for target in TARGETS}
+        for name in every["sm_80"]
+    }
+    print(f"Triton {triton.__version__}\n\n{tables(found)}")
+
+
+def tables(found: dict[str, dict[str, Object]]) -> str:
+    """Return two tables in Markdown: registers, spills, stack and shared memory; instructions of the tensor cores."""
+    head = f"| {' | '.join(['', *TARGETS])} |\n|---|{'---|' * len(TARGETS)}\n"
+    costs, instructions = "", ""
+    for name, of in found.items():
+        costs += f"| {name} | {' | '.join(' / '.join(map(str, one[:4])) for one in of.values())} |\n"
+        if any(one.matrix for one in of.values()):
+            instructions += f"| {name} | {' | '.join(', '.join(one.matrix) or '-' for one in of.values())} |\n"
+    return f"Registers / spills / stack / shared:\n\n{head}{costs}\nTensor cores:\n\n{head}{instructions}"
 
 
 if __name__ == "__main__":
