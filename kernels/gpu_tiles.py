@@ -78,7 +78,7 @@ def choose(shape: Problem, tokens: int, device: torch.device, launch: Callable[[
     if tile is None:
         if torch.cuda.is_current_stream_capturing():  # where nothing can be timed
             return usual_tile(shape, tokens)
-        tile = min(candidates(shape, tokens), key=lambda one: _seconds(launch, one))
+        tile = min(candidates(shape, tokens), key=lambda one: _milliseconds(launch, one))
         table.add(key, tile)
     return tile
 
@@ -93,12 +93,12 @@ def name_of(shape: Problem, tokens: int) -> str:
     )
 
 
-def _seconds(launch: Callable[[Tile], object], tile: Tile) -> float:
-    """Return the milliseconds of a call; infinity where the device has no room for the tile."""
+def _milliseconds(launch: Callable[[Tile], object], tile: Tile) -> float:
+    """Return how long a call takes; infinity where the tile does not run here, for want of shared memory, say."""
     try:
         for _ in range(3):
             launch(tile)
-    except (triton.runtime.errors.OutOfResources, triton.compiler.CompilationError):
+    except (triton.runtime.errors.OutOfResources, triton.compiler.CompilationError, RuntimeError):
         return float("inf")
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()

@@ -79,7 +79,7 @@ def fake_device(monkeypatch, capturing: bool, milliseconds: dict) -> list:
     launched: list = []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(gpu_tiles, "_table", lambda device: table)
-    monkeypatch.setattr(gpu_tiles, "_seconds", lambda launch, tile: (launch(tile), milliseconds.get(tile, 2.0))[1])
+    monkeypatch.setattr(gpu_tiles, "_milliseconds", lambda launch, tile: (launch(tile), milliseconds.get(tile, 2.0))[1])
     table = Table("GPU", None)
     return launched
 
