@@ -146,12 +146,12 @@ def quantize() -> None:
     triton_quantize.quantize_tokens(torch.empty((64, 4096), dtype=torch.bfloat16, device="meta"), 8, 1)
 
 
-def hybrid(per_token: bool) -> None:
+def hybrid(per_token: bool, features: int = 4096) -> None:
     """Launch the three kernels of triton_hybrid.py."""
-    tiers = [16, 64, 3, 1024, 6, 512, 5, 2496]
-    scale, order = torch.empty((2, 4096), device="meta"), torch.empty(4096, dtype=torch.int64, device="meta")
+    tiers = [16, 64, 3, 1024, 6, 512, 5, features - 1600]
+    scale, order = torch.empty((2, features), device="meta"), torch.empty(features, dtype=torch.int64, device="meta")
     one, all = (Format(s, s, order, tiers, per_token) for s in (scale[0], scale))
-    x = torch.empty((4096, 4096), dtype=torch.bfloat16, device="meta")
+    x = torch.empty((4096, features), dtype=torch.bfloat16, device="meta")
     messages = torch.empty((2, 4096, one.row_bytes), dtype=torch.uint8, device="meta")
     triton_hybrid.pack(x, one)
     triton_hybrid.unpack_reduce(messages, all, x)
@@ -183,6 +183,7 @@ def launches(target: str) -> dict[str, Launch]:
         "quantize_tokens": quantize,
         "hybrid static": lambda: hybrid(False),
         "hybrid per-token": lambda: hybrid(True),
+        "hybrid static 4100 wide": lambda: hybrid(False, 4100),
     }
     found, before = {}, triton_linear.HIP
     triton_linear.HIP = TARGETS[target].backend == "hip"
