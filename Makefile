@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export DS_BUILD_OPS := 0
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo test test-quick test-all test-slurm slurm-packages check bench clean
+.PHONY: help demo test test-quick test-all test-gpu test-slurm slurm-packages check bench clean
 
 demo: $(VENV)/.run ## the whole pipeline on the embedded model, two ranks, no network
 	$(BIN)/megatron-lowbit demo
@@ -30,6 +30,9 @@ test-quick: $(VENV)/.test ## the tests that start no processes: a minute
 
 test-all: $(VENV)/.test ## the slow tests too; MINUTES=50 begins none of them later
 	$(PYTEST) -m "slow or not slow" $(if $(MINUTES),--minutes $(MINUTES) -rs)
+
+test-gpu: $(VENV)/.test ## the tests of a GPU, on the first of this machine; without one they are skipped and say so
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest -rs -m gpu tests/kernels tests/launch
 
 test-slurm: slurm-packages $(VENV)/.test ## jobs on a real Slurm of two nodes, on this machine; installs it with apt as root
 	$(BIN)/python -m pytest -m "slow or not slow" -s -rs tests/launch/test_slurm.py tests/launch/test_slurm_jobs.py

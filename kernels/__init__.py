@@ -2,12 +2,13 @@
 
 PyTorch's dispatcher chooses: `hybrid`, `exact`, `packing`, `quantizer` and `linear` register the plain torch
 implementations for every device together with their fakes (shapes and dtypes for torch.compile and CUDA graphs); a
-faster kernel registers itself for its device type (`cpu`, `cpu_linear`, `gpu`).
+faster kernel registers itself for its device type (`cpu`, `cpu_linear`, `gpu`, `gpu_linear`).
 """
 
 from megatron_lowbit.kernels import cpu as cpu  # registers its kernels
 from megatron_lowbit.kernels import cpu_linear as cpu_linear
 from megatron_lowbit.kernels import gpu as gpu
+from megatron_lowbit.kernels import gpu_linear as gpu_linear
 from megatron_lowbit.kernels.exact import exact_decode, exact_encode
 from megatron_lowbit.kernels.hybrid import (
     hybrid_pack,

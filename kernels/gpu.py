@@ -1,4 +1,5 @@
-"""The ops of hybrid.py on CUDA devices, by Triton (triton_hybrid.py), which is imported at the first call.
+"""The ops of hybrid.py on CUDA devices, by Triton (triton_hybrid.py), which is imported at the first call. Those of
+quantizer.py and linear.py are in gpu_linear.py.
 
 Where triton is missing, and for tensors whose offsets do not fit 32 bits, the torch reference runs; the former is said
 once. $MEGATRON_LOWBIT_KERNELS as in cpu.py; triton: this or an error.
@@ -30,15 +31,16 @@ logger = logging.getLogger("megatron_lowbit")
 
 
 @cache
-def _import() -> Any:
-    """Import the Triton kernels; None where they cannot be imported."""
+def has_triton() -> bool:
+    """Return whether Triton can be imported."""
     try:
-        return import_module("megatron_lowbit.kernels.triton_hybrid")
+        import_module("triton")
     except ImportError as error:
         if os.environ.get("MEGATRON_LOWBIT_KERNELS") == "triton":
             raise RuntimeError(f"MEGATRON_LOWBIT_KERNELS=triton: {error}") from None
         logger.warning("Triton kernels: %s; the slower torch reference runs", error)
-        return None
+        return False
+    return True
 
 
 def _kernels(rows: int, row_bytes: int, *large: Tensor) -> Any:
@@ -47,7 +49,9 @@ def _kernels(rows: int, row_bytes: int, *large: Tensor) -> Any:
     if os.environ.get("MEGATRON_LOWBIT_KERNELS") == "reference":
         return None
     reach = [rows * row_bytes] + [sum(n * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in large]
-    return _import() if max(reach) < 2**31 else None
+    if max(reach) >= 2**31 or not has_triton():
+        return None
+    return import_module("megatron_lowbit.kernels.triton_hybrid")
 
 
 def _plain(format: Format) -> Format:

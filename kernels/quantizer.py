@@ -20,7 +20,7 @@ def qparams_from_range(low: Tensor, high: Tensor, num_bits: int) -> tuple[Tensor
     A constant row gets scale 1 and the real-valued zero point -low, so it comes back exactly, not as NaN. NaN or Inf
     in a row makes its scale NaN, and so all of the row.
     """
-    levels = 2**num_bits - 1
+    levels = low.new_full((), 2**num_bits - 1)  # by a number, CUDA would multiply with its rounded reciprocal
     scale, constant = usable_step(high / levels - low / levels)  # divided first: the difference may overflow
     return scale, torch.where(constant, -low, -torch.round(low / scale))
 

@@ -49,6 +49,8 @@ THRESHOLD_BITS: tl.constexpr = tl.constexpr(tuple(THRESHOLDS))
 MANY_TOKENS = 1024  # from here on a program takes several tokens, which share the loads of scales and order
 PROGRAMS_PER_SM = 4  # of requantize, where every program has scratch rows of its own
 NUM_WARPS = 8
+# Left alone, ptxas keeps some values in memory, to fit more programs. An option of NVIDIA's alone.
+FEW_REGISTERS, MANY_REGISTERS = ({} if torch.version.hip else {"maxnreg": most} for most in (128, 255))
 
 
 @triton.jit
@@ -408,6 +410,7 @@ def pack(x: Tensor, format: Format, tile: tuple[int, int] | None = None) -> tupl
             *(message, format.row_bytes, tally),
             *_format(format.tiers, format.per_token),
             **_options(at_once, block),
+            **FEW_REGISTERS,
         )
     return message, tally
 
@@ -422,6 +425,7 @@ def unpack_reduce(messages: Tensor, format: Format, total: Tensor, tile: tuple[i
             *(*format[:3], total),
             *_format(format.tiers, format.per_token),
             **_options(at_once, block),
+            **FEW_REGISTERS,
         )
 
 
@@ -448,6 +452,7 @@ def requantize(
             *(*format[:3], counts, _headroom(second.tiers), *second[:3], second_counts),
             *(message, second.row_bytes, tally, scratch, *constants, *second_constants),
             **_options(at_once, block),
+            **MANY_REGISTERS,
         )
     return message, tally
 

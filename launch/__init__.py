@@ -22,9 +22,9 @@ STAGES = {
     "generate": "continue prompts",
     "parity": "one artifact on every engine and tensor-parallel size: logits and tokens compared",
     "slurm": "stages as jobs of a Slurm cluster: `slurm render FILE` writes the scripts, `slurm submit` sends them",
-    "benchmark": "time patched against unpatched engines; `benchmark collectives|kernels|linear|model`: these alone",
+    "benchmark": "time patched against unpatched; `benchmark collectives|kernels|linear|model|gpu`: these alone",
 }
-BENCHMARKS = ("collectives", "kernels", "linear", "model")  # kinds of `benchmark` that are one process
+BENCHMARKS = ("collectives", "kernels", "linear", "model", "gpu")  # kinds of `benchmark` that are one process
 
 
 VERSION = ("-V", "--version")

@@ -14,7 +14,7 @@ from pathlib import Path
 # Before anything imports torch, datasets or transformers: threads, CPU, no network, no cache outside the test run.
 _CACHE = tempfile.TemporaryDirectory(prefix="lowbit-tests-")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # make test-gpu sets it
 os.environ |= {"DS_ACCELERATOR": "cpu"}
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": _CACHE.name, "TOKENIZERS_PARALLELISM": "false"}
 os.environ |= {"PYTHONSAFEPATH": "1"}  # of the commands that tests start
@@ -47,6 +47,14 @@ def pytest_unconfigure(config):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def pytest_collection_modifyitems(items):
+    """Skip the tests of a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU that PyTorch sees"))
 
 
 @pytest.fixture(scope="session")

@@ -187,7 +187,7 @@ calls = ["--version", "nothing", "evaluate --help", "evaluate model=embedded", "
          "evaluate model=embedded evaluation.data=a.csv", "evaluate engine=deepspeed", "generate wandb=offline",
          "generate model=embedded tp=2", "benchmark collectives ranks=1", "benchmark kernels tokens=0",
          "benchmark linear shapes=4096", "benchmark model models=/no/where", "slurm render /no/where",
-         "benchmark repeats=0"]
+         "benchmark gpu seconds=0", "benchmark repeats=0"]
 for call in calls:
     try:
         print(main(call.split()), file=sys.stderr)
@@ -199,8 +199,8 @@ for call in calls:
     )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     lines = done.stderr.splitlines()
-    assert [line for line in lines if not line.startswith("megatron-lowbit: ")] == ["0", "2", "0", *["2"] * 18]
-    assert len(lines) == 21 + 19, "one line for each that is wrong"
+    assert [line for line in lines if not line.startswith("megatron-lowbit: ")] == ["0", "2", "0", *["2"] * 19]
+    assert len(lines) == 22 + 20, "one line for each that is wrong"
 
 
 # transformers does `from kernels import ...` where the Hugging Face package `kernels` is installed, and ours is a

@@ -9,6 +9,7 @@ from megatron_lowbit.launch.arguments import Parser, fail
 from megatron_lowbit.launch.bench.config import (
     UNUSED,
     BenchmarkCollectivesConfig,
+    BenchmarkGpuConfig,
     BenchmarkKernelsConfig,
     BenchmarkLinearConfig,
     BenchmarkModelConfig,
@@ -82,6 +83,11 @@ def parse_model(argv: list[str]) -> BenchmarkModelConfig:
     return config
 
 
+def parse_gpu(argv: list[str]) -> BenchmarkGpuConfig:
+    what = "check all Triton kernels, NCCL and CUDA graphs on this machine's GPU, and time its linears"
+    return _parse("gpu", what, BenchmarkGpuConfig, argv)
+
+
 def _parse(
     kind: str, what: str, config_class: type[Config], argv: list[str], where: str = "where no model runs"
 ) -> Config:
@@ -99,4 +105,5 @@ PARSERS = {
     "kernels": parse_kernels,
     "linear": parse_linear,
     "model": parse_model,
+    "gpu": parse_gpu,
 }

@@ -1,4 +1,4 @@
-"""Keys of `benchmark` and of its kinds (collectives, kernels, linear, model), as in config.py."""
+"""Keys of `benchmark` and of its kinds (collectives, kernels, linear, model, gpu), as in config.py."""
 
 from __future__ import annotations
 
@@ -70,6 +70,16 @@ class BenchmarkKernelsConfig(StageConfig):
     """rounds of all that is compared"""
     compile: bool = True
     """also torch.compile of the reference"""
+
+
+class BenchmarkGpuConfig(StageConfig):
+    """Checks and times what needs a GPU, without a model; of the shared keys it has seed, output_dir and wandb."""
+
+    output_dir: str = "runs/benchmark_gpu"
+    tokens: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 16, 64, 256, 1024, 4096), min_length=1)
+    """tokens of a linear"""
+    seconds: float = Field(420, gt=0, allow_inf_nan=False)
+    """time for all of it; what does not fit is left out"""
 
 
 class BenchmarkCollectivesConfig(StageConfig):

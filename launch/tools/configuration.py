@@ -16,6 +16,7 @@ from megatron_lowbit.launch.bench.arguments import NOT_HERE
 from megatron_lowbit.launch.bench.config import (
     UNUSED,
     BenchmarkCollectivesConfig,
+    BenchmarkGpuConfig,
     BenchmarkKernelsConfig,
     BenchmarkLinearConfig,
     BenchmarkModelConfig,
@@ -67,6 +68,7 @@ def page() -> str:
         ("kernels", BenchmarkKernelsConfig, UNUSED),
         ("linear", BenchmarkLinearConfig, UNUSED),
         ("model", BenchmarkModelConfig, UNUSED),
+        ("gpu", BenchmarkGpuConfig, UNUSED),
     ):
         parts += [f"## benchmark {kind}\n", f"{' '.join((config.__doc__ or '').split())}\n"]
         keys = [key for section in list_sections(config()) for key in section.keys if key.name not in unused]

@@ -1,14 +1,12 @@
 """Triton's kernels of the hybrid ops against torch's reference, bit for bit: `python triton_cases.py cpu|cuda [STEP]`.
 
 On the CPU it needs TRITON_INTERPRET=1. STEP 3 takes every third case. Prints the number of cases; the first that
-differs ends it with an error. `compile` makes machine code of all kernels for an H100, which needs no GPU, and prints
-how many.
+differs ends it with an error.
 """
 
 from __future__ import annotations
 
 import sys
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -102,40 +100,7 @@ def check(
     check_message(again, hybrid.requantize_reference(*first, second_format), second_tiers, not per_token, case)
 
 
-POINTERS = {
-    **dict.fromkeys(["messages", "message"], "*u8"),
-    **dict.fromkeys(["scale", "zero_point", "second_scale", "second_zero_point", "scratch"], "*fp32"),
-    **dict.fromkeys(["order", "second_order", "tally"], "*i64"),
-    **dict.fromkeys(["x", "total"], "*bf16"),
-}
-
-
-def compile_all() -> int:
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    kernels = (triton_hybrid.pack_kernel, triton_hybrid.unpack_reduce_kernel, triton_hybrid.requantize_kernel)
-    compiled = 0
-    for kernel, per_token in product(kernels, (False, True)):
-        counts, widths, spans, _, header = triton_hybrid._format([16, 3, 6, 5], per_token)
-        tokens, block = triton_hybrid._tile(4096)
-        constants = {"WIDTHS": widths, "SPANS": spans, "PER_TOKEN": per_token, "HEADER": header}
-        constants |= {f"SECOND_{name}": value for name, value in constants.items()}
-        constants |= {"TOKENS": tokens, "BLOCK": block}
-        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        types = {"counts": ("i32",) * len(counts), "second_counts": ("i32",) * len(counts), **POINTERS}
-        types |= dict.fromkeys(constants, "constexpr")
-        signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-        source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        options = {name: value for name, value in triton_hybrid._options(tokens, block).items() if name.islower()}
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        compiled += len(made.asm["cubin"]) > 0
-    return compiled
-
-
 def main(device: str, step: int = 1) -> None:
-    if device == "compile":
-        return print(compile_all())
     cases = [(tiers, per_token, 3, 2, "plain", torch.float32) for tiers in PLANS for per_token in (False, True)]
     cases += [([4, 700], True, 3, 1, "zeros", torch.float32)]
     for tiers in ([16, 3, 4, 19], [4, 13], [4, 20, 16, 5, 2, 9]):

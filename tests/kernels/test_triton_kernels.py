@@ -44,13 +44,7 @@ def test_same_bits_in_the_interpreter_in_every_case():
 
 
 @needs_triton
-def test_they_compile_for_a_gpu(tmp_path):
-    """What the interpreter lets pass, the compiler may not."""
-    assert run("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)) == "6\n"
-
-
-@needs_triton
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_same_bits_as_the_reference_on_a_gpu():
     assert int(run("cuda", TRITON_INTERPRET="0")) >= 40
 

@@ -12,6 +12,7 @@ from megatron_lowbit.config import (
 from megatron_lowbit.launch import arguments
 from megatron_lowbit.launch.bench.config import (
     BenchmarkCollectivesConfig,
+    BenchmarkGpuConfig,
     BenchmarkKernelsConfig,
     BenchmarkLinearConfig,
     BenchmarkModelConfig,
@@ -19,7 +20,13 @@ from megatron_lowbit.launch.bench.config import (
 from megatron_lowbit.launch.slurm.config import SlurmConfig
 from megatron_lowbit.launch.tools import configuration
 
-BENCHMARKS = [BenchmarkCollectivesConfig, BenchmarkKernelsConfig, BenchmarkLinearConfig, BenchmarkModelConfig]
+BENCHMARKS = [
+    BenchmarkCollectivesConfig,
+    BenchmarkKernelsConfig,
+    BenchmarkLinearConfig,
+    BenchmarkModelConfig,
+    BenchmarkGpuConfig,
+]
 CONFIGS = [*arguments.CONFIGS.values(), *BENCHMARKS, SlurmConfig]
 
 
@@ -47,7 +54,7 @@ def test_help_explains_every_key(command, capsys, monkeypatch):
     if command in ("evaluate", "quantize"):
         expected = "  comm.bits=4\n      bits of a feature that does not travel in bf16\n"
         assert expected in out and "\n\ncomm: Low-bit communication" in out
-    if command in ("benchmark kernels", "benchmark linear", "benchmark model"):
+    if command in ("benchmark kernels", "benchmark linear", "benchmark model", "benchmark gpu"):
         assert "  model=" not in out, "a key that the command refuses"
 
 

@@ -1,0 +1,113 @@
+"""quantize_tokens and quant_linear on CUDA devices, by Triton, which is imported at the first call.
+
+The torch reference runs where triton is missing, which is said once, and where a kernel's integers would not hold the
+result. $MEGATRON_LOWBIT_KERNELS as in cpu.py; triton: these or an error.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from math import lcm
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.kernels.gpu import has_triton
+from megatron_lowbit.kernels.linear import FLOAT_BITS, quant_linear, quant_linear_reference
+from megatron_lowbit.kernels.ops import kernel
+from megatron_lowbit.kernels.quantizer import quantize_tokens, quantize_tokens_reference
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+GRID = 2**16 - 1  # programs of a launch's second and third dimension
+
+
+def _kernels(name: str, obstacle: str | None) -> Any:
+    """Return the module of Triton kernels; None where the reference is to run. obstacle: what is in the way."""
+    mode = os.environ.get("MEGATRON_LOWBIT_KERNELS")
+    if mode == "reference":
+        return None
+    if obstacle is not None:
+        if mode == "triton":
+            raise RuntimeError(f"MEGATRON_LOWBIT_KERNELS=triton: {obstacle}")
+        return None
+    return import_module(f"megatron_lowbit.kernels.{name}") if has_triton() else None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return x with the values of a row side by side; the rows may lie anywhere."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def tokens_obstacle(x: Tensor, num_bits: int, groups: int) -> str | None:
+    """Return why the kernel does not quantize these tokens; None where it does."""
+    if x.dim() != 2 or x.dtype not in (*FLOATS, torch.float64):
+        return f"tokens are {x.dtype} of {x.dim()} dimensions"
+    if not 2 <= num_bits <= 8 or not 1 <= groups <= GRID or x.shape[1] % groups or not x.shape[1]:
+        return f"{num_bits} bits, {groups} groups of {x.shape[1]} channels"
+    return None
+
+
+def linear_obstacle(
+    x: Tensor,
+    packed_weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight_bits: int,
+    act_bits: int,
+    act_groups: int,
+    dtype: torch.dtype,
+) -> str | None:
+    """Return why the kernels do not multiply these; None where they do."""
+    floats = act_bits == FLOAT_BITS
+    obstacle = tokens_obstacle(x, 8 if floats else act_bits, 1 if floats else act_groups)
+    if obstacle is not None or (floats and x.dtype not in FLOATS):
+        return obstacle or f"tokens are {x.dtype}"
+    if packed_weight.dim() != 2 or not 2 <= weight_bits <= 8:
+        return f"the weight has {packed_weight.dim()} dimensions and {weight_bits} bits"
+    if any(t.dtype != torch.float32 or t.dim() != 2 or t.shape != scale.shape for t in (scale, zero_point)):
+        return "scales and zero points of the weight are not float32 of one shape"
+    if dtype not in (*FLOATS, torch.float64):
+        return f"the result is {dtype}"
+    blocks = lcm(scale.shape[1], 1 if floats else act_groups)
+    if x.shape[1] % blocks:
+        return f"{blocks} blocks do not divide {x.shape[1]} channels"
+    if x.shape[1] // blocks >= 2**17:  # products of 2^14 add up to int32, and their count is exact in float32
+        return f"blocks of {x.shape[1] // blocks} channels"
+    # Rows begin anywhere; inside a row, and in what few tokens' pieces take, offsets are int32.
+    far = scale.numel() >= 2**31 or 64 * scale.shape[0] >= 2**31 or len(x) >= 2**31 or 8 * x.shape[1] >= 2**31
+    if far or x.shape[1] // 64 + blocks > GRID or len(x) // 16 >= GRID:
+        return f"a product of {len(x)} tokens, {x.shape[1]} channels, {scale.shape[0]} outputs"
+    return None
+
+
+@kernel(quantize_tokens, "cuda")
+def _quantize_tokens(x: Tensor, num_bits: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute quantize_tokens with the Triton kernel."""
+    kernels = _kernels("triton_quantize", tokens_obstacle(x, num_bits, groups))
+    if kernels is None:
+        return quantize_tokens_reference(x, num_bits, groups)
+    with torch.cuda.device(x.device):  # Triton launches on the current one
+        return kernels.quantize_tokens(_rows(x), num_bits, groups)
+
+
+@kernel(quant_linear, "cuda")
+def _quant_linear(
+    x: Tensor,
+    packed_weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight_bits: int,
+    act_bits: int,
+    act_groups: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Compute quant_linear with the Triton kernels."""
+    how = weight_bits, act_bits, act_groups, dtype
+    kernels = _kernels("gpu_tiles", linear_obstacle(x, packed_weight, scale, zero_point, *how))
+    if kernels is None:
+        return quant_linear_reference(x, packed_weight, scale, zero_point, *how)
+    weight = packed_weight.contiguous(), scale.contiguous(), zero_point.contiguous()
+    with torch.cuda.device(x.device):
+        return kernels.quant_linear(_rows(x), *weight, *how)
