@@ -40,12 +40,14 @@ def quant_linear_reference(
 ) -> Tensor:
     """Compute y = x^ W^T with a packed weight W, x^ being x quantized per token (QLLM, arXiv 2310.08041, eq. 2).
 
-    x: float [tokens, in]; packed_weight: uint8 [out, row_bytes] (packing.py), or 1-D in the order of a backend
+    x: float [tokens, in]; packed_weight: uint8 [out, row_bytes] (packing.py); the op of CPUs takes 1-D panels, too
     (panels.py); scale, zero_point: float32 [out, weight_groups]; weight_bits: 2 to 8. act_bits: 2 to 8, each of
     `act_groups` equal slices of a token with its own scale; 16: x is not quantized.
     Returns [tokens, out] in `dtype`. Raises ValueError where they do not fit together.
     """
     check_linear(x, packed_weight, scale, zero_point, weight_bits, act_bits, act_groups)
+    if packed_weight.dim() == 1:
+        raise ValueError(f"a weight in the order of the CPU kernels cannot be multiplied on {x.device}")
     codes = unpack_bits(packed_weight, weight_bits, x.shape[1])
     if act_bits == FLOAT_BITS:
         one = x.new_ones((x.shape[0], 1), dtype=torch.float64)
