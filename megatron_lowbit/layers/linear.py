@@ -55,7 +55,6 @@ class QuantLinear(Float32QParams):
     plan: reassembles x first, where the module before it did not. low_rank: this rank's share of the branch.
     """
 
-    packed_weight: Tensor  # uint8 [out_features, row_bytes]
     scale: Tensor  # float32 [out_features, groups]
     zero_point: Tensor  # float32 [out_features, groups]
     bias: nn.Parameter | None
@@ -85,13 +84,21 @@ class QuantLinear(Float32QParams):
         self.in_features, self.out_features = weight.in_features, weight.packed_weight.shape[0]
         self.weight_bits, self.act_bits, self.act_groups = weight.num_bits, act_bits, act_groups
         self._panels: Tensor | None = None  # on a CPU, after the first forward, what takes the place of the rows
-        self.register_buffer("packed_weight", weight.packed_weight)
+        self._buffers["packed_weight"] = weight.packed_weight
         self.register_buffer("scale", weight.scale)
         self.register_buffer("zero_point", weight.zero_point)
         self.register_parameter("bias", _parameter(bias))
         self.reassembly = None if plan is None else Reassembly(plan)
         self.register_buffer("lora_a", None if low_rank is None else low_rank.lora_a)
         self.register_buffer("lora_b", None if low_rank is None else low_rank.lora_b)
+
+    @property
+    def packed_weight(self) -> Tensor:
+        """Return the weight's codes as the artifact stores them: uint8 [out_features, row_bytes], a buffer."""
+        self._order_as_rows()
+        rows = self._buffers["packed_weight"]
+        assert rows is not None
+        return rows
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Compute y = x^ W^T + b and the branch's share. dtype: of the result; None: x's."""
@@ -140,11 +147,6 @@ class QuantLinear(Float32QParams):
             with torch.inference_mode(False):
                 rows = rows_of(panels, self.out_features, *self._layout())
             self._buffers = {"packed_weight": rows, **self._buffers}  # the first of them, as in every state dict
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "packed_weight" and self.__dict__.get("_panels") is not None:
-            self._order_as_rows()
-        return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         self._order_as_rows()
