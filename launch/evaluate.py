@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from megatron_lowbit.config import EvaluateConfig
-from megatron_lowbit.launch.engines.prepare import load_windows, prepare_artifact
+from megatron_lowbit.launch.engines.prepare import check_head, load_windows, prepare_artifact
 from megatron_lowbit.launch.engines.start import start_engine
 from megatron_lowbit.launch.rows import check_unused, full_precision_row, low_bit_row, print_rows, row_name
 from megatron_lowbit.launch.runner import run_stage
@@ -32,6 +32,7 @@ def run(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:
 
         return run_comm_ablation(config, logger)
     check_unused(config)
+    check_head(config)
     engine = start_engine(config, [config.weights])
     windows = load_windows(engine, config.evaluation, "evaluation", logger)
     artifact = prepare_artifact(engine, config, logger)

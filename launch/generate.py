@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_lowbit.config import GenerateConfig, LowBitError, shown
 from megatron_lowbit.launch.engines.base import Engine, GenerateOptions
-from megatron_lowbit.launch.engines.prepare import prepare_artifact
+from megatron_lowbit.launch.engines.prepare import check_head, prepare_artifact
 from megatron_lowbit.launch.engines.start import start_engine
 from megatron_lowbit.launch.inputs import read_prompts
 from megatron_lowbit.launch.rows import row_name
@@ -30,6 +30,7 @@ CONFIG = GenerateConfig
 
 def run(config: GenerateConfig, logger: MetricLogger) -> dict[str, Any]:
     prompts = [config.prompt] if config.prompts is None else on_rank_zero(lambda: read_prompts(config.prompts or ""))
+    check_head(config)
     engine = start_engine(config, [config.weights])
     artifact = prepare_artifact(engine, config, logger)
     ids = [encode(engine, prompt) for prompt in prompts]

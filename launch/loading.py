@@ -113,7 +113,10 @@ def _from_checkpoint(hf_config: Any, checkpoint: LowBitCheckpoint, dtype: torch.
     (An engine that shards the model copies its share of those zeros; the swap frees them again.)
     """
     model = skeleton(hf_config, dtype)
-    if unties(model, checkpoint.tensors, checkpoint.tensors.__getitem__):
+    head = checkpoint.head
+    if (head is not None and head.embedding is None) or unties(
+        model, checkpoint.tensors, checkpoint.tensors.__getitem__
+    ):
         untie(hf_config)
         model = skeleton(hf_config, dtype)
     placeholder = torch.zeros(1, 1, dtype=dtype)
@@ -121,6 +124,9 @@ def _from_checkpoint(hf_config: Any, checkpoint: LowBitCheckpoint, dtype: torch.
     for name in checkpoint.linears:
         shape = model.get_submodule(name).weight.shape
         state[f"{name}.weight"] = placeholder.expand(shape)
+    if head is not None:
+        shape = len(head.weight.packed_weight), head.weight.in_features
+        state |= dict.fromkeys(head.replaced, placeholder.expand(shape))
     _, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     lacks = [name for name, parameter in model.named_parameters() if parameter.is_meta]

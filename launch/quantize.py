@@ -12,7 +12,7 @@ from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.launch.calibrate import usable_sizes, write_plans, written
 from megatron_lowbit.launch.dry_run.report import dry_run
 from megatron_lowbit.launch.engines.base import Engine
-from megatron_lowbit.launch.engines.prepare import calibrate_engine
+from megatron_lowbit.launch.engines.prepare import calibrate_engine, check_head, load_windows, with_head
 from megatron_lowbit.launch.engines.start import start_engine
 from megatron_lowbit.launch.generation import copy_generation_config
 from megatron_lowbit.launch.layout import quantize_method
@@ -41,6 +41,7 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
             raise LowBitError(
                 f"{key} has no effect with weights.method=rtn; set weights.method=qllm and calibration.data"
             )
+    check_head(config)
     engine = start_engine(config, [config.weights])
     checkpoint = engine.checkpoint
     if checkpoint is None or not engine.full_precision:
@@ -49,11 +50,15 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
         raise LowBitError(
             f"artifact {config.artifact!r} is quantized to {checkpoint.scheme_name} already; leave artifact out"
         )
+    windows = None
+    if config.weights.lm_head_bits:
+        windows = load_windows(engine, config.calibration, "calibration", logger)
+        checkpoint = with_head(engine, checkpoint, config.weights.lm_head_bits, windows, logger)
     rows: list[dict[str, Any]] = []
     sizes = usable_sizes(engine, config) if config.calibration.data is not None else []
     check_shard_groups(engine, checkpoint, sizes)
     if sizes:
-        stats = calibrate_engine(engine, config.calibration, sizes, logger, config.comm)
+        stats = calibrate_engine(engine, config.calibration, sizes, logger, config.comm, windows=windows)
         rows = write_plans(stats, config, config.output_dir, logger)
     else:
         for plan in engine.plans.values():
@@ -77,8 +82,9 @@ def size_row(checkpoint: LowBitCheckpoint, folder: str, logger: MetricLogger) ->
     if env_rank() == 0:
         linears, ratio = checkpoint.linear_bytes(), checkpoint.linear_bytes() / checkpoint.ideal_bytes()
         attention = "" if checkpoint.attention_bits == 16 else f", Q, K and V in {checkpoint.attention_bits} bits"
+        head = "" if checkpoint.head is None else f", {checkpoint.head}"
         print(
-            f"wrote {len(checkpoint.linears)} linears in {checkpoint.scheme_name}{attention}, "
+            f"wrote {len(checkpoint.linears)} linears in {checkpoint.scheme_name}{attention}{head}, "
             f"{checkpoint.nbytes():,} bytes (linears {linears:,}, {ratio:.3f} of bits x parameters / 8)"
         )
     logger.log(bytes=checkpoint.nbytes())
@@ -90,6 +96,7 @@ def size_row(checkpoint: LowBitCheckpoint, folder: str, logger: MetricLogger) ->
         "bytes": checkpoint.nbytes(),
         "linear_bytes": checkpoint.linear_bytes(),
         "ideal_bytes": checkpoint.ideal_bytes(),
+        "lm_head": None if checkpoint.head is None else checkpoint.head.describe(),
     }
 
 

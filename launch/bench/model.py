@@ -11,7 +11,8 @@ with a KV cache (decode); rounds alternate in order, and ratios are medians over
     weights           bytes of parameters and buffers
 
 A third process computes the quantized model's logits with MEGATRON_LOWBIT_KERNELS=reference: with quantized activations
-they have to be the same bits, else the run fails.
+they have to be the same bits, else the run fails. (weights.lm_head_bits is weight-only: its bf16 products are summed in
+float32, in another order than the reference's.)
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 
 from megatron_lowbit.adapters.huggingface.apply import model_config
+from megatron_lowbit.adapters.huggingface.head import quantize_head
 from megatron_lowbit.config import LowBitError, StageConfig, one_line
 from megatron_lowbit.io.files import read_json
 from megatron_lowbit.launch import runner
@@ -40,6 +42,7 @@ from megatron_lowbit.launch.inputs import model_name
 from megatron_lowbit.launch.loading import load_model
 from megatron_lowbit.launch.tables import Justify
 from megatron_lowbit.quant.affine import Scheme
+from megatron_lowbit.quant.head import first_tokens
 from megatron_lowbit.runtime.distributed import PreemptionCheck, seed_everything
 from megatron_lowbit.runtime.metrics import MetricLogger, progress
 from megatron_lowbit.temporary import scratch_folder
@@ -71,7 +74,7 @@ def run(config: BenchmarkModelConfig, logger: MetricLogger) -> dict[str, Any]:
         torch.set_num_threads(before)
     print_rows(config, rows, checks, about)
     wrong = [name for name, same in checks.items() if not same]
-    if wrong and Scheme.parse(config.weights.scheme).act_bits < 16:
+    if wrong and Scheme.parse(config.weights.scheme).act_bits < 16 and not config.weights.lm_head_bits:
         raise RuntimeError(f"the logits of {', '.join(wrong)} are not those of the reference op")
     return {"rows": rows, "same_bits": checks, **about}
 
@@ -115,8 +118,12 @@ def prepare(config: BenchmarkModelConfig, name: str, folder: Path) -> tuple[Sett
         raise LowBitError(f"{name}: new_tokens={config.new_tokens} leave no room for a prompt among its {context}")
     artifact.mkdir()
     model.config.save_pretrained(artifact)
-    round_weights(model, config.weights, torch.bfloat16).save(artifact)
     settings = Settings(where, str(artifact), tokens, config.new_tokens, config.threads, config.seed)
+    checkpoint = round_weights(model, config.weights, torch.bfloat16)
+    if config.weights.lm_head_bits:
+        ids = token_ids(settings, model_config(model).vocab_size)
+        checkpoint = quantize_head(model, checkpoint, config.weights.lm_head_bits, first_tokens(ids, ids >= 0))
+    checkpoint.save(artifact)
     return settings, sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from megatron_lowbit.adapters.huggingface.apply import check_divides, decoder_blocks, find_linears, model_config
+from megatron_lowbit.adapters.huggingface.head import find_head
 from megatron_lowbit.adapters.huggingface.skeleton import skeleton
 from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.kernels import packed_bytes
@@ -108,7 +109,7 @@ def _totals(
         "groups": groups,
         "blocks_per_group": size,
         "packed_bytes_per_rank": sum(row["bytes_per_rank"] for row in rows) * depth,
-        "other_bytes": rest * 2,
+        "other_bytes": rest * 2 - _saved_by_head(model, config.weights.lm_head_bits),
         # float32 weights, their rounded copies, and the candidates of the widest input group while they are scored
         "group_weight_bytes_per_rank": 4 * (2 * per_rank * size + candidates * _widest_group(rows)),
         "stream_bytes_per_rank": tokens // config.dp * shape.hidden * shape.value,
@@ -123,6 +124,14 @@ def _totals(
 
 def _stage(work: Work, rates: Rates) -> dict[str, Any]:
     return {**asdict(work), "seconds": rates.seconds(work)}
+
+
+def _saved_by_head(model: nn.Module, bits: int) -> int:
+    """Return the bytes by which an output projection in `bits` bits is smaller than in bf16; 0 bits: as it is."""
+    if not bits:
+        return 0
+    linear = find_head(model).linear
+    return linear.out_features * (2 * linear.in_features - packed_bytes(linear.in_features, bits) - 8)
 
 
 def _weights(row: dict[str, Any]) -> int:

@@ -39,11 +39,13 @@ def start_megatron(config: StageConfig, weights: Sequence[WeightsConfig]) -> Eng
     """Start engine=megatron: each rank builds its share of the GPTModel and reads its own weights."""
     import megatron_lowbit.adapters.megatron.core  # noqa: F401 (says what to install where that is missing)
     from megatron_lowbit.adapters.megatron import model as megatron_model
+    from megatron_lowbit.adapters.megatron.apply import refuse_head
 
     assert launched(), "run_stage starts ranks for engine=megatron"
     join()
     megatron_model.initialize(config.tp, config.pp, config.seed % 2**31)
     folder = Artifact.load(config.artifact) if config.artifact is not None else Artifact()
+    refuse_head(folder)
     source = source_of(config, folder.checkpoint)
     hf_config, tokenizer = read_config(source), read_tokenizer(source)
     text_config = getattr(hf_config, "text_config", None) or hf_config

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from megatron_lowbit.adapters import patching
 from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.adapters.huggingface import attention
+from megatron_lowbit.adapters.huggingface.head import quantize_head
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.agreement import digest
 from megatron_lowbit.comm.build_plan import build_plan
@@ -35,6 +37,7 @@ from megatron_lowbit.launch.inputs import no_data
 from megatron_lowbit.launch.tokenizer import check_tokenizer
 from megatron_lowbit.qllm.resume import PassState
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
+from megatron_lowbit.quant.head import first_tokens
 from megatron_lowbit.quant.round_to_nearest import quantize_model
 from megatron_lowbit.runtime.distributed import PreemptionCheck, group_rank, on_rank_zero, world_size
 from megatron_lowbit.runtime.launcher_env import env_rank
@@ -62,6 +65,37 @@ def round_weights(model: nn.Module, weights: WeightsConfig, dtype: torch.dtype |
     return replace(checkpoint, attention_bits=attention.possible_bits(model, linears, checkpoint.attention_bits))
 
 
+def check_head(config: Any) -> None:
+    """Raise LowBitError where weights.lm_head_bits cannot be made here, before a model is loaded: its KL divergence is
+    measured on text and on the whole model."""
+    bits = config.weights.lm_head_bits
+    if not bits:
+        return
+    if config.artifact is not None and (Path(config.artifact) / "lowbit.json").exists():
+        raise LowBitError(f"weights.lm_head_bits={bits} would have no effect: the artifact decides it; leave it out")
+    if config.weights.scheme == "none":
+        raise LowBitError(f"weights.lm_head_bits={bits} would have no effect: it needs a weights.scheme")
+    if config.engine != "huggingface":
+        raise LowBitError(
+            f"weights.lm_head_bits={bits} is measured on the whole model, which engine={config.engine} splits: make an "
+            "artifact with quantize engine=huggingface, then pass artifact"
+        )
+    if config.calibration.data is None:
+        raise LowBitError(
+            f"weights.lm_head_bits={bits} is measured on text, by its KL divergence; set calibration.data"
+        )
+
+
+def with_head(
+    engine: Engine, checkpoint: LowBitCheckpoint, bits: int, windows: Windows, logger: MetricLogger
+) -> LowBitCheckpoint:
+    """Return the checkpoint with its output projection in `bits` bits. The engine is unpatched."""
+    checkpoint = quantize_head(engine.module, checkpoint, bits, first_tokens(windows.ids, windows.mask))
+    assert checkpoint.head is not None
+    logger.log(lm_head_kl=checkpoint.head.kl, lm_head_tokens=checkpoint.head.tokens)
+    return checkpoint
+
+
 def load_windows(engine: Engine, section: Any, key: str, logger: MetricLogger) -> Windows:
     """Return the section's token windows, read and tokenized by rank 0, which also says what it has read."""
     if section.data is None:
@@ -80,11 +114,13 @@ def calibrate_engine(
     comm: CommConfig,
     sites: Mapping[str, Any] | None = None,
     resumed: CalibrateConfig | None = None,
+    windows: Windows | None = None,
 ) -> CalibrationStats:
     """Run the unpatched engine once over calibration.data; with comm.gather also record what column-parallel
     linears read. sites: other than the engine's own. resumed: the config of a pass whose state is kept in its
-    output_dir, and continued from there; without, a pass that is told to stop starts over."""
-    windows = load_windows(engine, section, "calibration", logger)
+    output_dir, and continued from there; without, a pass that is told to stop starts over. windows: of
+    calibration.data, where they have been read."""
+    windows = load_windows(engine, section, "calibration", logger) if windows is None else windows
     count, fingerprint = windows.num_batches(section.batch_size), engine.fingerprint()
     lag, state = world_size(engine.pp_group) - 1, None
     if resumed is not None:
@@ -160,6 +196,10 @@ def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artif
             )
         stats = calibrate_engine(engine, config.calibration, [engine.tp_size], logger, comm)
         plans = {engine.tp_size: build_plan(stats, engine.tp_size, comm, config.seed)}
-    artifact = Artifact(engine.checkpoint, plans)
+    checkpoint = engine.checkpoint
+    if checkpoint is not None and config.weights.lm_head_bits:
+        windows = load_windows(engine, config.calibration, "calibration", logger)
+        checkpoint = with_head(engine, checkpoint, config.weights.lm_head_bits, windows, logger)
+    artifact = Artifact(checkpoint, plans)
     patching.choose_plan(artifact, engine.tp_size, comm.mode)  # a missing plan is told now, not after an evaluation
     return artifact

@@ -41,6 +41,9 @@ from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.runtime.metrics import MetricLogger
 
 GAMMAS = (0.01, 0.03, 0.05)
+_UNUSED = {
+    "weights": {"lm_head_bits"}
+}  # refused here, so that a row's settings are what they were before there was one
 
 
 def run_ablation(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:
@@ -50,6 +53,8 @@ def run_ablation(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]
         raise LowBitError(
             "--ablation makes its own artifacts in one process; leave artifact, engine and virtual_tp out"
         )
+    if config.weights.lm_head_bits:
+        raise LowBitError("--ablation compares what becomes of the blocks; leave weights.lm_head_bits out")
     engine = start_engine(config)
     windows = load_windows(engine, config.evaluation, "evaluation", logger)
     calibration = load_windows(engine, config.calibration, "calibration", logger)
@@ -117,7 +122,7 @@ def _quantized(
         correction=correction,
     )
     done = folder / "row.json"
-    wanted = json.loads(json.dumps({"settings": settings.model_dump(mode="json"), "text": text}))
+    wanted = json.loads(json.dumps({"settings": settings.model_dump(mode="json", exclude=_UNUSED), "text": text}))
     if not ((folder / "lowbit.json").exists() and _is(done, wanted)):
         done.unlink(missing_ok=True)
         quantize_qllm(settings, logger, plans=False)

@@ -4,7 +4,8 @@
     apply_to_deepspeed(engine, "artifact/")
 
 AutoTP turns q/k/v/gate/up into LinearLayer and o_proj/down_proj into LinearAllreduce. Both are swapped by exact type,
-since LmHeadLinearAllreduce subclasses LinearAllreduce and must keep its own all-reduce of the logits.
+since LmHeadLinearAllreduce subclasses LinearAllreduce and must keep its own all-reduce of the logits. An artifact with
+a quantized output projection replaces it: each rank then holds the whole projection and computes all logits itself.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import nn
 from megatron_lowbit.adapters import arguments, patching, saving
 from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.adapters.huggingface.attention import quantize_attention
+from megatron_lowbit.adapters.huggingface.head import head_modules
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError, one_line
 from megatron_lowbit.io.fingerprint import Fingerprint, model_fingerprint
@@ -93,13 +95,18 @@ def row_parallel_sites(engine: Any) -> dict[str, nn.Module]:
     return huggingface.row_parallel_sites(engine.module) if tp_group(engine) is None else tp_linears(engine)[1]
 
 
-def fingerprint(engine: Any) -> Fingerprint:
-    """Return the fingerprint of the whole model whose shards the ranks hold; a collective call."""
+def fingerprint(engine: Any, head: str | None = None) -> Fingerprint:
+    """Return the fingerprint of the whole model whose shards the ranks hold; a collective call. head: the name of the
+    output projection, where it counts too."""
+    from deepspeed.module_inject.layers import LmHeadLinearAllreduce
+
     known = getattr(engine.module, "_lowbit_fingerprint", None)
     if known is not None:
         return known
     columns, rows, _ = tp_linears(engine)
     weights = {name: module.weight for name, module in {**columns, **rows}.items()}
+    heads = {name: m for name, m in engine.module.named_modules() if name == head}
+    weights |= {name: m.weight for name, m in heads.items() if type(m) is LmHeadLinearAllreduce}
     return model_fingerprint(huggingface.model_config(engine.module), weights, tp_group(engine))
 
 
@@ -172,9 +179,10 @@ def apply_to_deepspeed(
     patching.remove(engine)
     rank, size = group_rank(group), world_size(group)
     reducers = patching.Reducers.of(artifact, size, comm_mode, group)
-    here = fingerprint(engine)
-    patching.check_same_model(artifact, reducers.plan, lambda _: here)
     checkpoint = artifact.checkpoint
+    head = None if checkpoint is None else checkpoint.head
+    here = fingerprint(engine, None if head is None else head.name)
+    patching.check_same_model(artifact, reducers.plan, lambda _: here)
     columns, rows, unknown = tp_linears(engine)
     if unknown:
         listed = ", ".join(f"{kind} (first: {name})" for kind, name in sorted(unknown.items()))
@@ -195,6 +203,8 @@ def apply_to_deepspeed(
         replacements[name] = QuantRowParallelLinear([shard], reducers.real(name, group), module.bias)
     if checkpoint is not None and quantized:
         patching.warn_unreplaced(engine.module, checkpoint, replacements)
+    if head is not None:
+        replacements |= head_modules(engine.module, head)
     patching.swap(engine.module, replacements)
     saving.save_as_artifact(engine.module, artifact)
     if checkpoint is not None and quantized:

@@ -27,6 +27,7 @@ from megatron_lowbit.comm.sequence_parallel import HybridGather
 from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
 from megatron_lowbit.io.fingerprint import Fingerprint, check_fingerprint
+from megatron_lowbit.layers.head import QuantHead
 from megatron_lowbit.layers.linear import (
     DenseShard,
     QuantLinear,
@@ -50,10 +51,12 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
     # A plain attribute, not a registered module: state_dict() and parameters() must not see the originals. It is set
     # first, so that `remove` undoes a swap that ran out of memory halfway.
     object.__setattr__(model, _PATCH, replaced)
+    # Known before the first is replaced: originals move off the GPU, and two of them may share a weight.
+    devices = {name: _device(model.get_submodule(name)) for name in replacements}
     for name, replacement in replacements.items():
-        original = model.get_submodule(name)
-        check_fits(name, replacement, original)
-        device = next(chain(original.parameters(), original.buffers())).device
+        original, device = model.get_submodule(name), devices[name]
+        if not isinstance(replacement, QuantHead):  # whole where DeepSpeed has a share: it was checked when it was made
+            check_fits(name, replacement, original)
         model.set_submodule(name, replacement.to(device).train(original.training))
         replaced[name] = original
         for part in replacement.modules():

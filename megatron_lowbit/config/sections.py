@@ -92,6 +92,16 @@ class WeightsConfig(FrozenConfig):
     """equal slices of a row-parallel input, each with its own activation scale: a multiple of every tp size used"""
     attention: bool | None = None
     """quantize Q, K and V per token and head, to the bits of the activations; none: with method=qllm and --ablation"""
+    lm_head_bits: int = Field(0, ge=0, le=8)
+    """bits of the output projection's weight and, where the model ties the two, of the embedding: 2 to 8; 0: as they
+    are"""
+
+    @field_validator("lm_head_bits")
+    @classmethod
+    def _more_than_a_sign(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("it is 0 (off), or 2 to 8")
+        return value
 
 
 DRIFT_THRESHOLD = 0.1  # share of values beyond their calibrated range from which a site falls back to bf16

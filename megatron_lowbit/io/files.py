@@ -28,6 +28,7 @@ logger = logging.getLogger("megatron_lowbit")
 
 FORMAT = 4
 WITHOUT_SEAL = 3  # the format before, which still loads
+WITH_HEAD = 5  # of a checkpoint with a quantized output projection alone, so that an earlier version refuses it
 SEAL = "json_sha256"
 _warned: set[Path] = set()  # folders whose lack of seals was logged
 
@@ -102,18 +103,18 @@ def load_pair(stem: Path, *keys: str) -> tuple[dict[str, Tensor], dict[str, Any]
     return read_tensors(stem.with_suffix(".safetensors"), meta["sha256"]), meta
 
 
-def read_meta(stem: Path, *keys: str) -> dict[str, Any]:
+def read_meta(stem: Path, *keys: str, formats: tuple[int, ...] = (FORMAT, WITHOUT_SEAL)) -> dict[str, Any]:
     path = stem.with_suffix(".json")
     meta = read_json(path)
-    known = (WITHOUT_SEAL, FORMAT)
-    if "format" in meta and (type(meta["format"]) is not int or meta["format"] not in known):
+    if "format" in meta and (type(meta["format"]) is not int or meta["format"] not in formats):
+        *more, last = map(str, formats)
         raise LowBitError(
-            f"{str(stem)!r} has format {str(meta['format'])[:20]}; this version reads {FORMAT} and {WITHOUT_SEAL}: "
+            f"{str(stem)!r} has format {str(meta['format'])[:20]}; this version reads {', '.join(more)} and {last}: "
             "write it again"
         )
     if not {"format", *keys} <= set(meta):
         raise LowBitError(f"cannot read {str(stem)!r}: its JSON is incomplete; write it again")
-    if SEAL in meta or meta["format"] == FORMAT:
+    if SEAL in meta or meta["format"] != WITHOUT_SEAL:
         check_seal(path, meta)
     elif path.parent not in _warned:
         _warned.add(path.parent)

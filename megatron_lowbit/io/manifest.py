@@ -49,6 +49,17 @@ class PlanManifest(Manifest):
     gathers: Names
 
 
+class HeadManifest(_Strict):
+    """A quantized output projection."""
+
+    name: str
+    embedding: str | None
+    bits: Annotated[int, Field(ge=2, le=8)]
+    in_features: Width
+    kl: Annotated[float, Field(allow_inf_nan=False)]
+    tokens: Annotated[int, Field(ge=1)]
+
+
 class CheckpointManifest(Manifest):
     files: Annotated[dict[FileName, Sha256], Field(min_length=1)]
     scheme: Annotated[str, Field(pattern="^W[2-8]A([2-8]|16)$")]
@@ -57,6 +68,7 @@ class CheckpointManifest(Manifest):
     in_features: Annotated[dict[str, Width], Field(min_length=1)]
     reassembly: dict[str, Annotated[list[Width], Field(min_length=2, max_length=2)]]  # [in_features, width]
     low_rank: Names
+    head: HeadManifest | None = None  # in format 5 alone
     beside: dict[OtherName, Sha256] = {}  # config, generation config, tokenizer; not in artifacts of earlier versions
 
 

@@ -8,6 +8,7 @@ calls them is found out by trace_blocks.py.
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import distributed as dist
 from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.adapters.huggingface import attention
 from megatron_lowbit.adapters.huggingface.apply import InputGroup, Kind
+from megatron_lowbit.adapters.huggingface.head import HeadPlace, check_runs, find_head
 from megatron_lowbit.adapters.huggingface.outliers import Scales, outlier_scales, scale_linear, scale_norm
 from megatron_lowbit.adapters.huggingface.skeleton import skeleton, stored_buffers
 from megatron_lowbit.config import LowBitError, QuantizeConfig
@@ -26,6 +28,8 @@ from megatron_lowbit.io.hf_names import ModelWeights, untie
 from megatron_lowbit.layers.linear import activation_groups
 from megatron_lowbit.qllm.sharded_linear import ShardedLinear
 from megatron_lowbit.qllm.trace_blocks import BlockCall, BlockTracer
+from megatron_lowbit.quant.affine import QuantizedWeight
+from megatron_lowbit.quant.head import measure_kl
 from megatron_lowbit.runtime.distributed import group_rank, world_size
 
 
@@ -34,8 +38,9 @@ class BlockSource:
 
     groups: of every block, which of its linears read the same input (known after `trace`). bit_sums: {linear: int64
     checksum of this rank's bits}, of the blocks read so far.
+    head: the output projection, where weights.lm_head_bits asks for it.
     Raises LowBitError for weights that are missing, damaged, quantized already, or of another shape than the
-    config says.
+    config says, and for an output projection that find_head refuses.
     """
 
     def __init__(
@@ -56,6 +61,8 @@ class BlockSource:
             untie(hf_config)
             self.model = skeleton(hf_config, dtype)
             self.weights = ModelWeights(folder, self.model)
+        # Found before anything is loaded: loading gives tied weights a parameter each.
+        self.head: HeadPlace | None = find_head(self.model) if config.weights.lm_head_bits else None
         self.text_config = huggingface.model_config(self.model)
         attention.enable(self.text_config)
         self.prefix, self.blocks = huggingface.decoder_blocks(self.model)
@@ -160,9 +167,42 @@ class BlockSource:
                 scale_norm(block.get_submodule(name), outputs)
         return block.to(self.device)
 
-    def rest(self) -> dict[str, Tensor]:
-        """Return every tensor outside the blocks, as it is stored, tied ones once."""
-        return {name: self.weights.read(name, shape) for name, shape in self.rest_shapes.items()}
+    def rest(self, without: Collection[str] = ()) -> dict[str, Tensor]:
+        """Return every tensor outside the blocks but those of `without`, as it is stored, tied ones once."""
+        shapes = {name: shape for name, shape in self.rest_shapes.items() if name not in without}
+        return {name: self.weights.read(name, shape) for name, shape in shapes.items()}
+
+    def measure_head(
+        self, bits: int, ids: Tensor, mask: Tensor, hidden: Tensor
+    ) -> tuple[QuantizedWeight, list[tuple[float, int]], int]:
+        """Round the output projection; returns (its weight in `bits` bits, measure_kl of each window, the bit_sum).
+
+        ids, mask: [windows, length]; hidden: [windows, length, hidden], what the last block puts out for them in full
+        precision. `trace` has to come first. Raises LowBitError for a model that check_runs refuses.
+        """
+        place = self.head
+        assert place is not None, "the config asks for it"
+        self.load_rest()
+        tensors = {
+            leaf: self.weights.read(f"{place.name}.{leaf}", parameter.shape).to(self.device)
+            for leaf, parameter in place.linear.named_parameters()
+        }
+        for leaf, tensor in tensors.items():
+            setattr(place.linear, leaf, nn.Parameter(tensor.to(self.dtype), requires_grad=False))
+        states = iter(hidden.split(1))
+
+        def run(tokens: Tensor) -> Tensor:
+            return self.tracer.logits(tokens, next(states).to(self.device, self.dtype))
+
+        texts = zip(ids.split(1), mask.split(1), strict=True) if len(ids) else ()
+        weight = tensors["weight"]
+        quantized = QuantizedWeight.from_float(weight, bits, name=f"{place.name}.weight")
+        if len(ids):
+            two = ids[:1, :2], hidden[:1, :2].to(self.device, self.dtype)
+            check_runs(self.model, place, quantized, lambda: self.tracer.logits(*two))
+        parts = measure_kl(place.linear, weight, quantized, tensors.get("bias"), texts, run)
+        self.free_rest()
+        return quantized, parts, int(bit_sum(weight))
 
     def check_rest(self) -> None:
         """Raise LowBitError for NaN or Inf outside the blocks, before hours are spent."""

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,15 @@ from megatron_lowbit.qllm.round_blocks import BlockRounder
 from megatron_lowbit.qllm.trace_blocks import BlockCall
 from megatron_lowbit.quant.affine import Scheme
 from megatron_lowbit.quant.checkpoint import CheckpointPart, merge_parts, write_checkpoint
-from megatron_lowbit.runtime.distributed import PreemptionCheck, on_every_rank, on_rank_zero, world_size
+from megatron_lowbit.quant.head import KL_LENGTH, KL_WINDOWS, QuantizedHead, judge
+from megatron_lowbit.runtime.distributed import (
+    PreemptionCheck,
+    all_gather_values,
+    group_rank,
+    on_every_rank,
+    on_rank_zero,
+    world_size,
+)
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger, peak_memory, progress
 
@@ -115,7 +124,11 @@ class BlockwiseQuantizer:
             self._quantize_group(number, groups[number], calls)
         sums = {name: self.bit_sums[name] for name in sorted(self.bit_sums)}
         fingerprint = {**fingerprint_fields(self.source.text_config), "weights": sums}
-        on_rank_zero(partial(self._finish, fingerprint, save_beside))
+        of_artifact, head = fingerprint, None
+        if self.config.weights.lm_head_bits:
+            head, bit_sum = self._quantize_head(self.config.weights.lm_head_bits)
+            of_artifact = {**fingerprint, "weights": {**sums, head.name: bit_sum}}
+        on_rank_zero(partial(self._finish, of_artifact, save_beside, head))
         return CalibrationStats(self.ranges, fingerprint)
 
     def _start_streams(self, done: int) -> dict[int, list[BlockCall]]:
@@ -202,16 +215,38 @@ class BlockwiseQuantizer:
         values = {"files": files, "bit_sums": self.bit_sums, "results": [asdict(result) for result in self.results]}
         self.parts = on_rank_zero(partial(self.state.save, done, part, self.parts, self.ranges, **values))
 
-    def _finish(self, fingerprint: dict[str, Any], save_beside: Callable[[Path], Any]) -> None:
+    def _finish(
+        self, fingerprint: dict[str, Any], save_beside: Callable[[Path], Any], head: QuantizedHead | None
+    ) -> None:
         """Write the tensors outside the blocks, then lowbit.json, with which the artifact is the new one."""
-        rest = CheckpointPart(tensors=self.source.rest()).save(self.state.part_path("rest"))
         weights = self.config.weights
+        name = "rest" if head is None else f"rest-head{head.weight.num_bits}"
+        tensors = self.source.rest(head.replaced if head else ())
+        rest = CheckpointPart(tensors=tensors, head=head).save(self.state.part_path(name))
         merged = merge_parts([*self.parts, rest])
         try:
             save_beside(self.folder)
         except OSError as error:
             raise LowBitError(f"cannot write to {str(self.folder)!r}: {one_line(error)}") from None
         write_checkpoint(self.folder, merged, weights.scheme, weights.shard_groups, self.attention_bits, fingerprint)
+
+    def _quantize_head(self, bits: int) -> tuple[QuantizedHead, int]:
+        """Round the output projection, and measure its KL on the full-precision stream, now after the last block.
+
+        A collective call: each rank measures its own of the first windows. Returns the head and its weight's bit_sum.
+        """
+        group, place = self.share.dp_group, self.source.head
+        assert place is not None, "the config asks for it"
+        count = len(range(group_rank(group), KL_WINDOWS, world_size(group)))
+        ids, mask = self.share.ids[:count, :KL_LENGTH], self.share.mask[:count, :KL_LENGTH]
+        hidden = self.streams.full_precision.read(0, len(ids), self.source.device)[:, :KL_LENGTH]
+        weight, mine, bit_sum = on_every_rank(lambda: self.source.measure_head(bits, ids, mask, hidden))
+        every = zip_longest(*all_gather_values(mine, group))
+        # In the order of the windows: the sum, which lowbit.json holds, is the same for any number of ranks.
+        parts = [part for row in every for part in row if part is not None]
+        head = on_every_rank(lambda: judge(weight, place.name, place.embedding, parts))
+        self.logger.log(lm_head_kl=head.kl, lm_head_tokens=head.tokens)
+        return head, bit_sum
 
 
 def check_preemption(watch: PreemptionCheck, results: list[GroupResult], groups: int) -> None:

@@ -46,8 +46,11 @@ from megatron_lowbit.runtime.distributed import PreemptionCheck, all_gather_valu
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.preemption import Preempted
 
-# These may differ when a run is resumed.
-_FREE_KEYS = ("output_dir", "wandb", "dry_run", "architecture", *(f"rates.{key}" for key in RatesConfig.model_fields))
+# These may differ when a run is resumed. The output projection is rounded after all blocks, which do not depend on it.
+_FREE_KEYS = (
+    *("output_dir", "wandb", "dry_run", "architecture", "weights.lm_head_bits"),
+    *(f"rates.{key}" for key in RatesConfig.model_fields),
+)
 STATE = 3  # counts the changes of what a state holds
 SAVE_EVERY = 60.0  # seconds of a calibration pass; more where saving itself takes long
 
@@ -117,7 +120,7 @@ class RunState(State):
         self.run_name = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
 
     def part_path(self, name: str) -> Path:
-        """Return the path of a part of the checkpoint: a group's number, or "rest"."""
+        """Return the path of a part of the checkpoint: a group's number, or "rest", with "-head" and its bits."""
         return self.output / f"lowbit-{self.run_name}-{name}.safetensors"
 
     def find(self) -> dict[str, Any]:

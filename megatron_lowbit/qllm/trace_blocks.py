@@ -83,6 +83,18 @@ class BlockTracer:
         self._run(ids, record)
         return first[0], calls
 
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Return the logits [windows, length, vocab] of a model whose last block puts out `hidden`.
+
+        ids: int64 [windows, length], the tokens. `trace` has to come first, and the output projection to be loaded.
+        """
+
+        def put_out(index: int, before: Tensor, call: BlockCall) -> Any:
+            rest = self.returned[index]
+            return hidden if rest is None else (hidden, *rest)
+
+        return self._run(ids, put_out, self.model).logits
+
     def trace(self, ids: Tensor) -> list[list[InputGroup]]:
         """Return, for every block, which of its linears read the same input.
 
@@ -121,8 +133,10 @@ class BlockTracer:
         self._check_calls(ids)
         return groups
 
-    def _run(self, ids: Tensor, replacement: Callable[[int, Tensor, BlockCall], Any]) -> None:
-        """Run the model on ids [windows, length] with replacement(index, hidden, call) for every block."""
+    def _run(self, ids: Tensor, replacement: Callable[[int, Tensor, BlockCall], Any], model: Any = None) -> Any:
+        """Run the model on ids [windows, length] with replacement(index, hidden, call) for every block. model: without
+        its output projection where it is None."""
+        model = self.model.base_model if model is None else model
 
         def forward_of(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -137,7 +151,7 @@ class BlockTracer:
             block.forward = forward_of(index)
         try:
             with torch.no_grad():
-                self.model.base_model(input_ids=ids.to(self.device), use_cache=False)
+                return model(input_ids=ids.to(self.device), use_cache=False)
         except LowBitError:
             raise
         except RUNTIME_ERRORS as error:

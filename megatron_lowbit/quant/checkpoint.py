@@ -17,6 +17,8 @@ from torch import Tensor
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.io.files import (
     FORMAT,
+    WITH_HEAD,
+    WITHOUT_SEAL,
     complete,
     discard,
     read_meta,
@@ -29,6 +31,7 @@ from megatron_lowbit.io.fingerprint import Fingerprint
 from megatron_lowbit.io.manifest import CheckpointManifest, checked
 from megatron_lowbit.io.tensors import refuse_unused, short_repr
 from megatron_lowbit.quant.affine import LowRank, QuantizedWeight, Scheme
+from megatron_lowbit.quant.head import QuantizedHead
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 
 TOKENIZER_FILES = (
@@ -42,20 +45,23 @@ class CheckpointPart:
     """The part that some blocks contribute to a LowBitCheckpoint, as one safetensors file.
 
     linears and other tensors by Hugging Face name; reassembly by the module that carries it out (a norm, whose
-    output it is, or a linear, whose input); low_rank by linear.
+    output it is, or a linear, whose input); low_rank by linear. head: the output projection, where it is quantized.
     """
 
     linears: dict[str, QuantizedWeight] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     reassembly: dict[str, ReassemblyPlan] = field(default_factory=dict)
     low_rank: dict[str, LowRank] = field(default_factory=dict)
+    head: QuantizedHead | None = None
 
     __repr__ = short_repr
 
     def save(self, path: Path) -> PartMeta:
         """Write the file; returns what lowbit.json has to say about it."""
         tensors = dict(self.tensors)
-        for owner, names in ((self.linears, _WEIGHT), (self.reassembly, _PLAN), (self.low_rank, _LOW_RANK)):
+        heads = {} if self.head is None else {self.head.name: self.head.weight}
+        packed = {**self.linears, **heads}
+        for owner, names in ((packed, _WEIGHT), (self.reassembly, _PLAN), (self.low_rank, _LOW_RANK)):
             for name, value in owner.items():
                 tensors |= {f"{name}.{leaf}": getattr(value, leaf) for leaf in names}
         return {
@@ -63,6 +69,7 @@ class CheckpointPart:
             "in_features": {name: weight.in_features for name, weight in self.linears.items()},
             "reassembly": {name: [plan.in_features, plan.width] for name, plan in self.reassembly.items()},
             "low_rank": sorted(self.low_rank),
+            **({} if self.head is None else {"head": self.head.describe()}),
         }
 
 
@@ -85,6 +92,8 @@ def merge_parts(parts: Sequence[PartMeta]) -> PartMeta:
         for key in ("files", "in_features", "reassembly"):
             merged[key].update(part[key])
         merged["low_rank"] += part["low_rank"]
+        if "head" in part:
+            merged["head"] = part["head"]
     return merged
 
 
@@ -105,6 +114,7 @@ class LowBitCheckpoint:
             linear those of its input.
         low_rank: {linear: LowRank}, factors lora_a bf16 [rank, in] and lora_b bf16 [out, rank].
         attention_bits: of Q, K and V; 16 leaves them as they are.
+        head: the output projection, and the embedding that is tied to it, in codes; None leaves them among `tensors`.
 
     Example:
         >>> import megatron_lowbit as lowbit
@@ -125,6 +135,7 @@ class LowBitCheckpoint:
     reassembly: dict[str, ReassemblyPlan] = field(default_factory=dict)
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     attention_bits: int = 16
+    head: QuantizedHead | None = None
 
     __repr__ = short_repr
 
@@ -137,7 +148,7 @@ class LowBitCheckpoint:
         Raises:
             LowBitError: it cannot be written.
         """
-        part = CheckpointPart(self.linears, self.tensors, self.reassembly, self.low_rank)
+        part = CheckpointPart(self.linears, self.tensors, self.reassembly, self.low_rank, self.head)
         meta = part.save(Path(folder) / "lowbit.safetensors")
         write_checkpoint(folder, meta, self.scheme_name, self.shard_groups, self.attention_bits, self.fingerprint)
 
@@ -165,7 +176,7 @@ class LowBitCheckpoint:
             "reassembly",
             "low_rank",
         )
-        meta = read_meta(stem, *keys)
+        meta = read_meta(stem, *keys, formats=(WITH_HEAD, FORMAT, WITHOUT_SEAL))
         with complete(stem.with_suffix(".json")):
             checked(CheckpointManifest, meta)
         _check_beside(Path(folder), meta.get("beside", {}))
@@ -199,9 +210,15 @@ class LowBitCheckpoint:
             with complete(where.get(f"{name}.lora_a", stem)):
                 low_rank[name] = LowRank(**take(name, _LOW_RANK))
                 low_rank[name].validate(name, linears[name].in_features, len(linears[name].packed_weight))
+        head = None
+        if meta["format"] == WITH_HEAD:
+            with complete(stem.with_suffix(".json")):
+                about = meta["head"]
+            with complete(where.get(f"{about['name']}.packed_weight", stem)):
+                head = QuantizedHead.read(about, take(about["name"], _WEIGHT))
         bits, fingerprint = meta["attention_bits"], meta["fingerprint"]
         names = (scheme, meta["scheme"], meta["shard_groups"], fingerprint)
-        checkpoint = cls(linears, tensors, *names, plans, low_rank, bits)
+        checkpoint = cls(linears, tensors, *names, plans, low_rank, bits, head)
         with complete(stem.with_suffix(".json")):
             checkpoint.validate()
         return checkpoint
@@ -212,7 +229,8 @@ class LowBitCheckpoint:
         Raises:
             ValueError: they do not; the message names the tensor.
         """
-        strange = [name for name in self.linears if name not in self.fingerprint["weights"]]
+        packed = [*self.linears, *([] if self.head is None else [self.head.name])]
+        strange = [name for name in packed if name not in self.fingerprint["weights"]]
         if strange:
             raise ValueError(f"its fingerprint lacks the linear {strange[0]}")
         if self.attention_bits not in (16, self.scheme.act_bits):
@@ -221,6 +239,8 @@ class LowBitCheckpoint:
             readers = [self.linears[name]] if name in self.linears else self.linears.values()
             if not any(weight.in_features == plan.width for weight in readers):
                 raise ValueError(f"{name} is reassembled to {plan.width} channels, which no linear reads")
+        if self.head is not None:
+            refuse_unused(self.head.replaced & self.tensors.keys())
         leaves = {*_WEIGHT, *_PLAN, *_LOW_RANK} - {"scale"}  # a model may have a tensor of that name
         refuse_unused(name for name in self.tensors if name.rpartition(".")[2] in leaves)
 
@@ -230,7 +250,8 @@ class LowBitCheckpoint:
         Returns:
             An int.
         """
-        return self.linear_bytes() + sum(t.nbytes for t in self.tensors.values())
+        head = 0 if self.head is None else self.head.nbytes
+        return self.linear_bytes() + head + sum(t.nbytes for t in self.tensors.values())
 
     def linear_bytes(self) -> int:
         """Return the bytes of the quantized linears: codes, scales, zero points, plans and branches.
@@ -258,7 +279,7 @@ def write_checkpoint(
     remove the files of the checkpoint that was there before."""
     folder = Path(folder)
     meta = {
-        "format": FORMAT,
+        "format": WITH_HEAD if "head" in part else FORMAT,
         "fingerprint": fingerprint,
         "scheme": scheme,
         "shard_groups": shard_groups,

@@ -5,8 +5,10 @@ Phi-3 is not here: AutoTP of DeepSpeed 0.19.8 shards its fused qkv_proj wrongly,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
+import deepspeed_cases
 import pytest
 import rank_cases
 import tiny_models
@@ -17,8 +19,10 @@ from tiny_models import build, logits, make_artifact, make_stats, save_artifact
 from torch import Tensor
 
 import megatron_lowbit as lowbit
+from megatron_lowbit.adapters.huggingface.head import quantize_head
 from megatron_lowbit.comm.build_plan import build_plan
 from megatron_lowbit.config import CommConfig
+from megatron_lowbit.quant.head import first_tokens
 
 pytestmark = needs_deepspeed
 
@@ -107,6 +111,20 @@ def test_bytes_on_the_wire(two_ranks, runs, architecture):
             assert {call[0] for call in sites} == {"all_to_all_single"}  # a copy for either rank
         for name in ("W4A16", "bf16", "hybrid, but bf16 asked for"):
             assert results["calls"][name] == [("all_reduce", 2 * VALUES, "bfloat16")] * 4 + [logits_call]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_quantized_output_projection(two_ranks, tmp_path, tied):
+    """Every rank holds all of it, where AutoTP has given each a share, and computes the logits of one process."""
+    model, ids = build("llama", tie_word_embeddings=tied), tiny_models.token_ids(2, 20)
+    artifact = make_artifact(model, "W4A8", (2,))
+    checkpoint = quantize_head(model, artifact.checkpoint, 8, first_tokens(ids, ids > 0))
+    folder = save_artifact(dataclasses.replace(artifact, checkpoint=checkpoint), tmp_path)
+    expected = logits(lowbit.apply_to_huggingface(model, folder, 2, deepspeed_cases.EVERY_SITE))
+    for result in two_ranks.run(deepspeed_cases.quantized_head, folder, tied):
+        assert_equal_but_for_flips(result["logits"], expected)
+        assert result["kinds"] == ("LmHeadLinearAllreduce", "QuantHead") and result["removed"]
+        assert "the first lm_head" in result["other"]
 
 
 def test_bf16_engines(two_ranks, runs):

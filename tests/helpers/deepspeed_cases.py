@@ -61,6 +61,22 @@ def copies(rank: int, size: int, folder: Path, target: Path) -> dict[str, Any]:
     return {**results, "logits": patched}
 
 
+def quantized_head(rank: int, size: int, folder: Path, tied: bool) -> dict[str, Any]:
+    """Logits of an engine whose output projection is quantized, and whether remove restores it."""
+    from megatron_lowbit.adapters import deepspeed as adapter
+
+    adapter.import_deepspeed().init_distributed(dist_backend="gloo", verbose=False)
+    engine = adapter.init_engine(tiny_models.build("llama", tie_word_embeddings=tied), size, torch.float32)
+    plain, head = tiny_models.logits(engine.module), engine.module.lm_head
+    patched = tiny_models.logits(lowbit.apply_to_deepspeed(engine, folder, EVERY_SITE).module)
+    kinds = type(head).__name__, type(engine.module.lm_head).__name__
+    lowbit.remove(engine)
+    removed = engine.module.lm_head is head and torch.equal(tiny_models.logits(engine.module), plain)
+    head.weight.data[0, 0] += 1
+    other = message_of(lambda: lowbit.apply_to_deepspeed(engine, folder, EVERY_SITE))
+    return {"logits": patched, "kinds": kinds, "removed": removed, "other": other}
+
+
 def piped(model: nn.Module, prompts: list[str], other: nn.Module | None = None) -> list[str]:
     """What a text-generation pipeline of the embedded model says, greedily; other: takes the model's place in it."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_models.embedded_folder())

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megatron_lowbit.adapters import arguments, patching, readers, saving
 from megatron_lowbit.adapters.huggingface.attention import quantize_attention
+from megatron_lowbit.adapters.huggingface.head import head_modules, with_head
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
 from megatron_lowbit.io.fingerprint import Fingerprint, model_fingerprint
@@ -222,9 +223,9 @@ def apply_to_huggingface(
     patching.remove(model)
     check_divides(model_config(model), virtual_tp, "virtual_tp")
     reducers = patching.Reducers.of(artifact, virtual_tp, comm_mode)
-    here = fingerprint(model)
-    patching.check_same_model(artifact, reducers.plan, lambda _: here)
     checkpoint = artifact.checkpoint
+    here = with_head(fingerprint(model), model, checkpoint)
+    patching.check_same_model(artifact, reducers.plan, lambda _: here)
     quantized = checkpoint is not None and checkpoint.scheme.weight_bits < 16
     replacements: dict[str, nn.Module] = {}
     linears = find_linears(model)
@@ -244,6 +245,8 @@ def apply_to_huggingface(
         replacements[name] = QuantRowParallelLinear(shards, reducer, linear.bias)
     if checkpoint is not None and quantized:
         patching.warn_unreplaced(model, checkpoint, replacements)
+    if checkpoint is not None and checkpoint.head is not None:
+        replacements |= head_modules(model, checkpoint.head)
     patching.swap(model, replacements)
     saving.save_as_artifact(model, artifact, fingerprint)
     if checkpoint is not None and quantized:

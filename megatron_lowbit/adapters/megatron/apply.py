@@ -129,6 +129,7 @@ def apply_to_megatron(
     for chunk in chunks:
         patching.remove(chunk)
     artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
+    refuse_head(artifact)
     size = world_size(chunks[0].pg_collection.tp)
     reducers = patching.Reducers.of(artifact, size, comm_mode, chunks[0].pg_collection.tp)
     for chunk in chunks:
@@ -144,6 +145,17 @@ def apply_to_megatron(
         if artifact.checkpoint is not None:
             attention.quantize(chunk, artifact.checkpoint.attention_bits)
     return model
+
+
+def refuse_head(artifact: Artifact) -> None:
+    """Raise LowBitError for an artifact whose output projection is quantized: Megatron-Core shares that, and the
+    embedding, among the ranks by vocabulary, in layers of its own."""
+    head = None if artifact.checkpoint is None else artifact.checkpoint.head
+    if head is not None:
+        raise LowBitError(
+            f"the artifact holds {head.name} in {head.weight.num_bits} bits, which Megatron-Core's vocabulary-parallel "
+            "layers cannot read; quantize again without weights.lm_head_bits"
+        )
 
 
 def warn_unreplaced(model: Any, checkpoint: LowBitCheckpoint) -> None:

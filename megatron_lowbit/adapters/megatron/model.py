@@ -26,7 +26,7 @@ from megatron_lowbit.adapters import megatron
 from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.adapters.huggingface.skeleton import skeleton
 from megatron_lowbit.adapters.megatron import cpu_shims
-from megatron_lowbit.adapters.megatron.apply import check_shapes
+from megatron_lowbit.adapters.megatron.apply import check_shapes, refuse_head
 from megatron_lowbit.adapters.megatron.layers import full_weight
 from megatron_lowbit.adapters.megatron.layout import COLUMN, NORMS, Layout, find_prefix, norm_name, parts
 from megatron_lowbit.artifact import Artifact
@@ -210,6 +210,7 @@ def load_rest(model: Any, artifact: Artifact, hf_config: Any) -> None:
     checkpoint = artifact.checkpoint
     if checkpoint is None:
         raise LowBitError("the artifact holds no lowbit.json: it has plans only; load the model's own weights first")
+    refuse_head(artifact)
     known, read = _reader(checkpoint.tensors, hf_config)
     for chunk in megatron.model_chunks(model):
         check_shapes(chunk, artifact)
