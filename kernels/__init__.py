@@ -18,7 +18,7 @@ from megatron_lowbit.kernels.hybrid import (
 )
 from megatron_lowbit.kernels.linear import FLOAT_BITS, quant_linear
 from megatron_lowbit.kernels.packing import codes_per_word, pack_bits, packed_bytes, unpack_bits
-from megatron_lowbit.kernels.panels import blocks_of, codes_of, panels_of, rows_of
+from megatron_lowbit.kernels.panels import blocks_of, codes_of, forget_pages, panels_of, rows_of
 from megatron_lowbit.kernels.quantizer import dequantize, quantize, quantize_tokens
 from megatron_lowbit.kernels.reassembly import NO_NORM, reassemble
 from megatron_lowbit.kernels.wire_format import BF16_BITS, Format, header_bytes, hybrid_row_bytes, squared_sizes
@@ -34,6 +34,7 @@ __all__ = [
     "dequantize",
     "exact_decode",
     "exact_encode",
+    "forget_pages",
     "header_bytes",
     "hybrid_pack",
     "hybrid_row_bytes",

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +66,29 @@ def panels_of(packed_weight: Tensor, num_bits: int, inputs: int, blocks: int, pa
     panels = torch.empty(library.lowbit_panel_bytes(*shape), dtype=torch.uint8)
     library.lowbit_pack_panels(codes.data_ptr(), *shape, pairs, panels.data_ptr(), torch.get_num_threads())
     return panels
+
+
+def forget_pages(packed_weight: Tensor) -> None:
+    """Let Linux take back the memory of rows that are read no more: pages of a file, which an Artifact keeps open.
+
+    Whoever does read them gets them from the file again. Memory that is no file's is left alone.
+    """
+    start, size = packed_weight.data_ptr(), packed_weight.numel()
+    try:
+        mapped = any(_of_file(line, start, size) for line in Path("/proc/self/maps").read_text().splitlines())
+    except OSError:  # not Linux
+        return
+    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if mapped and first < last:
+        pageout = 21  # MADV_PAGEOUT: harmless advice, of kernels from 5.4 on
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), pageout)
+
+
+def _of_file(line: str, start: int, size: int) -> bool:
+    """Return whether a line of /proc/self/maps is of a file and holds the bytes [start, start + size)."""
+    addresses, _, _, _, inode, *_ = line.split()
+    low, high = (int(end, 16) for end in addresses.split("-"))
+    return inode != "0" and low <= start and start + size <= high
 
 
 def codes_of(packed_weight: Tensor, outputs: int, num_bits: int, inputs: int, blocks: int, pairs: bool) -> Tensor:

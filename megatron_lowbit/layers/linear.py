@@ -31,6 +31,7 @@ from megatron_lowbit.kernels import (
     blocks_of,
     codes_of,
     dequantize,
+    forget_pages,
     panels_of,
     quant_linear,
     quantize_tokens,
@@ -138,7 +139,9 @@ class QuantLinear(Float32QParams):
         with torch.inference_mode(False):  # training may follow, and keeps no inference tensor for its backward
             self._panels = panels_of(self.packed_weight, *self._layout())
         if self._panels is not None:
-            del self._buffers["packed_weight"]
+            rows = self._buffers.pop("packed_weight")
+            assert rows is not None
+            forget_pages(rows)
 
     def _order_as_rows(self) -> None:
         """Put the weight back into rows: for whatever stores it, loads it, moves it or looks at it."""

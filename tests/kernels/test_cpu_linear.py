@@ -17,6 +17,7 @@ import linear_oracle
 import pytest
 import torch
 from kernel_inputs import assert_same_bits
+from safetensors.torch import load_file, save_file
 from sanitizers import sanitized
 
 from megatron_lowbit import kernels
@@ -240,3 +241,25 @@ def test_norm_and_reassembly_against_float64():
     exact = x.double() / (x.double().square().mean(1, keepdim=True) + 1e-5).sqrt()
     exact = exact[:, index] * gain.double()
     assert ((y - exact).abs() <= 3 * 2.0**-24 * exact.abs()).all()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux")
+def test_rows_of_a_file_leave_memory(tmp_path):
+    """The pages of an artifact's file are given back once panels are made, and are read again when asked for."""
+    save_file({"rows": torch.full((4096, 2048), 7, dtype=torch.uint8)}, tmp_path / "weight.safetensors")
+    rows = load_file(tmp_path / "weight.safetensors")["rows"]
+    assert rows.sum() == 7 * rows.numel()
+    before = file_pages()
+    kernels.forget_pages(rows)
+    if before - file_pages() < rows.numel() // 2:
+        pytest.skip("this Linux keeps the pages")
+    assert rows.sum() == 7 * rows.numel()
+    own = torch.full((4096, 2048), 7, dtype=torch.uint8)
+    kernels.forget_pages(own)
+    assert own.sum() == 7 * own.numel()
+
+
+def file_pages() -> int:
+    """Bytes of files that are in this process's memory."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile")]
+    return int(line.split()[1]) * 1024
