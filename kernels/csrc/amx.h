@@ -22,7 +22,8 @@ namespace {
 
 constexpr int64_t kLeastAmxTokens = 5;         // below, tiles.h is faster: it does not expand
 constexpr int64_t kTile = 1024;                // bytes of a tile register
-constexpr int64_t kExpanded = 3 << 19;         // bytes of expanded weights, which the tokens share a 2 MiB cache with
+constexpr int64_t kExpanded = 1 << 20;         // bytes of expanded weights, which the tokens share a 2 MiB cache with,
+constexpr int64_t kMostExpanded = 3 << 19;     // or those of two panels, rather than read the tokens once more
 constexpr int kRows = 16;
 
 // Linux lends the tile registers on request (arch_prctl, ARCH_REQ_XCOMP_PERM of XTILEDATA).
@@ -74,7 +75,9 @@ struct Bfloat16Operand {
 
   static void expand(const uint8_t* step, uint8_t* to) {
     each<kGroups>([&](auto g) INLINE {
-      each<8>([&](auto p) INLINE { store(to + g * kTile + p * kVector, as_bfloat16<Bits>(pair<Bits, p>(step, g))); });
+      each<8>([&](auto p) INLINE {
+        store(to + g * kTile + p * kVector, as_bfloat16<Bits>(pair<Bits, p>(step, g)));
+      });
     });
   }
   template <int C, int A, int B>
@@ -222,6 +225,40 @@ struct ExpandedPanels {
   }
 };
 
+// What brackets.h makes of a block's dot products of up to 32 tokens with 32 outputs. The loops of the two usual cases,
+// one block and a block before the last, have no branches.
+template <class Dot>
+void finish_dots(const Tokens& tokens, int64_t token, int rows, const Channels& channels, int64_t panel,
+                 const Block& block, int column, const Dot* dot, Sums<kDots>& sums, const Output& to) {
+  const int64_t output = panel * kPanel + column;
+  if (channels.blocks == 1 && to.dtype == kBfloat16 && output + kColumns <= to.outputs) {
+    uint16_t* y = static_cast<uint16_t*>(to.data) + token * to.outputs + output;
+    for (int r = 0; r < rows; ++r, y += to.outputs)
+      each<kColumns / 16>([&](auto i) INLINE {
+        const Dot* at = dot + r * kColumns + i * 16;
+        store_bfloat16(y + i * 16, only_block(tokens, token + r, channels, column + i * 16, at),
+                       only_block(tokens, token + r, channels, column + i * 16 + 8, at + 8));
+      });
+    return;
+  }
+  const double* ones = channels.sums.get() + block.index * kPanel + column;
+  const double* zeros = channels.zero.get() + block.group * kPanel + column;
+  auto add = [&](auto first) INLINE {
+    for (int r = 0; r < rows; ++r)
+      each<kColumns / kHalf>([&](auto i) INLINE {
+        const int o = i * kHalf, at = r * kColumns + o;
+        const int64_t t = (token + r) * channels.blocks + block.index;
+        add_block<decltype(first)::value>(tokens, t, ones + o, zeros + o, dot + at, sums, at);
+      });
+  };
+  if (!block.last) return block.first ? add(std::true_type()) : add(std::false_type());
+  for (int r = 0; r < rows; ++r)
+    each<kColumns / kHalf>([&](auto i) INLINE {
+      const int o = i * kHalf, at = r * kColumns + o;
+      finish_block(tokens, token + r, channels, panel, block, column + o, dot + at, sums, at, to);
+    });
+}
+
 // All tokens with the panels [first, last), where tokens are many: weights are expanded once for all of them. A piece of
 // 32 tokens stays in the first-level cache while all the panels go by.
 template <class Operand>
@@ -229,7 +266,8 @@ void multiply_wide(const Panels& panels, const AmxShape<Operand>& shape, const u
                    const float* scale, const float* zero_point, int64_t weight_groups, int64_t first, int64_t last,
                    const Output& to) {
   constexpr int64_t kPiece = 16;  // tiles
-  const int64_t together = std::min(last - first, std::max<int64_t>(1, kExpanded / shape.panel_bytes()));
+  const int64_t least = 2 * shape.panel_bytes() <= kMostExpanded ? 2 : 1;
+  const int64_t together = std::min(last - first, std::max(least, kExpanded / shape.panel_bytes()));
   const int64_t x_stride = kRows * shape.row_bytes();
   ExpandedPanels<Operand> expanded(panels, shape, together, weight_groups);
   auto sums = std::make_unique<Sums<kDots>[]>(together * kHalves);
@@ -250,13 +288,8 @@ void multiply_wide(const Panels& panels, const AmxShape<Operand>& shape, const u
             if (rows > kRows) multiply_two<Operand>(piece, x_stride, w, tiles, !tile, dot);
             else multiply_one<Operand>(piece, w, tiles, !tile, dot);
             if (tile + tiles < shape.tiles) continue;
-            const Channels& channels = expanded.channels[half / kHalves];
-            const int column = static_cast<int>(half % kHalves * kColumns);
-            for (int r = 0; r < rows; ++r)
-              each<kColumns / kHalf>([&](auto i) INLINE {
-                const int o = i * kHalf, at = r * kColumns + o;
-                finish_block(tokens, token + r, channels, begin + half / kHalves, block, column + o, dot + at, sums[half], at, to);
-              });
+            finish_dots(tokens, token, rows, expanded.channels[half / kHalves], begin + half / kHalves, block,
+                        static_cast<int>(half % kHalves * kColumns), dot, sums[half], to);
           }
         }
       }

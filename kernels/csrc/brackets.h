@@ -31,7 +31,8 @@ struct Tokens {
   int64_t blocks;
   Buffer<double> scale, zero, rest;
 
-  Tokens(int64_t tokens, int64_t blocks) : blocks(blocks), scale(tokens * blocks), zero(tokens * blocks), rest(tokens * blocks) {}
+  Tokens(int64_t tokens, int64_t blocks)
+      : blocks(blocks), scale(tokens * blocks), zero(tokens * blocks), rest(tokens * blocks) {}
 
   void set(int64_t token, int64_t block, double s, double z, double sum, int64_t inputs) {
     int64_t at = token * blocks + block;
@@ -129,6 +130,37 @@ struct Block {
 
 // Adds a block's dot products of a token with 8 outputs, and stores the outputs after the last block. at: of the 8 in
 // the sums; output: the first of the 8 in the panel.
+// Adds a block that is not the last of its group.
+template <bool First, int Size, class Value>
+INLINE inline void add_block(const Tokens& tokens, int64_t t, const double* ones, const double* zeros, const Value* dot,
+                             Sums<Size>& sums, int at) {
+  Doubles bracket = to_doubles(dot) - tokens.zero.get()[t] * load<Doubles>(ones);
+  bracket = bracket - tokens.rest.get()[t] * load<Doubles>(zeros);
+  const Doubles before = First ? Doubles{} : load<Doubles>(sums.inner + at);
+  store(sums.inner + at, before + tokens.scale.get()[t] * bracket);
+}
+
+// The float64 part for 8 outputs, whose only block this is.
+template <class Value>
+INLINE inline Doubles only_block(const Tokens& tokens, int64_t token, const Channels& channels, int output,
+                                 const Value* dot) {
+  Doubles bracket = to_doubles(dot) - tokens.zero.get()[token] * load<Doubles>(channels.sums.get() + output);
+  bracket = bracket - tokens.rest.get()[token] * load<Doubles>(channels.zero.get() + output);
+  return Doubles{} + (Doubles{} + tokens.scale.get()[token] * bracket) * load<Doubles>(channels.scale.get() + output);
+}
+
+#ifdef __AVX512BW__
+// Two times 8 outputs, with one rounding to bf16 for all: the same bits as store_outputs.
+INLINE inline void store_bfloat16(uint16_t* to, Doubles a, Doubles b) {
+  const HalfFloats low = round_to_odd(a), high = round_to_odd(b);
+  const Floats v = (Floats)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)low), (__m256)high, 1);
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  const Lanes bits = (Lanes)v, rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+  const __m512i words = _mm512_mask_mov_epi32(_mm512_srli_epi32((__m512i)rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(words));
+}
+#endif
+
 template <int Size, class Value>
 INLINE inline void finish_block(const Tokens& tokens, int64_t token, const Channels& channels, int64_t panel,
                                 const Block& block, int output, const Value* dot, Sums<Size>& sums, int at,

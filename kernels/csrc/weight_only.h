@@ -12,17 +12,20 @@
 
 namespace {
 
-inline double value_of(double value) { return value; }
-inline double value_of(uint16_t bfloat16) { return as_float(static_cast<uint32_t>(bfloat16) << 16); }
+inline Doubles eight(const double* x) { return load<Doubles>(x); }
+inline Doubles eight(const uint16_t* bfloat16) {
+  return __builtin_convertvector((HalfFloats)(__builtin_convertvector(load<Shorts>(bfloat16), HalfLanes) << 16), Doubles);
+}
 
 // In float64, eight sums side by side.
 template <class Value>
 inline double sum_of(const Value* x, int64_t count) {
-  double sums[8] = {};
+  Doubles sums = {};
   int64_t i = 0;
-  for (; i + 8 <= count; i += 8)
-    for (int lane = 0; lane < 8; ++lane) sums[lane] += value_of(x[i + lane]);
-  for (int lane = 0; i < count; ++i, ++lane) sums[lane] += value_of(x[i]);
+  for (; i + 8 <= count; i += 8) sums += eight(x + i);
+  Value rest[8] = {};
+  std::memcpy(rest, x + i, (count - i) * sizeof(Value));
+  sums += eight(rest);
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
