@@ -50,9 +50,10 @@ def run(config: BenchmarkConfig, logger: MetricLogger) -> dict[str, Any]:
     artifacts: dict[str, tuple[Artifact, CommConfig | None]] = {
         "patched, nothing quantized": (Artifact(), None),
         low_bit: (Artifact(None, {size: plan}), config.comm),
-        "W4A16": (Artifact(engine.checkpoints["W4A16"]), None),
-        f"W4A8 + {low_bit}": (Artifact(engine.checkpoints["W4A8"], {size: plan}), config.comm),
     }
+    *alone, (scheme, checkpoint) = engine.checkpoints.items()  # an artifact's, or W4A16 and W4A8
+    artifacts |= {name: (Artifact(other), None) for name, other in alone}
+    artifacts[f"{scheme} + {low_bit}"] = Artifact(checkpoint, {size: plan}), config.comm
     length = min(engine.context, config.tokens)
     vocab = engine.text_config.vocab_size
     ids = torch.randint(

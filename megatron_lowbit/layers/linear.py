@@ -152,7 +152,11 @@ class QuantLinear(Float32QParams):
             self._buffers = {"packed_weight": rows, **self._buffers}  # the first of them, as in every state dict
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        self._order_as_rows()
+        if self._panels is not None:  # a move to where they are leaves them: patches are put in place by one
+            if fn(self._panels.new_empty(0)).device.type == "cpu":
+                self._panels = fn(self._panels)
+            else:
+                self._order_as_rows()
         super()._apply(fn, recurse)
         return self
 

@@ -190,6 +190,9 @@ def test_what_looks_at_a_linear_that_has_run(act_bits, tmp_path):
     assert torch.equal(other(x), y)
     linear(x)
     assert torch.equal(linear.to(torch.bfloat16).to("cpu")(x), y)
+    panels = linear._panels
+    assert panels is not None and linear.to("cpu").bfloat16()._panels is panels  # ordered once, not at every patch
+    assert copy.deepcopy(linear).to("meta")._panels is None and torch.equal(linear(x), y)
     x.requires_grad_()
     linear(x).sum().backward()
     weight = kernels.dequantize(kernels.unpack_bits(linear.packed_weight, 4, 96), linear.scale, linear.zero_point)

@@ -43,6 +43,15 @@ def test_rows_on_loopback(tmp_path):
     assert all(len(row["pairs"]) == 2 and min(min(pair) for pair in row["pairs"]) > 0 for row in rows.values())
 
 
+def test_an_artifact_is_timed(embedded_artifact, tmp_path):
+    """Its own scheme, in place of those that the model is rounded to."""
+    use = ["engine=huggingface", "tp=1", "virtual_tp=2", "repeats=2", "tokens=64", "comm.mode=two_shot"]
+    use = [*CALIBRATION, *use, f"artifact={embedded_artifact}", f"output_dir={tmp_path}"]
+    assert run_here("benchmark", *use) == 0
+    rows = [row["name"] for row in json.loads((tmp_path / "benchmark.json").read_text())["rows"]]
+    assert rows == [*ROWS[:2], f"W4A4 + {LOW_BIT}"]
+
+
 def test_only_the_last_token_has_logits():
     class Recorder:
         group = None
