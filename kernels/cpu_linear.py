@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_lowbit.kernels.linear import FLOAT_BITS, check_linear, quant_linear, quant_linear_reference
 from megatron_lowbit.kernels.ops import kernel
 from megatron_lowbit.kernels.panels import blocks_of, linear_kernels, panels_of, rows_of
-from megatron_lowbit.kernels.quantizer import quantize_tokens, quantize_tokens_reference
+from megatron_lowbit.kernels.quantizer import check_tokens, quantize_tokens, quantize_tokens_reference
 from megatron_lowbit.kernels.reassembly import reassemble_op, reassemble_reference
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as in tokens.h
@@ -86,8 +86,9 @@ def _quant_linear(
 @kernel(quantize_tokens, "cpu")
 def _quantize_tokens(x: Tensor, num_bits: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute quantize_tokens with the C++ kernel."""
+    check_tokens(x, num_bits, groups)
     library = linear_kernels.find()
-    if library is None or x.dtype not in _DTYPES or x.dim() != 2 or not x.shape[1] or x.shape[1] % groups:
+    if library is None or x.dtype not in _DTYPES:
         return quantize_tokens_reference(x, num_bits, groups)
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -107,6 +108,7 @@ def _reassemble(x: Tensor, src_idx: Tensor, dst_idx: Tensor, coefficient: Tensor
     library, inputs = linear_kernels.find(), x.shape[-1]
     good = library is not None and x.dtype in _DTYPES and x.dtype != torch.float64 and 0 < inputs < 2**31
     good = good and coefficient.dtype == torch.float32 and src_idx.dtype == dst_idx.dtype == torch.int64
+    good = good and src_idx.shape == dst_idx.shape == coefficient.shape and 0 < width <= len(src_idx)
     if library is None or not good:
         return reassemble_reference(x, src_idx, dst_idx, coefficient, width, eps)
     rows = x.reshape(-1, inputs)
@@ -114,9 +116,11 @@ def _reassemble(x: Tensor, src_idx: Tensor, dst_idx: Tensor, coefficient: Tensor
         rows = rows.contiguous()
     src_idx, dst_idx, coefficient = src_idx.contiguous(), dst_idx.contiguous(), coefficient.contiguous()
     y = x.new_empty((*x.shape[:-1], width))
-    library.lowbit_reassemble(
+    not_valid = library.lowbit_reassemble(
         *(rows.data_ptr(), _DTYPES[x.dtype], rows.shape[0], rows.stride(0), inputs),
         *(src_idx.data_ptr(), dst_idx.data_ptr(), coefficient.data_ptr(), src_idx.shape[0], width, eps),
         *(y.data_ptr(), torch.get_num_threads()),
     )
+    if not_valid:  # an index that is not there: the error is torch's
+        return reassemble_reference(x, src_idx, dst_idx, coefficient, width, eps)
     return y

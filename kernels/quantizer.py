@@ -53,11 +53,21 @@ def quantize_tokens_reference(x: Tensor, num_bits: int, groups: int) -> tuple[Te
     """Quantize every token, and each of `groups` equal slices of it, by its own smallest and largest value.
 
     x: float [tokens, features], `groups` divides features; num_bits: 2 to 8.
-    Returns (codes uint8 [tokens, features], scale, zero_point float32 [tokens, groups]).
+    Returns (codes uint8 [tokens, features], scale, zero_point float32 [tokens, groups]). Raises ValueError where
+    they do not fit together.
     """
+    check_tokens(x, num_bits, groups)
     grouped = x.float().unflatten(1, (groups, -1))
     scale, zero_point = qparams_from_range(grouped.amin(-1), grouped.amax(-1), num_bits)
     return quantize(x, scale, zero_point, num_bits), scale, zero_point
+
+
+def check_tokens(x: Tensor, num_bits: int, groups: int) -> None:
+    """Raise ValueError, naming the value, where the arguments of quantize_tokens do not fit together."""
+    if not 2 <= num_bits <= 8:
+        raise ValueError(f"num_bits={num_bits} is not in 2..8")
+    if x.dim() != 2 or groups < 1 or x.shape[1] % groups or not x.shape[1]:
+        raise ValueError(f"{groups} groups do not divide the features of x {list(x.shape)}, [tokens, features]")
 
 
 quantize_tokens = define(

@@ -77,46 +77,72 @@ void in_two_phases(int threads, First first, Then then) {
   }
 }
 
+// A token that is not quantized: s = 1, z = 0, and the sum of every block.
+template <class Value>
+void set_floats(const Panels& panels, int64_t token, const Value* row, Tokens& tokens) {
+  for (int64_t b = 0; b < panels.blocks; ++b)
+    tokens.set(token, b, 1.0, 0.0, sum_of(row + b * panels.block(), panels.block()), panels.block());
+}
+
+// A row of bf16 values, each block padded to `stride` values.
+void pad_floats(const Linear& job, const Panels& panels, int64_t token, int64_t stride, Tokens& tokens, uint16_t* to) {
+  const uint16_t* row = static_cast<const uint16_t*>(row_of(job, token));
+  for (int64_t b = 0; b < panels.blocks; ++b)
+    std::memcpy(to + b * stride, row + b * panels.block(), panels.block() * sizeof *to);
+  set_floats(panels, token, row, tokens);
+}
+
+// prepare(first token, last token), then multiply(what a tile needs, panel) for every panel.
+template <class Prepare, class Multiply>
+void by_panels(const Linear& job, const Panels& panels, const Tokens& tokens, const Output& to, int64_t parts,
+               Prepare prepare, Multiply multiply) {
+  const int threads = threads_of(job, panels);
+  in_two_phases(
+      threads,
+      [&](int thread) {
+        const Share share(parts, thread, threads);
+        prepare(share.first, share.last);
+      },
+      [&](int thread) {
+        Channels channels(panels.blocks, job.weight_groups);
+        const Share share(panels.count(), thread, threads);
+        for (int64_t panel = share.first; panel < share.last; ++panel) {
+          channels.read(panels, panel, job.scale, job.zero_point);
+          multiply(TileJob{panels, tokens, channels, to}, panel);
+        }
+      });
+}
+
 template <int Bits>
 void by_tiles(const Linear& job, const Panels& panels, const Output& to) {
   constexpr int64_t kMost = most_rows(Bits);
   const int64_t count = (job.tokens + kMost - 1) / kMost, width = panels.blocks * panels.steps() * kStep;
   auto first_of = [&](int64_t part) { return job.tokens * part / count; };  // tiles of nearly the same height
+  auto rows_of = [&](int64_t part) { return static_cast<int>(first_of(part + 1) - first_of(part)); };
   Tokens tokens(job.tokens, panels.blocks);
   Buffer<int8_t> x(job.tokens * width);
-  const int threads = threads_of(job, panels);
-  in_two_phases(
-      threads,
-      [&](int thread) {
+  by_panels(
+      job, panels, tokens, to, count,
+      [&](int64_t begin, int64_t end) {
         Buffer<float> row(job.inputs);
         Buffer<uint8_t> codes(width);
-        const Share share(count, thread, threads);
-        for (int64_t part = share.first; part < share.last; ++part) {
-          const int64_t first = first_of(part), rows = first_of(part + 1) - first;
-          for (int64_t r = 0; r < rows; ++r) {
-            quantize_token(job, panels, first + r, kStep, tokens, row.get(), codes.get());
-            interleave(codes.get(), width / kStep, static_cast<int>(r), static_cast<int>(rows), x.get() + first * width);
-          }
-        }
-      },
-      [&](int thread) {
-        Channels channels(panels.blocks, job.weight_groups);
-        const TileJob tile_job{panels, tokens, channels, to};
-        const Share share(panels.count(), thread, threads);
-        for (int64_t panel = share.first; panel < share.last; ++panel) {
-          channels.read(panels, panel, job.scale, job.zero_point);
-          for (int64_t part = 0; part < count; ++part) {
+        for (int64_t part = begin; part < end; ++part)
+          for (int r = 0; r < rows_of(part); ++r) {
             const int64_t first = first_of(part);
-            tiles<Bits>(tile_job, static_cast<int>(first_of(part + 1) - first), x.get() + first * width, first, panel);
+            quantize_token(job, panels, first + r, kStep, tokens, row.get(), codes.get());
+            interleave(codes.get(), width / kStep, r, rows_of(part), x.get() + first * width);
           }
-        }
+      },
+      [&](const TileJob& tile_job, int64_t panel) {
+        for (int64_t part = 0; part < count; ++part)
+          tiles<Bits>(tile_job, rows_of(part), x.get() + first_of(part) * width, first_of(part), panel);
       });
 }
 
 #ifdef LOWBIT_AMX
-template <int Bits>
-void by_amx(const Linear& job, const Panels& panels, const Output& to) {
-  using Operand = CodeOperand<Bits>;
+// put(token, what the brackets need, room for `inputs` floats, the token's padded row)
+template <class Operand, class Put>
+void by_amx(const Linear& job, const Panels& panels, const Output& to, Put put) {
   const AmxShape<Operand> shape(panels, job.tokens);
   Tokens tokens(job.tokens, panels.blocks);
   Buffer<uint8_t> x(shape.x_bytes());
@@ -124,45 +150,36 @@ void by_amx(const Linear& job, const Panels& panels, const Output& to) {
   in_two_phases(
       threads,
       [&](int thread) {
-        Buffer<float> row(job.inputs);
-        Buffer<uint8_t> codes(shape.row_bytes());
+        Buffer<float> room(job.inputs);
+        Buffer<uint8_t> row(shape.row_bytes());
         const Share share(job.tokens, thread, threads);
         for (int64_t token = share.first; token < share.last; ++token) {
-          quantize_token(job, panels, token, Operand::kInputs, tokens, row.get(), codes.get());
-          shape.put_row(codes.get(), token, x.get());
+          put(token, tokens, room.get(), row.get());
+          shape.put_row(row.get(), token, x.get());
         }
       },
       [&](int thread) {
         const Share share(panels.count(), thread, threads);
-        multiply_panels<Operand>(panels, shape, x.get(), tokens, job.scale, job.zero_point, job.weight_groups, share.first, share.last, to);
+        multiply_panels<Operand>(panels, shape, x.get(), tokens, job.scale, job.zero_point, job.weight_groups,
+                                 share.first, share.last, to);
       });
+}
+
+template <int Bits>
+void codes_by_amx(const Linear& job, const Panels& panels, const Output& to) {
+  using Operand = CodeOperand<Bits>;
+  by_amx<Operand>(job, panels, to, [&](int64_t token, Tokens& tokens, float* room, uint8_t* codes) {
+    quantize_token(job, panels, token, Operand::kInputs, tokens, room, codes);
+  });
 }
 
 template <int Bits>
 void floats_by_amx(const Linear& job, const Panels& panels, const Output& to) {
   using Operand = Bfloat16Operand<Bits>;
-  const AmxShape<Operand> shape(panels, job.tokens);
-  Tokens tokens(job.tokens, panels.blocks);
-  Buffer<uint8_t> x(shape.x_bytes());
-  const int threads = threads_of(job, panels);
-  in_two_phases(
-      threads,
-      [&](int thread) {
-        Buffer<uint8_t> padded(shape.row_bytes());
-        const Share share(job.tokens, thread, threads);
-        for (int64_t token = share.first; token < share.last; ++token) {
-          const uint16_t* row = static_cast<const uint16_t*>(row_of(job, token));
-          for (int64_t b = 0; b < panels.blocks; ++b) {
-            std::memcpy(padded.get() + b * shape.block_bytes(), row + b * panels.block(), panels.block() * 2);
-            tokens.set(token, b, 1.0, 0.0, sum_of(row + b * panels.block(), panels.block()), panels.block());
-          }
-          shape.put_row(padded.get(), token, x.get());
-        }
-      },
-      [&](int thread) {
-        const Share share(panels.count(), thread, threads);
-        multiply_panels<Operand>(panels, shape, x.get(), tokens, job.scale, job.zero_point, job.weight_groups, share.first, share.last, to);
-      });
+  const int64_t stride = up(panels.block(), Operand::kInputs);
+  by_amx<Operand>(job, panels, to, [&](int64_t token, Tokens& tokens, float*, uint8_t* row) {
+    pad_floats(job, panels, token, stride, tokens, reinterpret_cast<uint16_t*>(row));
+  });
 }
 #endif
 
@@ -171,13 +188,11 @@ template <int Bits>
 void floats_by_doubles(const Linear& job, const Panels& panels, const Output& to) {
   Tokens tokens(job.tokens, panels.blocks);
   Buffer<double> x(job.tokens * job.inputs);
-  const int threads = threads_of(job, panels);
-  in_two_phases(
-      threads,
-      [&](int thread) {
+  by_panels(
+      job, panels, tokens, to, job.tokens,
+      [&](int64_t first, int64_t last) {
         Buffer<float> row(job.inputs);
-        const Share share(job.tokens, thread, threads);
-        for (int64_t token = share.first; token < share.last; ++token) {
+        for (int64_t token = first; token < last; ++token) {
           double* values = x.get() + token * job.inputs;
           if (job.x_dtype == kFloat64) {
             std::memcpy(values, row_of(job, token), job.inputs * sizeof(double));
@@ -185,46 +200,28 @@ void floats_by_doubles(const Linear& job, const Panels& panels, const Output& to
             widen(row_of(job, token), static_cast<DType>(job.x_dtype), row.get(), job.inputs);
             convert(row.get(), values, job.inputs);
           }
-          for (int64_t b = 0; b < panels.blocks; ++b)
-            tokens.set(token, b, 1.0, 0.0, sum_of(values + b * panels.block(), panels.block()), panels.block());
+          set_floats(panels, token, values, tokens);
         }
       },
-      [&](int thread) {
-        Channels channels(panels.blocks, job.weight_groups);
-        const Share share(panels.count(), thread, threads);
-        for (int64_t panel = share.first; panel < share.last; ++panel) {
-          channels.read(panels, panel, job.scale, job.zero_point);
-          multiply_doubles<Bits>(TileJob{panels, tokens, channels, to}, x.get(), job.tokens, panel);
-        }
+      [&](const TileJob& tile_job, int64_t panel) {
+        multiply_doubles<Bits>(tile_job, x.get(), job.tokens, panel);
       });
 }
 
 #ifdef LOWBIT_BF16
 template <int Bits>
 void floats_by_pairs(const Linear& job, const Panels& panels, const Output& to) {
-  const int64_t width = panels.blocks * panels.steps() * kStep;
+  const int64_t stride = panels.steps() * kStep, width = panels.blocks * stride;
   Tokens tokens(job.tokens, panels.blocks);
   Buffer<uint16_t> x(job.tokens * width);
-  const int threads = threads_of(job, panels);
-  in_two_phases(
-      threads,
-      [&](int thread) {
-        const Share share(job.tokens, thread, threads);
-        for (int64_t token = share.first; token < share.last; ++token) {
-          const uint16_t* row = static_cast<const uint16_t*>(row_of(job, token));
-          for (int64_t b = 0; b < panels.blocks; ++b) {
-            std::memcpy(x.get() + token * width + b * panels.steps() * kStep, row + b * panels.block(), panels.block() * 2);
-            tokens.set(token, b, 1.0, 0.0, sum_of(row + b * panels.block(), panels.block()), panels.block());
-          }
-        }
+  by_panels(
+      job, panels, tokens, to, job.tokens,
+      [&](int64_t first, int64_t last) {
+        for (int64_t token = first; token < last; ++token)
+          pad_floats(job, panels, token, stride, tokens, x.get() + token * width);
       },
-      [&](int thread) {
-        Channels channels(panels.blocks, job.weight_groups);
-        const Share share(panels.count(), thread, threads);
-        for (int64_t panel = share.first; panel < share.last; ++panel) {
-          channels.read(panels, panel, job.scale, job.zero_point);
-          multiply_pairs<Bits>(TileJob{panels, tokens, channels, to}, x.get(), width, job.tokens, panel);
-        }
+      [&](const TileJob& tile_job, int64_t panel) {
+        multiply_pairs<Bits>(tile_job, x.get(), width, job.tokens, panel);
       });
 }
 #endif
@@ -294,11 +291,13 @@ void lowbit_quantize_tokens(const void* x, int dtype, int64_t tokens, int64_t ro
   }
 }
 
-// x: [tokens, inputs] -> y: [tokens, width] of the same dtype, not float64; eps below 0: no norm before it.
-void lowbit_reassemble(const void* x, int dtype, int64_t tokens, int64_t row_stride, int64_t inputs, const int64_t* from,
+// x: [tokens, inputs] -> y: [tokens, width] of the same dtype, not float64; eps below 0: no norm before it. 1 for an
+// index that is not there.
+int lowbit_reassemble(const void* x, int dtype, int64_t tokens, int64_t row_stride, int64_t inputs, const int64_t* from,
                        const int64_t* to, const float* coefficient, int64_t entries, int64_t width, double eps, void* y,
                        int threads) {
   const Plan plan(from, to, coefficient, entries, width);
+  if (!plan.fits(inputs)) return 1;
   const DType type = static_cast<DType>(dtype);
   if (tokens * entries < kMinParallel / 16) threads = 1;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -312,6 +311,7 @@ void lowbit_reassemble(const void* x, int dtype, int64_t tokens, int64_t row_str
       narrow(out.get(), type, static_cast<char*>(y) + token * width * bytes_of(type), width);
     }
   }
+  return 0;
 }
 
 void lowbit_linear(const Linear* job) {
@@ -331,7 +331,7 @@ void lowbit_linear(const Linear* job) {
       return floats_by_doubles<bits>(*job, panels, to);
     }
 #ifdef LOWBIT_AMX
-    if (job->tokens >= kLeastAmxTokens && amx_allowed()) return by_amx<bits>(*job, panels, to);
+    if (job->tokens >= kLeastAmxTokens && amx_allowed()) return codes_by_amx<bits>(*job, panels, to);
 #endif
     by_tiles<bits>(*job, panels, to);
   });

@@ -14,6 +14,13 @@ struct Plan {
   Plan(const int64_t* from, const int64_t* to, const float* coefficient, int64_t entries, int64_t width)
       : from(from, from + entries), to(to, to + entries), coefficient(coefficient), width(width) {}
 
+  bool fits(int64_t inputs) const {
+    auto within = [](const std::vector<int32_t>& indices, int64_t count) {
+      return std::all_of(indices.begin(), indices.end(), [&](int32_t index) { return 0 <= index && index < count; });
+    };
+    return within(from, inputs) && within(to, width);
+  }
+
   void apply(const float* x, float* y) const {
     int64_t c = 0;
 #ifdef LOWBIT_AVX512

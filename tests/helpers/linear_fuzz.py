@@ -82,7 +82,7 @@ def call(chance: random.Random) -> str:
 
 
 def weight_only(x: Tensor, ordered: Tensor, rows: Tensor, arguments: tuple, y: Tensor, out: torch.dtype) -> None:
-    """Of one token the same bits alone, and the reference but for the rounding of every term."""
+    """Compare with the reference, but for the rounding of every term, and with each token alone, bit for bit."""
     for token in range(min(len(x), 3)):
         alone = kernels.quant_linear(x[token : token + 1], ordered, *arguments, out)
         assert_same_bits(alone[0], y[token])

@@ -235,6 +235,23 @@ def test_reassembly(tokens, dtype, eps):
     assert_same_bits(kernels.reassemble(x, *arguments), reassembly.reassemble_reference(x, *arguments))
 
 
+@pytest.mark.parametrize("place", ["src", "dst"])
+def test_an_index_that_is_not_there(place):
+    """The kernel reads and writes nothing beside the token; the error is torch's."""
+    src, dst = torch.arange(8), torch.arange(8)
+    (src if place == "src" else dst)[7] = 8
+    with pytest.raises((IndexError, RuntimeError), match=r"out of range|bounds"):
+        kernels.reassemble(torch.ones(2, 8), src, dst, torch.ones(8), 7)
+
+
+@pytest.mark.parametrize("bits, groups", [(1, 1), (9, 1), (4, 0), (4, 3)])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_tokens_that_do_not_fit(bits, groups, backend, monkeypatch):
+    monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", backend)
+    with pytest.raises(ValueError, match=r"is not in 2\.\.8|groups do not divide"):
+        kernels.quantize_tokens(torch.ones(2, 8), bits, groups)
+
+
 def test_norm_and_reassembly_against_float64():
     """Half an ulp of float32 for the factor and for each of two products."""
     g = torch.Generator().manual_seed(0)

@@ -71,7 +71,7 @@ AWKWARD = {
 @pytest.mark.parametrize("of_weight", (False, True))
 @pytest.mark.parametrize("kind", AWKWARD)
 def test_awkward_values(kind, of_weight, dtype):
-    """Of the activations, or of the weight: bit for bit, and NaN in no other token than its own."""
+    """Activations, or a weight, of each kind: bit for bit, and NaN in no other token than its own."""
     shape = 4, 6, 172, 4, None
     x, packed, scale, zero, bits = operands(shape, 4)
     awkward = AWKWARD[kind]
