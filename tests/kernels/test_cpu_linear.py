@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
+import mmap
 import os
 import platform
 import re
@@ -266,17 +268,32 @@ def test_norm_and_reassembly_against_float64():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux")
 def test_rows_of_a_file_leave_memory(tmp_path):
     """The pages of an artifact's file are given back once panels are made, and are read again when asked for."""
-    save_file({"rows": torch.full((4096, 2048), 7, dtype=torch.uint8)}, tmp_path / "weight.safetensors")
-    rows = load_file(tmp_path / "weight.safetensors")["rows"]
-    assert rows.sum() == 7 * rows.numel()
+    names = ("ours", "to_see_whether_it_can_be")
+    save_file({name: torch.full((4096, 2048), 7, dtype=torch.uint8) for name in names}, tmp_path / "weight.safetensors")
+    rows, other = (load_file(tmp_path / "weight.safetensors")[name] for name in names)
+    assert rows.sum() == other.sum() == 7 * rows.numel()
+    before, start = file_pages(), -(-other.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(other.numel() // 2), 21)  # MADV_PAGEOUT
+    if before - file_pages() < other.numel() // 4:
+        pytest.skip("this Linux keeps the pages")
     before = file_pages()
     kernels.forget_pages(rows)
-    if before - file_pages() < rows.numel() // 2:
-        pytest.skip("this Linux keeps the pages")
+    assert before - file_pages() > rows.numel() // 2
     assert rows.sum() == 7 * rows.numel()
     own = torch.full((4096, 2048), 7, dtype=torch.uint8)
     kernels.forget_pages(own)
     assert own.sum() == 7 * own.numel()
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled(fullgraph):
+    """A compiled linear orders its weight, too, and computes the same."""
+    linear, x = module(), torch.randn(3, 96, generator=torch.Generator().manual_seed(1))
+    y = linear(x)
+    linear.packed_weight  # noqa: B018  back to rows
+    with torch.no_grad():
+        compiled = torch.compile(linear, backend="eager", fullgraph=fullgraph)
+        assert torch.equal(compiled(x), y) and torch.equal(compiled(x), y) and linear._panels is not None
 
 
 def file_pages() -> int:
