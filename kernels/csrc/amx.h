@@ -138,9 +138,10 @@ constexpr int kHalves = kPanel / kColumns;       // of a panel
 constexpr int64_t kDots = 2 * kRows * kColumns;
 
 // 32 tokens by 32 outputs, a piece of a block. x: the tiles of 16 tokens, the next 16 `x_stride` further; w: of two
-// groups; dots: [32][32], added to unless this is the first piece.
-template <class Operand>
-inline void multiply_two(const uint8_t* x, int64_t x_stride, const uint8_t* w, int64_t tiles, bool first, void* dots) {
+// groups; dots: [32][32], added to unless this is the first piece; meanwhile(): called at every tile.
+template <class Operand, class Meanwhile>
+inline void multiply_two(const uint8_t* x, int64_t x_stride, const uint8_t* w, int64_t tiles, bool first, void* dots,
+                         Meanwhile meanwhile) {
   char* to = static_cast<char*>(dots);
   fence();
   if (first) {
@@ -164,6 +165,7 @@ inline void multiply_two(const uint8_t* x, int64_t x_stride, const uint8_t* w, i
     _tile_loadd(7, w + kTile, 64);
     Operand::template multiply<1, 4, 7>();
     Operand::template multiply<3, 5, 7>();
+    meanwhile();
   }
   _tile_stored(0, to, 128);
   _tile_stored(1, to + 64, 128);
@@ -173,8 +175,9 @@ inline void multiply_two(const uint8_t* x, int64_t x_stride, const uint8_t* w, i
 }
 
 // 16 tokens by 32 outputs.
-template <class Operand>
-inline void multiply_one(const uint8_t* x, const uint8_t* w, int64_t tiles, bool first, void* dots) {
+template <class Operand, class Meanwhile>
+inline void multiply_one(const uint8_t* x, const uint8_t* w, int64_t tiles, bool first, void* dots,
+                         Meanwhile meanwhile) {
   char* to = static_cast<char*>(dots);
   fence();
   if (first) {
@@ -190,6 +193,7 @@ inline void multiply_one(const uint8_t* x, const uint8_t* w, int64_t tiles, bool
     Operand::template multiply<0, 4, 6>();
     _tile_loadd(7, w + kTile, 64);
     Operand::template multiply<1, 4, 7>();
+    meanwhile();
   }
   _tile_stored(0, to, 128);
   _tile_stored(1, to + 64, 128);
@@ -225,39 +229,35 @@ struct ExpandedPanels {
   }
 };
 
-// What brackets.h makes of a block's dot products of up to 32 tokens with 32 outputs. The loops of the two usual cases,
-// one block and a block before the last, have no branches.
+// A tile whose dot products wait for brackets.h. They are finished a few tokens at a time while the next tile is
+// multiplied: the processor has units for both at once.
 template <class Dot>
-void finish_dots(const Tokens& tokens, int64_t token, int rows, const Channels& channels, int64_t panel,
-                 const Block& block, int column, const Dot* dot, Sums<kDots>& sums, const Output& to) {
-  const int64_t output = panel * kPanel + column;
-  if (channels.blocks == 1 && to.dtype == kBfloat16 && output + kColumns <= to.outputs) {
-    uint16_t* y = static_cast<uint16_t*>(to.data) + token * to.outputs + output;
-    for (int r = 0; r < rows; ++r, y += to.outputs)
-      each<kColumns / 16>([&](auto i) INLINE {
-        const Dot* at = dot + r * kColumns + i * 16;
-        store_bfloat16(y + i * 16, only_block(tokens, token + r, channels, column + i * 16, at),
-                       only_block(tokens, token + r, channels, column + i * 16 + 8, at + 8));
-      });
-    return;
+struct Unfinished {
+  const Tokens& tokens;
+  const Output& to;
+  int64_t token = 0, panel = 0;
+  int rows = 0, done = 0, column = 0;
+  bool exact = false;
+  const Channels* channels = nullptr;
+  const Block* block = nullptr;
+  const Dot* dots = nullptr;
+  Sums<kDots>* sums = nullptr;
+
+  void start(int64_t of_token, int of_rows, double reach, const Channels& of_channels, int64_t of_panel,
+             const Block& of_block, int of_column, const Dot* of_dots, Sums<kDots>& of_sums, int64_t inputs) {
+    token = of_token, panel = of_panel, rows = of_rows, done = 0, column = of_column;
+    channels = &of_channels, block = &of_block, dots = of_dots, sums = &of_sums;
+    exact = is_exact(reach, *channels, *block, inputs);
   }
-  const double* ones = channels.sums.get() + block.index * kPanel + column;
-  const double* zeros = channels.zero.get() + block.group * kPanel + column;
-  auto add = [&](auto first) INLINE {
-    for (int r = 0; r < rows; ++r)
-      each<kColumns / kHalf>([&](auto i) INLINE {
-        const int o = i * kHalf, at = r * kColumns + o;
-        const int64_t t = (token + r) * channels.blocks + block.index;
-        add_block<decltype(first)::value>(tokens, t, ones + o, zeros + o, dot + at, sums, at);
-      });
-  };
-  if (!block.last) return block.first ? add(std::true_type()) : add(std::false_type());
-  for (int r = 0; r < rows; ++r)
-    each<kColumns / kHalf>([&](auto i) INLINE {
-      const int o = i * kHalf, at = r * kColumns + o;
-      finish_block(tokens, token + r, channels, panel, block, column + o, dot + at, sums, at, to);
-    });
-}
+  void finish(int count) {
+    count = std::min(count, rows - done);
+    if (count <= 0) return;
+    auto finish_tokens = exact ? finish_rows<true, kColumns, Dot> : finish_rows<false, kColumns, Dot>;
+    finish_tokens(tokens, token + done, count, *channels, panel, *block, column, dots + done * kColumns,
+                  sums->from(done * kColumns), to);
+    done += count;
+  }
+};
 
 // All tokens with the panels [first, last), where tokens are many: weights are expanded once for all of them. A piece of
 // 32 tokens stays in the first-level cache while all the panels go by.
@@ -266,34 +266,46 @@ void multiply_wide(const Panels& panels, const AmxShape<Operand>& shape, const u
                    const float* scale, const float* zero_point, int64_t weight_groups, int64_t first, int64_t last,
                    const Output& to) {
   constexpr int64_t kPiece = 16;  // tiles
+  constexpr int64_t kShort = 8;   // tiles; the sums of a block are more bytes than its tokens
   const int64_t least = 2 * shape.panel_bytes() <= kMostExpanded ? 2 : 1;
   const int64_t together = std::min(last - first, std::max(least, kExpanded / shape.panel_bytes()));
   const int64_t x_stride = kRows * shape.row_bytes();
   ExpandedPanels<Operand> expanded(panels, shape, together, weight_groups);
   auto sums = std::make_unique<Sums<kDots>[]>(together * kHalves);
   Buffer<typename Operand::Dot> dots(together * kHalves * kDots);
+  Unfinished<typename Operand::Dot> unfinished{tokens, to};
+  std::vector<Block> blocks;
+  std::vector<double> reach(shape.blocks);
+  for (int64_t b = 0; b < shape.blocks; ++b) blocks.emplace_back(b, expanded.channels[0]);
   for (int64_t begin = first; begin < last; begin += together) {
     const int64_t end = std::min(begin + together, last);
     expanded.read(panels, shape, begin, end, scale, zero_point);
     for (int64_t token = 0; token < shape.tokens; token += 2 * kRows) {
       const int rows = static_cast<int>(std::min<int64_t>(2 * kRows, shape.tokens - token));
-      for (int64_t b = 0; b < shape.blocks; ++b) {
-        const Block block(b, expanded.channels[0]);
-        for (int64_t tile = 0; tile < shape.tiles; tile += kPiece) {
-          const uint8_t* piece = x + token * shape.row_bytes() + (b * shape.tiles + tile) * kTile;
-          const int64_t tiles = std::min(kPiece, shape.tiles - tile);
-          for (int64_t half = 0; half < (end - begin) * kHalves; ++half) {
-            const uint8_t* w = expanded.of(half, b, tile);
-            auto* dot = dots.get() + half * kDots;
-            if (rows > kRows) multiply_two<Operand>(piece, x_stride, w, tiles, !tile, dot);
-            else multiply_one<Operand>(piece, w, tiles, !tile, dot);
-            if (tile + tiles < shape.tiles) continue;
-            finish_dots(tokens, token, rows, expanded.channels[half / kHalves], begin + half / kHalves, block,
-                        static_cast<int>(half % kHalves * kColumns), dot, sums[half], to);
-          }
-        }
+      const int64_t halves = (end - begin) * kHalves;
+      for (int64_t b = 0; b < shape.blocks; ++b) reach[b] = reach_of(tokens, token, rows, b);
+      auto multiply = [&](int64_t half, int64_t b, int64_t tile, auto* dot, Sums<kDots>& sum) {
+        const uint8_t* piece = x + token * shape.row_bytes() + (b * shape.tiles + tile) * kTile;
+        const uint8_t* w = expanded.of(half, b, tile);
+        const int64_t tiles = std::min(kPiece, shape.tiles - tile);
+        const int share = static_cast<int>((2 * kRows + tiles - 1) / tiles);
+        auto meanwhile = [&]() INLINE { unfinished.finish(share); };
+        if (rows > kRows) multiply_two<Operand>(piece, x_stride, w, tiles, !tile, dot, meanwhile);
+        else multiply_one<Operand>(piece, w, tiles, !tile, dot, meanwhile);
+        if (tile + tiles == shape.tiles)
+          unfinished.start(token, rows, reach[b], expanded.channels[half / kHalves], begin + half / kHalves, blocks[b],
+                           static_cast<int>(half % kHalves * kColumns), dot, sum, panels.block());
+      };
+      if (shape.tiles <= kShort) {
+        for (int64_t i = 0; i < halves * shape.blocks; ++i)
+          multiply(i / shape.blocks, i % shape.blocks, 0, dots.get() + i % 2 * kDots, sums[0]);
+      } else {
+        for (int64_t b = 0; b < shape.blocks; ++b)
+          for (int64_t tile = 0; tile < shape.tiles; tile += kPiece)
+            for (int64_t half = 0; half < halves; ++half) multiply(half, b, tile, dots.get() + half * kDots, sums[half]);
       }
     }
+    unfinished.finish(2 * kRows);
   }
 }
 
@@ -340,11 +352,11 @@ void multiply_narrow(const Panels& panels, const AmxShape<Operand>& shape, const
       _tile_stored(3, out + 192, 256);
       fence();
       const Block block(b, channels);
-      for (int r = 0; r < shape.tokens; ++r)
-        for (int o = 0; o < kPanel; o += kHalf) {
-          const int at = r * kPanel + o;
-          finish_block(tokens, r, channels, p, block, o, dots + at, *sums, at, to);
-        }
+      const int rows = static_cast<int>(shape.tokens);
+      using Dot = typename Operand::Dot;
+      const bool exact = is_exact(reach_of(tokens, 0, rows, b), channels, block, panels.block());
+      auto finish = exact ? finish_rows<true, kPanel, Dot> : finish_rows<false, kPanel, Dot>;
+      finish(tokens, 0, rows, channels, p, block, 0, dots, sums->from(0), to);
     }
   }
 }

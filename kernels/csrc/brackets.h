@@ -26,39 +26,71 @@ inline Doubles to_doubles(const uint32_t* whole) {
 inline Doubles to_doubles(const float* values) { return __builtin_convertvector(load<HalfFloats>(values), Doubles); }
 inline Doubles to_doubles(const double* values) { return load<Doubles>(values); }
 
-// What is known of the tokens, per block: s, z and x.1 - k z; float64 [tokens, blocks].
+// A sum with a product, and a difference. Where float64 holds the product exactly, one fused operation rounds as the two
+// do, and takes half the time.
+template <bool Exact>
+INLINE inline Doubles plus_product(Doubles sum, Doubles a, Doubles b) {
+#ifdef __AVX512F__
+  if constexpr (Exact) return (Doubles)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum);
+#endif
+  return sum + a * b;
+}
+template <bool Exact>
+INLINE inline Doubles minus_product(Doubles sum, Doubles a, Doubles b) {
+#ifdef __AVX512F__
+  if constexpr (Exact) return (Doubles)_mm512_fnmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum);
+#endif
+  return sum - a * b;
+}
+
+// The largest distance of a code of `bits` bits from a whole zero point; infinity for one that is not whole.
+inline double reach_of(double zero, int bits) {
+  const double levels = (1 << bits) - 1;
+  return zero == std::nearbyint(zero) ? std::max(std::abs(zero), std::abs(levels - zero))
+                                      : std::numeric_limits<double>::infinity();
+}
+
+// What is known of the tokens, per block: s, z, x.1 - k z and the largest |x - z|; float64 [tokens, blocks].
 struct Tokens {
   int64_t blocks;
-  Buffer<double> scale, zero, rest;
+  Buffer<double> scale, zero, rest, reach;
 
   Tokens(int64_t tokens, int64_t blocks)
-      : blocks(blocks), scale(tokens * blocks), zero(tokens * blocks), rest(tokens * blocks) {}
+      : blocks(blocks), scale(tokens * blocks), zero(tokens * blocks), rest(tokens * blocks), reach(tokens * blocks) {}
 
-  void set(int64_t token, int64_t block, double s, double z, double sum, int64_t inputs) {
+  void set(int64_t token, int64_t block, double s, double z, double sum, int64_t inputs, double reach_of_codes) {
     int64_t at = token * blocks + block;
     scale.get()[at] = s;
     zero.get()[at] = z;
     rest.get()[at] = sum - static_cast<double>(inputs) * z;
+    reach.get()[at] = reach_of_codes;
   }
 };
 
-// What is known of the 64 outputs of a panel: 1.w per block; S and Z per group of weights.
+// What is known of the 64 outputs of a panel: 1.w per block; S, Z and the largest |w - Z| per group of weights.
 struct Channels {
   int64_t blocks, groups;
-  Buffer<double> sums, scale, zero;
+  Buffer<double> sums, scale, zero, reach;
 
   Channels(int64_t blocks, int64_t groups)
-      : blocks(blocks), groups(groups), sums(blocks * kPanel), scale(groups * kPanel), zero(groups * kPanel) {}
+      : blocks(blocks),
+        groups(groups),
+        sums(blocks * kPanel),
+        scale(groups * kPanel),
+        zero(groups * kPanel),
+        reach(groups) {}
 
   // scale, zero_point: float32 [outputs, groups]
   void read(const Panels& panels, int64_t panel, const float* of_scale, const float* of_zero) {
     const int64_t first = panel * kPanel, outputs = std::min<int64_t>(kPanel, panels.outputs - first);
     for (int64_t b = 0; b < blocks; ++b)
       for (int64_t o = 0; o < kPanel; ++o) sums.get()[b * kPanel + o] = panels.sums(b)[first + o];
+    std::fill_n(reach.get(), groups, 0.0);
     for (int64_t o = 0; o < outputs; ++o)
       for (int64_t h = 0; h < groups; ++h) {
         scale.get()[h * kPanel + o] = of_scale[(first + o) * groups + h];
         zero.get()[h * kPanel + o] = of_zero[(first + o) * groups + h];
+        reach.get()[h] = std::max(reach.get()[h], reach_of(of_zero[(first + o) * groups + h], panels.bits));
       }
   }
 };
@@ -108,9 +140,13 @@ INLINE inline void store_outputs(const Output& to, int64_t token, int64_t output
 }
 
 // The sums of a tile of tokens and outputs while its blocks go by: over g, and over h; float64 [tokens, outputs].
+struct RowSums {
+  double *inner, *total;
+};
 template <int Size>
 struct Sums {
   alignas(64) double inner[Size], total[Size];
+  RowSums from(int at) { return {inner + at, total + at}; }
 };
 
 // A block on its way through the sums.
@@ -128,53 +164,99 @@ struct Block {
   }
 };
 
-// Adds a block's dot products of a token with 8 outputs, and stores the outputs after the last block. at: of the 8 in
-// the sums; output: the first of the 8 in the panel.
-// Adds a block that is not the last of its group.
-template <bool First, int Size, class Value>
-INLINE inline void add_block(const Tokens& tokens, int64_t t, const double* ones, const double* zeros, const Value* dot,
-                             Sums<Size>& sums, int at) {
-  Doubles bracket = to_doubles(dot) - tokens.zero.get()[t] * load<Doubles>(ones);
-  bracket = bracket - tokens.rest.get()[t] * load<Doubles>(zeros);
-  const Doubles before = First ? Doubles{} : load<Doubles>(sums.inner + at);
-  store(sums.inner + at, before + tokens.scale.get()[t] * bracket);
+// The largest |x - z| of a block of `rows` tokens.
+inline double reach_of(const Tokens& tokens, int64_t token, int rows, int64_t block) {
+  double reach = 0;
+  for (int r = 0; r < rows; ++r) reach = std::max(reach, tokens.reach.get()[(token + r) * tokens.blocks + block]);
+  return reach;
 }
 
-// The float64 part for 8 outputs, whose only block this is.
-template <class Value>
-INLINE inline Doubles only_block(const Tokens& tokens, int64_t token, const Channels& channels, int output,
-                                 const Value* dot) {
-  Doubles bracket = to_doubles(dot) - tokens.zero.get()[token] * load<Doubles>(channels.sums.get() + output);
-  bracket = bracket - tokens.rest.get()[token] * load<Doubles>(channels.zero.get() + output);
-  return Doubles{} + (Doubles{} + tokens.scale.get()[token] * bracket) * load<Doubles>(channels.scale.get() + output);
+// Whether float64 holds every product on a bracket's way into the sums, but the last: brackets are whole and below 2^29,
+// and scales have 24 bits. (1.w and z, of 24 bits each, always have such products.)
+inline bool is_exact(double reach, const Channels& channels, const Block& block, int64_t inputs) {
+  return static_cast<double>(inputs) * reach * channels.reach.get()[block.group] < double{1 << 29};
 }
 
 #ifdef __AVX512BW__
-// Two times 8 outputs, with one rounding to bf16 for all: the same bits as store_outputs.
-INLINE inline void store_bfloat16(uint16_t* to, Doubles a, Doubles b) {
-  const HalfFloats low = round_to_odd(a), high = round_to_odd(b);
-  const Floats v = (Floats)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)low), (__m256)high, 1);
-  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+// 16 outputs with one rounding to bf16 for all: the same bits as store_outputs. A float32 that is cut off and then has
+// its last bit set is rounded to odd; 0xa1 are NaNs and numbers below 2^-126, which are rare and left to the caller.
+INLINE inline bool store_bfloat16(uint16_t* to, Doubles a, Doubles b) {
+  auto odd = [](Doubles y) INLINE {
+    const __m512i bits = (__m512i)y;
+    const __mmask8 lost = _mm512_test_epi64_mask(bits, _mm512_set1_epi64((int64_t{1} << 29) - 1));
+    const __m512i marked = _mm512_mask_or_epi64(bits, lost, bits, _mm512_set1_epi64(int64_t{1} << 29));
+    return _mm512_cvt_roundpd_ps((__m512d)marked, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+  };
+  const __m512 v = _mm512_insertf32x8(_mm512_castps256_ps512(odd(a)), odd(b), 1);
+  if (__builtin_expect(_mm512_fpclass_ps_mask(v, 0xa1), 0)) return false;
+#ifdef __AVX512BF16__
+  const __m256i words = (__m256i)_mm512_cvtneps_pbh(v);
+#else
   const Lanes bits = (Lanes)v, rounded = bits + 0x7fffu + (bits >> 16 & 1u);
-  const __m512i words = _mm512_mask_mov_epi32(_mm512_srli_epi32((__m512i)rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(words));
+  const __m256i words = _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)rounded, 16));
+#endif
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), words);
+  return true;
 }
 #endif
 
-template <int Size, class Value>
-INLINE inline void finish_block(const Tokens& tokens, int64_t token, const Channels& channels, int64_t panel,
-                                const Block& block, int output, const Value* dot, Sums<Size>& sums, int at,
-                                const Output& to) {
-  const int64_t t = token * tokens.blocks + block.index, group = block.group * kPanel + output;
-  const Doubles ones = load<Doubles>(channels.sums.get() + block.index * kPanel + output);
-  Doubles bracket = to_doubles(dot) - tokens.zero.get()[t] * ones;
-  bracket = bracket - tokens.rest.get()[t] * load<Doubles>(channels.zero.get() + group);
-  Doubles inner = (block.first ? Doubles{} : load<Doubles>(sums.inner + at)) + tokens.scale.get()[t] * bracket;
-  if (!block.last) return store(sums.inner + at, inner);
-  Doubles total = block.first_group ? Doubles{} : load<Doubles>(sums.total + at);
-  total = total + inner * load<Doubles>(channels.scale.get() + group);
-  if (!block.end) return store(sums.total + at, total);
-  store_outputs(to, token, panel * kPanel + output, total);
+// 16 outputs from `output` on.
+INLINE inline void store_sixteen(const Output& to, int64_t token, int64_t output, Doubles a, Doubles b) {
+#ifdef __AVX512BW__
+  if (to.dtype == kBfloat16 && output + 2 * kHalf <= to.outputs)
+    if (store_bfloat16(static_cast<uint16_t*>(to.data) + token * to.outputs + output, a, b)) return;
+#endif
+  store_outputs(to, token, output, a);
+  store_outputs(to, token, output + kHalf, b);
+}
+
+// Adds a block's dot products of `rows` tokens with `Count` outputs, a multiple of 16, and stores the outputs after the
+// last block. output: the first in the panel; dots, sums: [rows][Count].
+template <bool Exact, int Count, class Value>
+__attribute__((noinline)) void finish_rows(const Tokens& tokens, int64_t token, int rows, const Channels& channels,
+                                           int64_t panel, const Block& block, int output, const Value* dots,
+                                           RowSums sums, const Output& to) {
+  const int64_t group = block.group * kPanel + output;
+  const double *ones = channels.sums.get() + block.index * kPanel + output, *zeros = channels.zero.get() + group;
+  const double* scales = channels.scale.get() + group;
+  auto by_row = [&](auto work) INLINE {
+    const int64_t stride = tokens.blocks, t = token * stride + block.index;
+    for (int r = 0; r < rows; ++r) {
+      const Doubles s = Doubles{} + tokens.scale.get()[t + r * stride], z = Doubles{} + tokens.zero.get()[t + r * stride];
+      const Doubles rest = Doubles{} + tokens.rest.get()[t + r * stride];
+      auto bracket = [&](int o) INLINE {
+        const Doubles whole = minus_product<true>(to_doubles(dots + r * Count + o), z, load<Doubles>(ones + o));
+        return minus_product<Exact>(whole, rest, load<Doubles>(zeros + o));
+      };
+      work(r, [&](int o, auto first) INLINE {
+        return plus_product<Exact>(first ? Doubles{} : load<Doubles>(sums.inner + r * Count + o), s, bracket(o));
+      });
+    }
+  };
+  auto add = [&](auto first) INLINE {
+    by_row([&](int r, auto inner) INLINE {
+      each<Count / kHalf>([&](auto i) INLINE { store(sums.inner + r * Count + i * kHalf, inner(i * kHalf, first)); });
+    });
+  };
+  if (!block.last) return block.first ? add(std::true_type()) : add(std::false_type());
+  auto finish = [&](auto first) INLINE {
+    by_row([&](int r, auto inner) INLINE {
+      auto total = [&](int o) INLINE {
+        const Doubles scale = load<Doubles>(scales + o), sum = inner(o, first);
+        // Fused to a zero, the product is rounded once as well.
+        return block.first_group ? plus_product<true>(Doubles{}, sum, scale)
+                                 : load<Doubles>(sums.total + r * Count + o) + sum * scale;
+      };
+      each<Count / (2 * kHalf)>([&](auto i) INLINE {
+        const int o = i * 2 * kHalf;
+        const Doubles a = total(o), b = total(o + kHalf);
+        if (block.end) return store_sixteen(to, token + r, panel * kPanel + output + o, a, b);
+        store(sums.total + r * Count + o, a);
+        store(sums.total + r * Count + o + kHalf, b);
+      });
+    });
+  };
+  return block.first ? finish(std::true_type()) : finish(std::false_type());
 }
 
 }  // namespace

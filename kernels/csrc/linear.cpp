@@ -46,9 +46,10 @@ void quantize_token(const Linear& job, const Panels& panels, int64_t token, int6
     float low, high;
     range_of(row + g * group, group, &low, &high);
     const QParams q = qparams_of(low, high, job.act_bits);
+    const double reach = reach_of(q.zero_point, job.act_bits);
     for (int64_t b = g * blocks_per_group; b < (g + 1) * blocks_per_group; ++b) {
       int64_t sum = codes_of(row + b * block, block, q, job.act_bits, codes + b * stride);
-      tokens.set(token, b, q.scale, q.zero_point, static_cast<double>(sum), block);
+      tokens.set(token, b, q.scale, q.zero_point, static_cast<double>(sum), block, reach);
     }
   }
 }
@@ -81,7 +82,8 @@ void in_two_phases(int threads, First first, Then then) {
 template <class Value>
 void set_floats(const Panels& panels, int64_t token, const Value* row, Tokens& tokens) {
   for (int64_t b = 0; b < panels.blocks; ++b)
-    tokens.set(token, b, 1.0, 0.0, sum_of(row + b * panels.block(), panels.block()), panels.block());
+    tokens.set(token, b, 1.0, 0.0, sum_of(row + b * panels.block(), panels.block()), panels.block(),
+               std::numeric_limits<double>::infinity());
 }
 
 // A row of bf16 values, each block padded to `stride` values.

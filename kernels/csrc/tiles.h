@@ -104,11 +104,10 @@ __attribute__((noinline)) void tile(const TileJob& job, const int8_t* x, int64_t
     alignas(64) uint32_t dots[Rows * Columns * kOutputs];
     each<Rows * Columns>([&](auto i) INLINE { store(dots + i * kOutputs, total[i]); });
     const Block here(block, job.channels);
-    for (int r = 0; r < Rows; ++r)
-      for (int o = 0; o < Columns * kOutputs; o += kHalf) {
-        int at = r * Columns * kOutputs + o;
-        finish_block(job.tokens, token + r, job.channels, panel, here, first * kOutputs + o, dots + at, sums, at, job.to);
-      }
+    constexpr int kCount = Columns * kOutputs;
+    const bool exact = is_exact(reach_of(job.tokens, token, Rows, block), job.channels, here, job.panels.block());
+    auto finish = exact ? finish_rows<true, kCount, uint32_t> : finish_rows<false, kCount, uint32_t>;
+    finish(job.tokens, token, Rows, job.channels, panel, here, first * kOutputs, dots, sums.from(0), job.to);
   }
 }
 

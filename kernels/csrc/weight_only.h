@@ -66,8 +66,8 @@ void multiply_doubles(const TileJob& job, const double* x, int64_t tokens, int64
     }
     const Block block(b, job.channels);
     for (int64_t token = 0; token < tokens; ++token)
-      for (int o = 0; o < kPanel; o += kHalf)
-        finish_block(job.tokens, token, job.channels, panel, block, o, dots.get() + token * kPanel + o, sums[token], o, job.to);
+      finish_rows<false, kPanel>(job.tokens, token, 1, job.channels, panel, block, 0, dots.get() + token * kPanel,
+                                 sums[token].from(0), job.to);
   }
 }
 
@@ -99,9 +99,7 @@ __attribute__((noinline)) void pair_tile(const TileJob& job, const uint16_t* x, 
     alignas(64) float dots[Rows * kPanel];
     each<Rows * kGroups>([&](auto i) INLINE { _mm512_store_ps(dots + i * 16, total[i]); });
     const Block block(b, job.channels);
-    for (int r = 0; r < Rows; ++r)
-      for (int o = 0; o < kPanel; o += kHalf)
-        finish_block(job.tokens, token + r, job.channels, panel, block, o, dots + r * kPanel + o, sums, r * kPanel + o, job.to);
+    finish_rows<false, kPanel>(job.tokens, token, Rows, job.channels, panel, block, 0, dots, sums.from(0), job.to);
   }
 }
 

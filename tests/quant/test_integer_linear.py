@@ -87,6 +87,18 @@ def test_awkward_values(kind, of_weight, dtype):
         assert broken.tolist() == x.isfinite().all(1).logical_not().tolist()
 
 
+@pytest.mark.parametrize("tokens", (3, 16, 40))  # the CPU's ways for few, some and many
+def test_products_that_float64_rounds(tokens):
+    """Fused with the sum they are rounded once, and the definition rounds them twice: 16384 codes of 8 bits and zero
+    points of 0 make brackets of 30 bits, and a scale just below 2^-7 has 24."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.rand(tokens, 2 * 16384, generator=generator) * 0.38 + 1.52
+    x[:, 0], x[:, 16384] = 0, 0  # the smallest of each group
+    codes = torch.randint(200, 256, (80, x.shape[1]), dtype=torch.uint8, generator=generator)
+    args = x, pack_bits(codes, 8), torch.ones(80, 1), torch.zeros(80, 1), 8
+    assert_same_bits(quant_linear(*args, 8, 2, torch.float64), expected(args, 8, 2, torch.float64))
+
+
 def test_zero_is_zero():
     """Tokens of zeros, and weights of zeros, whose float corrections left 1e-14 in their place."""
     x, packed, scale, zero, bits = operands((4, 6, 172, 4, None), 4)
