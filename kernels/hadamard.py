@@ -71,10 +71,16 @@ def _hartley(m: int) -> Tensor:
     return values[i[:, None] * i % m]
 
 
-@lru_cache(maxsize=32)  # matrices of 4 MiB at most
-def hartley(m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return C_m as every backend multiplies it: float64 rounded to `dtype`, [m, m]; not to be written to."""
+@lru_cache(maxsize=32)  # matrices of 8 MiB at most
+def _rounded_hartley(m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return _hartley(m).to(dtype).to(device)
+
+
+def factors(x: Tensor, groups: int) -> tuple[Tensor, float]:
+    """Return what x's slices are multiplied by: C_m [m, m], rounded to float32 (float64 for a float64 x) and not to be
+    written to, and 2^(-k/2)."""
+    k, m = split_width(x.shape[-1] // groups)
+    return _rounded_hartley(m, torch.promote_types(x.dtype, torch.float32), x.device), 2 ** (-k / 2)
 
 
 def hadamard_matrix(width: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -97,17 +103,17 @@ def hadamard_reference(x: Tensor, groups: int) -> Tensor:
     """
     check_hadamard(x, groups)
     k, m = split_width(x.shape[-1] // groups)
-    exact = torch.promote_types(x.dtype, torch.float32)
-    z = x.to(exact).unflatten(-1, (-1, m))
+    matrix, factor = factors(x, groups)
+    z = x.to(matrix.dtype).unflatten(-1, (-1, m))
     if m > 1:
-        matrix, values = hartley(m, exact, x.device), z
+        values = z
         z = matrix[0] * values[..., :1]
         for j in range(1, m):
             z = z + matrix[j] * values[..., j : j + 1]
     for h in (2**i for i in range(k)):
         a, b = z.flatten(x.dim() - 1).unflatten(-1, (-1, 2, h * m)).unbind(-2)
         z = torch.stack([a + b, a - b], dim=-2)
-    return (z.flatten(x.dim() - 1) * 2 ** (-k / 2)).to(x.dtype).contiguous()
+    return (z.flatten(x.dim() - 1) * factor).to(x.dtype).contiguous()
 
 
 hadamard = define("hadamard(Tensor x, int groups) -> Tensor", hadamard_reference)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 import torch
-from kernel_inputs import DTYPES
+from kernel_inputs import DTYPES, assert_same_bits
+from torch import Tensor
 
 from megatron_lowbit import kernels
-from megatron_lowbit.kernels.hadamard import split_width
+from megatron_lowbit.kernels.hadamard import hadamard_reference, split_width
+
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler is installed")
 
 # Slices of a power of two, of an odd number, and of both: LLaMA-2 7B (1376 in 8 shard groups), SmolLM2, Qwen2.5 (37).
 WIDTHS = [1, 2, 3, 16, 37, 43, 64, 72, 88, 96, 128, 172, 576, 1376, 37 * 64]
@@ -52,6 +59,56 @@ def test_against_the_matrix_in_float64(width, dtype):
     allowed = steps * rounding(torch.promote_types(dtype, torch.float32)) * magnitude
     allowed = allowed + final * rounding(dtype) * (exact.abs().unflatten(1, (2, width)) + allowed) + final * 2.0**-24
     assert (error <= allowed).all()
+
+
+def awkward(tokens: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Tokens with NaN, infinities of both signs, zeros of both signs, subnormals, and sums beyond the largest float."""
+    x = torch.randn(tokens, width, dtype=torch.float64, generator=torch.Generator().manual_seed(width))
+    for token, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+        x[token + 1 : token + 2, token % width] = value
+    x[4:5] = -0.0
+    x[5:6] *= 1e-39
+    x[6:7] = torch.finfo(dtype).max
+    return x.to(dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [*WIDTHS, 7 * 2048, 1023])
+def test_the_cpu_kernel_makes_the_bits_of_the_definition(width, dtype, monkeypatch):
+    monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", "cpu")
+    x = awkward(9, 3 * width, dtype)
+    y = kernels.hadamard(x, 3)
+    assert_same_bits(y, hadamard_reference(x, 3))
+    for token in (0, 8):  # whatever batch they are in
+        assert_same_bits(kernels.hadamard(x[token], 3), y[token])
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_no_bit(threads, monkeypatch):
+    """Slices are dealt out, so that the threads part a token between them."""
+    monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", "cpu")
+    x = torch.randn(5, 8 * 1376, generator=torch.Generator().manual_seed(0))
+    try:
+        torch.set_num_threads(threads)
+        y = kernels.hadamard(x, 8)
+    finally:
+        torch.set_num_threads(1)
+    assert_same_bits(y, hadamard_reference(x, 8))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_how_tokens_lie_in_memory(backend, monkeypatch):
+    """Rows that are apart, columns that are apart, dimensions in another order, no rows; the result is contiguous."""
+    monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", backend)
+    x = torch.randn(4, 6, 96, generator=torch.Generator().manual_seed(0))
+    for one in (x[:, :, :48], x[:, 1::2], x[..., ::2], x.transpose(0, 1), x.permute(2, 1, 0)[:12].mT, x[:0], x[0, 0]):
+        before, y = one.clone(), kernels.hadamard(one, 2)
+        assert y.is_contiguous() and y.shape == one.shape and torch.equal(one, before)
+        assert_same_bits(y, hadamard_reference(one.contiguous(), 2))
+    one = torch.randn(8, 1).T.expand(3, 8)  # every token in the same memory
+    assert_same_bits(kernels.hadamard(one, 2), hadamard_reference(one.contiguous(), 2))
 
 
 def test_it_is_its_own_inverse():
