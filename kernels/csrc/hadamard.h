@@ -54,8 +54,9 @@ class Rotation {
     } else {
       mix<1>(x, z);
     }
-    for (int64_t run = 8 * m_; run < channels_; run *= 2) pair_runs(z, run);
-    for (int64_t i = 0; i < channels_; ++i) z[i] *= factor_;
+    for (int64_t run = 8 * m_; run < channels_; run *= 2)
+      run % kWide ? pair_runs<Eight>(z, run) : pair_runs<Vector>(z, run);
+    for (int64_t i = 0; i < channels_; i += kWide) store(z + i, load<Vector>(z + i) * factor_);
   }
 
  private:
@@ -103,11 +104,12 @@ class Rotation {
     return pair_lanes<4, T, Eight, Bits>(v, lanes);
   }
 
-  // Neighbours `run` apart, a multiple of eight.
+  // Channels `run` apart, a multiple of V's lanes.
+  template <class V>
   void pair_runs(T* z, int64_t run) const {
     for (T* end = z + channels_; z < end; z += 2 * run)
-      for (int64_t i = 0; i < run; i += 8) {
-        const Eight a = load<Eight>(z + i), b = load<Eight>(z + run + i);
+      for (int64_t i = 0; i < run; i += sizeof(V) / sizeof(T)) {
+        const V a = load<V>(z + i), b = load<V>(z + run + i);
         store(z + i, a + b), store(z + run + i, a - b);
       }
   }
