@@ -115,7 +115,7 @@ def _quant_linear(
         return kernels.quant_linear(_rows(x), *weight, *how)
 
 
-def hadamard_obstacle(x: Tensor, groups: int) -> str | None:
+def rotation_obstacle(x: Tensor, groups: int) -> str | None:
     """Return why the kernel does not rotate these slices, which the op does; None where it does."""
     k, m = split_width(x.shape[-1] // groups)
     held = (1 << (m - 1).bit_length() + k) * max(x.element_size(), 4)
@@ -128,7 +128,7 @@ def hadamard_obstacle(x: Tensor, groups: int) -> str | None:
 def _hadamard(x: Tensor, groups: int) -> Tensor:
     """Compute hadamard with the Triton kernel."""
     check_hadamard(x, groups)
-    kernels = _kernels("triton_hadamard", hadamard_obstacle(x, groups))
+    kernels = _kernels("triton_hadamard", rotation_obstacle(x, groups))
     if kernels is None:
         return hadamard_reference(x, groups)
     with torch.cuda.device(x.device):

@@ -9,8 +9,8 @@ R_n is symmetric and orthogonal, so its own inverse, and no entry is above sqrt(
 (12, 20, 28, ...) would need tables and are not known for every size; C_m exists for every m. It is multiplied densely,
 m products a channel, which is why m has a limit.
 
-The bits, in float32 (float64 for float64), one operation at a time without fused multiply-add, for channel i of every m
-neighbours and then for pairs of channels h m apart, h = 1, 2, 4, ... 2^(k-1):
+The bits, in float32 (float64 for float64), to which C_m and 2^(-k/2) are rounded, one operation at a time without fused
+multiply-add, for channel i of every m neighbours and then for pairs of channels h m apart, h = 1, 2, 4, ... 2^(k-1):
 
     z_i  = C_m[0, i] x_0 + C_m[1, i] x_1 + ...         left to right; z = x where m = 1
     a, b = a + b, a - b                                a, b: the pair

@@ -154,7 +154,7 @@ def test_the_triton_kernel_on_a_gpu():
     ],
 )
 def test_what_the_triton_kernel_leaves_to_the_reference(channels, dtype, obstacle):
-    assert gpu_linear.hadamard_obstacle(torch.empty(1, 2 * channels, dtype=dtype, device="meta"), 2) == obstacle
+    assert gpu_linear.rotation_obstacle(torch.empty(1, 2 * channels, dtype=dtype, device="meta"), 2) == obstacle
 
 
 def test_it_is_its_own_inverse():
