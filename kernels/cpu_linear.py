@@ -1,4 +1,4 @@
-"""The ops of quantizer.py, reassembly.py and linear.py on CPUs, in C++ (csrc/linear.cpp).
+"""The ops of quantizer.py, reassembly.py, hadamard.py and linear.py on CPUs, in C++ (csrc/linear.cpp).
 
 Quantization and product are one call. The bits are the definition's (linear.py), but for weight-only products of bf16
 activations, which the CPU's bf16 instructions sum in float32. Weights in panels (panels.py) are read as they are; rows
@@ -12,6 +12,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from megatron_lowbit.kernels.hadamard import check_hadamard, factors, hadamard, hadamard_reference
 from megatron_lowbit.kernels.linear import FLOAT_BITS, check_linear, quant_linear, quant_linear_reference
 from megatron_lowbit.kernels.ops import kernel
 from megatron_lowbit.kernels.panels import blocks_of, linear_kernels, panels_of, rows_of
@@ -123,4 +124,22 @@ def _reassemble(x: Tensor, src_idx: Tensor, dst_idx: Tensor, coefficient: Tensor
     )
     if not_valid:  # an index that is not there: the error is torch's
         return reassemble_reference(x, src_idx, dst_idx, coefficient, width, eps)
+    return y
+
+
+@kernel(hadamard, "cpu")
+def _hadamard(x: Tensor, groups: int) -> Tensor:
+    """Compute hadamard_reference with the C++ kernel."""
+    check_hadamard(x, groups)
+    library = linear_kernels.find()
+    if library is None:
+        return hadamard_reference(x, groups)
+    rows, (matrix, factor) = x.reshape(-1, x.shape[-1]), factors(x, groups)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    library.lowbit_hadamard(
+        *(rows.data_ptr(), _DTYPES[x.dtype], rows.shape[0], rows.stride(0), rows.shape[1], groups),
+        *(matrix.data_ptr(), factor, y.data_ptr(), torch.get_num_threads()),
+    )
     return y

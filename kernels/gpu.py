@@ -1,5 +1,5 @@
 """The ops of hybrid.py on CUDA devices, by Triton (triton_hybrid.py), which is imported at the first call. Those of
-quantizer.py and linear.py are in gpu_linear.py.
+quantizer.py, linear.py and hadamard.py are in gpu_linear.py.
 
 Where triton is missing, and for tensors whose offsets do not fit 32 bits, the torch reference runs; the former is said
 once. $MEGATRON_LOWBIT_KERNELS as in cpu.py; triton: this or an error.

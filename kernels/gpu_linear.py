@@ -1,4 +1,4 @@
-"""quantize_tokens and quant_linear on CUDA devices, by Triton, which is imported at the first call.
+"""quantize_tokens, quant_linear and hadamard on CUDA devices, by Triton, which is imported at the first call.
 
 The torch reference runs where triton is missing, which is said once, and where a kernel's integers would not hold the
 result. $MEGATRON_LOWBIT_KERNELS as in cpu.py; triton: these or an error.
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.kernels.gpu import has_triton
+from megatron_lowbit.kernels.hadamard import check_hadamard, hadamard, hadamard_reference, split_width
 from megatron_lowbit.kernels.linear import FLOAT_BITS, quant_linear, quant_linear_reference
 from megatron_lowbit.kernels.ops import kernel
 from megatron_lowbit.kernels.quantizer import quantize_tokens, quantize_tokens_reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 GRID = 2**16 - 1  # programs of a launch's second and third dimension
+HELD = 2**16  # bytes that a program rotates: they pass through shared memory, and AMD's GPUs have no more
 
 
 def _kernels(name: str, obstacle: str | None) -> Any:
@@ -111,3 +113,23 @@ def _quant_linear(
     weight = packed_weight.contiguous(), scale.contiguous(), zero_point.contiguous()
     with torch.cuda.device(x.device):
         return kernels.quant_linear(_rows(x), *weight, *how)
+
+
+def rotation_obstacle(x: Tensor, groups: int) -> str | None:
+    """Return why the kernel does not rotate these slices, which the op does; None where it does."""
+    k, m = split_width(x.shape[-1] // groups)
+    held = (1 << (m - 1).bit_length() + k) * max(x.element_size(), 4)
+    if held > HELD:
+        return f"slices of {m << k} channels, {held} bytes of a program"
+    return f"{x.numel()} values" if x.numel() // (m << k) >= 2**31 else None
+
+
+@kernel(hadamard, "cuda")
+def _hadamard(x: Tensor, groups: int) -> Tensor:
+    """Compute hadamard with the Triton kernel."""
+    check_hadamard(x, groups)
+    kernels = _kernels("triton_hadamard", rotation_obstacle(x, groups))
+    if kernels is None:
+        return hadamard_reference(x, groups)
+    with torch.cuda.device(x.device):
+        return kernels.hadamard(_rows(x.reshape(-1, x.shape[-1])), groups).view(x.shape)

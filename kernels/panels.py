@@ -33,6 +33,10 @@ _ARGUMENTS: dict[str, list[Any]] = {
         *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_double),
         *(ctypes.c_void_p, ctypes.c_int),
     ],
+    "lowbit_hadamard": [
+        *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
+        *(ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p, ctypes.c_int),
+    ],
     "lowbit_quantize_tokens": [
         *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int64),
         *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),

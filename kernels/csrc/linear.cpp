@@ -1,7 +1,9 @@
-// The ops of quantizer.py, reassembly.py and linear.py for CPUs. cpu_linear.py builds this file and calls the functions at its end on
-// plain pointers. Every path makes the same bits: codes are multiplied exactly, and the float64 part is brackets.h.
+// The ops of quantizer.py, reassembly.py, hadamard.py and linear.py for CPUs. cpu_linear.py builds this file and calls
+// the functions at its end on plain pointers. Every path makes the same bits: codes are multiplied exactly, and the
+// float64 part is brackets.h.
 
 #include "amx.h"
+#include "hadamard.h"
 #include "reassembly.h"
 #include "tiles.h"
 #include "weight_only.h"
@@ -228,6 +230,39 @@ void floats_by_pairs(const Linear& job, const Panels& panels, const Output& to) 
 }
 #endif
 
+// Rotates the slices [first, last) of all tokens. T: float64 for a float64 x, else float32.
+template <class T>
+void rotate(const char* x, DType dtype, int64_t row_stride, int64_t groups, const Rotation<T>& rotation, int64_t n,
+            char* y, Share slices) {
+  Buffer<T> row(n), z(n);
+  const int64_t bytes = bytes_of(dtype);
+  for (int64_t slice = slices.first; slice < slices.last; ++slice) {
+    const char* from = x + (slice / groups * row_stride + slice % groups * n) * bytes;
+    char* to = y + slice * n * bytes;
+    if constexpr (sizeof(T) == 8) {
+      std::memcpy(row.get(), from, n * bytes);
+      rotation.apply(row.get(), z.get());
+      std::memcpy(to, z.get(), n * bytes);
+    } else {
+      widen(from, dtype, row.get(), n);
+      rotation.apply(row.get(), z.get());
+      narrow(z.get(), dtype, to, n);
+    }
+  }
+}
+
+template <class T>
+void rotate_all(const void* x, DType dtype, int64_t tokens, int64_t row_stride, int64_t width, int64_t groups,
+                const void* matrix, double factor, void* y, int threads) {
+  const int64_t n = width / groups, m = n / (n & -n);
+  const Rotation<T> rotation(n, static_cast<const T*>(matrix), factor);
+  if (tokens * width * m < kMinParallel) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int part = 0; part < threads; ++part)
+    rotate(static_cast<const char*>(x), dtype, row_stride, groups, rotation, n, static_cast<char*>(y),
+           Share(tokens * groups, part, threads));
+}
+
 Panels panels_of(const uint8_t* data, int64_t outputs, int64_t inputs, int64_t blocks, int bits) {
   return {data, outputs, inputs, blocks, stored_bits(bits)};
 }
@@ -314,6 +349,17 @@ int lowbit_reassemble(const void* x, int dtype, int64_t tokens, int64_t row_stri
     }
   }
   return 0;
+}
+
+// x: [tokens, width] -> y: [tokens, width] of the same dtype. matrix: C_m [m, m], float64 for a float64 x, else float32;
+// factor: 2^(-k/2), of slices of 2^k m channels.
+void lowbit_hadamard(const void* x, int dtype, int64_t tokens, int64_t row_stride, int64_t width, int64_t groups,
+                     const void* matrix, double factor, void* y, int threads) {
+  const DType type = static_cast<DType>(dtype);
+  if (type == kFloat64)
+    rotate_all<double>(x, type, tokens, row_stride, width, groups, matrix, factor, y, threads);
+  else
+    rotate_all<float>(x, type, tokens, row_stride, width, groups, matrix, factor, y, threads);
 }
 
 void lowbit_linear(const Linear* job) {

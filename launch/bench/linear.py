@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.config import LowBitError, one_line
-from megatron_lowbit.kernels import FLOAT_BITS
+from megatron_lowbit.kernels import FLOAT_BITS, hadamard_obstacle
 from megatron_lowbit.launch import runner
 from megatron_lowbit.launch.arguments import fail
 from megatron_lowbit.launch.bench.arguments import parse_linear
@@ -126,6 +126,8 @@ def make_ways(config: BenchmarkLinearConfig, weight: Tensor, x: Tensor) -> tuple
         for groups in (1,) if bits.act_bits == FLOAT_BITS else dict.fromkeys(config.act_groups):
             if weight.shape[1] % groups == 0:
                 ways.append(ours(scheme, groups, codes, x, rows))
+                if groups > 1 and hadamard_obstacle(weight.shape[1], groups) is None:  # as an input of down_proj
+                    ways.append(ours(scheme, groups, codes, x, rows, rotated=True))
             else:
                 why = f"{groups} groups do not divide {weight.shape[1]} inputs"
                 skipped.append({"way": f"{scheme} x{groups}", "skipped": why})

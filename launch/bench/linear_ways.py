@@ -5,7 +5,8 @@
     int_mm        torch._int_mm: int8 codes of both, int32 sums
     qlinear       onednn.qlinear_pointwise: uint8 activations with one scale, int8 weights, float32 results
     int4pack      torch._weight_int4pack_mm_for_cpu: bf16 activations, 4-bit weights in groups of 128
-    W4A8, ...     QuantLinear, as users run it: from bf16 to bf16, activations quantized in it; `x8`: in 8 groups
+    W4A8, ...     QuantLinear, as users run it: from bf16 to bf16, activations quantized in it; `x8`: in 8 groups;
+                  `rotated`: each group of the activations rotated first, the op hadamard counted
 
 int_mm and qlinear get activations that are quantized already and give no bf16, so their seconds leave out work that is
 part of ours.
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_lowbit.config import one_line
+from megatron_lowbit.kernels.hadamard import hadamard, hadamard_reference
 from megatron_lowbit.kernels.linear import FLOAT_BITS, quant_linear_reference
 from megatron_lowbit.layers.linear import QuantLinear
 from megatron_lowbit.quant.affine import QuantizedWeight, Scheme
@@ -103,22 +105,26 @@ PEERS: dict[str, tuple[str, int, Callable[[Tensor, Tensor], Call]]] = {  # what 
 }
 
 
-def ours(scheme: str, groups: int, weight: QuantizedWeight, x: Tensor, rows: Tensor) -> Way:
+def ours(scheme: str, groups: int, weight: QuantizedWeight, x: Tensor, rows: Tensor, rotated: bool = False) -> Way:
     """Return a QuantLinear of `weight`, checked against the reference op.
 
     x: bf16 [tokens, in], of which a call may get the first ones; rows: int64, tokens whose results are checked. A
-    token's result is the same in any batch, so the reference computes these alone, once.
+    token's result is the same in any batch, so the reference computes these alone, once. rotated: a call multiplies
+    each of the groups of x by an orthogonal matrix first (kernels/hadamard.py).
     """
     act_bits = Scheme.parse(scheme).act_bits
 
     def make(x: Tensor) -> Call:
         own = replace(weight, packed_weight=weight.packed_weight.clone())
-        return partial(QuantLinear(own, None, act_bits, groups), x)
+        linear = QuantLinear(own, None, act_bits, groups)
+        return (lambda: linear(hadamard(x, groups))) if rotated else partial(linear, x)
 
     parts = weight.packed_weight, weight.scale, weight.zero_point
-    expected = quant_linear_reference(x[rows], *parts, weight.num_bits, act_bits, groups, x.dtype)
-    tolerance = float_tolerance(x[rows], weight, expected) if act_bits == FLOAT_BITS else None
+    checked = hadamard_reference(x[rows], groups) if rotated else x[rows]
+    expected = quant_linear_reference(checked, *parts, weight.num_bits, act_bits, groups, x.dtype)
+    tolerance = float_tolerance(checked, weight, expected) if act_bits == FLOAT_BITS else None
     name = f"{scheme} x{groups}" if groups > 1 else scheme
+    name += " rotated" if rotated else ""
     kind = "bf16" if act_bits == FLOAT_BITS else "int8"
     read = sum(tensor.nbytes for tensor in parts)
     return Way(name, kind, read, make, partial(compare, name, rows, expected, tolerance))

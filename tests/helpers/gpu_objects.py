@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from megatron_lowbit.kernels import Format, triton_hybrid, triton_linear, triton_quantize
+from megatron_lowbit.kernels import Format, triton_hadamard, triton_hybrid, triton_linear, triton_quantize
 from megatron_lowbit.kernels.packing import packed_bytes
 
 TARGETS = {
@@ -146,6 +146,10 @@ def quantize() -> None:
     triton_quantize.quantize_tokens(torch.empty((64, 4096), dtype=torch.bfloat16, device="meta"), 8, 1)
 
 
+def hadamard(width: int, groups: int, dtype=torch.bfloat16) -> None:
+    triton_hadamard.hadamard(torch.empty((64, width), dtype=dtype, device="meta"), groups)
+
+
 def hybrid(per_token: bool, features: int = 4096) -> None:
     """Launch the three kernels of triton_hybrid.py."""
     tiers = [16, 64, 3, 1024, 6, 512, 5, features - 1600]
@@ -181,6 +185,12 @@ def launches(target: str) -> dict[str, Launch]:
         "W4A16 float32 16 tokens": lambda: linear(16, 4, 16, torch.float32),
         "W4A16 float32 1024 tokens": lambda: linear(1024, 4, 16, torch.float32),
         "quantize_tokens": quantize,
+        "11008 channels in 8 groups": lambda: hadamard(11008, 8),
+        "11008 channels in 1 group": lambda: hadamard(11008, 1),
+        "16384 channels in 1 group": lambda: hadamard(16384, 1),
+        "128 channels in 1 group": lambda: hadamard(128, 1),
+        "16368 channels in 1 group, float32": lambda: hadamard(16368, 1, torch.float32),
+        "8192 channels in 1 group, float64": lambda: hadamard(8192, 1, torch.float64),
         "hybrid static": lambda: hybrid(False),
         "hybrid per-token": lambda: hybrid(True),
         "hybrid static 4100 wide": lambda: hybrid(False, 4100),

@@ -1,4 +1,6 @@
-"""Random products of the C++ kernels against the oracle, bit for bit: python linear_fuzz.py CALLS SEED [FLAG ...]
+"""Random products and rotations of the C++ kernels against the oracle, bit for bit:
+
+    python linear_fuzz.py CALLS SEED [FLAG ...]
 
 FLAGs are of the compiler, such as -fsanitize=address,undefined; the sanitizer then has to be in $LD_PRELOAD. One of the
 form source=FILE names another linear.cpp.
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from megatron_lowbit import kernels
 from megatron_lowbit.kernels import build, linear, panels
+from megatron_lowbit.kernels.hadamard import hadamard_reference
 
 SPECIAL = [float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 3e38, -6e4, 1e-40, 5e-324]
 
@@ -50,6 +53,19 @@ def activations(tokens: int, inputs: int, dtype: torch.dtype, chance: random.Ran
 
 def call(chance: random.Random) -> str:
     torch.manual_seed(chance.randrange(2**31))
+    return rotation(chance) if chance.random() < 0.1 else product(chance)
+
+
+def rotation(chance: random.Random) -> str:
+    """Odd factors below, at and above a register's lanes; few and many rows of them; with all that is awkward."""
+    n = chance.choice([1, 3, 5, 7, 8, 9, 11, 15, 16, 17, 31, 33, 43, 64, 171]) << chance.randint(0, 5)
+    groups, tokens = chance.choice([1, 2, 3]), chance.choice([0, 1, 2, 5, 33])
+    x = activations(tokens, n * groups, chance.choice(DTYPES), chance)
+    assert_same_bits(kernels.hadamard(x, groups), hadamard_reference(x, groups))
+    return "rotation"
+
+
+def product(chance: random.Random) -> str:
     act_groups, weight_groups = chance.choice([1, 1, 2, 4, 8]), chance.choice([1, 1, 1, 2, 3, 4])
     blocks = act_groups * weight_groups  # a multiple of the least that they have in common
     inputs = (

@@ -65,6 +65,11 @@ def test_products(target):
     assert len(check(target, ["W4A8 16 tokens: split", "W4A8 1024 tokens: whole"])) == 2
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_rotations(target):
+    assert len(check(target, ["11008 channels in 8 groups", "128 channels in 1 group"])) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel(target):

@@ -37,7 +37,7 @@ def test_rows(tmp_path):
     assert code == 0, stderr
     results = json.loads((tmp_path / "benchmark.json").read_text())
     rows = [row for row in results["rows"] if "ratio" in row]
-    ways = ["bf16", "packed_bf16", "int_mm", "qlinear", "W4A8", "W4A8 x8", "W3A16"]
+    ways = ["bf16", "packed_bf16", "int_mm", "qlinear", "W4A8", "W4A8 x8", "W4A8 x8 rotated", "W3A16"]
     assert [(row["tokens"], row["way"]) for row in rows] == [(t, way) for t in (1, 70) for way in ways]
     assert [row["way"] for row in results["rows"] if "skipped" in row] == ["int4pack", "int4pack"]
     reads = {"bf16": 2 * 6144, "packed_bf16": 2 * 6144, "int_mm": 6144, "qlinear": 6144, "W4A8": 3072 + 8 * 96}
@@ -54,13 +54,12 @@ def test_rows(tmp_path):
         assert row["weight_bytes"] == reads.get(row["way"], row["weight_bytes"])
         expected = row["weight_bytes"] / median / 1e9 if row["tokens"] == 1 else None
         assert row["gb_per_second"] == (None if expected is None else pytest.approx(expected))
-        assert row.get("check") in {"W4A8": ["bits"], "W4A8 x8": ["bits"], "W3A16": ["bits", "float32"]}.get(
-            row["way"], [None]
-        )
+        checks = ["bits", "float32"] if row["way"] == "W3A16" else ["bits"]
+        assert row.get("check") in (checks if row["way"] in ways[4:] else [None])
     table = [line for line in stdout.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(rows) and len({len(line) for line in table}) == 1
     assert re.search(r"\d cores, \d{4}-\d\d-\d\d, (\w{9}|no commit), load \d", stdout)
-    assert "Bit for bit the reference op's: W4A8, W4A8 x8" in stdout
+    assert "Bit for bit the reference op's: W4A8, W4A8 x8, W4A8 x8 rotated" in stdout
     assert "int4pack does not run here: ValueError: 64 inputs are no multiple of its groups of 128 (96x64)." in stdout
 
 
