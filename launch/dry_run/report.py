@@ -43,8 +43,9 @@ def dry_run(config: QuantizeConfig) -> dict[str, Any]:
     first = {
         name.removeprefix(f"{prefix}.0."): found for name, found in linears.items() if name.startswith(f"{prefix}.0.")
     }
-    config = with_choices(config, text_config, widths_of(linear for _, linear in linears.values()))
-    rows = [_linear_row(name, kind, linear, config) for name, (kind, linear) in first.items()]
+    widths = widths_of(linear for _, linear in linears.values())
+    config = with_choices(config, text_config, widths)
+    rows = [_linear_row(name, kind, linear, config, widths) for name, (kind, linear) in first.items()]
     totals = _totals(rows, len(blocks), text_config, config, model)
     if env_rank() == 0:
         _print(rows, totals, config)
@@ -66,14 +67,14 @@ def _hf_config(config: QuantizeConfig) -> Any:
     return read_config(Path(download(model_name(config.model))))
 
 
-def _linear_row(name: str, kind: str, linear: nn.Linear, config: QuantizeConfig) -> dict[str, Any]:
-    """Return the shard and shape of one linear on each rank, and its packed bytes there."""
+def _linear_row(name: str, kind: str, linear: nn.Linear, config: QuantizeConfig, widths: set[int]) -> dict[str, Any]:
+    """Return the shard and shape of one linear on each rank, and its packed bytes there. widths: of all linears."""
     outputs, inputs = linear.out_features, linear.in_features
     groups = activation_groups(outputs if kind == "column" else inputs, config.weights.shard_groups or 1)
     if groups % config.tp:
         raise LowBitError(
             f"{name}: {groups} shard groups, which tp={config.tp} does not divide; "
-            f"set weights.shard_groups={groups_for(config.tp, [outputs, inputs])}"
+            f"set weights.shard_groups={groups_for(config.tp, widths)}"
         )
     shape = [outputs // config.tp, inputs] if kind == "column" else [outputs, inputs // config.tp]
     bits = Scheme.parse(config.weights.scheme).weight_bits
