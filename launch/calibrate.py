@@ -10,13 +10,14 @@ from typing import Any
 from megatron_lowbit.adapters.huggingface.apply import check_divides
 from megatron_lowbit.comm.build_plan import aggregated_range, build_plan
 from megatron_lowbit.comm.plan import CalibrationStats
-from megatron_lowbit.config import CalibrateConfig, CommConfig, LowBitError
+from megatron_lowbit.config import CalibrateConfig, LowBitError
 from megatron_lowbit.launch.engines.base import Engine
 from megatron_lowbit.launch.engines.prepare import calibrate_engine
 from megatron_lowbit.launch.engines.start import start_engine
 from megatron_lowbit.launch.layout import calibrating_ranks
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.qllm.resume import State
+from megatron_lowbit.quant.tp_sizes import default_tp_sizes
 from megatron_lowbit.runtime.distributed import on_rank_zero
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger
@@ -43,24 +44,22 @@ def run(config: CalibrateConfig, logger: MetricLogger) -> dict[str, Any]:
 
 
 def usable_sizes(engine: Engine, config: CalibrateConfig) -> list[int]:
-    """Return comm.tp_sizes. One that does not divide the model is left out of the default list, refused in a given
-    one."""
-    ranks = config.tp
-    sizes = []
-    for size in config.comm.tp_sizes:
-        try:
-            check_divides(engine.text_config, size, "comm.tp_sizes")
-            if size % ranks:
-                raise LowBitError(f"comm.tp_sizes: {size} is no multiple of the {ranks} ranks that calibrate")
-            sizes.append(size)
-        except LowBitError as error:
-            if config.comm.tp_sizes != CommConfig().tp_sizes:
-                raise
-            if env_rank() == 0:
-                print(f"left out: {error}")
-    if not sizes:
-        raise LowBitError(f"none of comm.tp_sizes={list(config.comm.tp_sizes)} divides this model; name one that does")
-    return sizes
+    """Return comm.tp_sizes, each of which has to divide the model and to be a multiple of the ranks; where it is not
+    given, the model's own sizes that are."""
+    given, ranks = config.comm.tp_sizes, config.tp
+    if given is None:
+        sizes = [size for size in default_tp_sizes(engine.text_config) if size % ranks == 0]
+        if not sizes:
+            of = "" if ranks == 1 else f", multiples of tp={ranks},"
+            raise LowBitError(f"none of 2 to 8 ranks{of} divide this model's heads and MLP; name a comm.tp_sizes")
+        return sizes
+    for size in given:
+        check_divides(engine.text_config, size, "comm.tp_sizes")
+        if size % ranks:
+            raise LowBitError(f"comm.tp_sizes: {size} is no multiple of the {ranks} ranks that calibrate")
+    if not given:
+        raise LowBitError("comm.tp_sizes=[] asks for no communication plan; name a size")
+    return list(given)
 
 
 def written(folder: str | Path, *patterns: str) -> list[Path]:

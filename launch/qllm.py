@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 
 from megatron_lowbit.adapters.huggingface.apply import check_divides, model_config
 from megatron_lowbit.comm.plan import remove_plans
-from megatron_lowbit.config import CommConfig, LowBitError, QuantizeConfig
+from megatron_lowbit.config import LowBitError, QuantizeConfig
 from megatron_lowbit.io.data import Windows, token_windows
 from megatron_lowbit.launch.calibrate import write_plans
+from megatron_lowbit.launch.choices import tell_shard_groups, with_choices
 from megatron_lowbit.launch.full_precision import tell_full_precision
 from megatron_lowbit.launch.generation import copy_generation_config
 from megatron_lowbit.launch.groups import start_groups
@@ -23,6 +25,7 @@ from megatron_lowbit.launch.tokenizer import check_tokenizer
 from megatron_lowbit.layers.linear import activation_groups
 from megatron_lowbit.qllm.block_source import BlockSource
 from megatron_lowbit.qllm.pipeline import BlockwiseQuantizer, GroupResult
+from megatron_lowbit.quant.tp_sizes import groups_for
 from megatron_lowbit.runtime.distributed import device, on_rank_zero, seed_everything
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger
@@ -63,7 +66,11 @@ def quantize_qllm(
     source.check_widths()
     source.check_rest()
     tell_full_precision(source.model)
-    tp_sizes = plan_sizes(source, config) if plans else []
+    if config.weights.shard_groups is None:
+        tell_shard_groups(source.shard_groups)
+    given = config.comm.tp_sizes is not None
+    config = with_choices(config, source.text_config, source.widths)
+    tp_sizes = plan_sizes(source, config, given) if plans else []
     quantizer = BlockwiseQuantizer(source, windows, config, tp_sizes, dp_group, logger)
 
     def save_beside(output: Path) -> None:
@@ -91,23 +98,16 @@ def tell_layers(groups: list[GroupResult], logger: MetricLogger) -> None:
         logger.table("correction", ["group", "epoch", "loss"], losses, plot=("epoch", "loss", "group"))
 
 
-def plan_sizes(source: BlockSource, config: QuantizeConfig) -> list[int]:
-    """Return those of comm.tp_sizes (and the size that the correction trains through) whose partial sums the shard
-    groups make up."""
+def plan_sizes(source: BlockSource, config: QuantizeConfig, given: bool) -> list[int]:
+    """Return comm.tp_sizes (and the size that the correction trains through), whose partial sums the shard groups make
+    up. given: they are not chosen for the model, so one that does not fit is refused."""
     rows = [linear for kinds in source.kinds for kind, linear in kinds.values() if kind == "row"]
-    shards = {width: activation_groups(width, config.weights.shard_groups) for width in {r.in_features for r in rows}}
-    given = config.comm.tp_sizes != CommConfig().tp_sizes
-    sizes = set()
-    for size in config.comm.tp_sizes:
-        try:
+    shards = {width: activation_groups(width, source.shard_groups) for width in {r.in_features for r in rows}}
+    wanted = config.comm.tp_sizes or ()
+    if given:
+        for size in wanted:
             check_divides(model_config(source.model), size, "comm.tp_sizes")
-            _check_shards(size, shards, "comm.tp_sizes")
-            sizes.add(size)
-        except LowBitError as error:
-            if given:
-                raise
-            if env_rank() == 0:
-                print(f"left out: {error}")
+    sizes = set(fitting_sizes(wanted, shards, given))
     if config.correction.through_communication:
         if config.comm.selection == "random":
             raise LowBitError("correction.through_communication trains for one plan: set comm.selection=top")
@@ -126,12 +126,28 @@ def plan_sizes(source: BlockSource, config: QuantizeConfig) -> list[int]:
     return sorted(sizes)
 
 
+def fitting_sizes(sizes: Iterable[int], shards: dict[int, int], given: bool) -> list[int]:
+    """Return the tensor-parallel sizes that the shard groups serve; others are refused where they are given, and left
+    out, with a line, where they are not. shards: {width of a row-parallel input: its shard groups}."""
+    fitting = []
+    for size in sizes:
+        try:
+            _check_shards(size, shards, "comm.tp_sizes")
+            fitting.append(size)
+        except LowBitError as error:
+            if given:
+                raise
+            if env_rank() == 0:
+                print(f"left out: {error}")
+    return fitting
+
+
 def _check_shards(size: int, shards: dict[int, int], key: str) -> None:
     for width, groups in shards.items():
         if groups % size:
             raise LowBitError(
                 f"{key}: {size} does not divide the {groups} shard groups of inputs of width {width}; "
-                f"set weights.shard_groups to a multiple of {size}, or leave {size} out"
+                f"set weights.shard_groups={groups_for(size, shards)}, or leave {size} out"
             )
 
 

@@ -16,7 +16,7 @@ from megatron_lowbit.launch.engines.prepare import calibrate_engine, check_head,
 from megatron_lowbit.launch.engines.start import start_engine
 from megatron_lowbit.launch.generation import copy_generation_config
 from megatron_lowbit.launch.layout import quantize_method
-from megatron_lowbit.launch.qllm import quantize_qllm
+from megatron_lowbit.launch.qllm import fitting_sizes, quantize_qllm
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.layers.linear import activation_groups
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
@@ -56,7 +56,7 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
         checkpoint = with_head(engine, checkpoint, config.weights.lm_head_bits, windows, logger)
     rows: list[dict[str, Any]] = []
     sizes = usable_sizes(engine, config) if config.calibration.data is not None else []
-    check_shard_groups(engine, checkpoint, sizes)
+    sizes = check_shard_groups(engine, checkpoint, sizes, given=config.comm.tp_sizes is not None)
     if sizes:
         stats = calibrate_engine(engine, config.calibration, sizes, logger, config.comm, windows=windows)
         rows = write_plans(stats, config, config.output_dir, logger)
@@ -100,20 +100,20 @@ def size_row(checkpoint: LowBitCheckpoint, folder: str, logger: MetricLogger) ->
     }
 
 
-def check_shard_groups(engine: Engine, checkpoint: LowBitCheckpoint, tp_sizes: list[int]) -> None:
-    """Say where a row-parallel input has fewer groups than weights.shard_groups; refuse tp_sizes they do not divide."""
+def check_shard_groups(engine: Engine, checkpoint: LowBitCheckpoint, sizes: list[int], given: bool) -> list[int]:
+    """Return the tensor-parallel sizes that divide the shard groups; refuse others that are given, and leave them out
+    where they are not.
+
+    Say where a row-parallel input has fewer groups than weights.shard_groups.
+    """
     if checkpoint.scheme.act_bits == 16:
-        return
-    for width in sorted({checkpoint.linears[name].in_features for name in engine.sites()}):
-        groups = activation_groups(width, checkpoint.shard_groups)
+        return sizes
+    widths = sorted({checkpoint.linears[name].in_features for name in engine.sites()})
+    shards = {width: activation_groups(width, checkpoint.shard_groups) for width in widths}
+    for width, groups in shards.items():
         if groups != checkpoint.shard_groups and env_rank() == 0:
             print(f"inputs of width {width} get {groups} shard groups, not {checkpoint.shard_groups}: it divides them")
-        for size in tp_sizes:
-            if groups % size:
-                raise LowBitError(
-                    f"comm.tp_sizes: {size} does not divide the {groups} shard groups of inputs of width {width}; "
-                    f"set weights.shard_groups to a multiple of {size}, or leave {size} out"
-                )
+    return fitting_sizes(sizes, shards, given)
 
 
 def save_checkpoint(engine: Engine, checkpoint: LowBitCheckpoint, folder: str | Path) -> None:

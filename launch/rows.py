@@ -66,7 +66,9 @@ def full_precision_row(
         "weights": dtype,
         "communication": dtype if real_ranks else "none",
         "perplexity": quality.perplexity,
+        "perplexity_stderr": quality.perplexity_stderr,
         "kl": 0.0,
+        "kl_stderr": 0.0,
         **_wire(traffic.bytes, traffic.values, windows, section),
         "sqnr_db": None,
         "tokens": quality.tokens,
@@ -118,7 +120,9 @@ def applied_row(
         "tp": engine.tp_size,
         **about,
         "perplexity": quality.perplexity,
+        "perplexity_stderr": quality.perplexity_stderr,
         "kl": quality.kl,
+        "kl_stderr": quality.kl_stderr,
         **wire,
         **saturation,
         "sqnr_db": mean_sqnr,
@@ -139,13 +143,16 @@ def sqnr_windows(windows: Windows) -> Windows:
 
 
 def print_rows(rows: list[dict[str, Any]], title: str | None = None) -> None:
-    columns = ("name", "tp", "perplexity", "KL\n(nats)", "SQNR\n(dB)", "bits/\nvalue", "bytes/\ntoken")
+    quality = ("perplex-\nity", "s.e.\n(%)", "KL\n(nats)", "s.e.\n(nats)")
+    columns = ("name", "tp", *quality, "SQNR\n(dB)", "bits/\nvalue", "bytes/\ntoken")
     cells = [
         (
             row["name"],
             str(row["tp"]),
             number(row["perplexity"], ".3f"),
+            number(_percent(row["perplexity_stderr"], row["perplexity"]), ".1f"),
             number(row["kl"], ".5f"),
+            number(row["kl_stderr"], ".1g"),
             number(row["sqnr_db"], ".1f"),
             number(row["bits_per_value"], ".4f"),
             number(row["bytes_per_token"], ",.0f"),
@@ -156,9 +163,15 @@ def print_rows(rows: list[dict[str, Any]], title: str | None = None) -> None:
     print_saturation(rows)
 
 
+def _percent(error: float | None, value: float) -> float | None:
+    return None if error is None else 100 * error / value
+
+
 def explained(rows: list[dict[str, Any]]) -> str | None:
-    """Return what the columns of SQNR and of bits and bytes hold, where they hold anything."""
+    """Return what the columns of errors, of SQNR and of bits and bytes hold, where they hold anything."""
     notes = []
+    if any(row.get("perplexity_stderr") is not None for row in rows):
+        notes.append("s.e.: standard error over the windows.")
     if any(row["sqnr_db"] is not None for row in rows):
         notes.append(f"SQNR: mean of the sites, on the first {SQNR_TOKENS:,} tokens.")
     if any(row["bits_per_value"] is not None for row in rows):

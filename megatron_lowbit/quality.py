@@ -11,7 +11,7 @@ It runs without gradients, but not in inference mode: what a model keeps for its
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,44 +21,82 @@ from torch import Tensor, nn
 from megatron_lowbit.config import LowBitError
 
 Batch = tuple[Tensor, Tensor]
+CHUNK = 128  # tokens whose log-probabilities are in memory at a time
 
 
 @dataclass(frozen=True)
 class Quality:
-    """The figures of one pass; log_probs holds the first tokens' log-probabilities float32 [tokens, vocab]."""
+    """The figures of one pass; log_probs holds the first tokens' log-probabilities float32 [tokens, vocab].
+
+    perplexity_stderr, kl_stderr: standard errors over the windows (stderr_of_ratio); None for fewer than two windows.
+    """
 
     perplexity: float
     kl: float | None
     tokens: int
     log_probs: Tensor
+    perplexity_stderr: float | None = None
+    kl_stderr: float | None = None
 
 
 @torch.no_grad()
 def measure_quality(model: Any, batches: Iterable[Batch], kl_tokens: int, reference: Tensor | None = None) -> Quality:
-    """Measure the perplexity over all batches, and KL against `reference`, the log_probs of the full-precision
-    model."""
-    nll, tokens, kl = 0.0, 0, 0.0
-    kept = torch.empty(0)
+    """Measure the perplexity over all batches, and KL against `reference`, the log_probs of the full-precision model,
+    with their standard errors over windows.
+
+    perplexity = exp(m) of the mean loss m, so by the delta method its standard error is perplexity * se(m).
+    """
+    nll: list[tuple[float, int]] = []  # per window: sum over its tokens, and their number
+    kl: list[tuple[float, int]] = []
+    tokens, kept = 0, torch.empty(0)
     for ids, mask in batches:
-        # One window at a time: float32 log-probabilities of a whole batch may not fit beside the model.
+        # A few tokens at a time: float32 log-probabilities of a whole batch may not fit beside the model.
         for logits, window, real in zip(model(input_ids=ids).logits, ids, mask, strict=True):
             targets = window[real].to(logits.device)[1:]
-            log_probs = logits[real.to(logits.device)][:-1].float().log_softmax(-1)
-            nll -= log_probs.gather(1, targets.unsqueeze(1)).double().sum().item()
-            part = log_probs[: max(kl_tokens - tokens, 0)].cpu()
-            if reference is None and len(part):
-                if tokens == 0:  # allocated once: at 128k words of vocabulary these are gigabytes
-                    kept = part.new_empty(kl_tokens, part.shape[1])
-                kept[tokens : tokens + len(part)] = part
-            elif reference is not None and len(part):
-                full = reference[tokens : tokens + len(part)]
-                kl += (full.exp() * (full - part)).sum(dtype=torch.float64).item()
-            tokens += len(targets)
-    if not math.isfinite(nll):
+            rows = real.to(logits.device).nonzero().flatten()[:-1]
+            loss, divergence, measured = 0.0, 0.0, 0
+            for some, words in zip(rows.split(CHUNK), targets.split(CHUNK), strict=True):
+                log_probs = logits[some].float().log_softmax(-1)
+                loss -= log_probs.gather(1, words.unsqueeze(1)).double().sum().item()
+                part = log_probs[: max(kl_tokens - tokens, 0)].cpu()
+                if reference is None and len(part):
+                    if tokens == 0:  # allocated once: at 128k words of vocabulary these are gigabytes
+                        kept = part.new_empty(kl_tokens, part.shape[1])
+                    kept[tokens : tokens + len(part)] = part
+                elif reference is not None and len(part):
+                    full = reference[tokens : tokens + len(part)]
+                    divergence += (full.exp() * (full - part)).sum(dtype=torch.float64).item()
+                    measured += len(part)
+                tokens += len(some)
+            nll.append((loss, len(rows)))
+            kl.append((divergence, measured))
+    mean_nll, error = stderr_of_ratio(nll)
+    if not math.isfinite(mean_nll):
         raise LowBitError("the model's logits hold NaN or Inf; check its weights, dtype and quantization scheme")
-    measured = min(tokens, kl_tokens)
-    mean_kl = kl / measured if reference is not None and measured else None
-    return Quality(math.exp(nll / tokens), mean_kl, tokens, kept[:measured])
+    perplexity = math.exp(mean_nll)
+    mean_kl, kl_error = stderr_of_ratio(kl) if any(count for _, count in kl) else (None, None)
+    perplexity_error = None if error is None else perplexity * error
+    return Quality(perplexity, mean_kl, tokens, kept[: min(tokens, kl_tokens)], perplexity_error, kl_error)
+
+
+def stderr_of_ratio(windows: Sequence[tuple[float, int]]) -> tuple[float, float | None]:
+    """Return the mean per token of sums over windows, and its standard error; None for fewer than two windows.
+
+    windows: (sum s_w, number n_w of tokens) of each; those without tokens do not count. The mean is the ratio
+    m = sum_w s_w / sum_w n_w of two sums over W windows, and by the delta method
+
+        se(m)^2 = W / (W - 1) * sum_w (s_w - m n_w)^2 / (sum_w n_w)^2
+
+    which is the usual standard error of a mean where all windows are of the same length. Neighbouring windows of one
+    text are taken as independent.
+    """
+    counted = [(total, count) for total, count in windows if count]
+    tokens = sum(count for _, count in counted)
+    mean = sum(total for total, _ in counted) / tokens
+    if len(counted) < 2:
+        return mean, None
+    squares = sum((total - mean * count) ** 2 for total, count in counted)
+    return mean, math.sqrt(len(counted) / (len(counted) - 1) * squares) / tokens
 
 
 @torch.no_grad()

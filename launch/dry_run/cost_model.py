@@ -97,7 +97,7 @@ class Shape:
 def stages(shape: Shape, tokens: int, windows: int, config: QuantizeConfig, sizes: tuple[int, ...]) -> dict[str, Work]:
     """Return {stage: work}. tokens, windows: of all ranks. sizes: tensor-parallel sizes whose ranges are recorded."""
     mine, tp, dp = tokens / config.dp, config.tp, config.dp
-    groups = config.weights.shard_groups
+    groups = config.weights.shard_groups or 1  # chosen by now
     gathered = (1 - 1 / tp) * groups * shape.hidden * shape.value  # bytes of one gathered partial sum per token
     attend, o, gate_up, down = 2 * shape.qkv + shape.attention, 2 * shape.o, 2 * shape.gate_up, 2 * shape.down
     inputs = 2 * shape.hidden + sum(shape.row_widths)  # values that linears read, per token

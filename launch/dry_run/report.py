@@ -19,6 +19,7 @@ from megatron_lowbit.adapters.huggingface.head import find_head
 from megatron_lowbit.adapters.huggingface.skeleton import skeleton
 from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.kernels import packed_bytes
+from megatron_lowbit.launch.choices import with_choices
 from megatron_lowbit.launch.dry_run.cost_model import Rates, Shape, Work, calibrate_stage, find_rates, stages
 from megatron_lowbit.launch.inputs import model_name
 from megatron_lowbit.launch.loading import compute_dtype, read_config
@@ -26,6 +27,7 @@ from megatron_lowbit.launch.model_folder import download
 from megatron_lowbit.launch.tables import number, print_table
 from megatron_lowbit.layers.linear import activation_groups
 from megatron_lowbit.quant.affine import Scheme
+from megatron_lowbit.quant.tp_sizes import groups_for, widths_of
 from megatron_lowbit.runtime.launcher_env import env_rank
 
 
@@ -41,7 +43,9 @@ def dry_run(config: QuantizeConfig) -> dict[str, Any]:
     first = {
         name.removeprefix(f"{prefix}.0."): found for name, found in linears.items() if name.startswith(f"{prefix}.0.")
     }
-    rows = [_linear_row(name, kind, linear, config) for name, (kind, linear) in first.items()]
+    widths = widths_of(linear for _, linear in linears.values())
+    config = with_choices(config, text_config, widths)
+    rows = [_linear_row(name, kind, linear, config, widths) for name, (kind, linear) in first.items()]
     totals = _totals(rows, len(blocks), text_config, config, model)
     if env_rank() == 0:
         _print(rows, totals, config)
@@ -63,14 +67,14 @@ def _hf_config(config: QuantizeConfig) -> Any:
     return read_config(Path(download(model_name(config.model))))
 
 
-def _linear_row(name: str, kind: str, linear: nn.Linear, config: QuantizeConfig) -> dict[str, Any]:
-    """Return the shard and shape of one linear on each rank, and its packed bytes there."""
+def _linear_row(name: str, kind: str, linear: nn.Linear, config: QuantizeConfig, widths: set[int]) -> dict[str, Any]:
+    """Return the shard and shape of one linear on each rank, and its packed bytes there. widths: of all linears."""
     outputs, inputs = linear.out_features, linear.in_features
-    groups = activation_groups(outputs if kind == "column" else inputs, config.weights.shard_groups)
+    groups = activation_groups(outputs if kind == "column" else inputs, config.weights.shard_groups or 1)
     if groups % config.tp:
         raise LowBitError(
             f"{name}: {groups} shard groups, which tp={config.tp} does not divide; "
-            f"set weights.shard_groups to a multiple of {config.tp}"
+            f"set weights.shard_groups={groups_for(config.tp, widths)}"
         )
     shape = [outputs // config.tp, inputs] if kind == "column" else [outputs, inputs // config.tp]
     bits = Scheme.parse(config.weights.scheme).weight_bits
@@ -99,7 +103,7 @@ def _totals(
     shape = _shape(rows, depth, text_config, config, length)
     outputs, inputs = max((row["shape_per_rank"] for row in rows), key=lambda shape: shape[0] * shape[1])
     rates = find_rates(config.rates, length, (outputs, inputs), shape.hidden)
-    sizes = tuple(size for size in config.comm.tp_sizes if _divides(text_config, size))
+    sizes = tuple(size for size in config.comm.tp_sizes or () if _divides(text_config, size))
     works = stages(shape, tokens, calibration.samples, config, sizes)
     alone = calibrate_stage(shape, tokens, calibration.samples, config, sizes)
     seconds = sum(sum(rates.seconds(work).values()) for work in works.values())

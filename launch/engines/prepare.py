@@ -31,6 +31,7 @@ from megatron_lowbit.config import (
     WeightsConfig,
 )
 from megatron_lowbit.io.data import Windows, token_windows
+from megatron_lowbit.launch.choices import tell_shard_groups
 from megatron_lowbit.launch.engines.base import Engine
 from megatron_lowbit.launch.full_precision import tell_full_precision
 from megatron_lowbit.launch.inputs import no_data
@@ -55,6 +56,8 @@ def take_checkpoints(
     }
     if made:
         tell_full_precision(model)
+        if weights[0].shard_groups is None:
+            tell_shard_groups(next(iter(made.values())).shard_groups)
     return made
 
 

@@ -20,6 +20,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_lowbit.adapters.huggingface.apply import find_linears
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import (
     CommConfig,
@@ -38,6 +39,7 @@ from megatron_lowbit.launch.qllm import quantize_qllm
 from megatron_lowbit.launch.rows import full_precision_row, low_bit_row, print_rows
 from megatron_lowbit.quant.affine import Scheme
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
+from megatron_lowbit.quant.tp_sizes import default_shard_groups, widths_of
 from megatron_lowbit.runtime.metrics import MetricLogger
 
 GAMMAS = (0.01, 0.03, 0.05)
@@ -61,7 +63,7 @@ def run_ablation(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]
     text = hashlib.sha256(calibration.ids.numpy().tobytes()).hexdigest()
     row, reference = full_precision_row(engine, windows, config.evaluation, logger)
     rows = [{**row, "name": "full"}]
-    weights = _weights(config)
+    weights = _weights(config, engine)
     for name, shard_groups in (("rtn", 1), ("rtn_grouped", weights.shard_groups)):
         checkpoint = round_weights(engine.model, weights.model_copy(update={"shard_groups": shard_groups}), None)
         rows.append(_row(engine, name, checkpoint, windows, config, reference, logger))
@@ -96,11 +98,14 @@ def variants(config: EvaluateConfig) -> dict[str, tuple[ReassemblyConfig, Correc
     }
 
 
-def _weights(config: EvaluateConfig) -> WeightsConfig:
-    """Return weights.*, with quantized attention (the paper's W4A4 includes it) unless it is set to false."""
+def _weights(config: EvaluateConfig, engine: Engine) -> WeightsConfig:
+    """Return weights.*, with quantized attention (the paper's W4A4 includes it) unless it is set to false, and with
+    the number of shard groups that the model gets."""
     quantizes = Scheme.parse(config.weights.scheme).act_bits < 16
     wanted = quantizes if config.weights.attention is None else config.weights.attention
-    return config.weights.model_copy(update={"method": "qllm", "attention": wanted})
+    widths = widths_of(linear for _, linear in find_linears(engine.model).values())
+    groups = config.weights.shard_groups or default_shard_groups(engine.text_config, widths)
+    return config.weights.model_copy(update={"method": "qllm", "attention": wanted, "shard_groups": groups})
 
 
 def _quantized(

@@ -38,6 +38,7 @@ from megatron_lowbit.layers.linear import (
 from megatron_lowbit.layers.reassembled_norm import ReassembledNorm
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
+from megatron_lowbit.quant.tp_sizes import groups_for
 
 logger = logging.getLogger("megatron_lowbit")
 
@@ -285,9 +286,10 @@ def row_shard(checkpoint: LowBitCheckpoint | None, name: str, rank: int, size: i
     plan, low_rank = checkpoint.reassembly.get(name), checkpoint.low_rank.get(name)
     groups = activation_groups(weight.in_features if plan is None else plan.in_features, checkpoint.shard_groups)
     if checkpoint.scheme.act_bits < 16 and groups % size:
+        widths = {linear.in_features for linear in checkpoint.linears.values()}
         raise LowBitError(
             f"{name}: {groups} activation shard groups do not divide among tp={size}; "
-            f"quantize with a weights.shard_groups that {size} divides"
+            f"quantize with weights.shard_groups={groups_for(size, widths)}"
         )
     return QuantLinear(
         weight.shard_in(rank, size),

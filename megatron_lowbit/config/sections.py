@@ -88,8 +88,9 @@ class WeightsConfig(FrozenConfig):
     """input features that share a weight scale; none: one scale per output channel"""
     symmetric: bool = False
     """weights without a zero point"""
-    shard_groups: int = Field(8, ge=1)
-    """equal slices of a row-parallel input, each with its own activation scale: a multiple of every tp size used"""
+    shard_groups: int | None = Field(None, ge=1)
+    """equal slices of a row-parallel input, each with its own activation scale: a multiple of every tp size used;
+    none: 8, or the number near 8 that suits the model's heads (6 for 9 heads)"""
     attention: bool | None = None
     """quantize Q, K and V per token and head, to the bits of the activations; none: with method=qllm and --ablation"""
     lm_head_bits: int = Field(0, ge=0, le=8)
@@ -144,8 +145,9 @@ class CommConfig(FrozenConfig):
     """a site falls back to bf16 where a larger share of its values lies beyond the calibrated range; none: never"""
     gather: bool = False
     """sequence parallelism: also calibrate and quantize the all-gather of the normed activation (engine=megatron)"""
-    tp_sizes: tuple[int, ...] = (2, 4, 8)
-    """tensor-parallel sizes whose ranges one calibration pass records, where they divide the model"""
+    tp_sizes: tuple[int, ...] | None = None
+    """tensor-parallel sizes whose ranges one calibration pass records; none: those up to 8 that divide the model's
+    heads and MLP, 2, 4 and 8 for most"""
 
     @model_validator(mode="before")
     @classmethod
@@ -174,8 +176,8 @@ class CommConfig(FrozenConfig):
 
     @field_validator("tp_sizes")
     @classmethod
-    def _at_least_two(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if any(size < 2 for size in value):
+    def _at_least_two(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if any(size < 2 for size in value or ()):
             raise ValueError("a tensor-parallel size is at least 2")
         return value
 

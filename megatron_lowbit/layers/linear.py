@@ -16,6 +16,7 @@ branch:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -253,10 +254,11 @@ class QuantRowParallelLinear(nn.Module):
 
 
 def activation_groups(in_features: int, shard_groups: int) -> int:
-    """Return `shard_groups`, halved until it divides the width: 8 -> 4 for 172 inputs, 1 for an odd width."""
-    while in_features % shard_groups:
-        shard_groups //= 2
-    return max(shard_groups, 1)
+    """Return the greatest divisor of `shard_groups` that divides the width: 8 -> 4 for 172 inputs, 1 for an odd width.
+
+    A number of ranks that divides both divides it too.
+    """
+    return math.gcd(in_features, shard_groups)
 
 
 def check_fits(name: str, linear: nn.Module, replaced: nn.Module) -> None:

@@ -30,6 +30,7 @@ from megatron_lowbit.qllm.sharded_linear import ShardedLinear
 from megatron_lowbit.qllm.trace_blocks import BlockCall, BlockTracer
 from megatron_lowbit.quant.affine import QuantizedWeight
 from megatron_lowbit.quant.head import measure_kl
+from megatron_lowbit.quant.tp_sizes import default_shard_groups, groups_for, widths_of
 from megatron_lowbit.runtime.distributed import group_rank, world_size
 
 
@@ -75,6 +76,8 @@ class BlockSource:
             self.kinds.append({n.removeprefix(path): kind for n, kind in kinds.items() if n.startswith(path)})
         ranks, family = world_size(tp_group), hf_config.model_type
         self.tracer = BlockTracer(self.model, self.prefix, self.blocks, self.kinds, device, ranks, family)
+        self.widths = widths_of(linear for _, linear in kinds.values())
+        self.shard_groups = config.weights.shard_groups or default_shard_groups(self.text_config, self.widths)
         self.groups: list[list[InputGroup]] = []
         self.bit_sums: dict[str, Tensor] = {}
 
@@ -84,7 +87,7 @@ class BlockSource:
         for index, kinds in enumerate(self.kinds):
             for name, (kind, linear) in kinds.items():
                 fqn, inputs = self.fqn(index, name), linear.in_features
-                shards = 1 if kind == "column" else activation_groups(inputs, self.config.weights.shard_groups)
+                shards = 1 if kind == "column" else activation_groups(inputs, self.shard_groups)
                 if group_size is not None and inputs // shards % group_size:
                     where = f" of each of the {shards} shard groups" if shards > 1 else ""
                     raise LowBitError(
@@ -249,11 +252,11 @@ class BlockSource:
         fqn = self.fqn(index, name)
         dim, width = (0, linear.out_features) if kind == "column" else (1, linear.in_features)
         ranks, rank = world_size(self.tp_group), group_rank(self.tp_group)
-        shards = activation_groups(width, self.config.weights.shard_groups)
+        shards = activation_groups(width, self.shard_groups)
         if shards % ranks:
             raise LowBitError(
                 f"{fqn}: its {width} channels make {shards} shard groups, which tp={ranks} does not divide; "
-                f"set weights.shard_groups to a multiple of {ranks}, or another tp"
+                f"set weights.shard_groups={groups_for(ranks, self.widths)}, or another tp"
             )
         start, stop = rank * width // ranks, (rank + 1) * width // ranks
         weight = self._read(fqn + ".weight", linear.weight.shape, dim, start, stop, linear=True)

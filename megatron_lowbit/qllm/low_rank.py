@@ -23,6 +23,8 @@ from megatron_lowbit.config import CorrectionConfig, LowBitError
 from megatron_lowbit.layers.reassembled_norm import ReassembledNorm
 from megatron_lowbit.qllm.sharded_linear import ShardedLinear
 from megatron_lowbit.runtime.distributed import all_gather_stack
+from megatron_lowbit.runtime.launcher_env import env_rank
+from megatron_lowbit.runtime.metrics import progress
 
 Step = Callable[[int], Iterable[tuple[Tensor, Tensor, Tensor, int]]]
 
@@ -77,9 +79,10 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / total)
     generator = torch.Generator().manual_seed(seed)
     losses = []
-    for _ in range(config.epochs):
+    for epoch in range(config.epochs):
         epoch_loss = 0.0
-        for number in torch.randperm(steps, generator=generator).tolist():
+        order = torch.randperm(steps, generator=generator).tolist()
+        for number in progress(order, steps, f"correcting, epoch {epoch + 1} of {config.epochs}", env_rank()):
             loss = _gradients(parameters, step(number), dp_group)
             if not math.isfinite(loss):
                 raise LowBitError(

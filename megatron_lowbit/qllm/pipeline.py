@@ -228,7 +228,9 @@ class BlockwiseQuantizer:
             save_beside(self.folder)
         except OSError as error:
             raise LowBitError(f"cannot write to {str(self.folder)!r}: {one_line(error)}") from None
-        write_checkpoint(self.folder, merged, weights.scheme, weights.shard_groups, self.attention_bits, fingerprint)
+        write_checkpoint(
+            self.folder, merged, weights.scheme, self.source.shard_groups, self.attention_bits, fingerprint
+        )
 
     def _quantize_head(self, bits: int) -> tuple[QuantizedHead, int]:
         """Round the output projection, and measure its KL on the full-precision stream, now after the last block.

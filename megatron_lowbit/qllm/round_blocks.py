@@ -22,6 +22,8 @@ from megatron_lowbit.qllm.search import Search
 from megatron_lowbit.qllm.sharded_linear import PreparedNorm, ShardedLinear
 from megatron_lowbit.quant.affine import Scheme
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
+from megatron_lowbit.runtime.launcher_env import env_rank
+from megatron_lowbit.runtime.metrics import progress
 
 
 @dataclass
@@ -55,7 +57,8 @@ class BlockRounder:
     def round_group(self, group: BlockGroup, inputs: HiddenStream, scratch: Sequence[HiddenStream]) -> ReassemblyReport:
         """Round all blocks of a group. inputs: the quantized stream before it; scratch: two more, to be overwritten."""
         report = ReassemblyReport()
-        for number, block in enumerate(group.blocks):
+        blocks = progress(group.blocks, len(group.blocks), "reassembling, rounding", env_rank())
+        for number, block in enumerate(blocks):
             self.round_block(block, inputs, report)
             if number + 1 < len(group.blocks):
                 outputs = scratch[number % 2]

@@ -11,6 +11,7 @@ from megatron_lowbit.config import LowBitError, WeightsConfig
 from megatron_lowbit.io.fingerprint import Fingerprint
 from megatron_lowbit.quant.affine import QuantizedWeight, Scheme
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
+from megatron_lowbit.quant.tp_sizes import default_shard_groups, widths_of
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import progress
 
@@ -47,6 +48,8 @@ def quantize_model(
         seen.add(tensor.data_ptr())
         tensors[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
     bits = scheme.act_bits if config.attention else 16
-    return LowBitCheckpoint(
-        packed, tensors, scheme, config.scheme, config.shard_groups, fingerprint, attention_bits=bits
+    hf_config = getattr(model, "config", None)
+    groups = config.shard_groups or default_shard_groups(
+        getattr(hf_config, "text_config", None) or hf_config, widths_of(linears.values())
     )
+    return LowBitCheckpoint(packed, tensors, scheme, config.scheme, groups, fingerprint, attention_bits=bits)

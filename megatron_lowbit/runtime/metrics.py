@@ -187,18 +187,35 @@ def require(module: str, extra: str) -> Any:
     return package
 
 
+_outer: Progress | None = None  # the display of the loop that runs, which loops within it add their bars to
+
+
 def progress(items: Iterable[T], total: int, description: str, rank: int = 0) -> Iterator[T]:
-    """Iterate with a bar and an ETA on rank 0's standard error, where that is a terminal."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=rank != 0 or not console.is_terminal, transient=True) as bar:
-        yield from bar.track(items, total=total, description=description)
+    """Iterate with a bar and an ETA on rank 0's standard error, where that is a terminal; a loop within another has its
+    bar below that one's, while it runs."""
+    global _outer
+    if rank != 0:
+        yield from items
+    elif _outer is not None:
+        task = _outer.add_task(description, total=total)
+        try:
+            yield from _outer.track(items, total=total, task_id=task)
+        finally:
+            _outer.remove_task(task)
+    else:
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as _outer:
+            try:
+                yield from _outer.track(items, total=total, description=description)
+            finally:
+                _outer = None
 
 
 def peak_memory() -> int:

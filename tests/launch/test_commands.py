@@ -202,7 +202,7 @@ def test_options_and_keys_in_any_order(tmp_path):
 
 
 def test_a_saved_calibration_config_repeats_the_run(tmp_path):
-    """The default comm.tp_sizes may hold sizes that the model leaves out: 172 inputs do not divide by 8."""
+    """The sizes are chosen for the model again: 172 inputs do not divide by 8."""
     model, first = save_model("llama", tmp_path / "model"), tmp_path / "first"
     assert run_here("calibrate", f"model={model}", *CALIBRATION, f"output_dir={first}") == 0
     assert sorted(Artifact.load(first).plans) == [2, 4]

@@ -68,7 +68,7 @@ def test_defaults_lists_every_value_under_its_dotted_key():
     for key, value in config.model_dump().items():
         expected |= {f"{key}.{name}": leaf for name, leaf in value.items()} if isinstance(value, dict) else {key: value}
     assert defaults(config) == expected
-    assert expected["comm.bits"] == 6 and expected["comm.tp_sizes"] == (2, 4, 8)
+    assert expected["comm.bits"] == 6 and expected["comm.tp_sizes"] is None
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ WIDE = {
     "name": "W4A8 + two_shot per-token tiered int4",
     "tp": 64,
     "perplexity": 523456789012.345,
+    "perplexity_stderr": 65e9,
     "kl": 12.34567,
+    "kl_stderr": 0.00012345,
     "sqnr_db": -12.3,
     "bits_per_value": 32.1234,
     "bytes_per_token": 12_345_678.0,
@@ -53,13 +55,15 @@ def test_evaluate(capsys):
     print_rows([WIDE, {**WIDE, "name": "adaptive_correction", "kl": None}], "a model of a long name " * 5)
     out = printed(capsys)
     assert {"64", "5.23e+11", "12.34567", "-12.3", "32.1234", "12,345,678", "adaptive_correction", "-"} <= words(out)
+    assert {"12.4", "0.0001"} <= words(out)
     assert "on the first 4,096 tokens" in " ".join(out.split())
     assert "in one_shot every one of the other N - 1 ranks gets a copy" in " ".join(out.split())
 
 
 def test_evaluate_explains_only_what_is_there(capsys):
-    print_rows([{**WIDE, "sqnr_db": None, "bits_per_value": None, "bytes_per_token": None}])
-    assert "SQNR:" not in printed(capsys)
+    unknown = ("perplexity_stderr", "kl_stderr", "sqnr_db", "bits_per_value", "bytes_per_token")
+    print_rows([{**WIDE, **dict.fromkeys(unknown)}])
+    assert not {"SQNR:", "s.e.:"} & words(printed(capsys))
 
 
 def test_comm_ablation(capsys):

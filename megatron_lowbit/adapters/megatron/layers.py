@@ -36,6 +36,7 @@ from megatron_lowbit.adapters.megatron.round_on_load import (
     parse_recipe,
     round_column,
     round_row,
+    with_shard_groups,
 )
 from megatron_lowbit.comm.codec import Codec
 from megatron_lowbit.comm.plan import SitePlan
@@ -110,7 +111,8 @@ class _LowBitLayer:
         """Return how the full-precision weight is rounded in every forward pass; None: it is not, or there is none."""
         if self.low_bit is not None or self.is_expert or self.recipe is None or self.recipe.scheme == "none":
             return None
-        return StraightThrough(self.recipe, self.is_row, tp_group(self) if self.is_row else None)
+        recipe = with_shard_groups(self.recipe, self.config)
+        return StraightThrough(recipe, self.is_row, tp_group(self) if self.is_row else None)
 
     def on_load(self, name: str) -> None:
         """Pack the full-precision weight that has been loaded (round to nearest), unless it is trained.
@@ -326,7 +328,7 @@ class LowBitRowParallelLinear(_LowBitLayer, RowParallelLinear):
     def quantize_(self, config: WeightsConfig) -> None:
         """Round this rank's columns to config.scheme and drop the weight. A collective call: one scale per output
         channel spans all ranks."""
-        group = tp_group(self)
+        group, config = tp_group(self), with_shard_groups(config, self.config)
         low_bit = round_row(full_weight(self), config, group, self.sequence_parallel and group is not None)
         self._rounded(low_bit, config)
 

@@ -10,9 +10,11 @@ the range of a row-parallel weight's output channel is taken over all ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from pydantic import ValidationError
 from torch import Tensor
 from torch import distributed as dist
@@ -36,6 +38,7 @@ from megatron_lowbit.quant.affine import (
     qparams_from_range,
     quantize,
 )
+from megatron_lowbit.quant.tp_sizes import default_shard_groups, groups_for
 from megatron_lowbit.runtime.distributed import world_size
 
 
@@ -54,6 +57,19 @@ def parse_recipe(quantization_config: Any) -> WeightsConfig:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
         raise LowBitError(f"{where}: {key}={problem['input']!r}: {problem['msg'].lower()}") from None
+
+
+def with_shard_groups(config: WeightsConfig, host: TransformerConfig) -> WeightsConfig:
+    """Return the settings with a number of shard groups: where it is not given, that of an artifact of this model."""
+    if config.shard_groups is not None:
+        return config
+    heads, kv_heads = host.num_attention_heads, host.num_query_groups or host.num_attention_heads
+    channels = host.kv_channels or host.hidden_size // heads
+    known = SimpleNamespace(
+        num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=host.ffn_hidden_size
+    )
+    widths = {host.hidden_size, host.ffn_hidden_size, channels * heads, channels * kv_heads}
+    return config.model_copy(update={"shard_groups": default_shard_groups(known, widths)})
 
 
 def round_column(weight: Tensor, config: WeightsConfig) -> QuantLinear:
@@ -130,11 +146,12 @@ def _act_groups(weight: Tensor, config: WeightsConfig, group: dist.ProcessGroup 
     token."""
     size = world_size(group)
     inputs = weight.shape[1] * size
+    assert config.shard_groups is not None, "with_shard_groups has chosen it"
     groups = activation_groups(inputs, config.shard_groups)
     if Scheme.parse(config.scheme).act_bits < 16 and groups % size:
         raise LowBitError(
             f"{groups} activation shard groups of {inputs} inputs do not divide among tp={size}; "
-            f"give the recipe a shard_groups that {size} divides"
+            f"give the recipe shard_groups: {groups_for(size, [inputs])}"
         )
     return max(groups // size, 1)
 
