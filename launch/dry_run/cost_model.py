@@ -129,10 +129,13 @@ def stages(shape: Shape, tokens: int, windows: int, config: QuantizeConfig, size
 
     correction = Work()
     if config.correction.mode != "none":
-        epochs, steps = config.correction.epochs, windows / config.correction.batch_size
+        holdout, epochs = config.correction.holdout, config.correction.epochs
+        steps = windows * (1 - holdout) / config.correction.batch_size
         trained = forward * 3 + Work(rounded=inputs, network=shape.columns * gathered - 4 * gathered)
-        correction = (quantized * 2 + trained * epochs) * mine
-        correction += Work(rounded=1.5 * shape.weights) * (epochs * windows / dp)  # every window rounds all weights
+        judged = holdout * (epochs + 1) if holdout else 2  # passes over all windows
+        correction = (quantized * judged + trained * (epochs * (1 - holdout))) * mine
+        rounded = epochs * (1 - holdout) * windows / dp  # every training window rounds all weights
+        correction += Work(rounded=1.5 * shape.weights) * rounded
         each = config.correction.batch_size / dp
         correction += Work(network=(dp - 1) * each * 4 * shape.trained) * (epochs * steps)
     shares = 2 * shape.hidden * (1 + sum(sizes))  # values of partial sums per token

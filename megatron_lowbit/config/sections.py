@@ -231,6 +231,11 @@ class CorrectionConfig(FrozenConfig):
     """windows per step, of all data-parallel ranks together"""
     learning_rate: float = Field(5e-3, gt=0, allow_inf_nan=False)
     """learning rate of AdamW at the first step; it falls linearly to 0"""
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """AdamW's weight decay of A and B"""
+    holdout: float = Field(1 / 8, ge=0, lt=1)
+    """share of the windows, the last ones, that are not trained on and tell after which epoch the loss was smallest
+    (at least one); 0: all are trained on, and the last epoch is kept"""
     train_norms: bool = False
     """also train the gains of the blocks' norms"""
     through_communication: bool = False

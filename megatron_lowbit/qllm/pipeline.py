@@ -64,14 +64,16 @@ from megatron_lowbit.runtime.metrics import MetricLogger, peak_memory, progress
 
 @dataclass
 class GroupResult:
-    """Record of one group: seconds, the process's peak bytes so far, the training's mean loss per epoch."""
+    """Record of one group: seconds, the process's peak bytes so far, and what correct_group.CorrectionResult holds."""
 
     blocks: list[int]
     seconds: float
     peak_bytes: int
     losses: list[float] = field(default_factory=list)
-    loss_before: float | None = None  # of the correction, over all windows
+    held_out_losses: list[float] = field(default_factory=list)
+    loss_before: float | None = None
     loss_after: float | None = None
+    kept_epoch: int | None = None
     reassembled: dict[str, int] = field(default_factory=dict)  # {module: channels added, on rank 0}
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # {module: search.describe, on rank 0}
 
@@ -178,11 +180,9 @@ class BlockwiseQuantizer:
             indices,
             time.perf_counter() - began,
             peak_memory(),
-            correction.losses,
-            correction.loss_before,
-            correction.loss_after,
-            report.reassembled,
-            report.layers,
+            reassembled=report.reassembled,
+            layers=report.layers,
+            **vars(correction),
         )
         self.results.append(result)
         # Before the state: a kill between the two would leave the group unlogged.

@@ -68,6 +68,12 @@ def losses(folder: Path) -> list[list[float]]:
     return [group["losses"] for group in results(folder)["groups"]]
 
 
+def judged(folder: Path) -> list[list]:
+    """What the held-out windows say of each group."""
+    names = ("loss_before", "loss_after", "held_out_losses", "kept_epoch")
+    return [[group.get(name) for name in names] for group in results(folder)["groups"]]
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
     """The artifact of one process."""
@@ -87,13 +93,15 @@ def test_tensor_parallel_ranks_write_the_same_files(tp, one, tmp_path):
     for stem in ("comm_plan_tp2", "comm_plan_tp4", "calibration"):
         for suffix in (".json", ".safetensors"):
             assert (folder / (stem + suffix)).read_bytes() == (one / (stem + suffix)).read_bytes(), stem
-    assert losses(folder) == losses(one)
+    assert losses(folder) == losses(one) and judged(folder) == judged(one)
 
 
 @pytest.mark.parametrize(("dp", "tp"), [(2, 2)])
 def test_data_parallel_ranks_write_the_same_files(dp, tp, one_of_two, tmp_path):
     folder = quantize_there(tmp_path, *SETTINGS, "correction.batch_size=2", f"dp={dp}", f"tp={tp}")
     assert losses(folder) == losses(one_of_two)
+    assert judged(folder) == judged(one_of_two)  # of the last of four windows: the ranks train on different numbers
+    assert all(len(held_out) == 1 for _, _, held_out, _ in judged(folder))
     assert description(folder) == description(one_of_two)
     assert (folder / "comm_plan_tp2.safetensors").read_bytes() == (
         one_of_two / "comm_plan_tp2.safetensors"
