@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lowbit.config import QuantizeConfig
+from megatron_lowbit.qllm.allocate_ranks import choose_ranks
 from megatron_lowbit.qllm.block_group import BlockGroup
 from megatron_lowbit.qllm.calibration_share import CalibrationShare, held_out_windows
 from megatron_lowbit.qllm.hidden_stream import HiddenStream
@@ -37,6 +38,7 @@ class CorrectionResult:
     losses: the mean over the training windows, of every epoch. held_out_losses: of the held-out windows after every
     epoch, where there are any. loss_before, loss_after: before the correction and with the epoch that was best, of the
     held-out windows, or of all. kept_epoch: which one is deployed; None: none is.
+    ranks: {linear's fqn: its rank}, where they were chosen (correction.rank=auto).
     """
 
     losses: list[float] = field(default_factory=list)
@@ -44,6 +46,7 @@ class CorrectionResult:
     loss_before: float | None = None
     loss_after: float | None = None
     kept_epoch: int | None = None
+    ranks: dict[str, int] = field(default_factory=dict)
 
 
 def correct_group(
@@ -64,8 +67,11 @@ def correct_group(
     section = config.correction
     if section.mode == "none":
         return CorrectionResult()
-    factors = add_low_rank(group.linears(), section, config.seed)
+    ranks = choose_ranks(group, share, inputs, section)
+    factors = add_low_rank(group.linears(), ranks, section.mode == "branch", config.seed)
     trained = TrainedGroup(group.linears(), factors, trainable_norms(group.modules) if section.train_norms else [])
+    if not trained.parameters:  # rounding has changed no weight
+        return CorrectionResult(ranks=ranks)
     held_out = held_out_windows(len(share.all_mask), section.holdout)
     training = len(share.all_mask) - held_out
 
@@ -73,7 +79,7 @@ def correct_group(
         return group_loss(group, share, inputs, target, training if held_out else 0)
 
     before, untrained = judge(), trained.values()
-    result = CorrectionResult(loss_before=before)
+    result = CorrectionResult(loss_before=before, ranks=ranks if section.rank == "auto" else {})
     best, kept = math.inf, untrained
 
     def after_epoch(epoch: int, loss: float) -> None:
@@ -88,8 +94,10 @@ def correct_group(
                 best, kept, result.kept_epoch = judged, trained.values(), epoch
         log(epoch=epoch, correction_loss=loss, **({"held_out_loss": judged} if held_out else {}))
 
-    groups = [ParameterGroup(factors, section.learning_rate, section.weight_decay)]
-    groups += [ParameterGroup(trained.gains, section.learning_rate)] if trained.gains else []
+    groups = [
+        ParameterGroup(factors, section.learning_rate, section.weight_decay),
+        ParameterGroup(trained.gains, section.learning_rate),
+    ]
     seed = (config.seed * 1_000_003 + group.blocks[0].index) % 2**63
     batches = training_batches(group, share, inputs, target, section.batch_size, training)
     trained.unfreeze()
@@ -126,7 +134,7 @@ class TrainedGroup:
     def unfreeze(self) -> None:
         """Have the linears compute their weights from the factors anew in every forward, as training needs it."""
         for linear in self.linears:
-            if not linear.branch:  # beside a branch the weights stay
+            if linear.lora_shared is not None and not linear.branch:  # beside a branch the weights stay
                 linear.unfreeze()
 
     @torch.no_grad()

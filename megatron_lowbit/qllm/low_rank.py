@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,12 +51,18 @@ class Batches:
     per_rank: int
 
 
-def add_low_rank(linears: Sequence[ShardedLinear], config: CorrectionConfig, seed: int) -> list[nn.Parameter]:
-    """Add A and B to every linear, seeded by its name, so that neither resuming nor another tp size changes them."""
+def add_low_rank(
+    linears: Sequence[ShardedLinear], ranks: Mapping[str, int], branch: bool, seed: int
+) -> list[nn.Parameter]:
+    """Add A and B to every linear, seeded by its name, so that neither resuming nor another tp size changes them.
+
+    ranks: {linear's name: its rank}; one of rank 0 gets none.
+    """
     parameters: list[nn.Parameter] = []
     for linear in linears:
         generator = torch.Generator().manual_seed((seed * 1_000_003 + zlib.crc32(linear.name.encode())) % 2**63)
-        parameters += linear.add_low_rank(config.rank, config.mode == "branch", generator)
+        if rank := ranks[linear.name]:
+            parameters += linear.add_low_rank(rank, branch, generator)
     return parameters
 
 
@@ -137,7 +143,11 @@ def _gradients(
 
 def make_optimizer(groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
     """Return AdamW: NVIDIA apex's FusedAdam where it is installed and there is a GPU, else torch's."""
-    options = [{"params": g.parameters, "lr": g.learning_rate, "weight_decay": g.weight_decay} for g in groups]
+    options = [
+        {"params": group.parameters, "lr": group.learning_rate, "weight_decay": group.weight_decay}
+        for group in groups
+        if group.parameters
+    ]
     if torch.cuda.is_available():
         try:
             from apex.optimizers import FusedAdam

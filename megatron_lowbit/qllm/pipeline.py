@@ -74,6 +74,7 @@ class GroupResult:
     loss_before: float | None = None
     loss_after: float | None = None
     kept_epoch: int | None = None
+    ranks: dict[str, int] = field(default_factory=dict)
     reassembled: dict[str, int] = field(default_factory=dict)  # {module: channels added, on rank 0}
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # {module: search.describe, on rank 0}
 
