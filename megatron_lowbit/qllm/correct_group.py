@@ -69,6 +69,7 @@ def correct_group(
         return CorrectionResult()
     ranks = choose_ranks(group, share, inputs, section)
     factors = add_low_rank(group.linears(), ranks, section.mode == "branch", config.seed)
+    factors += group.own_parameters()
     trained = TrainedGroup(group.linears(), factors, trainable_norms(group.modules) if section.train_norms else [])
     if not trained.parameters:  # rounding has changed no weight
         return CorrectionResult(ranks=ranks)

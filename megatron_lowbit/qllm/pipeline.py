@@ -20,7 +20,7 @@ training step: what was done of the group at hand is dropped, and done anew, to 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import zip_longest
@@ -155,7 +155,7 @@ class BlockwiseQuantizer:
     def _quantize_group(self, number: int, indices: list[int], calls: dict[int, list[BlockCall]]) -> None:
         """Run the steps listed at the top of this file for blocks `indices`."""
         began = time.perf_counter()
-        group = load_group(self.source, indices, calls)
+        group = self.load_group(indices, calls)
         share, inputs = self.share, self.streams.quantized
         target = self.streams.create_full_precision()
         group.forward_stream(share, self.streams.full_precision, target)
@@ -190,6 +190,10 @@ class BlockwiseQuantizer:
         log(group_seconds=result.seconds, peak_bytes=result.peak_bytes)
         self._save_state(number + 1, part, weights, [target, outputs])
         self.streams.advance(target, outputs)
+
+    def load_group(self, indices: Sequence[int], calls: Mapping[int, Sequence[BlockCall]]) -> BlockGroup:
+        """Load blocks `indices` from disk; calls: how each block is called."""
+        return load_group(self.source, indices, calls)
 
     def _record_ranges(self, group: BlockGroup, outputs: HiddenStream | None) -> None:
         """Run the quantized stream through the group and add its ranges to those of the groups before."""
