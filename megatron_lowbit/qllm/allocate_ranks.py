@@ -31,7 +31,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from megatron_lowbit.comm.observers import as_windows
-from megatron_lowbit.config import CorrectionConfig
+from megatron_lowbit.config import CorrectionConfig, LowBitError
 from megatron_lowbit.qllm.block_group import BlockGroup
 from megatron_lowbit.qllm.calibration_share import CalibrationShare
 from megatron_lowbit.qllm.hidden_stream import HiddenStream
@@ -133,9 +133,14 @@ class InputMoments:
             self.total = moment.clone() if self.total is None else self.total.add_(moment)
 
     def spectra(self) -> dict[str, Tensor]:
-        """Return {linear's fqn: squared singular values of E G^(1/2)}. A collective call over tp_group."""
+        """Return {linear's fqn: squared singular values of E G^(1/2)}. A collective call over tp_group.
+
+        Raises LowBitError where the input has NaN or Inf.
+        """
         self.handle.remove()
         assert self.total is not None, "a window has been added"
+        if not torch.isfinite(self.total).all():  # on all ranks, which have the same sum
+            raise LowBitError(f"{self.first.name} is given NaN or Inf; check the model's weights and dtype")
         if self.first.kind == "row":
             return {self.first.name: _descending(self.total)}
         values, vectors = torch.linalg.eigh(self.total)

@@ -9,7 +9,7 @@ import rank_allocation_cases as cases
 import torch
 from torch import Tensor
 
-from megatron_lowbit.config import CorrectionConfig
+from megatron_lowbit.config import CorrectionConfig, LowBitError
 from megatron_lowbit.qllm.allocate_ranks import allocate_ranks
 from megatron_lowbit.quant.affine import fake_quantize
 
@@ -59,6 +59,14 @@ def test_spectra_and_ranks_on_ranks(run, parallel):
             assert torch.allclose(spectrum, alone["spectra"][name], rtol=1e-9, atol=1e-12)
     taken = allocate_ranks(expected, {"q": (16, 32), "k": (16, 32), "o": (32, 16)}, 2)
     assert taken == alone["ranks"]
+
+
+def test_an_input_that_is_not_finite(monkeypatch):
+    hidden, mask = cases.hidden_states()
+    hidden[2, 3, 4] = float("nan")
+    monkeypatch.setattr(cases, "hidden_states", lambda: (hidden, mask))
+    with pytest.raises(LowBitError, match="q is given NaN or Inf"):
+        cases.chosen(0, 1, "tp", 2)
 
 
 def taken_away(ranks: dict[str, int], spectra: dict[str, Tensor]) -> float:
