@@ -32,11 +32,15 @@ from megatron_lowbit.runtime.metrics import MetricLogger
 
 
 def quantize_qllm(
-    config: QuantizeConfig, logger: MetricLogger, plans: bool = True
+    config: QuantizeConfig,
+    logger: MetricLogger,
+    plans: bool = True,
+    quantizer: type[BlockwiseQuantizer] | None = None,
 ) -> tuple[list[dict[str, Any]], list[GroupResult]]:
     """Write the LowBitCheckpoint (and CommPlans) to output_dir; returns a row per plan and a record of every group.
 
-    plans: whether ranges are wanted for comm.tp_sizes; without, only those of the full sums are recorded.
+    plans: whether ranges are wanted for comm.tp_sizes; without, only those of the full sums are recorded. quantizer:
+    a study's, in place of BlockwiseQuantizer.
     """
     if config.calibration.data is None:
         raise LowBitError("weights.method=qllm needs calibration.data; name a text, or set weights.method=rtn")
@@ -71,20 +75,20 @@ def quantize_qllm(
     given = config.comm.tp_sizes is not None
     config = with_choices(config, source.text_config, source.widths)
     tp_sizes = plan_sizes(source, config, given) if plans else []
-    quantizer = BlockwiseQuantizer(source, windows, config, tp_sizes, dp_group, logger)
+    pipeline = (quantizer or BlockwiseQuantizer)(source, windows, config, tp_sizes, dp_group, logger)
 
     def save_beside(output: Path) -> None:
         read_config(folder).save_pretrained(output)
         tokenizer.save_pretrained(output)
         copy_generation_config(folder, output)
 
-    stats, rows = quantizer.run(save_beside), []
-    tell_layers(quantizer.results, logger)
+    stats, rows = pipeline.run(save_beside), []
+    tell_layers(pipeline.results, logger)
     if plans and len(stats.ranges) > 1:
         on_rank_zero(lambda: remove_plans(config.output_dir))
         rows = write_plans(stats, config, config.output_dir, logger)
-    on_rank_zero(quantizer.state.forget)
-    return rows, quantizer.results
+    on_rank_zero(pipeline.state.forget)
+    return rows, pipeline.results
 
 
 def tell_layers(groups: list[GroupResult], logger: MetricLogger) -> None:

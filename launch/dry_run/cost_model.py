@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from megatron_lowbit.comm.observers import STATISTICS, window_statistics
 from megatron_lowbit.config import QuantizeConfig, RatesConfig
+from megatron_lowbit.qllm.calibration_share import held_out_windows
 from megatron_lowbit.quant.affine import fake_quantize
 from megatron_lowbit.runtime.distributed import device
 from megatron_lowbit.temporary import scratch_folder
@@ -127,14 +128,24 @@ def stages(shape: Shape, tokens: int, windows: int, config: QuantizeConfig, size
         per_block += Work(rounded=wide * (shape.qkv + shape.gate_up) + (narrow + 2) * shape.down)
     search = (per_token + quantized * ((size - 1) / size)) * mine + per_block
 
-    correction = Work()
-    if config.correction.mode != "none":
-        epochs, steps = config.correction.epochs, windows / config.correction.batch_size
+    correction, tuning = Work(), config.correction
+    if tuning.mode != "none":
+        held_out = held_out_windows(windows, tuning.holdout) / windows
+        epochs, share = tuning.epochs, 1 - held_out
         trained = forward * 3 + Work(rounded=inputs, network=shape.columns * gathered - 4 * gathered)
-        correction = (quantized * 2 + trained * epochs) * mine
-        correction += Work(rounded=1.5 * shape.weights) * (epochs * windows / dp)  # every window rounds all weights
-        each = config.correction.batch_size / dp
+        judged = held_out * (epochs + 1) if held_out else 2  # passes over all windows
+        correction = (quantized * judged + trained * (epochs * share)) * mine
+        rounded = epochs * share * windows / dp  # each of them rounds all weights
+        correction += Work(rounded=1.5 * shape.weights) * rounded
+        each = tuning.batch_size / dp
+        steps = windows * share / tuning.batch_size
         correction += Work(network=(dp - 1) * each * 4 * shape.trained) * (epochs * steps)
+        if tuning.rank == "auto":  # the four inputs' x x^T or e e^T, gathered for every window; not the eigenvalues
+            correction += (trained + Work(flops=o + down + 4 * 2 * shape.hidden**2)) * mine
+            correction += Work(network=4 * 8 * shape.hidden**2 * (1 - 1 / dp) * windows)
+            correction += Work(
+                flops=2 * shape.hidden * (shape.qkv + shape.gate_up + 2 * shape.columns * shape.hidden**2)
+            )
     shares = 2 * shape.hidden * (1 + sum(sizes))  # values of partial sums per token
     observed = Work(observed=shares) * mine
     exchanged = Work(network=(1 - 1 / dp) * STATISTICS * 8 * shares * windows)

@@ -160,6 +160,7 @@ def _shape(rows: list[dict[str, Any]], depth: int, text_config: Any, config: Qua
     hidden, heads = text_config.hidden_size, text_config.num_attention_heads
     head_dim = getattr(text_config, "head_dim", None) or hidden // heads
     inner, outer = of("row", owners[0]), of("row", owners[-1])
+    section = config.correction
     return Shape(
         depth=depth,
         hidden=hidden,
@@ -170,7 +171,8 @@ def _shape(rows: list[dict[str, Any]], depth: int, text_config: Any, config: Qua
         down=sum(map(_weights, outer)),
         attention=2 * 2 * length * heads * head_dim / config.tp,
         columns=len([row for row in rows if row["parallel"] == "column"]),
-        trained=config.correction.rank * sum(sum(row["shape_per_rank"]) for row in rows),
+        trained=(section.rank_budget if section.rank == "auto" else section.rank)
+        * sum(sum(row["shape_per_rank"]) for row in rows),
         packed_bytes=sum(row["bytes_per_rank"] for row in rows),
         stored=2,  # bfloat16 or float16
         value=compute_dtype(config).itemsize,

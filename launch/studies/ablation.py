@@ -9,6 +9,7 @@
     correction              low-rank correction alone                                 table F
     adaptive_correction     both, merged into the weights
     adaptive_branch         both, the correction beside the weights                   table K
+    adaptive_hierarchical   adaptive_correction with a low-rank map over every group  hierarchical.py; not deployable
 
 A row's artifact stays in <output_dir>/ablation/<row>; a row that is there with the same settings is not made again.
 """
@@ -17,10 +18,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_lowbit.adapters.huggingface.apply import find_linears
+from megatron_lowbit.adapters.huggingface.apply import decoder_blocks, find_linears
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import (
     CommConfig,
@@ -37,6 +41,7 @@ from megatron_lowbit.launch.engines.prepare import load_windows, round_weights
 from megatron_lowbit.launch.engines.start import start_engine
 from megatron_lowbit.launch.qllm import quantize_qllm
 from megatron_lowbit.launch.rows import full_precision_row, low_bit_row, print_rows
+from megatron_lowbit.launch.studies.hierarchical import maps_of, quantize_hierarchical
 from megatron_lowbit.quant.affine import Scheme
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.tp_sizes import default_shard_groups, widths_of
@@ -71,8 +76,11 @@ def run_ablation(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]
     for name, (reassembly, correction) in variants(config).items():
         logger.labels = {"variant": name}
         folder = Path(config.output_dir) / "ablation" / name
-        checkpoint = _quantized(config, weights, reassembly, correction, folder, text, logger)
-        rows.append(_row(engine, name, checkpoint, windows, config, reference, logger))
+        hierarchical = name == "adaptive_hierarchical"
+        quantize = quantize_hierarchical if hierarchical else partial(quantize_qllm, plans=False)
+        checkpoint = _quantized(config, weights, reassembly, correction, folder, text, partial(quantize, logger=logger))
+        with maps_of(folder, decoder_blocks(engine.model)[1]) if hierarchical else nullcontext():
+            rows.append(_row(engine, name, checkpoint, windows, config, reference, logger))
     logger.labels = {}
     print_rows(rows, f"{config.model}, {config.weights.scheme}" + _injected(config))
     return {"rows": rows}
@@ -95,6 +103,7 @@ def variants(config: EvaluateConfig) -> dict[str, tuple[ReassemblyConfig, Correc
         "correction": (base.model_copy(update={"mode": "none"}), merged),
         "adaptive_correction": (adaptive, merged),
         "adaptive_branch": (adaptive, branch),
+        "adaptive_hierarchical": (adaptive, merged),
     }
 
 
@@ -115,7 +124,7 @@ def _quantized(
     correction: CorrectionConfig,
     folder: Path,
     text: str,
-    logger: MetricLogger,
+    quantize: Callable[[QuantizeConfig], Any],
 ) -> LowBitCheckpoint:
     shared = {name: getattr(config, name) for name in ("model", "dtype", "seed", "inject_outliers", "inject_at")}
     settings = QuantizeConfig(
@@ -130,7 +139,7 @@ def _quantized(
     wanted = json.loads(json.dumps({"settings": settings.model_dump(mode="json", exclude=_UNUSED), "text": text}))
     if not ((folder / "lowbit.json").exists() and _is(done, wanted)):
         done.unlink(missing_ok=True)
-        quantize_qllm(settings, logger, plans=False)
+        quantize(settings)
         write_json(done, wanted)
     return LowBitCheckpoint.load(folder)
 

@@ -223,8 +223,10 @@ class CorrectionConfig(FrozenConfig):
 
     mode: Literal["merged", "branch", "none"] = "merged"
     """merged: deployed as Q(W + BA), trained through that rounding; branch: Q(W) beside BA in bf16"""
-    rank: int = Field(4, ge=1)
-    """rank of the correction: columns of B and rows of A"""
+    rank: int | Literal["auto"] = 4
+    """rank of the correction: columns of B and rows of A; auto: of each linear by the error that it takes away"""
+    rank_budget: int = Field(4, ge=1)
+    """rank=auto: as many parameters in a group of blocks as this rank would give all of its linears"""
     blocks_per_group: int = Field(4, ge=1)
     """consecutive blocks that are trained together; the last group may be smaller"""
     epochs: int = Field(2, ge=1)
@@ -233,10 +235,22 @@ class CorrectionConfig(FrozenConfig):
     """windows per step, of all data-parallel ranks together"""
     learning_rate: float = Field(5e-3, gt=0, allow_inf_nan=False)
     """learning rate of AdamW at the first step; it falls linearly to 0"""
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """AdamW's weight decay of A and B"""
+    holdout: float = Field(1 / 8, ge=0, lt=1)
+    """share of the windows, the last ones, that are not trained on and tell after which epoch the loss was smallest
+    (at least one); 0: all are trained on, and the last epoch is kept"""
     train_norms: bool = False
     """also train the gains of the blocks' norms"""
     through_communication: bool = False
     """the student's partial sums pass the collective of virtual_tp (or tp) ranks, so its error is corrected too"""
+
+    @field_validator("rank", mode="before")
+    @classmethod
+    def _rank(cls, value: Any) -> Any:
+        if value != "auto" and not (type(value) is int and value >= 1):  # a union would say it in two lines
+            raise ValueError("it is auto, or an integer of 1 or more")
+        return value
 
 
 class RatesConfig(FrozenConfig):

@@ -52,6 +52,10 @@ class BlockGroup:
         """Return the linears of all blocks, in the order in which the blocks define them."""
         return [module for block in self.modules for module in block.modules() if isinstance(module, ShardedLinear)]
 
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Return what the correction trains beside the linears' factors: nothing, of blocks one after the other."""
+        return []
+
     def row_parallel_linears(self) -> list[ShardedLinear]:
         """Return the linears whose outputs are partial sums."""
         return [linear for linear in self.linears() if linear.kind == "row"]

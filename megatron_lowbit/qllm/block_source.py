@@ -94,7 +94,7 @@ class BlockSource:
                         f"weights.group_size={group_size} does not divide the {inputs // shards} inputs{where} of {fqn}"
                     )
                 narrow = min(inputs, linear.out_features)
-                if correction.mode != "none" and correction.rank > narrow:
+                if correction.mode != "none" and correction.rank != "auto" and correction.rank > narrow:
                     raise LowBitError(f"correction.rank={correction.rank} is above the {narrow} channels of {fqn}")
 
     def block_name(self, index: int) -> str:

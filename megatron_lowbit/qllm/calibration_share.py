@@ -29,8 +29,9 @@ class CalibrationShare:
         dp_group: dist.ProcessGroup | None,
         raise_if_preempted: Callable[[], None],
     ):
-        ranks, rank = world_size(dp_group), group_rank(dp_group)
-        self.ids, self.mask, self.all_mask = windows.ids[rank::ranks], windows.mask[rank::ranks], windows.mask
+        self.ranks, self.rank = world_size(dp_group), group_rank(dp_group)
+        self.all_mask = windows.mask
+        self.ids, self.mask = (tensor[self.rank :: self.ranks] for tensor in (windows.ids, windows.mask))
         self.batch_size, self.device, self.dp_group = batch_size, device, dp_group
         self.raise_if_preempted = raise_if_preempted
 
@@ -40,12 +41,24 @@ class CalibrationShare:
         count = len(self.ids)
         return {1, min(self.batch_size, count), count % self.batch_size or self.batch_size}
 
+    def number(self, window: int) -> int:
+        """Return the number among all ranks' windows of this rank's window `window`."""
+        return window * self.ranks + self.rank
+
     def batches(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yield (start, stop, mask on the device) of one pass, bool [stop - start, length]."""
         for start in range(0, len(self.ids), self.batch_size):
             self.raise_if_preempted()
             stop = min(start + self.batch_size, len(self.ids))
             yield start, stop, self.mask[start:stop].to(self.device)
+
+
+def held_out_windows(count: int, share: float) -> int:
+    """Return how many of `count` windows, the last ones, are not trained on: `share` of them, but at least one.
+
+    None where share is 0. One window is always left to train on, so a single one is not held out.
+    """
+    return min(max(1, int(count * share)), count - 1) if share else 0
 
 
 def check_windows(windows: Windows, config: QuantizeConfig, ranks: int, text_config: Any) -> None:

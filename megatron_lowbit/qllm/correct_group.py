@@ -2,37 +2,51 @@
 
     target     the full-precision stream after the group, F(h)
     inputs     the quantized stream before it, h~
-    loss       |F(h) - F~(h~)|^2 / (tokens * hidden), over all windows of all ranks
+    loss       |F(h) - F~(h~)|^2 / (tokens * hidden)
+
+The last windows (correction.holdout) are not trained on: their loss after every epoch says which epoch's factors are
+kept, or that none are. Without such windows, the loss over all of them says whether the last epoch's are.
 
 The training itself (parameters, optimizer, gradients over ranks) is in low_rank.py.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch import distributed as dist
+from torch import Tensor, nn
 
 from megatron_lowbit.config import QuantizeConfig
+from megatron_lowbit.qllm.allocate_ranks import choose_ranks
 from megatron_lowbit.qllm.block_group import BlockGroup
-from megatron_lowbit.qllm.calibration_share import CalibrationShare
+from megatron_lowbit.qllm.calibration_share import CalibrationShare, held_out_windows
 from megatron_lowbit.qllm.hidden_stream import HiddenStream
-from megatron_lowbit.qllm.low_rank import Step, add_low_rank, train, trainable_norms
-from megatron_lowbit.runtime.distributed import world_size
+from megatron_lowbit.qllm.low_rank import Batches, ParameterGroup, Windows, add_low_rank, train, trainable_norms
+from megatron_lowbit.qllm.sharded_linear import ShardedLinear
+from megatron_lowbit.runtime.distributed import all_gather_stack
 
 
 @dataclass
 class CorrectionResult:
-    """Hold a group's losses: the mean of every epoch, and those over all windows before and after the correction."""
+    """Hold a group's losses.
+
+    losses: the mean over the training windows, of every epoch. held_out_losses: of the held-out windows after every
+    epoch, where there are any. loss_before, loss_after: before the correction and with the epoch that was best, of the
+    held-out windows, or of all. kept_epoch: which one is deployed; None: none is.
+    ranks: {linear's fqn: its rank}, where they were chosen (correction.rank=auto).
+    """
 
     losses: list[float] = field(default_factory=list)
+    held_out_losses: list[float] = field(default_factory=list)
     loss_before: float | None = None
     loss_after: float | None = None
+    kept_epoch: int | None = None
+    ranks: dict[str, int] = field(default_factory=dict)
 
 
 def correct_group(
@@ -46,71 +60,148 @@ def correct_group(
 ) -> CorrectionResult:
     """Add A and B to the group's rounded linears and train them (and the norms' gains, if asked), in place.
 
-    inputs, target: see above. stored_dtype: what gains are stored in.
-    log: called with epoch= and correction_loss= after every epoch. Does nothing for correction.mode=none. Raises
+    inputs, target: see above. stored_dtype: what gains are stored in. log: called with epoch=, correction_loss= and,
+    where windows are held out, held_out_loss= after every epoch. Does nothing for correction.mode=none. Raises
     LowBitError where the loss is no longer finite.
     """
-    section, linears = config.correction, group.linears()
+    section = config.correction
     if section.mode == "none":
         return CorrectionResult()
-    parameters = add_low_rank(linears, section, config.seed)
-    norms = trainable_norms(group.modules) if section.train_norms else []
-    rounded_gains = [norm.gain.detach().clone() for norm in norms]
-    parameters += [norm.gain for norm in norms]
-    before = group_loss(group, share, inputs, target)
-    for linear in linears if section.mode == "merged" else ():  # beside a branch the weights stay
-        linear.unfreeze()
-    step, steps = training_steps(group, share, inputs, target, section.batch_size)
+    ranks = choose_ranks(group, share, inputs, section)
+    factors = add_low_rank(group.linears(), ranks, section.mode == "branch", config.seed)
+    factors += group.own_parameters()
+    trained = TrainedGroup(group.linears(), factors, trainable_norms(group.modules) if section.train_norms else [])
+    if not trained.parameters:  # rounding has changed no weight
+        return CorrectionResult(ranks=ranks)
+    held_out = held_out_windows(len(share.all_mask), section.holdout)
+    training = len(share.all_mask) - held_out
+
+    def judge() -> float:
+        return group_loss(group, share, inputs, target, training if held_out else 0)
+
+    before, untrained = judge(), trained.values()
+    result = CorrectionResult(loss_before=before, ranks=ranks if section.rank == "auto" else {})
+    best, kept = math.inf, untrained
+
+    def after_epoch(epoch: int, loss: float) -> None:
+        nonlocal best, kept
+        result.losses.append(loss)
+        if held_out or epoch == section.epochs - 1:
+            with trained.deployed(stored_dtype):
+                judged = judge()
+            if held_out:
+                result.held_out_losses.append(judged)
+            if judged < best:
+                best, kept, result.kept_epoch = judged, trained.values(), epoch
+        log(epoch=epoch, correction_loss=loss, **({"held_out_loss": judged} if held_out else {}))
+
+    groups = [
+        ParameterGroup(factors, section.learning_rate, section.weight_decay),
+        ParameterGroup(trained.gains, section.learning_rate),
+    ]
     seed = (config.seed * 1_000_003 + group.blocks[0].index) % 2**63
-    epochs = itertools.count()
+    batches = training_batches(group, share, inputs, target, section.batch_size, training)
+    trained.unfreeze()
+    train(groups, batches, section.epochs, seed, share.dp_group, after_epoch)
+    result.loss_after = best
+    if best < before:
+        trained.restore(kept)
+        trained.deploy(stored_dtype)
+    else:  # never worse than without
+        result.kept_epoch = None
+        trained.restore(untrained)
+        trained.drop()
+    return result
 
-    def log_epoch(loss: float) -> None:
-        log(epoch=next(epochs), correction_loss=loss)
 
-    losses = train(parameters, step, steps, section, seed, share.dp_group, log_epoch)
-    for norm in norms:
-        norm.gain.data = (norm.gain.data - norm.offset).to(stored_dtype).float() + norm.offset  # as it will be deployed
-    for linear in linears:
-        linear.freeze()
-    after = group_loss(group, share, inputs, target)
-    if not after < before:  # never worse than without
-        for linear in linears:
+class TrainedGroup:
+    """Hold what is trained of a group: the factors of its linears, and the gains of norms."""
+
+    def __init__(self, linears: Sequence[ShardedLinear], factors: Sequence[nn.Parameter], norms: Sequence[Any]):
+        self.linears, self.norms = linears, norms
+        self.gains: list[nn.Parameter] = [norm.gain for norm in norms]
+        self.parameters = [*factors, *self.gains]
+
+    def values(self) -> list[Tensor]:
+        """Return copies of all parameters."""
+        return [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def restore(self, values: Sequence[Tensor]) -> None:
+        """Set all parameters to what `values` returned."""
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def unfreeze(self) -> None:
+        """Have the linears compute their weights from the factors anew in every forward, as training needs it."""
+        for linear in self.linears:
+            if linear.lora_shared is not None and not linear.branch:  # beside a branch the weights stay
+                linear.unfreeze()
+
+    @torch.no_grad()
+    def deploy(self, stored_dtype: torch.dtype) -> None:
+        """Round the gains as they will be stored, and freeze the weights."""
+        for norm in self.norms:
+            norm.gain.copy_((norm.gain - norm.offset).to(stored_dtype).float() + norm.offset)
+        for linear in self.linears:
+            linear.freeze()
+
+    @contextmanager
+    def deployed(self, stored_dtype: torch.dtype) -> Iterator[None]:
+        """Have the group compute as it will be deployed, inside the context."""
+        values = self.values()
+        self.deploy(stored_dtype)
+        yield
+        self.restore(values)
+        self.unfreeze()
+
+    def drop(self) -> None:
+        """Forget the factors."""
+        for linear in self.linears:
             linear.drop_low_rank()
-        for norm, gain in zip(norms, rounded_gains, strict=True):
-            norm.gain.data = gain
-    return CorrectionResult(losses, before, after)
 
 
-def training_steps(
-    group: BlockGroup, share: CalibrationShare, inputs: HiddenStream, target: HiddenStream, batch_size: int
-) -> tuple[Step, int]:
-    """Return what `train` takes: step(number), the forward of one step's windows, and the steps of an epoch.
-
-    batch_size: windows of a step, of all data-parallel ranks together.
-    """
-    windows = batch_size // world_size(share.dp_group)  # of each rank
-    tokens = share.all_mask.sum(1)  # of all ranks' windows
+def training_batches(
+    group: BlockGroup,
+    share: CalibrationShare,
+    inputs: HiddenStream,
+    target: HiddenStream,
+    batch_size: int,
+    windows: int,
+) -> Batches:
+    """Return the batches of an epoch over the first `windows` of all data-parallel ranks' windows, `batch_size` each,
+    the last one maybe smaller."""
+    per_rank = batch_size // share.ranks
+    tokens = share.all_mask[:windows].sum(1)
     hidden_size = inputs.values.shape[-1]
 
-    def step(number: int) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+    def read(number: int) -> Windows:
         share.raise_if_preempted()
         values = int(tokens[number * batch_size : (number + 1) * batch_size].sum()) * hidden_size
-        for window in range(number * windows, min((number + 1) * windows, len(share.ids))):
-            output = group.forward(inputs.read(window, window + 1, share.device))
-            wanted = target.read(window, window + 1, share.device)
-            yield output, wanted, share.mask[window : window + 1].to(output.device), values
+        for window in range(number * per_rank, (number + 1) * per_rank):
+            if share.number(window) < windows:
+                output = group.forward(inputs.read(window, window + 1, share.device))
+                wanted = target.read(window, window + 1, share.device)
+                yield output, wanted, share.mask[window : window + 1].to(output.device), values
 
-    return step, -(-len(share.ids) // windows)
+    return Batches(read, -(-windows // batch_size), per_rank)
 
 
 @torch.no_grad()
-def group_loss(group: BlockGroup, share: CalibrationShare, inputs: HiddenStream, target: HiddenStream) -> float:
-    """Return the group's mean squared error over all windows of all ranks, as it computes now."""
-    total = torch.zeros(1, dtype=torch.float64, device=share.device)
-    for start, stop, mask in share.batches():
-        output = group.forward(inputs.read(start, stop, share.device))
-        wanted = target.read(start, stop, share.device)
-        total += (output.float() - wanted.float())[mask].square().sum(dtype=torch.float64)
-    if share.dp_group is not None:
-        dist.all_reduce(total, group=share.dp_group)
-    return total.item() / (int(share.all_mask.sum()) * inputs.values.shape[-1])
+def group_loss(
+    group: BlockGroup, share: CalibrationShare, inputs: HiddenStream, target: HiddenStream, first: int
+) -> float:
+    """Return the group's mean squared error over windows first, first + 1, ... of all ranks, as it computes now.
+
+    Window by window, summed in their order: the same bits on any number of ranks.
+    """
+    sums = torch.zeros(len(share.ids), dtype=torch.float64, device=share.device)
+    for window in range(first // share.ranks, len(share.ids)):
+        share.raise_if_preempted()
+        if share.number(window) >= first:
+            output = group.forward(inputs.read(window, window + 1, share.device))
+            wanted = target.read(window, window + 1, share.device)
+            mask = share.mask[window : window + 1].to(output.device)
+            sums[window] = (output.float() - wanted.float())[mask].square().sum(dtype=torch.float64)
+    total = all_gather_stack(sums, share.dp_group).T.flatten().sum()  # window i was on rank i % ranks
+    return total.item() / (int(share.all_mask[first:].sum()) * inputs.values.shape[-1])

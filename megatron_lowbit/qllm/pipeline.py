@@ -20,7 +20,7 @@ training step: what was done of the group at hand is dropped, and done anew, to 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import zip_longest
@@ -64,14 +64,17 @@ from megatron_lowbit.runtime.metrics import MetricLogger, peak_memory, progress
 
 @dataclass
 class GroupResult:
-    """Record of one group: seconds, the process's peak bytes so far, the training's mean loss per epoch."""
+    """Record of one group: seconds, the process's peak bytes so far, and what correct_group.CorrectionResult holds."""
 
     blocks: list[int]
     seconds: float
     peak_bytes: int
     losses: list[float] = field(default_factory=list)
-    loss_before: float | None = None  # of the correction, over all windows
+    held_out_losses: list[float] = field(default_factory=list)
+    loss_before: float | None = None
     loss_after: float | None = None
+    kept_epoch: int | None = None
+    ranks: dict[str, int] = field(default_factory=dict)
     reassembled: dict[str, int] = field(default_factory=dict)  # {module: channels added, on rank 0}
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # {module: search.describe, on rank 0}
 
@@ -152,7 +155,7 @@ class BlockwiseQuantizer:
     def _quantize_group(self, number: int, indices: list[int], calls: dict[int, list[BlockCall]]) -> None:
         """Run the steps listed at the top of this file for blocks `indices`."""
         began = time.perf_counter()
-        group = load_group(self.source, indices, calls)
+        group = self.load_group(indices, calls)
         share, inputs = self.share, self.streams.quantized
         target = self.streams.create_full_precision()
         group.forward_stream(share, self.streams.full_precision, target)
@@ -178,17 +181,19 @@ class BlockwiseQuantizer:
             indices,
             time.perf_counter() - began,
             peak_memory(),
-            correction.losses,
-            correction.loss_before,
-            correction.loss_after,
-            report.reassembled,
-            report.layers,
+            reassembled=report.reassembled,
+            layers=report.layers,
+            **vars(correction),
         )
         self.results.append(result)
         # Before the state: a kill between the two would leave the group unlogged.
         log(group_seconds=result.seconds, peak_bytes=result.peak_bytes)
         self._save_state(number + 1, part, weights, [target, outputs])
         self.streams.advance(target, outputs)
+
+    def load_group(self, indices: Sequence[int], calls: Mapping[int, Sequence[BlockCall]]) -> BlockGroup:
+        """Load blocks `indices` from disk; calls: how each block is called."""
+        return load_group(self.source, indices, calls)
 
     def _record_ranges(self, group: BlockGroup, outputs: HiddenStream | None) -> None:
         """Run the quantized stream through the group and add its ranges to those of the groups before."""

@@ -73,17 +73,27 @@ class ShardedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self.effective_weights()
-        count = len(weights)
+        inputs: Sequence[Tensor] = self.prepared_inputs(x)
         if self.kind == "column":
-            inputs: Sequence[Tensor] = replicate(self._prepare(x, 0), count, self.tp_group)
-        else:
-            inputs = [self._prepare(x_s, s) for s, x_s in enumerate(x.chunk(count, -1))]
+            inputs = replicate(inputs[0], len(weights), self.tp_group)
         parts = [F.linear(x_s, w_s.to(x.dtype)) for x_s, w_s in zip(inputs, weights, strict=True)]
         if self.quantized and self.branch:
             parts = [y + low for y, low in zip(parts, self._branch(inputs), strict=True)]
         column = self.kind == "column"
         y = torch.cat(parts, -1) if column else self._reduce(gather_shards(parts, self.tp_group))
         return y if self.bias is None else y + self.bias
+
+    def prepared_inputs(self, x: Tensor) -> list[Tensor]:
+        """Return Q(x S): one tensor that all shards read (column), or each shard's slice (row)."""
+        if self.kind == "column":
+            return [self._prepare(x, 0)]
+        return [self._prepare(x_s, s) for s, x_s in enumerate(x.chunk(len(self.hp_weights), -1))]
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """Return (inputs, outputs) of the whole linear, reassembled."""
+        (outputs, inputs), total = self.hp_weights[0].shape, len(self.hp_weights) * world_size(self.tp_group)
+        return (inputs, outputs * total) if self.kind == "column" else (inputs * total, outputs)
 
     def set_plans(self, plans: Sequence[ReassemblyPlan]) -> None:
         """Reassemble the weights for good: one plan of all inputs (column), one per shard (row)."""
@@ -99,8 +109,7 @@ class ShardedLinear(nn.Module):
     def add_low_rank(self, rank: int, branch: bool, generator: torch.Generator) -> list[nn.Parameter]:
         """Create A (uniform, variance 1 / (3 in)) and B (zero); returns them as this rank trains them."""
         count, total = len(self.hp_weights), len(self.hp_weights) * world_size(self.tp_group)
-        inputs = self.hp_weights[0].shape[1] * (total if self.kind == "row" else 1)
-        outputs = self.hp_weights[0].shape[0] * (total if self.kind == "column" else 1)
+        inputs, outputs = self.features
         device = self.hp_weights[0].device
         bound = inputs**-0.5
         whole_a = torch.rand(rank, inputs, generator=generator).mul_(2 * bound).sub_(bound)  # the same at every tp size
@@ -162,6 +171,11 @@ class ShardedLinear(nn.Module):
         if self.lora_shared is None or self.branch:
             return self.hp_weights
         return [w + (b @ a).to(w.dtype) for w, (a, b) in zip(self.hp_weights, self._factors(), strict=True)]
+
+    @torch.no_grad()
+    def rounding_errors(self) -> list[Tensor]:
+        """Return R W - Q(R W) of each shard, while there is no correction."""
+        return [w - q for w, q in zip(self.hp_weights, self.effective_weights(), strict=True)]
 
     def _factors(self) -> list[tuple[Tensor, Tensor]]:
         """Return (A, B) of each shard."""

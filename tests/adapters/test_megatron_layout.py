@@ -6,8 +6,10 @@ import oracles
 import pytest
 import torch
 from commands import needs_megatron
+from torch import Tensor
 
 from megatron_lowbit.adapters.megatron.layout import COLUMN, NORMS, PATHS, Layout, find_prefix, norm_name, parts
+from megatron_lowbit.quant.affine import LowRank, QuantizedWeight
 
 # (heads, groups, head_dim, ffn, tp): several groups per rank, one group per rank, one group for all heads, as many
 # groups as heads, fewer groups than ranks (a rank then holds part of a group), and a head_dim that is not hidden/heads.
@@ -137,3 +139,24 @@ def test_split_rows_undoes_the_fusing(role, shape):
         return
     for number, part in enumerate(whole.split(sizes)):
         assert torch.equal(torch.cat([rank[number] for rank in pieces]), part)
+
+
+@needs_megatron
+def test_branches_of_other_ranks_are_fused():
+    """Whole numbers, exact in bf16: the product of the fused factors is that of each part's own, rows in any order."""
+    from megatron_lowbit.adapters.megatron.replacements import fused_branch
+
+    numbers = torch.Generator().manual_seed(0)
+
+    def whole(*shape: int) -> Tensor:
+        return torch.randint(-8, 9, shape, generator=numbers).to(torch.bfloat16)
+
+    weights = [QuantizedWeight.from_float(whole(outputs, 12).float(), 4) for outputs in (8, 4, 4)]
+    branches = [LowRank(whole(2, 12), whole(8, 2)), LowRank(whole(5, 12), whole(4, 5)), None]
+    rows = torch.tensor([15, 0, 9, 3, 8, 12])
+    fused = fused_branch(branches, weights, 5, rows)
+    assert fused is not None and fused.lora_a.shape == (15, 12) and fused.lora_b.shape == (6, 15)
+    products = [b.lora_b.double() @ b.lora_a.double() for b in branches if b is not None]
+    expected = torch.cat([*products, torch.zeros(4, 12).double()])[rows]
+    assert torch.equal(fused.lora_b.double() @ fused.lora_a.double(), expected)
+    assert fused_branch([None] * 3, weights, None, rows) is None

@@ -9,6 +9,7 @@ from typing import Any
 from commands import CALIBRATION, run_here
 
 from megatron_lowbit.artifact import Artifact
+from megatron_lowbit.quant.affine import LowRank
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 
@@ -33,18 +34,23 @@ def quantize_embedded(folder: Path, **changes: object) -> Path:
 
 
 def in_some_blocks(artifact: Artifact) -> Artifact:
-    """The artifact with reassembly in the even blocks alone, and low-rank branches in the first three."""
+    """The artifact with reassembly in the even blocks alone, and low-rank branches in the first three, of half the rank
+    on the MLP's first linear and in the second block."""
     checkpoint = artifact.checkpoint
     assert checkpoint is not None
 
     def block(name: str) -> int:
         return int(name.split(".")[2])
 
+    def branch_of(name: str, branch: LowRank) -> LowRank:
+        rank = len(branch.lora_a) // 2 if block(name) == 1 or name.endswith("gate_proj") else len(branch.lora_a)
+        return LowRank(branch.lora_a[:rank].clone(), branch.lora_b[:, :rank].clone())
+
     return Artifact(
         replaced(
             checkpoint,
             reassembly={name: plan for name, plan in checkpoint.reassembly.items() if block(name) % 2 == 0},
-            low_rank={name: branch for name, branch in checkpoint.low_rank.items() if block(name) < 3},
+            low_rank={name: branch_of(name, b) for name, b in checkpoint.low_rank.items() if block(name) < 3},
         ),
         artifact.plans,
     )

@@ -28,7 +28,13 @@ from megatron_lowbit.runtime.metrics import MetricLogger
 
 SETTINGS = [
     *("weights.scheme=W4A4", "reassembly.expansions=[0.05]", "correction.blocks_per_group=1", "correction.epochs=1"),
-    *("correction.rank=2", "correction.batch_size=2", "calibration.samples=4", "comm.tp_sizes=[2]"),
+    *(
+        "correction.rank=auto",
+        "correction.rank_budget=2",
+        "correction.batch_size=2",
+        "calibration.samples=4",
+        "comm.tp_sizes=[2]",
+    ),
 ]
 
 

@@ -10,7 +10,7 @@ from commands import CALIBRATION, EVALUATION, run_here
 
 ROWS = ["full", "rtn", "rtn_grouped"]
 ROWS += [f"{name}_{gamma}" for name in ("disassembly", "reassembly") for gamma in ("0.01", "0.03", "0.05")]
-ROWS += ["adaptive", "correction", "adaptive_correction", "adaptive_branch"]
+ROWS += ["adaptive", "correction", "adaptive_correction", "adaptive_branch", "adaptive_hierarchical"]
 TINY = [*CALIBRATION, "calibration.samples=2", *EVALUATION, "reassembly.expansions=[0.05]", "correction.epochs=1"]
 OUTLIERS = ["inject_outliers=32", "inject_at=[norm, up_down, v_o]"]
 

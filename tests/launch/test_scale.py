@@ -41,9 +41,10 @@ def dry_run(folder: Path, *arguments: str) -> dict:
     return json.loads((folder / "quantize.json").read_text())["rows"][-1]
 
 
-def test_operations_are_those_that_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("rank", ("4", "auto"))
+def test_operations_are_those_that_run(rank, tmp_path, monkeypatch):
     """torch counts what quantize multiplies. Our count knows nothing of low-rank products and norms' gains."""
-    arguments = ["model=embedded", "weights.scheme=W4A4", "correction.epochs=1", *TEXT]
+    arguments = ["model=embedded", "weights.scheme=W4A4", "correction.epochs=1", f"correction.rank={rank}", *TEXT]
     said = dry_run(tmp_path / "dry", *arguments)["stages"]
     real, counts = pipeline.BlockwiseQuantizer._quantize_group, []
 

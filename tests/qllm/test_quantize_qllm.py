@@ -20,16 +20,14 @@ from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 SETTINGS = [
     *("model=embedded", "weights.scheme=W4A4", "calibration.data=stdlib:calibration", "calibration.samples=4"),
     *("calibration.sequence_length=64", "reassembly.expansions=[0.02, 0.1]", "correction.epochs=1"),
-    "comm.tp_sizes=[2, 4]",
+    *("correction.rank=auto", "comm.tp_sizes=[2, 4]"),
 ]
 # Without outliers no reassembly of this model lowers the error, and the adaptive search keeps every channel.
 OUTLIERS = ["inject_outliers=32", "inject_at=[norm, up_down, v_o]"]
 SETTINGS += OUTLIERS
 SHORT = [
     *SETTINGS,
-    "inject_outliers=null",
-    "calibration.samples=2",
-    "reassembly.expansions=[0.05]",
+    *("inject_outliers=null", "calibration.samples=2", "reassembly.expansions=[0.05]", "correction.rank=4"),
     "comm.tp_sizes=[2]",
 ]
 OUTPUTS = {"q": 128, "k": 64, "v": 64, "o": 128, "gate": 384, "up": 384, "down": 128}
@@ -68,6 +66,12 @@ def losses(folder: Path) -> list[list[float]]:
     return [group["losses"] for group in results(folder)["groups"]]
 
 
+def judged(folder: Path) -> list[list]:
+    """What the held-out windows say of each group."""
+    names = ("loss_before", "loss_after", "held_out_losses", "kept_epoch", "ranks")
+    return [[group.get(name) for name in names] for group in results(folder)["groups"]]
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
     """The artifact of one process."""
@@ -87,13 +91,15 @@ def test_tensor_parallel_ranks_write_the_same_files(tp, one, tmp_path):
     for stem in ("comm_plan_tp2", "comm_plan_tp4", "calibration"):
         for suffix in (".json", ".safetensors"):
             assert (folder / (stem + suffix)).read_bytes() == (one / (stem + suffix)).read_bytes(), stem
-    assert losses(folder) == losses(one)
+    assert losses(folder) == losses(one) and judged(folder) == judged(one)
 
 
 @pytest.mark.parametrize(("dp", "tp"), [(2, 2)])
 def test_data_parallel_ranks_write_the_same_files(dp, tp, one_of_two, tmp_path):
     folder = quantize_there(tmp_path, *SETTINGS, "correction.batch_size=2", f"dp={dp}", f"tp={tp}")
     assert losses(folder) == losses(one_of_two)
+    assert judged(folder) == judged(one_of_two)  # of the last of four windows: the ranks train on different numbers
+    assert all(len(held_out) == 1 for _, _, held_out, _, _ in judged(folder))
     assert description(folder) == description(one_of_two)
     assert (folder / "comm_plan_tp2.safetensors").read_bytes() == (
         one_of_two / "comm_plan_tp2.safetensors"
@@ -125,6 +131,15 @@ def test_the_remainder_group_is_quantized(one):
     reassembled = set(checkpoint.reassembly)
     assert reassembled and not [name for name in reassembled if name.endswith("o_proj")], "the paper leaves o_proj"
     assert {int(name.split(".")[2]) for name in reassembled} & {4, 5}, "nothing in the last group"
+
+
+def test_ranks_are_chosen_within_the_budget(one):
+    """Of rank 4 on every linear; what is left is too little for one more rank of the widest."""
+    sizes = {f"{name}_proj": outputs + (384 if name == "down" else 128) for name, outputs in OUTPUTS.items()}
+    for group in results(one)["groups"]:
+        spent = sum(rank * sizes[name.split(".")[-1]] for name, rank in group["ranks"].items())
+        budget = 4 * len(group["blocks"]) * sum(sizes.values())
+        assert budget - max(sizes.values()) < spent <= budget and len(set(group["ranks"].values())) > 2
 
 
 def test_bytes_are_told_against_the_ideal(one):
@@ -170,6 +185,7 @@ def test_deepspeed_gives_the_perplexity_of_hugging_face(one, tmp_path):
 MODES = {
     "no correction": ["correction.mode=none"],
     "branch": ["correction.mode=branch"],
+    "branches of chosen ranks": ["correction.mode=branch", "correction.rank=auto", "correction.rank_budget=1"],
     "trained norms": ["correction.train_norms=true"],
     "trained norms and a branch": ["correction.train_norms=true", "correction.mode=branch", "weights.scheme=W6A6"],
     "no reassembly": ["reassembly.mode=none"],
@@ -208,6 +224,11 @@ def test_what_is_deployed_is_what_was_trained(mode, tmp_path, monkeypatch):
     checkpoint = artifact.checkpoint
     assert checkpoint is not None
     owners = {name.split(".")[-1] for name in checkpoint.reassembly}
+    if mode == "branches of chosen ranks":
+        ranks = {name: len(branch.lora_a) for name, branch in checkpoint.low_rank.items()}
+        kept = [group["ranks"] for group in results(folder)["groups"] if group["kept_epoch"] is not None]
+        assert kept and ranks == {name: rank for group in kept for name, rank in group.items() if rank}
+        assert len(set(ranks.values())) > 2
     assert bool(checkpoint.low_rank) == ("correction.mode=branch" in MODES[mode])
     assert ("o_proj" in owners) == ("reassembly.o_proj=true" in MODES[mode])
     if "reassembly.mode=fixed" in MODES[mode] or mode in ("no reassembly", "weights alone"):

@@ -114,9 +114,10 @@ class Replacements:
             replacement.grouped = self.checkpoint.linears[name].scale.shape[1] > 1
             replacement.stores_reassembly = any_layer(self.checkpoint.reassembly, name)
             rank = self._branch_rank(role)
-            if rank is not None and shard.lora_a is None:
-                shard.lora_a = torch.zeros(rank, shard.in_features, dtype=torch.bfloat16)
-                shard.lora_b = torch.zeros(shard.out_features, rank, dtype=torch.bfloat16)
+            if rank is not None:
+                given = None if shard.lora_a is None else LowRank(shard.lora_a, shard.lora_b)
+                branch = filled_branch(given, rank, shard.in_features, shard.out_features)
+                shard.lora_a, shard.lora_b = branch.lora_a, branch.lora_b
         return replacement
 
     def _reassembling_linears(self) -> set[Role]:
@@ -143,11 +144,14 @@ class Replacements:
         return self.plan.gathers.get(name)
 
     def _branch_rank(self, role: Role) -> int | None:
-        """Return the rank of the low-rank branches of a role, where any layer has one."""
+        """Return the largest rank of the low-rank branches of a role, where any layer has one.
+
+        All layers get it, filled up with zeros: Megatron stores the tensors of all layers as one.
+        """
         assert self.checkpoint is not None
         leaves = {name.rpartition(".")[2] for name in self._parts(0, role)}
         found = [b for name, b in self.checkpoint.low_rank.items() if name.rpartition(".")[2] in leaves]
-        return found[0].lora_a.shape[0] if found else None
+        return max((len(branch.lora_a) for branch in found), default=None)
 
     def _norms(self, checkpoint: LowBitCheckpoint) -> dict[str, nn.Module]:
         """Make the norms that the checkpoint reassembles or has trained; where one of a kind is, all are."""
@@ -220,12 +224,23 @@ def fused_branch(
     """Return the low-rank branches of several linears as one of their summed rank: A one below the other, B
     block-diagonal.
 
-    rank: of each, with zeros for a linear that has none; None where no layer has any.
+    rank: of each, filled up with zeros; None where no layer has any.
     """
     if rank is None:
         return None
-    zero = [LowRank(torch.zeros(rank, w.in_features), torch.zeros(w.packed_weight.shape[0], rank)) for w in weights]
-    filled = [given or none for given, none in zip(branches, zero, strict=True)]
-    lora_a = torch.cat([branch.lora_a.to(torch.bfloat16) for branch in filled])
+    filled = [
+        filled_branch(branch, rank, weight.in_features, weight.packed_weight.shape[0])
+        for branch, weight in zip(branches, weights, strict=True)
+    ]
+    lora_a = torch.cat([branch.lora_a for branch in filled])
     lora_b = torch.block_diag(*[branch.lora_b.float() for branch in filled]).to(torch.bfloat16)
     return LowRank(lora_a, lora_b[rows])
+
+
+def filled_branch(branch: LowRank | None, rank: int, in_features: int, out_features: int) -> LowRank:
+    """Return the branch with rows of zeros of A and columns of zeros of B up to `rank`; None: nothing but zeros."""
+    lora_a, lora_b = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((rank, in_features), (out_features, rank)))
+    if branch is not None:
+        lora_a[: len(branch.lora_a)] = branch.lora_a
+        lora_b[:, : len(branch.lora_a)] = branch.lora_b
+    return LowRank(lora_a, lora_b)
