@@ -1,8 +1,8 @@
 """Low-bit kernels: ops of PyTorch in the namespace `megatron_lowbit`.
 
-PyTorch's dispatcher chooses: `hybrid`, `exact`, `packing`, `quantizer` and `linear` register the plain torch
-implementations for every device together with their fakes (shapes and dtypes for torch.compile and CUDA graphs); a
-faster kernel registers itself for its device type (`cpu`, `cpu_linear`, `gpu`, `gpu_linear`).
+PyTorch's dispatcher chooses: `hybrid`, `exact`, `packing`, `quantizer`, `linear` and `hadamard` register the plain
+torch implementations for every device together with their fakes (shapes and dtypes for torch.compile and CUDA graphs);
+a faster kernel registers itself for its device type (`cpu`, `cpu_linear`, `gpu`, `gpu_linear`).
 """
 
 from megatron_lowbit.kernels import cpu as cpu  # registers its kernels
@@ -10,6 +10,7 @@ from megatron_lowbit.kernels import cpu_linear as cpu_linear
 from megatron_lowbit.kernels import gpu as gpu
 from megatron_lowbit.kernels import gpu_linear as gpu_linear
 from megatron_lowbit.kernels.exact import exact_decode, exact_encode
+from megatron_lowbit.kernels.hadamard import hadamard, hadamard_matrix, hadamard_obstacle
 from megatron_lowbit.kernels.hybrid import (
     hybrid_pack,
     hybrid_unpack_reduce,
@@ -35,6 +36,9 @@ __all__ = [
     "exact_decode",
     "exact_encode",
     "forget_pages",
+    "hadamard",
+    "hadamard_matrix",
+    "hadamard_obstacle",
     "header_bytes",
     "hybrid_pack",
     "hybrid_row_bytes",
