@@ -12,6 +12,7 @@ from megatron_lowbit.adapters.huggingface.apply import check_divides, model_conf
 from megatron_lowbit.comm.plan import remove_plans
 from megatron_lowbit.config import CommConfig, LowBitError, QuantizeConfig
 from megatron_lowbit.io.data import Windows, token_windows
+from megatron_lowbit.io.hf_names import untie
 from megatron_lowbit.launch.calibrate import write_plans
 from megatron_lowbit.launch.full_precision import tell_full_precision
 from megatron_lowbit.launch.generation import copy_generation_config
@@ -67,7 +68,10 @@ def quantize_qllm(
     quantizer = BlockwiseQuantizer(source, windows, config, tp_sizes, dp_group, logger)
 
     def save_beside(output: Path) -> None:
-        read_config(folder).save_pretrained(output)
+        saved = read_config(folder)
+        if source.rotator is not None and source.rotator.online().residual:
+            untie(saved)
+        saved.save_pretrained(output)
         tokenizer.save_pretrained(output)
         copy_generation_config(folder, output)
 

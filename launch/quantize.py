@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
+from megatron_lowbit.io.hf_names import untie
 from megatron_lowbit.launch.calibrate import usable_sizes, write_plans, written
 from megatron_lowbit.launch.dry_run.report import dry_run
 from megatron_lowbit.launch.engines.base import Engine
@@ -120,7 +122,10 @@ def save_checkpoint(engine: Engine, checkpoint: LowBitCheckpoint, folder: str | 
     """Save the checkpoint, and the model's config, generation config and tokenizer, so that the folder loads by
     itself."""
     try:
-        engine.hf_config.save_pretrained(folder)
+        saved = copy.deepcopy(engine.hf_config)
+        if checkpoint.rotation is not None and checkpoint.rotation.residual:
+            untie(saved)
+        saved.save_pretrained(folder)
         engine.tokenizer.save_pretrained(folder)
         copy_generation_config(engine.hf_config.name_or_path, folder)
     except OSError as error:

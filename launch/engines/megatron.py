@@ -61,7 +61,7 @@ def start_megatron(config: StageConfig, weights: Sequence[WeightsConfig]) -> Eng
         megatron_model.load_rest(model, folder, text_config)
     elif config.inject_outliers is not None or (weights and not checkpoints):
         whole = load_model(config, hf_config, folder.checkpoint)  # the whole model, on the CPU
-        checkpoints = take_checkpoints(folder.checkpoint, whole, weights, hf_config.dtype)
+        checkpoints = take_checkpoints(folder.checkpoint, whole, weights, hf_config.dtype, config.seed)
         megatron_model.load_weights(model, whole.state_dict(), text_config)
     else:
         assert weights_folder is not None

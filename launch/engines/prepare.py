@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -36,6 +37,8 @@ from megatron_lowbit.launch.full_precision import tell_full_precision
 from megatron_lowbit.launch.inputs import no_data
 from megatron_lowbit.launch.tokenizer import check_tokenizer
 from megatron_lowbit.qllm.resume import PassState
+from megatron_lowbit.qllm.rotate_model import rotate_model
+from megatron_lowbit.quant.affine import Scheme
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.head import first_tokens
 from megatron_lowbit.quant.round_to_nearest import quantize_model
@@ -45,24 +48,37 @@ from megatron_lowbit.runtime.metrics import MetricLogger, progress
 
 
 def take_checkpoints(
-    given: LowBitCheckpoint | None, model: nn.Module, weights: Sequence[WeightsConfig], dtype: torch.dtype | None
+    given: LowBitCheckpoint | None,
+    model: nn.Module,
+    weights: Sequence[WeightsConfig],
+    dtype: torch.dtype | None,
+    seed: int,
 ) -> dict[str, LowBitCheckpoint]:
-    """Return {scheme: checkpoint}: the artifact's, or the model rounded as `weights` say."""
+    """Return {scheme: checkpoint}: the artifact's, or the model rounded as `weights` say. seed: of a rotation."""
     if given is not None:
         return {given.scheme_name: given}
     made: dict[str, LowBitCheckpoint] = {
-        w.scheme: round_weights(model, w, dtype) for w in weights if w.scheme != "none"
+        w.scheme: round_weights(model, w, dtype, seed) for w in weights if w.scheme != "none"
     }
     if made:
         tell_full_precision(model)
     return made
 
 
-def round_weights(model: nn.Module, weights: WeightsConfig, dtype: torch.dtype | None) -> LowBitCheckpoint:
-    """Round an unsharded, unpatched model to nearest; what is not quantized is stored as `dtype`."""
+def round_weights(
+    model: nn.Module, weights: WeightsConfig, dtype: torch.dtype | None, seed: int = 0
+) -> LowBitCheckpoint:
+    """Round an unsharded, unpatched model to nearest; what is not quantized is stored as `dtype`. seed: of a rotation,
+    which needs a copy of the model."""
+    fingerprint, rotation = huggingface.fingerprint(model), None
+    wanted = Scheme.parse(weights.scheme).act_bits if weights.attention else 16
+    bits = attention.possible_bits(model, huggingface.find_linears(model), wanted)
+    if weights.rotation != "none":
+        model = copy.deepcopy(model)
+        rotation = rotate_model(model, seed, weights.shard_groups, bits)
     linears = {name: linear for name, (_, linear) in huggingface.find_linears(model).items()}
-    checkpoint = quantize_model(model, linears, weights, huggingface.fingerprint(model), dtype)
-    return replace(checkpoint, attention_bits=attention.possible_bits(model, linears, checkpoint.attention_bits))
+    checkpoint = quantize_model(model, linears, weights, fingerprint, dtype)
+    return replace(checkpoint, attention_bits=bits, rotation=rotation)
 
 
 def check_head(config: Any) -> None:
@@ -79,6 +95,11 @@ def check_head(config: Any) -> None:
         raise LowBitError(
             f"weights.lm_head_bits={bits} is measured on the whole model, which engine={config.engine} splits: make an "
             "artifact with quantize engine=huggingface, then pass artifact"
+        )
+    if config.weights.rotation != "none":
+        raise LowBitError(
+            f"weights.lm_head_bits={bits} of a rotated model needs weights.method=qllm: make an artifact "
+            "with quantize, then pass artifact"
         )
     if config.calibration.data is None:
         raise LowBitError(
@@ -173,7 +194,7 @@ def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artif
         raise LowBitError(
             f"artifact {config.artifact!r} holds {scheme} weights, not weights.scheme={config.weights.scheme}"
         )
-    for key in ("group_size", "symmetric", "shard_groups"):
+    for key in ("group_size", "symmetric", "shard_groups", "rotation"):
         value = getattr(config.weights, key)
         if value != getattr(WeightsConfig(), key) and config.weights.scheme == "none":
             why = "the artifact decides it" if engine.checkpoint else "it needs a weights.scheme"

@@ -177,6 +177,8 @@ def apply_to_deepspeed(
         huggingface.apply_to_huggingface(engine.module, artifact, 1, comm_mode)
         return engine
     patching.remove(engine)
+    if artifact.checkpoint is not None and artifact.checkpoint.rotation is not None:
+        raise LowBitError("the artifact is rotated, which engine=deepspeed cannot run; set weights.rotation=none")
     rank, size = group_rank(group), world_size(group)
     reducers = patching.Reducers.of(artifact, size, comm_mode, group)
     checkpoint = artifact.checkpoint

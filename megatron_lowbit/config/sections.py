@@ -92,6 +92,9 @@ class WeightsConfig(FrozenConfig):
     """equal slices of a row-parallel input, each with its own activation scale: a multiple of every tp size used"""
     attention: bool | None = None
     """quantize Q, K and V per token and head, to the bits of the activations; none: with method=qllm and --ablation"""
+    rotation: Literal["none", "hadamard"] = "none"
+    """hadamard: rotate the residual stream, the heads and the MLPs' inputs before anything is rounded, function and
+    shards kept"""
     lm_head_bits: int = Field(0, ge=0, le=8)
     """bits of the output projection's weight and, where the model ties the two, of the embedding: 2 to 8; 0: as they
     are"""

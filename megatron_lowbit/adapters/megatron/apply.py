@@ -130,6 +130,7 @@ def apply_to_megatron(
         patching.remove(chunk)
     artifact = artifact if isinstance(artifact, Artifact) else Artifact.load(artifact)
     refuse_head(artifact)
+    refuse_rotation(artifact)
     size = world_size(chunks[0].pg_collection.tp)
     reducers = patching.Reducers.of(artifact, size, comm_mode, chunks[0].pg_collection.tp)
     for chunk in chunks:
@@ -156,6 +157,12 @@ def refuse_head(artifact: Artifact) -> None:
             f"the artifact holds {head.name} in {head.weight.num_bits} bits, which Megatron-Core's vocabulary-parallel "
             "layers cannot read; quantize again without weights.lm_head_bits"
         )
+
+
+def refuse_rotation(artifact: Artifact) -> None:
+    """Raise LowBitError for an artifact that is rotated."""
+    if artifact.checkpoint is not None and artifact.checkpoint.rotation is not None:
+        raise LowBitError("the artifact is rotated, which engine=megatron cannot run; set weights.rotation=none")
 
 
 def warn_unreplaced(model: Any, checkpoint: LowBitCheckpoint) -> None:
