@@ -6,11 +6,12 @@ import copy
 import json
 from pathlib import Path
 
+import deepspeed_cases
 import pytest
 import tiny_models
 import torch
 import transformers
-from commands import run_here
+from commands import needs_deepspeed, run_here
 from torch import Tensor
 
 import megatron_lowbit
@@ -297,6 +298,21 @@ def test_generation_with_a_packed_cache(monkeypatch):
     # One activation on the other side of a rounding boundary may move a token: most agree to float32.
     error = (torch.cat(steps, 1) - whole).norm(dim=-1) / whole.norm(dim=-1)
     assert error.median() < 1e-4
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["tied embeddings", "biases", "biases of Q, K and V"])
+def test_deepspeed_computes_what_hugging_face_does(name, monkeypatch, tmp_path, two_ranks):
+    """Biases of whole heads are shared among the ranks, and so are the columns of the output projection."""
+    model = build(name, monkeypatch)
+    folder = tiny_models.save_artifact(Artifact(rounded(model)), tmp_path)
+    megatron_lowbit.apply_to_huggingface(model, folder, virtual_tp=2)
+    here = tiny_models.logits(model)
+    architecture, changes, _ = MODELS[name]
+    for there in two_ranks.run(deepspeed_cases.rotated, folder, architecture, changes):
+        # The ranks' sums of the output projection alone are added in another order.
+        torch.testing.assert_close(there["logits"], here, rtol=1e-4, atol=1e-4)
+        assert there["removed"] and there["kind"] == "LmHeadLinearAllreduce"
 
 
 def test_a_patched_model_is_saved_untied(monkeypatch, tmp_path):
