@@ -51,8 +51,7 @@ def rest_of(
         mine = stored.to(current.device, current.dtype)
         if torch.equal(mine, current.data):
             continue
-        replacement = replacements.setdefault(fqn, _shallow_copy(modules[fqn]))
-        replacement._parameters[leaf] = nn.Parameter(mine, current.requires_grad)
+        put(replacements.setdefault(fqn, shallow_copy(modules[fqn])), leaf, mine)
     return replacements
 
 
@@ -62,7 +61,16 @@ def _share(tensor: Tensor, shape: torch.Size, rank: int, size: int) -> Tensor:
     return tensor.chunk(size, cut[0])[rank] if len(cut) == 1 else tensor
 
 
-def _shallow_copy(module: nn.Module) -> nn.Module:
+def put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
+    """Set a parameter's values by a new one with all else that the old one says of itself."""
+    old = module._parameters[leaf]
+    assert old is not None
+    new = nn.Parameter(tensor.to(old.device, old.dtype), old.requires_grad)
+    vars(new).update(vars(old))  # Megatron's: what ranks share, and how its gradient is summed
+    module._parameters[leaf] = new
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
     """Return a copy of a module with parameters, buffers and submodules of its own to set, the same as before."""
     new = copy.copy(module)
     for name in ("_parameters", "_buffers", "_modules"):

@@ -17,9 +17,11 @@ from torch import Tensor
 import megatron_lowbit
 from megatron_lowbit.adapters.huggingface import attention
 from megatron_lowbit.artifact import Artifact
-from megatron_lowbit.config import LowBitError, WeightsConfig
+from megatron_lowbit.config import EvaluateConfig, LowBitError, WeightsConfig, load_config
 from megatron_lowbit.kernels import hadamard_matrix
 from megatron_lowbit.launch.engines.prepare import round_weights
+from megatron_lowbit.launch.engines.start import start_engine
+from megatron_lowbit.qllm import pipeline
 from megatron_lowbit.qllm.rotate_model import rotate_model
 from megatron_lowbit.qllm.rotation import ResidualRotation, RestRotation, Rotation
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
@@ -365,3 +367,58 @@ def test_three_ranks_write_the_same_files(model_folder, tmp_path):
     settings = [f"model={model_folder}", *SETTINGS, "weights.shard_groups=3", "comm.tp_sizes=[3]"]
     one = quantize(tmp_path / "one", *settings)
     assert files(quantize(tmp_path / "many", *settings, "tp=3")) == files(one)
+
+
+def test_a_quantized_projection_of_a_tied_model(model_folder, tmp_path):
+    """It is rounded once rotated, and is no longer the embedding's codes; the artifact runs alone and in the model."""
+    artifact = quantize(tmp_path / "artifact", f"model={model_folder}", *SETTINGS[:-1], "weights.lm_head_bits=8",
+                        "weights.scheme=W8A8", "weights.shard_groups=3", "comm.tp_sizes=[]")  # fmt: skip
+    checkpoint = LowBitCheckpoint.load(artifact)
+    assert checkpoint.head is not None and checkpoint.head.embedding is None and checkpoint.rotation is not None
+    assert json.loads((artifact / "config.json").read_text())["tie_word_embeddings"] is False
+    assert json.loads((artifact / "lowbit.json").read_text())["format"] == 6
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    before = tiny_models.logits(model)
+    weight, gain = model.lm_head.weight.double(), model.model.norm.weight.double()
+    turned = ResidualRotation(72, 0).turn(weight.detach() * gain.detach())
+    step = (turned.amax(1) - turned.amin(1)).max() / 255
+    assert (checkpoint.head.weight.dequantize() - turned).abs().max() <= 0.51 * step  # half a step, and float32
+    applied = megatron_lowbit.apply_to_huggingface(model, artifact)
+    low_bit = tiny_models.logits(applied)
+    assert 0 < (low_bit - before).norm() / before.norm() < 0.1
+    alone = start_engine(load_config(EvaluateConfig, None, [f"artifact={artifact}"]))
+    alone.apply(Artifact.load(artifact))
+    torch.testing.assert_close(tiny_models.logits(alone.module), low_bit, rtol=1e-5, atol=1e-5)
+
+
+def test_a_killed_run_continues_to_the_same_files(tmp_path, monkeypatch):
+    """The rotation is found anew, and is the same."""
+    settings = ["model=embedded", *SETTINGS, "correction.blocks_per_group=3"]
+    whole = quantize(tmp_path / "whole", *settings)
+    load, groups = pipeline.load_group, []
+
+    def killed(*args):
+        groups.append(args[1])
+        if len(groups) == 2:
+            raise LowBitError("killed")
+        return load(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "load_group", killed)
+        assert run_here("quantize", *settings, f"output_dir={tmp_path / 'killed'}") == 2
+    assert files(quantize(tmp_path / "killed", *settings)) == files(whole)
+
+
+REFUSED = {
+    "needs weights.method=qllm": ["quantize", "weights.method=rtn", "weights.scheme=W4A4", "weights.lm_head_bits=8"],
+    "would have no effect: it needs a weights.scheme": ["evaluate", "evaluation.data=stdlib:validation"],
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_commands_refuse_in_one_line(why, tmp_path, capsys):
+    """A projection that rtn would round as it was, and a rotation of nothing that is rounded."""
+    settings = ["model=embedded", "weights.rotation=hadamard", "calibration.data=stdlib:calibration"]
+    assert run_here(*REFUSED[why], *settings, f"output_dir={tmp_path}") == 2
+    message = capsys.readouterr().err
+    assert why in message and len(message.strip().splitlines()) == 1
