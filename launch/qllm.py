@@ -77,8 +77,10 @@ def quantize_qllm(
 
     stats, rows = quantizer.run(save_beside), []
     tell_layers(quantizer.results, logger)
-    if plans and len(stats.ranges) > 1:
+    measured = plans and len(stats.ranges) > 1
+    if measured or source.rotator is not None:  # plans that were there are of a model that was not rotated
         on_rank_zero(lambda: remove_plans(config.output_dir))
+    if measured:
         rows = write_plans(stats, config, config.output_dir, logger)
     on_rank_zero(quantizer.state.forget)
     return rows, quantizer.results

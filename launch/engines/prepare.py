@@ -141,6 +141,7 @@ def calibrate_engine(
     linears read. sites: other than the engine's own. resumed: the config of a pass whose state is kept in its
     output_dir, and continued from there; without, a pass that is told to stop starts over. windows: of
     calibration.data, where they have been read."""
+    refuse_rotated(engine)
     windows = load_windows(engine, section, "calibration", logger) if windows is None else windows
     count, fingerprint = windows.num_batches(section.batch_size), engine.fingerprint()
     lag, state = world_size(engine.pp_group) - 1, None
@@ -169,6 +170,15 @@ def calibrate_engine(
         groups=ParallelGroups(engine.group, engine.dp_group, engine.pp_group),
         state=state,
     )
+
+
+def refuse_rotated(engine: Engine) -> None:
+    """Raise LowBitError where the engine's model is to be rotated: ranges of it as it is would be of other sums."""
+    if engine.checkpoint is not None and engine.checkpoint.rotation is not None:
+        raise LowBitError(
+            "ranges are measured on the model as it is, but the artifact's is rotated: have quantize make the artifact "
+            "and its plans in one run of weights.method=qllm, or leave the low-bit communication out"
+        )
 
 
 def share_of_batch(

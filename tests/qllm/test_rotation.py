@@ -411,6 +411,7 @@ def test_a_killed_run_continues_to_the_same_files(tmp_path, monkeypatch):
 
 REFUSED = {
     "needs weights.method=qllm": ["quantize", "weights.method=rtn", "weights.scheme=W4A4", "weights.lm_head_bits=8"],
+    "ranges are measured on the model as it is": ["quantize", "weights.method=rtn", "weights.scheme=W4A4"],
     "would have no effect: it needs a weights.scheme": ["evaluate", "evaluation.data=stdlib:validation"],
 }
 
