@@ -13,6 +13,7 @@ from megatron_lowbit.adapters.huggingface.apply import check_divides, model_conf
 from megatron_lowbit.comm.plan import remove_plans
 from megatron_lowbit.config import LowBitError, QuantizeConfig
 from megatron_lowbit.io.data import Windows, token_windows
+from megatron_lowbit.io.hf_names import untie
 from megatron_lowbit.launch.calibrate import write_plans
 from megatron_lowbit.launch.choices import tell_shard_groups, with_choices
 from megatron_lowbit.launch.full_precision import tell_full_precision
@@ -78,14 +79,19 @@ def quantize_qllm(
     pipeline = (quantizer or BlockwiseQuantizer)(source, windows, config, tp_sizes, dp_group, logger)
 
     def save_beside(output: Path) -> None:
-        read_config(folder).save_pretrained(output)
+        saved = read_config(folder)
+        if source.rotator is not None and source.rotator.online().residual:
+            untie(saved)
+        saved.save_pretrained(output)
         tokenizer.save_pretrained(output)
         copy_generation_config(folder, output)
 
     stats, rows = pipeline.run(save_beside), []
     tell_layers(pipeline.results, logger)
-    if plans and len(stats.ranges) > 1:
+    measured = plans and len(stats.ranges) > 1
+    if measured or source.rotator is not None:  # plans that were there are of a model that was not rotated
         on_rank_zero(lambda: remove_plans(config.output_dir))
+    if measured:
         rows = write_plans(stats, config, config.output_dir, logger)
     on_rank_zero(pipeline.state.forget)
     return rows, pipeline.results

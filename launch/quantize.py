@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -9,10 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
+from megatron_lowbit.io.hf_names import untie
 from megatron_lowbit.launch.calibrate import usable_sizes, write_plans, written
 from megatron_lowbit.launch.dry_run.report import dry_run
 from megatron_lowbit.launch.engines.base import Engine
-from megatron_lowbit.launch.engines.prepare import calibrate_engine, check_head, load_windows, with_head
+from megatron_lowbit.launch.engines.prepare import (
+    calibrate_engine,
+    check_head,
+    load_windows,
+    refuse_rotated,
+    with_head,
+)
 from megatron_lowbit.launch.engines.start import start_engine
 from megatron_lowbit.launch.generation import copy_generation_config
 from megatron_lowbit.launch.layout import quantize_method
@@ -61,6 +69,8 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
         stats = calibrate_engine(engine, config.calibration, sizes, logger, config.comm, windows=windows)
         rows = write_plans(stats, config, config.output_dir, logger)
     else:
+        if engine.plans:
+            refuse_rotated(engine)
         for plan in engine.plans.values():
             on_rank_zero(partial(plan.save, config.output_dir))
     on_rank_zero(lambda: save_checkpoint(engine, checkpoint, config.output_dir))
@@ -120,7 +130,10 @@ def save_checkpoint(engine: Engine, checkpoint: LowBitCheckpoint, folder: str | 
     """Save the checkpoint, and the model's config, generation config and tokenizer, so that the folder loads by
     itself."""
     try:
-        engine.hf_config.save_pretrained(folder)
+        saved = copy.deepcopy(engine.hf_config)
+        if checkpoint.rotation is not None and checkpoint.rotation.residual:
+            untie(saved)
+        saved.save_pretrained(folder)
         engine.tokenizer.save_pretrained(folder)
         copy_generation_config(engine.hf_config.name_or_path, folder)
     except OSError as error:

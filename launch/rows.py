@@ -93,7 +93,8 @@ def low_bit_row(
         "weights": artifact.checkpoint.scheme_name if artifact.checkpoint else "none",
         "communication": communication(engine, artifact, comm.mode),
     }
-    return applied_row(engine, name, about, windows, section, reference, logger)
+    compared = artifact.checkpoint is None or artifact.checkpoint.rotation is None
+    return applied_row(engine, name, about, windows, section, reference, logger, compared)
 
 
 def applied_row(
@@ -104,14 +105,18 @@ def applied_row(
     section: EvaluationConfig,
     reference: Tensor | None,
     logger: MetricLogger,
+    compared: bool = True,
 ) -> dict[str, Any]:
-    """Measure the engine with the low-bit modules that are in place; about: what the row says of them."""
+    """Measure the engine with the low-bit modules that are in place; about: what the row says of them.
+
+    compared: whether sites are to be compared with what they replaced, which those of a rotated model cannot be.
+    """
     quality = measure_quality(engine, _batches(windows, section, name), _kl_tokens(section), reference)
     traffic = site_traffic(engine.model).values()
     wire = _wire(sum(t.bytes for t in traffic), sum(t.values for t in traffic), windows, section)
     saturation = measure_saturation(engine)
     sites: dict[str, float] = {}
-    if engine.full_precision:  # or there is nothing to compare with
+    if compared and engine.full_precision:  # or there is nothing to compare with
         batches = sqnr_windows(windows).batches(section.batch_size)
         sites = engine.all_stages(measure_sqnr(engine, engine.site_pairs(), batches))
     mean_sqnr = sum(sites.values()) / len(sites) if sites else None

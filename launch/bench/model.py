@@ -108,6 +108,8 @@ def measure_model(config: BenchmarkModelConfig, name: str) -> tuple[list[dict[st
 def prepare(config: BenchmarkModelConfig, name: str, folder: Path) -> tuple[Settings, int]:
     """Make the random model, if it is that, and the artifact, in `folder`. Returns (settings, parameters)."""
     source, artifact = folder / "model", folder / "artifact"
+    if config.weights.lm_head_bits and config.weights.rotation != "none":
+        raise LowBitError("benchmark model takes weights.lm_head_bits or weights.rotation; leave one of them out")
     if name == "random":
         random_model(config).save_pretrained(source)
     where = str(source) if name == "random" else model_name(name)

@@ -53,6 +53,9 @@ def start_megatron(config: StageConfig, weights: Sequence[WeightsConfig]) -> Eng
     weights_folder = None if config.model is None else _folder(config.model)
     stored: Any = weights_folder or (folder.checkpoint.tensors if folder.checkpoint is not None else {})
     megatron_model.untie_(text_config, stored)
+    rotation = None if folder.checkpoint is None else folder.checkpoint.rotation
+    if (rotation is not None and rotation.residual) or any(w.rotation != "none" for w in weights):
+        text_config.tie_word_embeddings = False  # a rotated embedding is no longer the output projection
     model = megatron_model.build(text_config, compute_dtype(config), config.sequence_parallel)
     checkpoints = {folder.checkpoint.scheme_name: folder.checkpoint} if folder.checkpoint is not None else {}
     full_precision = config.model is not None
@@ -61,7 +64,7 @@ def start_megatron(config: StageConfig, weights: Sequence[WeightsConfig]) -> Eng
         megatron_model.load_rest(model, folder, text_config)
     elif config.inject_outliers is not None or (weights and not checkpoints):
         whole = load_model(config, hf_config, folder.checkpoint)  # the whole model, on the CPU
-        checkpoints = take_checkpoints(folder.checkpoint, whole, weights, hf_config.dtype)
+        checkpoints = take_checkpoints(folder.checkpoint, whole, weights, hf_config.dtype, config.seed)
         megatron_model.load_weights(model, whole.state_dict(), text_config)
     else:
         assert weights_folder is not None

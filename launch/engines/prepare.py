@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,22 +38,29 @@ from megatron_lowbit.launch.full_precision import tell_full_precision
 from megatron_lowbit.launch.inputs import no_data
 from megatron_lowbit.launch.tokenizer import check_tokenizer
 from megatron_lowbit.qllm.resume import PassState
+from megatron_lowbit.qllm.rotate_model import rotate_model
+from megatron_lowbit.quant.affine import Scheme
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.head import first_tokens
 from megatron_lowbit.quant.round_to_nearest import quantize_model
+from megatron_lowbit.quant.tp_sizes import default_shard_groups, widths_of
 from megatron_lowbit.runtime.distributed import PreemptionCheck, group_rank, on_rank_zero, world_size
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger, progress
 
 
 def take_checkpoints(
-    given: LowBitCheckpoint | None, model: nn.Module, weights: Sequence[WeightsConfig], dtype: torch.dtype | None
+    given: LowBitCheckpoint | None,
+    model: nn.Module,
+    weights: Sequence[WeightsConfig],
+    dtype: torch.dtype | None,
+    seed: int,
 ) -> dict[str, LowBitCheckpoint]:
-    """Return {scheme: checkpoint}: the artifact's, or the model rounded as `weights` say."""
+    """Return {scheme: checkpoint}: the artifact's, or the model rounded as `weights` say. seed: of a rotation."""
     if given is not None:
         return {given.scheme_name: given}
     made: dict[str, LowBitCheckpoint] = {
-        w.scheme: round_weights(model, w, dtype) for w in weights if w.scheme != "none"
+        w.scheme: round_weights(model, w, dtype, seed) for w in weights if w.scheme != "none"
     }
     if made:
         tell_full_precision(model)
@@ -61,11 +69,22 @@ def take_checkpoints(
     return made
 
 
-def round_weights(model: nn.Module, weights: WeightsConfig, dtype: torch.dtype | None) -> LowBitCheckpoint:
-    """Round an unsharded, unpatched model to nearest; what is not quantized is stored as `dtype`."""
+def round_weights(
+    model: nn.Module, weights: WeightsConfig, dtype: torch.dtype | None, seed: int = 0
+) -> LowBitCheckpoint:
+    """Round an unsharded, unpatched model to nearest; what is not quantized is stored as `dtype`. seed: of a rotation,
+    which needs a copy of the model."""
+    fingerprint, rotation = huggingface.fingerprint(model), None
+    wanted = Scheme.parse(weights.scheme).act_bits if weights.attention else 16
+    bits = attention.possible_bits(model, huggingface.find_linears(model), wanted)
+    if weights.rotation != "none":
+        model = copy.deepcopy(model)
+        widths = widths_of(linear for _, linear in huggingface.find_linears(model).values())
+        groups = weights.shard_groups or default_shard_groups(huggingface.model_config(model), widths)
+        rotation = rotate_model(model, seed, groups, bits)
     linears = {name: linear for name, (_, linear) in huggingface.find_linears(model).items()}
-    checkpoint = quantize_model(model, linears, weights, huggingface.fingerprint(model), dtype)
-    return replace(checkpoint, attention_bits=attention.possible_bits(model, linears, checkpoint.attention_bits))
+    checkpoint = quantize_model(model, linears, weights, fingerprint, dtype)
+    return replace(checkpoint, attention_bits=bits, rotation=rotation)
 
 
 def check_head(config: Any) -> None:
@@ -82,6 +101,11 @@ def check_head(config: Any) -> None:
         raise LowBitError(
             f"weights.lm_head_bits={bits} is measured on the whole model, which engine={config.engine} splits: make an "
             "artifact with quantize engine=huggingface, then pass artifact"
+        )
+    if config.weights.rotation != "none":
+        raise LowBitError(
+            f"weights.lm_head_bits={bits} of a rotated model needs weights.method=qllm: make an artifact "
+            "with quantize, then pass artifact"
         )
     if config.calibration.data is None:
         raise LowBitError(
@@ -123,6 +147,7 @@ def calibrate_engine(
     linears read. sites: other than the engine's own. resumed: the config of a pass whose state is kept in its
     output_dir, and continued from there; without, a pass that is told to stop starts over. windows: of
     calibration.data, where they have been read."""
+    refuse_rotated(engine)
     windows = load_windows(engine, section, "calibration", logger) if windows is None else windows
     count, fingerprint = windows.num_batches(section.batch_size), engine.fingerprint()
     lag, state = world_size(engine.pp_group) - 1, None
@@ -153,6 +178,15 @@ def calibrate_engine(
     )
 
 
+def refuse_rotated(engine: Engine) -> None:
+    """Raise LowBitError where the engine's model is to be rotated: ranges of it as it is would be of other sums."""
+    if engine.checkpoint is not None and engine.checkpoint.rotation is not None:
+        raise LowBitError(
+            "ranges are measured on the model as it is, but the artifact's is rotated: have quantize make the artifact "
+            "and its plans in one run of weights.method=qllm, or leave the low-bit communication out"
+        )
+
+
 def share_of_batch(
     ids: torch.Tensor, mask: torch.Tensor, dp_group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,7 +210,7 @@ def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artif
         raise LowBitError(
             f"artifact {config.artifact!r} holds {scheme} weights, not weights.scheme={config.weights.scheme}"
         )
-    for key in ("group_size", "symmetric", "shard_groups"):
+    for key in ("group_size", "symmetric", "shard_groups", "rotation"):
         value = getattr(config.weights, key)
         if value != getattr(WeightsConfig(), key) and config.weights.scheme == "none":
             why = "the artifact decides it" if engine.checkpoint else "it needs a weights.scheme"

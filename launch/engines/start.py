@@ -38,7 +38,7 @@ def start_engine(config: StageConfig, weights: Sequence[WeightsConfig] = ()) -> 
     text_config = huggingface.model_config(model)
     tp_size = max(config.tp, config.virtual_tp)
     huggingface.check_divides(text_config, tp_size, "virtual_tp" if config.virtual_tp > 1 else "tp")
-    checkpoints = take_checkpoints(folder.checkpoint, model, weights, hf_config.dtype)
+    checkpoints = take_checkpoints(folder.checkpoint, model, weights, hf_config.dtype, config.seed)
     context = getattr(text_config, "max_position_embeddings", None) or 2048
     full_precision = not hasattr(model, "_lowbit_fingerprint")
     shared = (tokenizer, hf_config, context, tp_size, checkpoints, folder.plans, full_precision)

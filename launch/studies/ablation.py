@@ -70,7 +70,9 @@ def run_ablation(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]
     rows = [{**row, "name": "full"}]
     weights = _weights(config, engine)
     for name, shard_groups in (("rtn", 1), ("rtn_grouped", weights.shard_groups)):
-        checkpoint = round_weights(engine.model, weights.model_copy(update={"shard_groups": shard_groups}), None)
+        checkpoint = round_weights(
+            engine.model, weights.model_copy(update={"shard_groups": shard_groups}), None, config.seed
+        )
         rows.append(_row(engine, name, checkpoint, windows, config, reference, logger))
         engine.remove()
     for name, (reassembly, correction) in variants(config).items():
@@ -137,6 +139,8 @@ def _quantized(
     )
     done = folder / "row.json"
     wanted = json.loads(json.dumps({"settings": settings.model_dump(mode="json", exclude=_UNUSED), "text": text}))
+    if weights.rotation == "none":
+        del wanted["settings"]["weights"]["rotation"]  # as before there was one
     if not ((folder / "lowbit.json").exists() and _is(done, wanted)):
         done.unlink(missing_ok=True)
         quantize(settings)

@@ -18,7 +18,7 @@ from typing import Any
 from torch import distributed as dist
 from torch import nn
 
-from megatron_lowbit.adapters import arguments, patching, saving
+from megatron_lowbit.adapters import arguments, patching, rotated, saving
 from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.adapters.huggingface.attention import quantize_attention
 from megatron_lowbit.adapters.huggingface.head import head_modules
@@ -200,11 +200,14 @@ def apply_to_deepspeed(
             continue
         patching.check_equal_shares(name, module._partition_sizes)
         shard = patching.row_shard(checkpoint, name, rank, size, module.weight)
-        replacements[name] = QuantRowParallelLinear([shard], reducers.real(name, group), module.bias)
+        bias = rotated.bias_of(checkpoint, name, module.bias) if quantized else module.bias
+        replacements[name] = QuantRowParallelLinear([shard], reducers.real(name, group), bias)
     if checkpoint is not None and quantized:
         patching.warn_unreplaced(engine.module, checkpoint, replacements)
     if head is not None:
         replacements |= head_modules(engine.module, head)
+    if checkpoint is not None and quantized:
+        replacements |= rotated.rest_of(engine.module, checkpoint, replacements, rank, size)
     patching.swap(engine.module, replacements)
     saving.save_as_artifact(engine.module, artifact)
     if checkpoint is not None and quantized:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from megatron_lowbit.adapters import arguments, readers, training
+from megatron_lowbit.adapters import arguments, readers, rotated, training
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.autotune import measure_costs
 from megatron_lowbit.comm.collectives.base import Traffic
@@ -275,6 +275,7 @@ def column_parallel(
     low_rank = checkpoint.low_rank.get(name)
     low_rank = None if low_rank is None else low_rank.shard_out(rank, size)
     plan = checkpoint.reassembly.get(name, plan)
+    bias = rotated.bias_of(checkpoint, name, bias, rank, size)
     return QuantLinear(weight, bias, checkpoint.scheme.act_bits, 1, plan, low_rank)
 
 
@@ -285,7 +286,8 @@ def row_shard(checkpoint: LowBitCheckpoint | None, name: str, rank: int, size: i
     weight = _quantized(checkpoint, name)
     plan, low_rank = checkpoint.reassembly.get(name), checkpoint.low_rank.get(name)
     groups = activation_groups(weight.in_features if plan is None else plan.in_features, checkpoint.shard_groups)
-    if checkpoint.scheme.act_bits < 16 and groups % size:
+    rotates = checkpoint.rotation is not None and name in checkpoint.rotation.inputs
+    if (checkpoint.scheme.act_bits < 16 or rotates) and groups % size:
         widths = {linear.in_features for linear in checkpoint.linears.values()}
         raise LowBitError(
             f"{name}: {groups} activation shard groups do not divide among tp={size}; "
@@ -298,6 +300,7 @@ def row_shard(checkpoint: LowBitCheckpoint | None, name: str, rank: int, size: i
         max(groups // size, 1),
         None if plan is None else plan.shard(rank, size),
         None if low_rank is None else low_rank.shard_in(rank, size),
+        rotates,
     )
 
 

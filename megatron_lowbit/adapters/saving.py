@@ -27,6 +27,7 @@ from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.plan import remove_plans
 from megatron_lowbit.config import LowBitError, one_line
 from megatron_lowbit.io.fingerprint import Fingerprint, check_fingerprint
+from megatron_lowbit.io.hf_names import untie
 from megatron_lowbit.quant.checkpoint import TOKENIZER_FILES, LowBitCheckpoint
 
 logger = logging.getLogger("megatron_lowbit")
@@ -94,6 +95,8 @@ class ArtifactSaver:
             )
         config = copy.deepcopy(self.model.config)
         config.architectures = config.architectures or [type(self.model).__name__]
+        if checkpoint.rotation is not None and checkpoint.rotation.residual:
+            untie(config)
         config.save_pretrained(folder)
         if getattr(self.model, "generation_config", None) is not None:
             self.model.generation_config.save_pretrained(folder)

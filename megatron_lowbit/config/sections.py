@@ -93,6 +93,9 @@ class WeightsConfig(FrozenConfig):
     none: 8, or the number near 8 that suits the model's heads (6 for 9 heads)"""
     attention: bool | None = None
     """quantize Q, K and V per token and head, to the bits of the activations; none: with method=qllm and --ablation"""
+    rotation: Literal["none", "hadamard"] = "none"
+    """hadamard: rotate the residual stream, the heads and the MLPs' inputs before anything is rounded, function and
+    shards kept"""
     lm_head_bits: int = Field(0, ge=0, le=8)
     """bits of the output projection's weight and, where the model ties the two, of the embedding: 2 to 8; 0: as they
     are"""

@@ -60,6 +60,14 @@ class HeadManifest(_Strict):
     tokens: Annotated[int, Field(ge=1)]
 
 
+class RotationManifest(_Strict):
+    """What of a rotated checkpoint runs online."""
+
+    residual: bool
+    attention: bool
+    inputs: Names
+
+
 class CheckpointManifest(Manifest):
     files: Annotated[dict[FileName, Sha256], Field(min_length=1)]
     scheme: Annotated[str, Field(pattern="^W[2-8]A([2-8]|16)$")]
@@ -68,7 +76,8 @@ class CheckpointManifest(Manifest):
     in_features: Annotated[dict[str, Width], Field(min_length=1)]
     reassembly: dict[str, Annotated[list[Width], Field(min_length=2, max_length=2)]]  # [in_features, width]
     low_rank: Names
-    head: HeadManifest | None = None  # in format 5 alone
+    head: HeadManifest | None = None  # in formats 5 and 6 alone
+    rotation: RotationManifest | None = None  # in format 6 alone
     beside: dict[OtherName, Sha256] = {}  # config, generation config, tokenizer; not in artifacts of earlier versions
 
 

@@ -12,6 +12,8 @@ A checkpoint of method qllm adds two things: a ReassemblyPlan, carried out by th
 branch:
 
     y = Q(x S) Q(R W)^T + Q(x S) A^T B^T
+
+A rotated one has the input of some row-parallel linears multiplied by the Hadamard matrix of each shard group first.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from megatron_lowbit.kernels import (
     quantize_tokens,
     rows_of,
 )
+from megatron_lowbit.kernels.hadamard import hadamard
 from megatron_lowbit.layers.reassembled_norm import Reassembly, check_width
 from megatron_lowbit.quant.affine import (
     Float32QParams,
@@ -54,7 +57,8 @@ class QuantLinear(Float32QParams):
     A column-parallel linear is one of these, and so is every shard of a QuantRowParallelLinear, which adds the sum.
 
     act_bits: 16 leaves the activations as they are. act_groups: slices of the input with their own scale per token.
-    plan: reassembles x first, where the module before it did not. low_rank: this rank's share of the branch.
+    plan: reassembles x first, where the module before it did not. low_rank: this rank's share of the branch. rotated:
+    whether each of the act_groups slices of x is multiplied by the Hadamard matrix of its width, before all else.
     """
 
     scale: Tensor  # float32 [out_features, groups]
@@ -71,8 +75,10 @@ class QuantLinear(Float32QParams):
         act_groups: int = 1,
         plan: ReassemblyPlan | None = None,
         low_rank: LowRank | None = None,
+        rotated: bool = False,
     ):
         super().__init__()
+        self.rotated = rotated
         if weight.in_features % act_groups:
             raise LowBitError(
                 f"{act_groups} activation shard groups do not divide {weight.in_features} inputs; "
@@ -104,6 +110,9 @@ class QuantLinear(Float32QParams):
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Compute y = x^ W^T + b and the branch's share. dtype: of the result; None: x's."""
+        if self.rotated:
+            check_width(x, self.in_features if self.reassembly is None else self.reassembly.in_features)
+            x = hadamard(x, self.act_groups)
         if self.reassembly is not None:
             x = self.reassembly(x)
         check_width(x, self.in_features)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from megatron_lowbit.config import LowBitError, QuantizeConfig
 from megatron_lowbit.io.fingerprint import bit_sum
 from megatron_lowbit.io.hf_names import ModelWeights, untie
 from megatron_lowbit.layers.linear import activation_groups
+from megatron_lowbit.qllm.choose_rotation import Rotator
+from megatron_lowbit.qllm.rotation import Rotation
 from megatron_lowbit.qllm.sharded_linear import ShardedLinear
-from megatron_lowbit.qllm.trace_blocks import BlockCall, BlockTracer
+from megatron_lowbit.qllm.trace_blocks import TRACED_TOKENS, BlockCall, BlockTracer
 from megatron_lowbit.quant.affine import QuantizedWeight
 from megatron_lowbit.quant.head import measure_kl
 from megatron_lowbit.quant.tp_sizes import default_shard_groups, groups_for, widths_of
@@ -39,7 +42,8 @@ class BlockSource:
 
     groups: of every block, which of its linears read the same input (known after `trace`). bit_sums: {linear: int64
     checksum of this rank's bits}, of the blocks read so far.
-    head: the output projection, where weights.lm_head_bits asks for it.
+    head: the output projection, where weights.lm_head_bits asks for it. rotator: what rotates the blocks as they are
+    read, where weights.rotation asks for it, after `rotate`.
     Raises LowBitError for weights that are missing, damaged, quantized already, or of another shape than the
     config says, and for an output projection that find_head refuses.
     """
@@ -80,6 +84,9 @@ class BlockSource:
         self.shard_groups = config.weights.shard_groups or default_shard_groups(self.text_config, self.widths)
         self.groups: list[list[InputGroup]] = []
         self.bit_sums: dict[str, Tensor] = {}
+        self.rotator: Rotator | None = None
+        self._rotation: Rotation | None = None  # of what is outside the blocks
+        self._exact = False
 
     def check_widths(self) -> None:
         """Raise LowBitError for a group size or a rank that some linear is too narrow for, before hours are spent."""
@@ -114,6 +121,23 @@ class BlockSource:
         self.load_rest()
         self.groups = self.tracer.trace(ids)
 
+    def rotate(self, ids: Tensor, attention_bits: int) -> None:
+        """Rotate what the model allows, where weights.rotation asks for it, from here on; `trace` has to come first.
+
+        ids: int64 [windows, length], of which a few tokens serve. Raises LowBitError where nothing can be rotated.
+        """
+        if self.config.weights.rotation != "none":
+            few = ids[:1, :TRACED_TOKENS]
+            self.rotator = Rotator(self, few, self.config.seed, self.shard_groups, attention_bits)
+            if self._rotation is not None and self._rotation.rest is not None and self.head is not None:
+                self.head = replace(self.head, embedding=None)  # no longer tied
+
+    def rotate_rest(self, rotation: Rotation | None, exact: bool = False) -> None:
+        """Read what is outside the blocks rotated from here on; None: as it is stored. exact: to compute with in
+        float32, whatever it is stored in."""
+        self.free_rest()
+        self._rotation, self._exact = rotation, exact
+
     def embed(self, ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
         """Return (hidden states [windows, length, hidden] before the first block, how every block is called for them).
 
@@ -121,6 +145,17 @@ class BlockSource:
         """
         self.load_rest()
         return self.tracer.embed(ids)
+
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Return the logits [windows, length, vocab] of ids int64 [windows, length] whose last hidden states are
+        `hidden`. `trace` has to come first."""
+        self.load_rest()
+        head = self.model.get_output_embeddings()
+        for leaf, parameter in head.named_parameters():
+            if parameter.is_meta:
+                name = next(name for name, module in self.model.named_modules() if module is head)
+                setattr(head, leaf, self._outside(f"{name}.{leaf}", parameter.shape))
+        return self.tracer.logits(ids, hidden)
 
     def load_rest(self) -> None:
         """Load what is neither a block nor the language-model head (embeddings, final norm)."""
@@ -132,8 +167,7 @@ class BlockSource:
             fqn = prefix + name
             if parameter.is_meta and not fqn.startswith(self.prefix + "."):
                 owner, _, leaf = name.rpartition(".")
-                tensor = self._read(fqn, parameter.shape)
-                setattr(base.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+                setattr(base.get_submodule(owner), leaf, self._outside(fqn, parameter.shape))
         for name, module in base.named_modules():
             if not (prefix + name).startswith(self.prefix + "."):
                 for leaf, buffer in module.named_buffers(recurse=False):
@@ -143,8 +177,8 @@ class BlockSource:
                 buffer.copy_(self.weights.read(prefix + name, buffer.shape))
 
     def free_rest(self) -> None:
-        """Drop what load_rest loaded."""
-        for module in self.model.base_model.modules():
+        """Drop what load_rest and logits loaded."""
+        for module in self.model.modules():
             for leaf, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
                 if not parameter.is_meta:
                     setattr(module, leaf, nn.Parameter(parameter.data.to("meta"), requires_grad=False))
@@ -153,7 +187,15 @@ class BlockSource:
         return not self.model.get_input_embeddings().weight.is_meta
 
     def block(self, index: int) -> nn.Module:
-        """Return block `index` in full precision, its linears as ShardedLinears with this rank's shards."""
+        """Return block `index` in full precision, rotated where it is to be, its linears as ShardedLinears with this
+        rank's shards."""
+        block = self.load(index)
+        if self.rotator is not None:
+            self.rotator.rotate(index, block)
+        return block
+
+    def load(self, index: int) -> nn.Module:
+        """Return block `index` as `block` does, but never rotated."""
         block = copy.deepcopy(self.blocks[index])
         scales = self._outliers(index)
         for name, (kind, linear) in self.kinds[index].items():
@@ -171,9 +213,27 @@ class BlockSource:
         return block.to(self.device)
 
     def rest(self, without: Collection[str] = ()) -> dict[str, Tensor]:
-        """Return every tensor outside the blocks but those of `without`, as it is stored, tied ones once."""
-        shapes = {name: shape for name, shape in self.rest_shapes.items() if name not in without}
-        return {name: self.weights.read(name, shape) for name, shape in shapes.items()}
+        """Return every tensor outside the blocks but those of `without`, in the dtype it is stored in, tied ones once;
+        rotated ones are not tied."""
+        shapes = dict(self.rest_shapes)
+        if self._rotation is not None and self._rotation.rest is not None:
+            shapes[self._rotation.rest.head] = self.model.get_output_embeddings().weight.shape
+        return {name: self._rest_tensor(name, shape) for name, shape in shapes.items() if name not in without}
+
+    def _outside(self, name: str, shape: torch.Size) -> nn.Parameter:
+        """Return a parameter outside the blocks, to compute with."""
+        tensor = self._rest_tensor(name, shape, torch.float32 if self._exact else None)
+        tensor = tensor.to(self.device, torch.float32 if self._exact else self.dtype, copy=True)
+        return nn.Parameter(tensor, requires_grad=False)
+
+    def _rest_tensor(self, name: str, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a tensor outside the blocks, rotated where it is to be. dtype: None: the one it is stored in."""
+        tensor, rotation = self.weights.read(name, shape), self._rotation
+        tensor = tensor.to(dtype or tensor.dtype)
+        if rotation is None or rotation.rest is None:
+            return tensor
+        gain = self.weights.read(rotation.rest.norm, shape[-1:]) if name == rotation.rest.head else None
+        return rotation.rest_tensor(name, tensor, gain)
 
     def measure_head(
         self, bits: int, ids: Tensor, mask: Tensor, hidden: Tensor
@@ -186,8 +246,10 @@ class BlockSource:
         place = self.head
         assert place is not None, "the config asks for it"
         self.load_rest()
+        # A rotated projection is rounded once: not to the dtype it is stored in.
+        dtype = None if self._rotation is None else torch.float32
         tensors = {
-            leaf: self.weights.read(f"{place.name}.{leaf}", parameter.shape).to(self.device)
+            leaf: self._rest_tensor(f"{place.name}.{leaf}", parameter.shape, dtype).to(self.device)
             for leaf, parameter in place.linear.named_parameters()
         }
         for leaf, tensor in tensors.items():
@@ -199,13 +261,14 @@ class BlockSource:
 
         texts = zip(ids.split(1), mask.split(1), strict=True) if len(ids) else ()
         weight = tensors["weight"]
+        stored = self.weights.read(f"{place.name}.weight", weight.shape)
         quantized = QuantizedWeight.from_float(weight, bits, name=f"{place.name}.weight")
         if len(ids):
             two = ids[:1, :2], hidden[:1, :2].to(self.device, self.dtype)
             check_runs(self.model, place, quantized, lambda: self.tracer.logits(*two))
         parts = measure_kl(place.linear, weight, quantized, tensors.get("bias"), texts, run)
         self.free_rest()
-        return quantized, parts, int(bit_sum(weight))
+        return quantized, parts, int(bit_sum(stored))
 
     def check_rest(self) -> None:
         """Raise LowBitError for NaN or Inf outside the blocks, before hours are spent."""
@@ -230,7 +293,9 @@ class BlockSource:
                 fqn = self.fqn(index, name + ".bias")
                 bias = self._read(fqn, linear.bias.shape)
                 outputs = scales.get(name, (None, None))[0]
-                tensors[fqn] = (bias if outputs is None else bias * outputs.to(bias)).to("cpu", stored)
+                bias = bias if outputs is None else bias * outputs.to(bias)
+                bias = bias if self.rotator is None else self.rotator.rotation.bias(index, name, bias)
+                tensors[fqn] = bias.to("cpu", stored)
         return tensors
 
     def _outliers(self, index: int) -> Scales:

@@ -138,6 +138,7 @@ class BlockwiseQuantizer:
         """Open the streams before group `done`, or fill them with the embeddings; return how the blocks are called."""
         ids, size = self.share.ids, self.share.batch_size
         self.source.trace(ids)
+        self.source.rotate(ids, self.attention_bits)
         calls = {}
         for windows in self.share.batch_sizes:
             hidden, calls[windows] = self.source.embed(ids[:windows])
@@ -233,9 +234,9 @@ class BlockwiseQuantizer:
             save_beside(self.folder)
         except OSError as error:
             raise LowBitError(f"cannot write to {str(self.folder)!r}: {one_line(error)}") from None
-        write_checkpoint(
-            self.folder, merged, weights.scheme, self.source.shard_groups, self.attention_bits, fingerprint
-        )
+        rotation = None if self.source.rotator is None else self.source.rotator.online()
+        about = (weights.scheme, self.source.shard_groups, self.attention_bits, fingerprint, rotation)
+        write_checkpoint(self.folder, merged, *about)
 
     def _quantize_head(self, bits: int) -> tuple[QuantizedHead, int]:
         """Round the output projection, and measure its KL on the full-precision stream, now after the last block.

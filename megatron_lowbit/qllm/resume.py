@@ -64,6 +64,8 @@ class State:
         values = {key: value for key, value in defaults(config).items() if key not in _FREE_KEYS}
         if values["comm.scale"] == "per_token":
             values["comm.scale"] = "rank1"  # its first name: states and names of parts stay what they were
+        if values.get("weights.rotation") == "none":
+            del values["weights.rotation"]  # as before there was one
         self.settings: dict[str, Any] = json.loads(json.dumps({"stage": stage, "state": STATE, **values, **inputs}))
 
     def found(self, *keys: str) -> dict[str, Any] | None:

@@ -49,7 +49,8 @@ class BlockTracer:
 
     model: built without its blocks' weights; the rest has to be loaded whenever `trace` or `embed` runs. prefix: fqn of
     the list of blocks. kinds: of every block, {name within it: (kind, linear)}. tp: tensor-parallel ranks that are to
-    share the linears. family: what errors call the model.
+    share the linears. family: what errors call the model. wants: the setting that needs the tracer, and what to set in
+    its place.
     """
 
     def __init__(
@@ -61,9 +62,10 @@ class BlockTracer:
         device: torch.device,
         tp: int,
         family: str,
+        wants: tuple[str, str] = ("weights.method=qllm", "set weights.method=rtn"),
     ):
         self.model, self.prefix, self.blocks, self.kinds = model, prefix, blocks, kinds
-        self.device, self.tp, self.family = device, tp, family
+        self.device, self.tp, self.family, self.wants = device, tp, family, wants
         self.returned: list[tuple[Any, ...] | None] = []  # besides the hidden states; None: these alone, no tuple
 
     def embed(self, ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
@@ -194,4 +196,4 @@ class BlockTracer:
                 raise self._refused("its blocks are given the tokens themselves, besides the hidden states")
 
     def _refused(self, why: str) -> LowBitError:
-        return LowBitError(f"weights.method=qllm does not know {self.family}: {why}; set weights.method=rtn")
+        return LowBitError(f"{self.wants[0]} does not know {self.family}: {why}; {self.wants[1]}")

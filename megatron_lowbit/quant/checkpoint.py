@@ -18,6 +18,7 @@ from megatron_lowbit.config import LowBitError
 from megatron_lowbit.io.files import (
     FORMAT,
     WITH_HEAD,
+    WITH_ROTATION,
     WITHOUT_SEAL,
     complete,
     discard,
@@ -32,6 +33,7 @@ from megatron_lowbit.io.manifest import CheckpointManifest, checked
 from megatron_lowbit.io.tensors import refuse_unused, short_repr
 from megatron_lowbit.quant.affine import LowRank, QuantizedWeight, Scheme
 from megatron_lowbit.quant.head import QuantizedHead
+from megatron_lowbit.quant.online_rotation import OnlineRotation
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 
 TOKENIZER_FILES = (
@@ -115,6 +117,7 @@ class LowBitCheckpoint:
         low_rank: {linear: LowRank}, factors lora_a bf16 [rank, in] and lora_b bf16 [out, rank].
         attention_bits: of Q, K and V; 16 leaves them as they are.
         head: the output projection, and the embedding that is tied to it, in codes; None leaves them among `tensors`.
+        rotation: what of the model is rotated, and what of that runs online; None: nothing.
 
     Example:
         >>> import megatron_lowbit as lowbit
@@ -136,6 +139,7 @@ class LowBitCheckpoint:
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     attention_bits: int = 16
     head: QuantizedHead | None = None
+    rotation: OnlineRotation | None = None
 
     __repr__ = short_repr
 
@@ -150,7 +154,8 @@ class LowBitCheckpoint:
         """
         part = CheckpointPart(self.linears, self.tensors, self.reassembly, self.low_rank, self.head)
         meta = part.save(Path(folder) / "lowbit.safetensors")
-        write_checkpoint(folder, meta, self.scheme_name, self.shard_groups, self.attention_bits, self.fingerprint)
+        about = (self.scheme_name, self.shard_groups, self.attention_bits, self.fingerprint, self.rotation)
+        write_checkpoint(folder, meta, *about)
 
     @classmethod
     def load(cls, folder: str | Path) -> LowBitCheckpoint:
@@ -176,7 +181,7 @@ class LowBitCheckpoint:
             "reassembly",
             "low_rank",
         )
-        meta = read_meta(stem, *keys, formats=(WITH_HEAD, FORMAT, WITHOUT_SEAL))
+        meta = read_meta(stem, *keys, formats=(WITH_ROTATION, WITH_HEAD, FORMAT, WITHOUT_SEAL))
         with complete(stem.with_suffix(".json")):
             checked(CheckpointManifest, meta)
         _check_beside(Path(folder), meta.get("beside", {}))
@@ -210,15 +215,18 @@ class LowBitCheckpoint:
             with complete(where.get(f"{name}.lora_a", stem)):
                 low_rank[name] = LowRank(**take(name, _LOW_RANK))
                 low_rank[name].validate(name, linears[name].in_features, len(linears[name].packed_weight))
-        head = None
-        if meta["format"] == WITH_HEAD:
+        head = rotation = None
+        if meta["format"] == WITH_ROTATION:
+            with complete(stem.with_suffix(".json")):
+                rotation = OnlineRotation.read(meta["rotation"])
+        if meta["format"] == WITH_HEAD or (meta["format"] == WITH_ROTATION and "head" in meta):
             with complete(stem.with_suffix(".json")):
                 about = meta["head"]
             with complete(where.get(f"{about['name']}.packed_weight", stem)):
                 head = QuantizedHead.read(about, take(about["name"], _WEIGHT))
         bits, fingerprint = meta["attention_bits"], meta["fingerprint"]
         names = (scheme, meta["scheme"], meta["shard_groups"], fingerprint)
-        checkpoint = cls(linears, tensors, *names, plans, low_rank, bits, head)
+        checkpoint = cls(linears, tensors, *names, plans, low_rank, bits, head, rotation)
         with complete(stem.with_suffix(".json")):
             checkpoint.validate()
         return checkpoint
@@ -241,6 +249,8 @@ class LowBitCheckpoint:
                 raise ValueError(f"{name} is reassembled to {plan.width} channels, which no linear reads")
         if self.head is not None:
             refuse_unused(self.head.replaced & self.tensors.keys())
+        if self.rotation is not None:
+            self.rotation.validate(self.linears, self.attention_bits)
         leaves = {*_WEIGHT, *_PLAN, *_LOW_RANK} - {"scale"}  # a model may have a tensor of that name
         refuse_unused(name for name in self.tensors if name.rpartition(".")[2] in leaves)
 
@@ -273,18 +283,26 @@ class LowBitCheckpoint:
 
 
 def write_checkpoint(
-    folder: str | Path, part: PartMeta, scheme: str, shard_groups: int, attention_bits: int, fingerprint: Fingerprint
+    folder: str | Path,
+    part: PartMeta,
+    scheme: str,
+    shard_groups: int,
+    attention_bits: int,
+    fingerprint: Fingerprint,
+    rotation: OnlineRotation | None = None,
 ) -> None:
     """Write lowbit.json over the files of `part` and the model's config and tokenizer, which are there already, and
     remove the files of the checkpoint that was there before."""
     folder = Path(folder)
+    usual = WITH_HEAD if "head" in part else FORMAT
     meta = {
-        "format": WITH_HEAD if "head" in part else FORMAT,
+        "format": usual if rotation is None else WITH_ROTATION,
         "fingerprint": fingerprint,
         "scheme": scheme,
         "shard_groups": shard_groups,
         "attention_bits": attention_bits,
         **part,
+        **({} if rotation is None else {"rotation": rotation.describe()}),
         "beside": _beside(folder),
     }
     write_sealed(folder / "lowbit.json", meta)

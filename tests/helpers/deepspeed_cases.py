@@ -77,6 +77,19 @@ def quantized_head(rank: int, size: int, folder: Path, tied: bool) -> dict[str, 
     return {"logits": patched, "kinds": kinds, "removed": removed, "other": other}
 
 
+def rotated(rank: int, size: int, folder: Path, architecture: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """Logits of an engine of a rotated artifact, the type of its output projection, and whether remove restores it."""
+    from megatron_lowbit.adapters import deepspeed as adapter
+
+    adapter.import_deepspeed().init_distributed(dist_backend="gloo", verbose=False)
+    engine = adapter.init_engine(tiny_models.build(architecture, **changes), size, torch.float32)
+    plain = tiny_models.logits(engine.module)
+    patched = tiny_models.logits(lowbit.apply_to_deepspeed(engine, folder, EVERY_SITE).module)
+    kind = type(engine.module.lm_head).__name__
+    lowbit.remove(engine)
+    return {"logits": patched, "kind": kind, "removed": torch.equal(tiny_models.logits(engine.module), plain)}
+
+
 def piped(model: nn.Module, prompts: list[str], other: nn.Module | None = None) -> list[str]:
     """What a text-generation pipeline of the embedded model says, greedily; other: takes the model's place in it."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_models.embedded_folder())

@@ -80,6 +80,17 @@ def applied(
     return results
 
 
+def refused_tied(rank: int, size: int, artifact: Artifact) -> str:
+    """What apply_to_megatron says of a rotated artifact for a model with tied embeddings."""
+    with parallel(size):
+        model = gpt_model(tiny_models.build("llama", tie_word_embeddings=True))
+        try:
+            lowbit.apply_to_megatron(model, artifact)
+        except LowBitError as error:
+            return str(error)
+        return "accepted"
+
+
 def embedded(rank: int, size: int, folder: Path, sequence_parallel: bool) -> dict[str, Tensor]:
     """Logits of the embedded model with an artifact folder applied, and after remove."""
     from transformers import AutoConfig

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from megatron_lowbit.adapters import arguments, patching, readers, saving
+from megatron_lowbit.adapters import arguments, patching, readers, rotated, saving
 from megatron_lowbit.adapters.huggingface.attention import quantize_attention
 from megatron_lowbit.adapters.huggingface.head import head_modules, with_head
 from megatron_lowbit.artifact import Artifact
@@ -242,11 +242,14 @@ def apply_to_huggingface(
             for rank in range(virtual_tp)
         ]
         reducer = reducers.virtual(name) if virtual_tp > 1 else None
-        replacements[name] = QuantRowParallelLinear(shards, reducer, linear.bias)
+        bias = rotated.bias_of(checkpoint, name, linear.bias) if quantized else linear.bias
+        replacements[name] = QuantRowParallelLinear(shards, reducer, bias)
     if checkpoint is not None and quantized:
         patching.warn_unreplaced(model, checkpoint, replacements)
     if checkpoint is not None and checkpoint.head is not None:
         replacements |= head_modules(model, checkpoint.head)
+    if checkpoint is not None and quantized:
+        replacements |= rotated.rest_of(model, checkpoint, replacements)
     patching.swap(model, replacements)
     saving.save_as_artifact(model, artifact, fingerprint)
     if checkpoint is not None and quantized:

@@ -2,6 +2,9 @@
 
     softmax( Q(q) Q(k)^T / sqrt(d) ) Q(v)          the softmax's output keeps its precision, as in the paper
 
+Where the checkpoint is rotated, q and k are first multiplied by the Hadamard matrix of a head (R3 of qllm/rotation.py):
+their product stays, and an outlier channel is spread out over the head. K lies rotated in a packed cache.
+
 Registered with transformers as an attention function that wraps the model's own (sdpa, eager, ...) and reads the number
 of bits from the attention module; a module without it computes as before. Families whose attention is code of their own
 (Bloom, GPT-J, ...) are not reached: a warning names them (possible_bits).
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 
 from megatron_lowbit.adapters.patching import undo_with
 from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, unpack_bits
+from megatron_lowbit.kernels.hadamard import hadamard
 from megatron_lowbit.quant.affine import choose_qparams, fake_quantize, quantize
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.runtime.launcher_env import env_rank
@@ -36,6 +40,7 @@ _BLOCK = re.compile(r".*?\.\d+\.")  # model.layers.0.
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # transformers' own name of it, in every forward that uses it
 _PREFIX = "lowbit_"  # of the names under which transformers knows the quantizing attention functions
 _BITS = "_lowbit_act_bits"  # on an attention module
+_ROTATED = "_lowbit_rotated"  # on an attention module: Q and K are rotated
 _QUANTIZED = "_lowbit_quantized"  # on a K or V that comes from a PackedLayer
 _QPARAM_BYTES = 8  # a float32 scale and zero point
 
@@ -43,14 +48,15 @@ _QPARAM_BYTES = 8  # a float32 scale and zero point
 class Quantized:
     """Have these attention modules quantize Q, K and V to act_bits and keep them packed in caches; call it to undo.
 
-    modules: of the model that owns `config`, each with a layer_idx. It holds what it has changed, so that a copy of
-    the model, or one that was pickled, is undone by its own copy.
+    modules: of the model that owns `config`, each with a layer_idx. rotated: whether Q and K are rotated first. It
+    holds what it has changed, so that a copy of the model, or one that was pickled, is undone by its own copy.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], config: Any, act_bits: int):
+    def __init__(self, modules: Iterable[nn.Module], config: Any, act_bits: int, rotated: bool = False):
         self.modules, self.config = list(modules), config
         enable(config)
         set_bits(self.modules, act_bits)
+        set_rotated(self.modules, rotated)
         self.handles = [
             module.register_forward_pre_hook(_before_attention, with_kwargs=True) for module in self.modules
         ]
@@ -60,6 +66,7 @@ class Quantized:
         for module in self.modules:
             disable(getattr(module, "config", self.config))
         set_bits(self.modules, 16)
+        set_rotated(self.modules, False)
         for handle in self.handles:
             handle.remove()
 
@@ -108,6 +115,12 @@ def set_bits(modules: Iterable[nn.Module], act_bits: int) -> None:
         setattr(module, _BITS, act_bits)
 
 
+def set_rotated(modules: Iterable[nn.Module], rotated: bool) -> None:
+    """Have these attention modules rotate Q and K, whatever their bits."""
+    for module in modules:
+        setattr(module, _ROTATED, rotated)
+
+
 def plain_name(implementation: str | None) -> str:
     """Return the attention function's own name, of a name that `enable` may have changed."""
     return (implementation or "eager").removeprefix(_PREFIX)
@@ -152,6 +165,8 @@ def _attention(
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     act_bits = getattr(module, _BITS, 16)
+    if getattr(module, _ROTATED, False):
+        query, key = (t if hasattr(t, _QUANTIZED) else hadamard(t, 1) for t in (query, key))
     if act_bits < 16:
         query, key, value = (t if hasattr(t, _QUANTIZED) else fake_quantize(t, act_bits) for t in (query, key, value))
     if implementation == "eager":  # every model brings its own, in its own file
@@ -173,13 +188,13 @@ def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     cache, index = kwargs.get("past_key_values"), getattr(module, "layer_idx", None)
     if not isinstance(cache, DynamicCache) or index is None:
         return
-    packed, act_bits = packed_layer_class(), getattr(module, _BITS)
+    packed, how = packed_layer_class(), (getattr(module, _BITS), getattr(module, _ROTATED))
     if index == len(cache.layers) and cache.layer_class_to_replicate is DynamicLayer:
-        cache.layers.append(packed(act_bits))
+        cache.layers.append(packed(*how))
     elif index < len(cache.layers):
         layer = cache.layers[index]
         if type(layer) is DynamicLayer and not layer.is_initialized:
-            cache.layers[index] = packed(act_bits)
+            cache.layers[index] = packed(*how)
 
 
 def packed_layer_class() -> type:
@@ -195,9 +210,9 @@ def packed_layer_class() -> type:
     from transformers.cache_utils import DynamicLayer
 
     class PackedLayer(DynamicLayer):
-        def __init__(self, num_bits: int):
+        def __init__(self, num_bits: int, rotated: bool = False):
             super().__init__()
-            self.num_bits = num_bits
+            self.num_bits, self.rotated = num_bits, rotated
 
         def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
             self.dtype, self.device = key_states.dtype, key_states.device
@@ -211,6 +226,8 @@ def packed_layer_class() -> type:
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             assert self.keys is not None and self.values is not None
+            if self.rotated:
+                key_states = hadamard(key_states, 1)
             self.keys = torch.cat([self.keys, _encode(key_states, self.num_bits)], dim=-2)
             self.values = torch.cat([self.values, _encode(value_states, self.num_bits)], dim=-2)
             decoded = []
@@ -251,4 +268,5 @@ def quantize_attention(model: Any, checkpoint: LowBitCheckpoint, config: Any) ->
         return
     owners = {name.rpartition(".")[0] for name in checkpoint.linears}
     modules = [m for name, m in model.named_modules() if name in owners and takes_part(m)]
-    undo_with(model, Quantized(modules, config, act_bits))
+    rotated = checkpoint.rotation is not None and checkpoint.rotation.attention
+    undo_with(model, Quantized(modules, config, act_bits, rotated))

@@ -89,6 +89,12 @@ def _shape_fields(model: Any) -> dict[str, Any]:
     }
 
 
+UNTIE = (
+    "the artifact's residual stream is rotated, so its embedding and output projection differ; build the GPTModel with "
+    "untie_embeddings_and_output_weights (share_embeddings_and_output_weights=False)"
+)
+
+
 def apply_to_megatron(
     model: Any, artifact: str | Path | Artifact, comm_mode: CommMode | CommConfig | None = None
 ) -> Any:
@@ -134,6 +140,7 @@ def apply_to_megatron(
     reducers = patching.Reducers.of(artifact, size, comm_mode, chunks[0].pg_collection.tp)
     for chunk in chunks:
         check_shapes(chunk, artifact)
+        check_untied(chunk, artifact)
         if artifact.checkpoint is not None and artifact.checkpoint.scheme.weight_bits < 16:
             training.check_replaceable(find_linears(chunk).values())
         patching.check_same_model(artifact, reducers.plan, partial(_completed, chunk))
@@ -143,7 +150,8 @@ def apply_to_megatron(
     for chunk, modules in zip(chunks, replacements, strict=True):
         patching.swap(chunk, modules)
         if artifact.checkpoint is not None:
-            attention.quantize(chunk, artifact.checkpoint.attention_bits)
+            rotation = artifact.checkpoint.rotation
+            attention.quantize(chunk, artifact.checkpoint.attention_bits, rotation is not None and rotation.attention)
     return model
 
 
@@ -156,6 +164,13 @@ def refuse_head(artifact: Artifact) -> None:
             f"the artifact holds {head.name} in {head.weight.num_bits} bits, which Megatron-Core's vocabulary-parallel "
             "layers cannot read; quantize again without weights.lm_head_bits"
         )
+
+
+def check_untied(model: Any, artifact: Artifact) -> None:
+    """Raise LowBitError where the artifact's rotated embedding and output projection are to be one weight."""
+    rotation = None if artifact.checkpoint is None else artifact.checkpoint.rotation
+    if rotation is not None and rotation.residual and model.share_embeddings_and_output_weights:
+        raise LowBitError(UNTIE)
 
 
 def warn_unreplaced(model: Any, checkpoint: LowBitCheckpoint) -> None:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from megatron_lowbit.adapters import patching
 from megatron_lowbit.config import LowBitError
+from megatron_lowbit.kernels import hadamard
 from megatron_lowbit.quant.affine import fake_quantize
 
 
@@ -65,30 +66,34 @@ class SdpaAttention(nn.Module):
         return causal_attention(query, key, value, self.scale, dropout).flatten(2)
 
 
-def quantize(model: nn.Module, act_bits: int) -> None:
-    """Have the self-attention of every layer of a GPTModel quantize Q, K and V; undone by `remove`."""
+def quantize(model: nn.Module, act_bits: int, rotated: bool = False) -> None:
+    """Have the self-attention of every layer of a GPTModel quantize Q, K and V; undone by `remove`.
+
+    rotated: whether Q and K are first multiplied by the Hadamard matrix of a head (R3 of qllm/rotation.py).
+    """
     if act_bits == 16:
         return
     layers: Any = model.decoder.layers  # type: ignore[union-attr]
     found = [getattr(layer, "self_attention", None) for layer in layers]
-    patching.undo_with(model, Quantized([a for a in found if hasattr(a, "linear_qkv")], act_bits))
+    patching.undo_with(model, Quantized([a for a in found if hasattr(a, "linear_qkv")], act_bits, rotated))
 
 
 class Quantized:
-    """Have these self-attention modules quantize Q, K and V to act_bits; call it to undo.
+    """Have these self-attention modules quantize Q, K and V to act_bits, Q and K rotated first where `rotated` is set;
+    call it to undo.
 
     What it sets holds the modules as data, so that a copy of the model computes with, and is undone by, its own.
     """
 
-    def __init__(self, modules: Iterable[Any], act_bits: int):
+    def __init__(self, modules: Iterable[Any], act_bits: int, rotated: bool = False):
         self.modules = list(modules)
         self.handles = [
-            module.core_attention.register_forward_pre_hook(partial(_quantize_inputs, act_bits))
+            module.core_attention.register_forward_pre_hook(partial(_quantize_inputs, act_bits, rotated))
             for module in self.modules
         ]
         for module in self.modules:
             for name, method in _METHODS.items():
-                setattr(module, name, partial(method, module, act_bits))
+                setattr(module, name, partial(method, module, act_bits, rotated))
 
     def __call__(self) -> None:
         for handle in self.handles:
@@ -98,35 +103,46 @@ class Quantized:
                 delattr(module, name)
 
 
-def _quantize_inputs(act_bits: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _quantize_inputs(act_bits: int, rotated: bool, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Quantize the inputs of core_attention(query, key, value, ...) before it runs."""
-    return (*(fake_quantize(t, act_bits) for t in args[:3]), *args[3:])
+    query, key, value = args[:3]
+    rounded = (rounded_qk(query, act_bits, rotated), rounded_qk(key, act_bits, rotated), fake_quantize(value, act_bits))
+    return (*rounded, *args[3:])
+
+
+def rounded_qk(x: Tensor, act_bits: int, rotated: bool) -> Tensor:
+    """Return Q or K [..., d] after RoPE as attention is to see it: rotated, where it is to be, and quantized."""
+    return fake_quantize(hadamard(x, 1) if rotated else x, act_bits)
 
 
 class _QuantizedAppend:
     """An inference context whose cache gets quantized K and V; everything else is the context's own."""
 
-    def __init__(self, context: Any, act_bits: int):
-        self._context, self._act_bits = context, act_bits
+    def __init__(self, context: Any, act_bits: int, rotated: bool):
+        self._context, self._act_bits, self._rotated = context, act_bits, rotated
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
     def append_key_value_cache(self, layer_number: int, key: Tensor, value: Tensor) -> None:
-        key, value = (fake_quantize(t, self._act_bits) for t in (key, value))
+        key, value = rounded_qk(key, self._act_bits, self._rotated), fake_quantize(value, self._act_bits)
         self._context.append_key_value_cache(layer_number, key, value)
 
 
-def _adjust_key_value(attention: Any, act_bits: int, inference_context: Any, *args: Any, **kwargs: Any) -> Any:
+def _adjust_key_value(
+    attention: Any, act_bits: int, rotated: bool, inference_context: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Run Megatron's own method, with K and V quantized on their way into a paged cache."""
     if inference_context is not None and not inference_context.is_static_batching():
-        inference_context = _QuantizedAppend(inference_context, act_bits)
+        inference_context = _QuantizedAppend(inference_context, act_bits, rotated)
     return type(attention)._adjust_key_value_for_inference(attention, inference_context, *args, **kwargs)
 
 
-def _flash_decode_and_prefill(attention: Any, act_bits: int, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _flash_decode_and_prefill(
+    attention: Any, act_bits: int, rotated: bool, query: Tensor, *args: Any, **kwargs: Any
+) -> Any:
     """Run Megatron's own method, on a quantized query; K and V come quantized from the cache."""
-    return type(attention).flash_decode_and_prefill(attention, fake_quantize(query, act_bits), *args, **kwargs)
+    return type(attention).flash_decode_and_prefill(attention, rounded_qk(query, act_bits, rotated), *args, **kwargs)
 
 
 # {method of Megatron's Attention: what takes its place}

@@ -14,7 +14,8 @@ import io
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_lowbit.adapters import megatron, patching
 from megatron_lowbit.adapters.megatron import attention, training
+from megatron_lowbit.adapters.megatron.apply import UNTIE
 from megatron_lowbit.adapters.megatron.layers import (
     LowBitColumnParallelLinear,
     LowBitLayerNormColumnParallelLinear,
@@ -127,7 +129,7 @@ def _unchanged_on_error(chunks: list[Any]) -> Iterator[None]:
             if modules:
                 patching.swap(chunk, modules)
                 bits = (getattr(module, "attention_bits", 16) for module in modules.values())
-                attention.quantize(chunk, min(bits))
+                attention.quantize(chunk, min(bits), _rotates(modules))
         raise
 
 
@@ -171,6 +173,9 @@ def shape_like(model: Any, folder: str | Path) -> Any:
     shapes = {key: tuple(tensor.global_shape) for key, tensor in found.items()}
     described = _described(folder, [key for key in shapes if key.endswith(".lowbit")], shapes)
     chunks = megatron.model_chunks(model)
+    rotated = any(tensor.shape[-1] == len(fields(Shape)) for tensor in described.values())
+    if rotated and "output_layer.weight" in found and chunks[0].share_embeddings_and_output_weights:
+        raise LowBitError(UNTIE)
     for chunk in chunks:
         patching.remove(chunk)
     if described:
@@ -179,7 +184,7 @@ def shape_like(model: Any, folder: str | Path) -> Any:
     replacements = [_empty_modules(chunk, shapes, described) for chunk in chunks]
     for chunk, (modules, bits) in zip(chunks, replacements, strict=True):
         patching.swap(chunk, modules)
-        attention.quantize(chunk, bits)
+        attention.quantize(chunk, bits, _rotates(modules))
     return model
 
 
@@ -193,6 +198,11 @@ def _described(folder: str | Path, keys: list[str], shapes: dict[str, tuple[int,
     }
     with _quiet():
         return dist_checkpointing.load(wanted, str(folder))
+
+
+def _rotates(modules: Mapping[str, nn.Module]) -> bool:
+    """Tell whether the attention around these layers rotates Q and K."""
+    return any(path.endswith("linear_qkv") and getattr(m, "rotated", None) for path, m in modules.items())
 
 
 class _Stored:
@@ -294,6 +304,8 @@ def _empty_modules(
             )
         if shape is not None:
             replacement.grouped, replacement.attention_bits = bool(shape.grouped), shape.attention_bits
+            replacement.rotated = None if shape.rotated is None else bool(shape.rotated)
+            shard.rotated = not column and bool(shape.rotated)
             plan = stored.empty_reassembly(inside, 1 if column else layout.tp_size)
             replacement.stores_reassembly = plan is not None
             if plan is not None and not plan.is_identity:

@@ -63,6 +63,9 @@ class _LowBitLayer:
     gated: bool  # rows are [gate_r | up_r]
     grouped: bool  # rows have several scales
     attention_bits: int  # of Q, K and V, kept here for distributed checkpoints
+    rotated: (
+        bool | None
+    )  # a row's input, and of linear_qkv Q and K; None: nothing of the artifact is, or it is no artifact
     stores_reassembly: bool  # some layer of this role reassembles its own input
     plans: dict[int, Any]  # for distributed checkpoints: SitePlans by tp_size; of a column {1: Codec of its gather}
     weight_loaded = False  # with the state dict that is being loaded
@@ -74,7 +77,7 @@ class _LowBitLayer:
         """Set the state before anything is quantized."""
         self.low_bit, self.recipe, self.plans, self.row_sums = None, self.default_recipe, {}, None
         self.gated, self.grouped, self.attention_bits, self.stores_reassembly = gated, False, 16, False
-        self.held = False
+        self.held, self.rotated = False, None
         megatron_training.mark_unreported(self)
 
     def adopt(self, host: nn.Module, low_bit: nn.Module, gated: bool = False) -> None:

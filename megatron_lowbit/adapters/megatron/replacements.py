@@ -10,8 +10,9 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from megatron_lowbit.adapters import patching
+from megatron_lowbit.adapters import patching, rotated
 from megatron_lowbit.adapters.megatron.layers import (
     LowBitColumnParallelLinear,
     LowBitLayerNormColumnParallelLinear,
@@ -66,7 +67,9 @@ class Replacements:
                 modules[path] = self._column(self.checkpoint, layer, role, host)
             elif (gather := self._gather(self._parts(layer, role)[0], host)) is not None:
                 modules[path] = self._dense_column(role, host, gather)
-        return modules | (self._norms(self.checkpoint) if self.checkpoint is not None else {})
+        if self.checkpoint is None:
+            return modules
+        return modules | self._norms(self.checkpoint) | self._rotated_rest(self.checkpoint)
 
     def _column(self, checkpoint: LowBitCheckpoint, layer: int, role: Role, host: Any) -> nn.Module:
         names, rows = self._parts(layer, role), self.layout.rank_rows(role, self.rank)
@@ -83,6 +86,9 @@ class Replacements:
         replacement = kind.from_host(host, linear, gated, gather, threshold)
         replacement.grouped = weight.scale.shape[1] > 1
         replacement.attention_bits = checkpoint.attention_bits if role == "linear_qkv" else 16
+        if checkpoint.rotation is not None:
+            replacement.rotated = role == "linear_qkv" and checkpoint.rotation.attention
+            self._rotate_bias(replacement, names, rows)
         replacement.stores_reassembly = any_layer(checkpoint.reassembly, names[0]) or (
             by_linear and any_layer(checkpoint.reassembly, norm)
         )
@@ -113,12 +119,48 @@ class Replacements:
         if self.checkpoint is not None:
             replacement.grouped = self.checkpoint.linears[name].scale.shape[1] > 1
             replacement.stores_reassembly = any_layer(self.checkpoint.reassembly, name)
+            if self.checkpoint.rotation is not None:
+                replacement.rotated = name in self.checkpoint.rotation.inputs
+                self._rotate_bias(replacement, (name,), None)
             rank = self._branch_rank(role)
             if rank is not None:
                 given = None if shard.lora_a is None else LowRank(shard.lora_a, shard.lora_b)
                 branch = filled_branch(given, rank, shard.in_features, shard.out_features)
                 shard.lora_a, shard.lora_b = branch.lora_a, branch.lora_b
         return replacement
+
+    def _rotate_bias(self, layer: Any, names: Sequence[str], rows: Tensor | None) -> None:
+        """Give a layer its rows (None: all) of the biases of a rotated checkpoint, where there are any: Megatron has
+        biases of zeros where the model has none."""
+        assert self.checkpoint is not None
+        stored = [self.checkpoint.tensors.get(f"{name}.bias") for name in names]
+        found = [tensor for tensor in stored if tensor is not None]
+        if layer.bias is None or len(found) < len(names):
+            return
+        whole = torch.cat(found)
+        rotated.put(layer, "bias", whole if rows is None else whole[rows])
+
+    def _rotated_rest(self, checkpoint: LowBitCheckpoint) -> dict[str, nn.Module]:
+        """Make the embedding, the final norm and the output projection of a checkpoint whose residual stream is
+        rotated: this rank's words."""
+        modules: dict[str, nn.Module] = {}
+        if checkpoint.rotation is None or not checkpoint.rotation.residual:
+            return modules
+        base = self.prefix.rpartition(".")[0]
+        places = {"embedding.word_embeddings": f"{base}.embed_tokens.weight"} if self.model.pre_process else {}
+        if self.model.post_process:
+            places |= {"decoder.final_layernorm": f"{base}.norm.weight", "output_layer": "lm_head.weight"}
+        for path, name in places.items():
+            host, stored = self.model.get_submodule(path), checkpoint.tensors.get(name)
+            if stored is None:
+                raise LowBitError(f"the checkpoint has no {name}; quantize this model again")
+            if stored.ndim == 2:
+                rows = host.weight.shape[0]
+                whole = F.pad(stored, (0, 0, 0, rows * self.layout.tp_size - len(stored)))
+                stored = whole[self.rank * rows : (self.rank + 1) * rows]
+            modules[path] = rotated.shallow_copy(host)
+            rotated.put(modules[path], "weight", stored)
+        return modules
 
     def _reassembling_linears(self) -> set[Role]:
         """Return the column-parallel roles that reassemble their own input, because the norm before them cannot in some

@@ -8,7 +8,8 @@
              plan_tp<N>.*                                     SitePlan.tensors, of what N ranks send: whole, for every N
                                                               of the artifact; N = 1: Codec.tensors, of the all-gather
                                                               before a column
-             lowbit                                           int64 [6]: see Shape; tells a reader what to allocate
+             lowbit                                           int64 [6], of a rotated artifact [7]: see Shape; tells a
+                                                              reader what to allocate
 
 Keys are Megatron's own with these names in place of `weight`, so layers of equal shape are stacked as Megatron stacks
 them. A row-parallel rank stores whole bytes: where its share of the inputs ends inside one, saving is refused.
@@ -46,9 +47,10 @@ class Shape:
     width: int  # inputs after reassembly
     grouped: int  # whether a row of the weight has several scales
     attention_bits: int  # of Q, K and V; on linear_qkv
+    rotated: int | None = None  # whether a row's input is, and of linear_qkv Q and K; None: not a rotated artifact
 
     def tensor(self) -> Tensor:
-        return torch.tensor(astuple(self))
+        return torch.tensor([value for value in astuple(self) if value is not None])
 
 
 def quantized_linear(layer: Any) -> QuantLinear | None:
@@ -66,6 +68,7 @@ def shape_of(layer: Any, linear: QuantLinear) -> Shape:
         linear.in_features * ranks,
         int(layer.grouped),
         layer.attention_bits,
+        None if layer.rotated is None else int(layer.rotated),
     )
 
 
