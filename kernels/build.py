@@ -19,6 +19,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
@@ -35,6 +36,9 @@ HEADERS = sorted(_FOLDER.glob("*.h"))
 # No fast-math and no fused multiply-add: results are those of the torch reference.
 FLAGS = ["-std=c++17", "-O2", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
 FLAGS += ["-shared", "-fPIC", "-w"]
+# For a compiler that hangs. A minute and a half of computing is enough, and on a busy machine that takes several times
+# as long.
+SECONDS = 900
 _kept_open: list[int] = []  # the loader knows a library by its name, here the number of its descriptor
 
 
@@ -138,13 +142,30 @@ def _compiler() -> list[str]:
 
 
 def _run(command: list[str]) -> str:
+    """Return what a command prints. Raises RuntimeError where it fails or takes longer than SECONDS."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
     except OSError as error:  # not to be taken for a cache that cannot be written
         raise RuntimeError(f"{command[0]} does not run ({error.strerror})") from error
-    if done.returncode:
-        raise RuntimeError(f"{command[0]} failed with status {done.returncode} {done.stderr.strip()}".strip())
-    return done.stdout
+    with process:
+        try:
+            output, errors = process.communicate(timeout=SECONDS)
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what it has started: c++ has cc1plus compile
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise RuntimeError(f"{command[0]} took longer than {SECONDS} s") from error
+            raise
+    if process.returncode:
+        raise RuntimeError(f"{command[0]} failed with status {process.returncode} {errors.strip()}".strip())
+    return output
 
 
 @contextlib.contextmanager

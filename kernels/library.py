@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import subprocess
 import threading
 from typing import Any
 
@@ -63,7 +62,7 @@ class Library:
                     getattr(library, name).argtypes = types
                     getattr(library, name).restype = self.results.get(name, ctypes.c_int)
                 self.loaded.append(library)
-            except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            except (OSError, RuntimeError) as error:
                 self.loaded.append(error)
                 if mode != "cpu":
                     logger.warning("CPU kernels: %s; the slower torch reference runs", _one_line(error))

@@ -63,8 +63,8 @@ class Object(NamedTuple):
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Keep launches instead of making them."""
+def recorded(target: str) -> Iterator[list[Launch]]:
+    """Keep launches instead of making them: those that a device of the target would get."""
     launches: list[Launch] = []
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **more: Any) -> None:
@@ -73,11 +73,12 @@ def recorded() -> Iterator[list[Launch]]:
         options = {name: value for name, value in more.items() if name not in self.arg_names}
         launches.append(Launch(self, arguments, options))
 
-    before, JITFunction.run = JITFunction.run, run
+    before = JITFunction.run, triton_linear.HIP
+    JITFunction.run, triton_linear.HIP = run, TARGETS[target].backend == "hip"
     try:
         yield launches
     finally:
-        JITFunction.run = before
+        JITFunction.run, triton_linear.HIP = before
 
 
 def compiled(launch: Launch, target: GPUTarget) -> Any:
@@ -195,16 +196,12 @@ def launches(target: str) -> dict[str, Launch]:
         "hybrid per-token": lambda: hybrid(True),
         "hybrid static 4100 wide": lambda: hybrid(False, 4100),
     }
-    found, before = {}, triton_linear.HIP
-    triton_linear.HIP = TARGETS[target].backend == "hip"
-    try:
-        for name, call in calls.items():
-            with recorded() as made:
-                call()
-            for launch in made:
-                found[f"{name}: {launch.kernel.__name__.removesuffix('_kernel')}"] = launch
-    finally:
-        triton_linear.HIP = before
+    found = {}
+    for name, call in calls.items():
+        with recorded(target) as made:
+            call()
+        for launch in made:
+            found[f"{name}: {launch.kernel.__name__.removesuffix('_kernel')}"] = launch
     return found
 
 

@@ -88,18 +88,12 @@ def test_every_tile_that_is_tried(target):
 
     from megatron_lowbit.kernels import gpu_tiles, triton_linear
 
-    for bits, act_bits, groups, tokens in (
-        (4, 8, 1, 15),
-        (4, 8, 1, 1024),
-        (4, 8, 8, 1024),
-        (4, 16, 1, 16),
-        (4, 16, 1, 1024),
-    ):
+    for bits, act_bits, groups, tokens in TRIED:
         x = torch.empty((tokens, 4096), dtype=torch.bfloat16, device="meta")
         shape = triton_linear.problem(x, torch.empty((4096, 1), device="meta"), bits, act_bits, groups)
         tried = gpu_tiles.candidates(shape, tokens)
         for tile in tried:
-            with gpu_objects.recorded() as made:
+            with gpu_objects.recorded(target) as made:
                 gpu_objects.linear(tokens, bits, act_bits, act_groups=groups, tile=tile)
             product = next(launch for launch in made if "PER" in launch.arguments and "ACC" in launch.arguments)
             found = gpu_objects.read(gpu_objects.compiled(product, gpu_objects.TARGETS[target]))

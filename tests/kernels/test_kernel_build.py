@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,27 @@ def test_a_killed_build_leaves_nothing(cache, monkeypatch):
     assert len(list(cache.glob(".hybrid-*.tmp"))) == 1
     assert build.load("hybrid").answer() == 42
     assert sorted(path.name for path in cache.iterdir()) == [built(cache)[0].name, "lock"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
+def test_a_compiler_that_hangs(cache, tmp_path, monkeypatch):
+    """It is ended with what it has started, and the error says so."""
+    compiler, started = tmp_path / "hangs", tmp_path / "started"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit\nsleep 120 &\necho $! > {started}\nwait\n')
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(build, "SECONDS", 5)
+    with pytest.raises(RuntimeError, match="hangs took longer than 5 s"):
+        build.load("hybrid")
+    deadline = time.monotonic() + 60
+    while not ended(int(started.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def ended(process: int) -> bool:
+    """Return whether a process is no more, or a zombie that its parent has still to collect."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
