@@ -4,9 +4,9 @@ The input of a row-parallel linear is cut into weights.shard_groups equal slices
 own, and a rank of N holds 1 / N of them: N has to divide their number. Models with 32 heads run on 2, 4 or 8 ranks and
 8 slices serve them all. A model with 9 heads runs on 3, which 8 does not divide.
 
-Finer slices cost a scale each and lose less to outliers; results are about the same from 6 to 12, so the number is the
-one nearest to 8 that serves the sizes and divides the model's widths. Slices need not hold whole heads: they are cut
-after the attention. 6 slices of SmolLM2's 9 x 64 features are a head and a half each.
+Finer slices cost a scale each and lose less to outliers, so the number is the one nearest to 8 that serves the sizes
+and divides the model's widths. Slices need not hold whole heads: what they cut is the attention's output. 6 slices of
+SmolLM2's 9 x 64 features are a head and a half each; only 3 would hold whole ones there and divide its MLP too.
 """
 
 from __future__ import annotations

@@ -68,10 +68,7 @@ def test_a_scheme_gives_what_its_own_file_gave(name):
     expected = BEFORE["common"] | BEFORE["models"].get(model, {}) | BEFORE["files"][name]
     assert expected.pop("comm.scale") == "rank1", "the first name of per_token"
     expected["comm.scale"] = "per_token"
-    # None chooses for the model; that it chooses the same for these is in test_tp_sizes.py.
-    assert expected.pop("weights.shard_groups") == 8
-    if expected["comm.tp_sizes"] == [2, 4, 8]:
-        expected["comm.tp_sizes"] = None
+    assert expected.pop("weights.shard_groups") == 8, "none now chooses it: test_tp_sizes.py"
     folder = CONFIGS[0].parent
     before = resolved(folder / f"{name}.yaml")
     assert {key: before[key] for key in expected} == expected

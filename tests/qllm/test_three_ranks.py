@@ -95,11 +95,13 @@ def test_calibrate(engine, model, tmp_path):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_parity(engine, model, artifact, tmp_path):
     """Float32 sums are exact, so three ranks make the tokens of one, and under communication those of three virtual
-    ones."""
+    ones. Not with sums in bf16: gloo adds three values in an order of its own, and a rounding moves 4-bit codes."""
     (tmp_path / "prompts.txt").write_text("def f(x):\n\nimport os\n")
     use = [f"model={model}", f"artifact={artifact}", f"prompts={tmp_path / 'prompts.txt'}", "max_new_tokens=4"]
     there("parity", *use, f"engines=[huggingface, {engine}]", "tp_sizes=[3]", f"output_dir={tmp_path}")
-    for row in rows(tmp_path, "parity"):
+    compared = [row for row in rows(tmp_path, "parity") if row["name"] != "W4A4 + bf16"]
+    assert {row["name"] for row in compared} == {"full precision", "W4A4", "W4A4 + hybrid"}
+    for row in compared:
         assert row["prompts_equal"] == row["prompts"] == 2, row
     assert {row["tp"] for row in rows(tmp_path, "parity") if row["engine"] == engine} == {1, 3}
 
