@@ -363,6 +363,19 @@ def test_ranks_write_the_same_files(tp, tmp_path):
     assert files(quantize(tmp_path / "many", "model=embedded", *SETTINGS, f"tp={tp}")) == files(one)
 
 
+def test_both_methods_round_the_same_weights(tmp_path):
+    """One rotates block by block as it reads them, the other a whole model in memory."""
+    qllm = LowBitCheckpoint.load(quantize(tmp_path / "qllm", "model=embedded", *SETTINGS))
+    plain = ["model=embedded", "weights.scheme=W4A4", "weights.attention=true", "weights.method=rtn"]
+    rtn = LowBitCheckpoint.load(quantize(tmp_path / "rtn", *plain, "weights.rotation=hadamard"))
+    assert rtn.rotation == qllm.rotation and rtn.attention_bits == qllm.attention_bits == 4
+    for name, weight in qllm.linears.items():
+        assert torch.equal(rtn.linears[name].packed_weight, weight.packed_weight), name
+        assert torch.equal(rtn.linears[name].scale, weight.scale), name
+    other = LowBitCheckpoint.load(quantize(tmp_path / "plain", *plain))
+    assert not any(torch.equal(other.linears[name].packed_weight, w.packed_weight) for name, w in rtn.linears.items())
+
+
 def test_three_ranks_write_the_same_files(model_folder, tmp_path):
     settings = [f"model={model_folder}", *SETTINGS, "weights.shard_groups=3", "comm.tp_sizes=[3]"]
     one = quantize(tmp_path / "one", *settings)
