@@ -195,6 +195,8 @@ MODES = {
     "attention in full precision": ["weights.attention=false"],
     "groups of weights": ["weights.group_size=16", "weights.symmetric=true"],
     "weights alone": ["weights.scheme=W4A16"],
+    "rotated": ["weights.rotation=hadamard"],
+    "rotated, weights alone": ["weights.rotation=hadamard", "weights.scheme=W4A16"],
     "through communication": ["correction.through_communication=true", "comm.allocation=uniform", "virtual_tp=2"],
 }
 
