@@ -88,6 +88,12 @@ class WeightsConfig(FrozenConfig):
     """input features that share a weight scale; none: one scale per output channel"""
     symmetric: bool = False
     """weights without a zero point"""
+    clipping: Literal["none", "mse"] = "none"
+    """ranges of weights. none: from the smallest to the largest; mse: narrower, where the squared error is smaller,
+    weighted by the input's size with method=qllm"""
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    """codes of weights. nearest: each by itself; gptq: each makes up for the error of those before it
+    (arXiv 2210.17323; method=qllm)"""
     shard_groups: int = Field(8, ge=1)
     """equal slices of a row-parallel input, each with its own activation scale: a multiple of every tp size used"""
     attention: bool | None = None

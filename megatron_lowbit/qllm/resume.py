@@ -28,7 +28,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_lowbit.comm.plan import CalibrationStats, Ranges
-from megatron_lowbit.config import CalibrateConfig, LowBitError, QuantizeConfig, RatesConfig, defaults
+from megatron_lowbit.config import CalibrateConfig, LowBitError, QuantizeConfig, RatesConfig, WeightsConfig, defaults
 from megatron_lowbit.io.files import (
     SEAL,
     check_seal,
@@ -64,6 +64,9 @@ class State:
         values = {key: value for key, value in defaults(config).items() if key not in _FREE_KEYS}
         if values["comm.scale"] == "per_token":
             values["comm.scale"] = "rank1"  # its first name: states and names of parts stay what they were
+        for key in ("clipping", "rounding"):  # later than the first states
+            if values.get(f"weights.{key}") == getattr(WeightsConfig(), key):
+                del values[f"weights.{key}"]
         self.settings: dict[str, Any] = json.loads(json.dumps({"stage": stage, "state": STATE, **values, **inputs}))
 
     def found(self, *keys: str) -> dict[str, Any] | None:

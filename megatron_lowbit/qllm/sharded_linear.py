@@ -27,12 +27,15 @@ from megatron_lowbit.quant.affine import (
     LowRank,
     QuantizedWeight,
     Scheme,
-    choose_qparams,
+    dequantize,
     fake_quantize,
     fake_quantize_with,
     qparams_from_range,
     quantize,
+    value_range,
 )
+from megatron_lowbit.quant.clipping import best_ratios
+from megatron_lowbit.quant.gptq import InverseFactor, gptq_codes
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 from megatron_lowbit.runtime.distributed import all_gather_stack, all_gather_values, group_rank, world_size
 
@@ -68,16 +71,18 @@ class ShardedLinear(nn.Module):
         self.lora_shared: nn.Parameter | None = None
         self.lora_shards: nn.ParameterList | None = None
         self.branch = False
+        self.ratios: list[Tensor] | None = None  # of each shard's ranges to those of its weights (clipping.py)
         self._active: list[ReassemblyPlan | None] = []  # the plans that do anything
+        self._codes: list[tuple[Tensor, Tensor, Tensor]] | None = None  # with scale, zero point: as GPTQ chose
         self._frozen: list[Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self.effective_weights()
         count = len(weights)
         if self.kind == "column":
-            inputs: Sequence[Tensor] = replicate(self._prepare(x, 0), count, self.tp_group)
+            inputs: Sequence[Tensor] = replicate(self.prepare_input(x, 0), count, self.tp_group)
         else:
-            inputs = [self._prepare(x_s, s) for s, x_s in enumerate(x.chunk(count, -1))]
+            inputs = [self.prepare_input(x_s, s) for s, x_s in enumerate(x.chunk(count, -1))]
         parts = [F.linear(x_s, w_s.to(x.dtype)) for x_s, w_s in zip(inputs, weights, strict=True)]
         if self.quantized and self.branch:
             parts = [y + low for y, low in zip(parts, self._branch(inputs), strict=True)]
@@ -90,11 +95,44 @@ class ShardedLinear(nn.Module):
         self.plans = list(plans)
         self._active = [None if plan.is_identity else plan for plan in plans]
         self.hp_weights = self._reassembled(plans)
-        self._frozen = None
+        self._frozen = self._codes = None
 
     def quantize(self, scheme: Scheme, config: WeightsConfig) -> None:
         """Compute with quantized weights and activations from here on."""
         self.scheme, self.config, self.quantized = scheme, config, True
+
+    @torch.no_grad()
+    def clip(self, importance: Sequence[Tensor]) -> None:
+        """Narrow the weights' ranges where that lowers the error (clipping.py), for good. A collective call over
+        tp_group.
+
+        importance: the squares of the inputs, summed over tokens, float64 [in] of all inputs (column) or of each shard.
+        """
+        weights, bits, symmetric = self.corrected(), self.scheme.weight_bits, self.config.symmetric
+        ranges = self._ranges(weights, self.config)
+        if self._ranges_span_shards(self.config):
+            shared = best_ratios(
+                weights, *ranges[0], bits, symmetric, importance, lambda errors: ordered_sum(errors, self.tp_group)
+            )
+            self.ratios = [shared] * len(weights)
+        else:
+            each = list(importance) * len(weights) if self.kind == "column" else importance
+            self.ratios = [
+                best_ratios([w], *pair, bits, symmetric, [d]) for w, pair, d in zip(weights, ranges, each, strict=True)
+            ]
+
+    @torch.no_grad()
+    def round_by_gptq(self, factors: Sequence[InverseFactor]) -> None:
+        """Choose the codes of the corrected weights by GPTQ, for good: one factor of all inputs (column), or one per
+        shard."""
+        weights, bits = self.corrected(), self.scheme.weight_bits
+        per_shard = list(factors) * len(weights) if self.kind == "column" else factors
+        qparams = self._qparams(weights, bits, self.config, self.ratios)
+        self._codes = [
+            (gptq_codes(w, *pair, bits, factor), *pair)
+            for w, pair, factor in zip(weights, qparams, per_shard, strict=True)
+        ]
+        self.freeze()
 
     def add_low_rank(self, rank: int, branch: bool, generator: torch.Generator) -> list[nn.Parameter]:
         """Create A (uniform, variance 1 / (3 in)) and B (zero); returns them as this rank trains them."""
@@ -114,7 +152,7 @@ class ShardedLinear(nn.Module):
         self.lora_shards = nn.ParameterList(nn.Parameter(shard) for shard in shards)
         self.branch = branch
         if not branch:
-            self._frozen = None
+            self._frozen = self._codes = None
         return [self.lora_shared, *self.lora_shards]
 
     def drop_low_rank(self) -> None:
@@ -138,11 +176,13 @@ class ShardedLinear(nn.Module):
             return self._frozen
         if not self.quantized:
             return self.hp_weights
-        return self._fake_quantized(self.corrected(), self.scheme.weight_bits, self.config)
+        if self._codes is not None:
+            return [dequantize(*codes) for codes in self._codes]
+        return self._fake_quantized(self.corrected(), self.scheme.weight_bits, self.config, self.ratios)
 
     @torch.no_grad()
     def weights_under(self, plans: Sequence[ReassemblyPlan], scheme: Scheme, config: WeightsConfig) -> list[Tensor]:
-        """Return what the shards would multiply with, reassembled and quantized; the linear stays as it is.
+        """Return what the shards would multiply with, reassembled and rounded to nearest; the linear stays as it is.
 
         plans: one of all inputs (column), or one per shard (row). A collective call over tp_group.
         """
@@ -153,8 +193,10 @@ class ShardedLinear(nn.Module):
         per_shard = list(plans) * len(self.hp_weights) if self.kind == "column" else plans
         return [plan.weights(w) for plan, w in zip(per_shard, self.hp_weights, strict=True)]
 
-    def _fake_quantized(self, weights: Sequence[Tensor], bits: int, config: WeightsConfig) -> list[Tensor]:
-        qparams = self._qparams(weights, bits, config)
+    def _fake_quantized(
+        self, weights: Sequence[Tensor], bits: int, config: WeightsConfig, ratios: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        qparams = self._qparams(weights, bits, config, ratios)
         return [fake_quantize_with(w, *pair, bits) for w, pair in zip(weights, qparams, strict=True)]
 
     def corrected(self) -> list[Tensor]:
@@ -176,7 +218,8 @@ class ShardedLinear(nn.Module):
         factors = [(_bf16(a, x_s), _bf16(b, x_s)) for (a, b), x_s in zip(self._factors(), inputs, strict=True)]
         return [F.linear(F.linear(x_s, a), b) for x_s, (a, b) in zip(inputs, factors, strict=True)]
 
-    def _prepare(self, x: Tensor, shard: int) -> Tensor:
+    def prepare_input(self, x: Tensor, shard: int) -> Tensor:
+        """Return what a shard multiplies: its input reassembled and quantized, unless the norm before has done that."""
         if not self.quantized or self.prepared:
             return x
         return prepare(x, self._active[shard] if self._active else None, self.scheme.act_bits)
@@ -191,31 +234,46 @@ class ShardedLinear(nn.Module):
         return ordered_sum(parts, None)
 
     @torch.no_grad()
-    def _qparams(self, weights: Sequence[Tensor], bits: int, config: WeightsConfig) -> list[tuple[Tensor, Tensor]]:
-        """Return (scale, zero_point) of each shard; a row-parallel weight has one per output channel for all shards."""
-        symmetric, group_size = config.symmetric, config.group_size
-        if self.kind == "column" or group_size is not None:
-            return [choose_qparams(w, bits, symmetric, group_size) for w in weights]
+    def _qparams(
+        self, weights: Sequence[Tensor], bits: int, config: WeightsConfig, ratios: Sequence[Tensor] | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return (scale, zero_point) of each shard."""
+        ranges = self._ranges(weights, config)
+        if ratios is not None:
+            ranges = [(low * ratio, high * ratio) for (low, high), ratio in zip(ranges, ratios, strict=True)]
+        return [qparams_from_range(*pair, bits, config.symmetric) for pair in ranges]
+
+    def _ranges_span_shards(self, config: WeightsConfig) -> bool:
+        """Tell whether all shards share one scale per output channel."""
+        return self.kind == "row" and config.group_size is None
+
+    @torch.no_grad()
+    def _ranges(self, weights: Sequence[Tensor], config: WeightsConfig) -> list[tuple[Tensor, Tensor]]:
+        """Return (smallest, largest) weight of each shard's channels and groups, or of those of all shards together."""
+        if not self._ranges_span_shards(config):
+            return [value_range(w, config.group_size) for w in weights]
         low = torch.stack([w.amin(1, keepdim=True) for w in weights]).amin(0).float()
         high = torch.stack([w.amax(1, keepdim=True) for w in weights]).amax(0).float()
         if self.tp_group is not None:
             dist.all_reduce(low, dist.ReduceOp.MIN, self.tp_group)
             dist.all_reduce(high, dist.ReduceOp.MAX, self.tp_group)
-        return [qparams_from_range(low, high, bits, symmetric)] * len(weights)
+        return [(low, high)] * len(weights)
 
     @torch.no_grad()
     def packed(self) -> QuantizedWeight:
         """Return the whole (unsharded) quantized weight; a collective call over tp_group."""
         bits = self.scheme.weight_bits
         weights = self.corrected()
-        qparams = self._qparams(weights, bits, self.config)
         if any(not torch.isfinite(w).all() for w in weights):
             raise LowBitError(f"{self.name} holds NaN or Inf after the correction; lower correction.learning_rate")
-        codes = [quantize(w, *q, bits) for w, q in zip(weights, qparams, strict=True)]
+        if self._codes is None:
+            qparams = self._qparams(weights, bits, self.config, self.ratios)
+            codes = [quantize(w, *pair, bits) for w, pair in zip(weights, qparams, strict=True)]
+            scales, zeros = ([pair[i] for pair in qparams] for i in (0, 1))
+        else:
+            codes, scales, zeros = ([chosen[i] for chosen in self._codes] for i in (0, 1, 2))
         dim = 0 if self.kind == "column" else 1
-        grouped = self.config.group_size is not None
-        scales, zeros = ([q[i] for q in qparams] for i in (0, 1))
-        if dim == 1 and not grouped:
+        if self._ranges_span_shards(self.config):
             scale, zero_point = scales[0], zeros[0]
         else:
             scale, zero_point = (self._whole(tensors, dim) for tensors in (scales, zeros))
