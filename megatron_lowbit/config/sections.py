@@ -88,9 +88,9 @@ class WeightsConfig(FrozenConfig):
     """input features that share a weight scale; none: one scale per output channel"""
     symmetric: bool = False
     """weights without a zero point"""
-    clipping: Literal["none", "mse"] = "none"
-    """ranges of weights. none: from the smallest to the largest; mse: narrower, where the squared error is smaller,
-    weighted by the input's size with method=qllm"""
+    clipping: Literal["none", "mse", "learned"] = "none"
+    """ranges. none: from the smallest to the largest value; mse: of weights, narrower where the squared error is
+    smaller, weighted by the input's size with method=qllm; learned: trained with a merged correction"""
     rounding: Literal["nearest", "gptq"] = "nearest"
     """codes of weights. nearest: each by itself; gptq: each makes up for the error of those before it
     (arXiv 2210.17323; method=qllm)"""
@@ -237,6 +237,8 @@ class CorrectionConfig(FrozenConfig):
     """windows per step, of all data-parallel ranks together"""
     learning_rate: float = Field(5e-3, gt=0, allow_inf_nan=False)
     """learning rate of AdamW at the first step; it falls linearly to 0"""
+    clipping_rate: float = Field(5e-2, gt=0, allow_inf_nan=False)
+    """weights.clipping=learned: learning rate of the ranges"""
     train_norms: bool = False
     """also train the gains of the blocks' norms"""
     through_communication: bool = False

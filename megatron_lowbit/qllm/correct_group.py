@@ -44,7 +44,7 @@ def correct_group(
     stored_dtype: torch.dtype,
     log: Callable[..., Any],
 ) -> CorrectionResult:
-    """Add A and B to the group's rounded linears and train them (and the norms' gains, if asked), in place.
+    """Add A and B to the group's rounded linears and train them (and gains and ranges, if asked), in place.
 
     inputs, target: see above. stored_dtype: what gains are stored in.
     log: called with epoch= and correction_loss= after every epoch. Does nothing for correction.mode=none. Raises
@@ -60,6 +60,8 @@ def correct_group(
     before = group_loss(group, share, inputs, target)
     for linear in linears if section.mode == "merged" else ():  # beside a branch the weights stay
         linear.unfreeze()
+    learned = config.weights.clipping == "learned"
+    clipping = [logits for linear in linears for logits in linear.add_clipping()] if learned else []
     step, steps = training_steps(group, share, inputs, target, section.batch_size)
     seed = (config.seed * 1_000_003 + group.blocks[0].index) % 2**63
     epochs = itertools.count()
@@ -67,7 +69,7 @@ def correct_group(
     def log_epoch(loss: float) -> None:
         log(epoch=next(epochs), correction_loss=loss)
 
-    losses = train(parameters, step, steps, section, seed, share.dp_group, log_epoch)
+    losses = train(parameters, step, steps, section, seed, share.dp_group, log_epoch, clipping)
     for norm in norms:
         norm.gain.data = (norm.gain.data - norm.offset).to(stored_dtype).float() + norm.offset  # as it will be deployed
     for linear in linears:

@@ -65,14 +65,19 @@ def train(
     seed: int,
     dp_group: dist.ProcessGroup | None,
     log: Callable[[float], Any],
+    clipping: Sequence[nn.Parameter] = (),
 ) -> list[float]:
     """Minimise the group's error; returns the mean loss of every epoch.
 
     step(number) yields (output, target, mask, count) for each of this rank's windows of batch `number` of an epoch's
     `steps`: [1, length, hidden] twice, bool [1, length], and how many values of all ranks' windows the loss is a mean
-    over. Raises LowBitError where the loss is no longer finite.
+    over. clipping: the logits of ranges, which are trained too, at a rate of their own. Raises LowBitError where the
+    loss is no longer finite.
     """
     optimizer = make_optimizer(parameters, config.learning_rate)
+    if clipping:
+        optimizer.add_param_group({"params": list(clipping), "lr": config.clipping_rate, "weight_decay": 0.0})
+    parameters = [*parameters, *clipping]
     total = config.epochs * steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / total)
     generator = torch.Generator().manual_seed(seed)

@@ -36,10 +36,12 @@ from megatron_lowbit.quant.affine import (
 )
 from megatron_lowbit.quant.clipping import best_ratios
 from megatron_lowbit.quant.gptq import InverseFactor, gptq_codes
+from megatron_lowbit.quant.learned_clipping import FIRST_LOGIT, fake_quantize_trained, qparams_of_trained
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 from megatron_lowbit.runtime.distributed import all_gather_stack, all_gather_values, group_rank, world_size
 
 Kind = Literal["column", "row"]
+Ratios = tuple[Tensor, Tensor]  # of the lower and the upper end of ranges, each [out, groups]
 
 
 class ShardedLinear(nn.Module):
@@ -71,7 +73,8 @@ class ShardedLinear(nn.Module):
         self.lora_shared: nn.Parameter | None = None
         self.lora_shards: nn.ParameterList | None = None
         self.branch = False
-        self.ratios: list[Tensor] | None = None  # of each shard's ranges to those of its weights (clipping.py)
+        self.ratios: list[Ratios] | None = None  # of each shard's range to that of its weights (clipping.py)
+        self.clip_logits: nn.ParameterList | None = None  # of ratios that are trained (learned_clipping.py)
         self._active: list[ReassemblyPlan | None] = []  # the plans that do anything
         self._codes: list[tuple[Tensor, Tensor, Tensor]] | None = None  # with scale, zero point: as GPTQ chose
         self._frozen: list[Tensor] | None = None
@@ -114,12 +117,23 @@ class ShardedLinear(nn.Module):
             shared = best_ratios(
                 weights, *ranges[0], bits, symmetric, importance, lambda errors: ordered_sum(errors, self.tp_group)
             )
-            self.ratios = [shared] * len(weights)
+            found = [shared] * len(weights)
         else:
             each = list(importance) * len(weights) if self.kind == "column" else importance
-            self.ratios = [
+            found = [
                 best_ratios([w], *pair, bits, symmetric, [d]) for w, pair, d in zip(weights, ranges, each, strict=True)
             ]
+        self.ratios = [(ratio, ratio) for ratio in found]
+
+    def add_clipping(self) -> list[nn.Parameter]:
+        """Create the logits of the ratios of both ends of every range, [2, out, groups] for each shard, or for all
+        shards where they share the scales; returns them as this rank trains them."""
+        ranges = self._ranges(self.corrected(), self.config)
+        logits = [torch.full_like(torch.stack(pair), FIRST_LOGIT) for pair in ranges]
+        spans = self._ranges_span_shards(self.config)
+        self.clip_logits = nn.ParameterList(nn.Parameter(values) for values in (logits[:1] if spans else logits))
+        self._frozen = self._codes = None
+        return list(self.clip_logits)
 
     @torch.no_grad()
     def round_by_gptq(self, factors: Sequence[InverseFactor]) -> None:
@@ -127,7 +141,7 @@ class ShardedLinear(nn.Module):
         shard."""
         weights, bits = self.corrected(), self.scheme.weight_bits
         per_shard = list(factors) * len(weights) if self.kind == "column" else factors
-        qparams = self._qparams(weights, bits, self.config, self.ratios)
+        qparams = self._qparams(weights, bits, self.config, self._ratios())
         self._codes = [
             (gptq_codes(w, *pair, bits, factor), *pair)
             for w, pair, factor in zip(weights, qparams, per_shard, strict=True)
@@ -156,8 +170,8 @@ class ShardedLinear(nn.Module):
         return [self.lora_shared, *self.lora_shards]
 
     def drop_low_rank(self) -> None:
-        """Forget A and B."""
-        self.lora_shared, self.lora_shards, self.branch = None, None, False
+        """Forget A and B, and the ratios that were trained with them."""
+        self.lora_shared, self.lora_shards, self.clip_logits, self.branch = None, None, None, False
         self.freeze()
 
     def freeze(self, weights: Sequence[Tensor] | None = None) -> None:
@@ -171,14 +185,19 @@ class ShardedLinear(nn.Module):
         self._frozen = None
 
     def effective_weights(self) -> list[Tensor]:
-        """Return what each shard multiplies with; differentiable in A and B."""
+        """Return what each shard multiplies with; differentiable in A, B and the ratios' logits."""
         if self._frozen is not None:
             return self._frozen
         if not self.quantized:
             return self.hp_weights
         if self._codes is not None:
             return [dequantize(*codes) for codes in self._codes]
-        return self._fake_quantized(self.corrected(), self.scheme.weight_bits, self.config, self.ratios)
+        weights, ratios, bits = self.corrected(), self._ratios(), self.scheme.weight_bits
+        if self.clip_logits is None or ratios is None:
+            return self._fake_quantized(weights, bits, self.config, ratios)
+        clipped = self._clipped_ranges(weights, self.config, ratios)
+        qparams = [qparams_of_trained(*pair, bits, self.config.symmetric) for pair in clipped]
+        return [fake_quantize_trained(w, *pair, bits) for w, pair in zip(weights, qparams, strict=True)]
 
     @torch.no_grad()
     def weights_under(self, plans: Sequence[ReassemblyPlan], scheme: Scheme, config: WeightsConfig) -> list[Tensor]:
@@ -194,7 +213,7 @@ class ShardedLinear(nn.Module):
         return [plan.weights(w) for plan, w in zip(per_shard, self.hp_weights, strict=True)]
 
     def _fake_quantized(
-        self, weights: Sequence[Tensor], bits: int, config: WeightsConfig, ratios: Sequence[Tensor] | None = None
+        self, weights: Sequence[Tensor], bits: int, config: WeightsConfig, ratios: Sequence[Ratios] | None = None
     ) -> list[Tensor]:
         qparams = self._qparams(weights, bits, config, ratios)
         return [fake_quantize_with(w, *pair, bits) for w, pair in zip(weights, qparams, strict=True)]
@@ -235,13 +254,29 @@ class ShardedLinear(nn.Module):
 
     @torch.no_grad()
     def _qparams(
-        self, weights: Sequence[Tensor], bits: int, config: WeightsConfig, ratios: Sequence[Tensor] | None
+        self, weights: Sequence[Tensor], bits: int, config: WeightsConfig, ratios: Sequence[Ratios] | None
     ) -> list[tuple[Tensor, Tensor]]:
         """Return (scale, zero_point) of each shard."""
-        ranges = self._ranges(weights, config)
-        if ratios is not None:
-            ranges = [(low * ratio, high * ratio) for (low, high), ratio in zip(ranges, ratios, strict=True)]
+        ranges = self._clipped_ranges(weights, config, ratios)
         return [qparams_from_range(*pair, bits, config.symmetric) for pair in ranges]
+
+    def _clipped_ranges(
+        self, weights: Sequence[Tensor], config: WeightsConfig, ratios: Sequence[Ratios] | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return the two ends of each shard's ranges; differentiable in the ratios."""
+        ranges = self._ranges(weights, config)
+        if ratios is None:
+            return ranges
+        return [(low * a, high * b) for (low, high), (a, b) in zip(ranges, ratios, strict=True)]
+
+    def _ratios(self) -> Sequence[Ratios] | None:
+        """Return the ratios of each shard's range to that of its weights, as they were trained or found; None: 1."""
+        if self.clip_logits is None:
+            return self.ratios
+        logits: Sequence[Tensor] = list(self.clip_logits)
+        if self._ranges_span_shards(self.config):
+            logits = replicate(logits[0], len(self.hp_weights), self.tp_group)
+        return [(ratio[0], ratio[1]) for ratio in (values.sigmoid() for values in logits)]
 
     def _ranges_span_shards(self, config: WeightsConfig) -> bool:
         """Tell whether all shards share one scale per output channel."""
@@ -267,7 +302,7 @@ class ShardedLinear(nn.Module):
         if any(not torch.isfinite(w).all() for w in weights):
             raise LowBitError(f"{self.name} holds NaN or Inf after the correction; lower correction.learning_rate")
         if self._codes is None:
-            qparams = self._qparams(weights, bits, self.config, self.ratios)
+            qparams = self._qparams(weights, bits, self.config, self._ratios())
             codes = [quantize(w, *pair, bits) for w, pair in zip(weights, qparams, strict=True)]
             scales, zeros = ([pair[i] for pair in qparams] for i in (0, 1))
         else:

@@ -33,8 +33,11 @@ def quantize_model(
         raise LowBitError(
             f"weights.scheme={config.scheme} quantizes no weights; choose W4A16, W4A8, W4A4, W6A6 or W8A8"
         )
-    if config.rounding == "gptq":
-        raise LowBitError("weights.rounding=gptq needs calibration text: set weights.method=qllm and calibration.data")
+    for key, value in (("rounding", "gptq"), ("clipping", "learned")):
+        if getattr(config, key) == value:
+            raise LowBitError(
+                f"weights.{key}={value} needs calibration text: quantize with weights.method=qllm and calibration.data"
+            )
     for name, parameter in model.named_parameters():
         if name.removesuffix(".weight") not in linears and not torch.isfinite(parameter).all():
             raise LowBitError(f"{name} holds NaN or Inf; repair the checkpoint before it is quantized")

@@ -10,9 +10,12 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_lowbit.config import WeightsConfig
+from megatron_lowbit.qllm.input_sums import gram, squares
 from megatron_lowbit.qllm.shard_groups import gather_shards, ordered_sum, replicate
 from megatron_lowbit.qllm.sharded_linear import ShardedLinear
 from megatron_lowbit.quant.affine import Scheme
+from megatron_lowbit.quant.gptq import InverseFactor
+from megatron_lowbit.runtime.distributed import all_gather_stack
 
 
 def group_of(size: int) -> dist.ProcessGroup | None:
@@ -54,6 +57,43 @@ def gathered_in_part(rank: int, size: int, shards: list[Tensor], used: int) -> l
     own = [shard.clone().requires_grad_() for shard in mine(shards, rank, size)]
     everything = gather_shards(own, group_of(size))
     return list(torch.autograd.grad((everything[used] * 2).sum(), own, allow_unused=True))
+
+
+def rounded(
+    rank: int, size: int, kind: str, weight: Tensor, x: Tensor, upstream: Tensor, shards: int, group_size: int | None
+) -> dict[str, Any]:
+    """A ShardedLinear clipped by mse, its ratios then trained, and its codes chosen by GPTQ: what it packs each time.
+
+    x, upstream: see linear. Every rank has all inputs; the Hessians are of those of its shards.
+    """
+    dim, group = (0, group_of(size)) if kind == "column" else (1, group_of(size))
+    own = mine([part.contiguous() for part in weight.chunk(shards, dim)], rank, size)
+    module = ShardedLinear("some_proj", kind, own, None, group)  # type: ignore[arg-type]
+    module.quantize(Scheme(4, 4), WeightsConfig(scheme="W4A4", group_size=group_size))
+    tokens = x.flatten(0, 1)
+    inputs = [tokens] if kind == "column" else mine(list(tokens.chunk(shards, 1)), rank, size)
+    packed: dict[str, list[Tensor]] = {}
+
+    def pack(name: str) -> None:
+        whole = module.packed()
+        packed[name] = [whole.packed_weight, whole.scale, whole.zero_point]
+        module.freeze()
+        seen = torch.cat(list(all_gather_stack(torch.cat(module.effective_weights(), dim), group)), dim)
+        assert torch.equal(seen, whole.dequantize()), "what is deployed is not what was computed with"
+
+    pack("nearest")
+    module.clip([squares(x_s) for x_s in inputs])
+    pack("clipped")
+    parameters = module.add_clipping()
+    with torch.no_grad():  # as if trained: another value in every place
+        for logits in parameters:
+            logits += torch.linspace(-3, 1, logits.numel()).view_as(logits)
+    y = module(x if kind == "column" else x.chunk(size, -1)[rank])
+    grads = torch.autograd.grad(y, parameters, upstream.chunk(size, -1)[rank] if kind == "column" else upstream)
+    pack("learned")
+    module.round_by_gptq([InverseFactor.of(gram(x_s)) for x_s in inputs])
+    pack("gptq")
+    return {"packed": packed, "grads": list(grads), "y": module(x if kind == "column" else x.chunk(size, -1)[rank])}
 
 
 def linear(
