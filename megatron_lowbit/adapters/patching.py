@@ -37,6 +37,7 @@ from megatron_lowbit.layers.linear import (
 )
 from megatron_lowbit.layers.reassembled_norm import ReassembledNorm
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
+from megatron_lowbit.quant.input_clipping import WHOLE
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 
 logger = logging.getLogger("megatron_lowbit")
@@ -274,7 +275,8 @@ def column_parallel(
     low_rank = checkpoint.low_rank.get(name)
     low_rank = None if low_rank is None else low_rank.shard_out(rank, size)
     plan = checkpoint.reassembly.get(name, plan)
-    return QuantLinear(weight, bias, checkpoint.scheme.act_bits, 1, plan, low_rank)
+    clip = checkpoint.clipping.get(name, WHOLE)
+    return QuantLinear(weight, bias, checkpoint.scheme.act_bits, 1, plan, low_rank, clip)
 
 
 def row_shard(checkpoint: LowBitCheckpoint | None, name: str, rank: int, size: int, dense: Tensor) -> nn.Module:
@@ -296,6 +298,7 @@ def row_shard(checkpoint: LowBitCheckpoint | None, name: str, rank: int, size: i
         max(groups // size, 1),
         None if plan is None else plan.shard(rank, size),
         None if low_rank is None else low_rank.shard_in(rank, size),
+        checkpoint.clipping.get(name, WHOLE),
     )
 
 

@@ -61,7 +61,9 @@ def correct_group(
     for linear in linears if section.mode == "merged" else ():  # beside a branch the weights stay
         linear.unfreeze()
     learned = config.weights.clipping == "learned"
+    ranges = group.input_ranges() if learned else []
     clipping = [logits for linear in linears for logits in linear.add_clipping()] if learned else []
+    clipping += [site.train_from(share.device) for site in ranges]
     step, steps = training_steps(group, share, inputs, target, section.batch_size)
     seed = (config.seed * 1_000_003 + group.blocks[0].index) % 2**63
     epochs = itertools.count()
@@ -72,6 +74,9 @@ def correct_group(
     losses = train(parameters, step, steps, section, seed, share.dp_group, log_epoch, clipping)
     for norm in norms:
         norm.gain.data = (norm.gain.data - norm.offset).to(stored_dtype).float() + norm.offset  # as it will be deployed
+    clips = [site.clip for site in ranges]
+    for site in ranges:
+        site.settle()
     for linear in linears:
         linear.freeze()
     after = group_loss(group, share, inputs, target)
@@ -80,6 +85,8 @@ def correct_group(
             linear.drop_low_rank()
         for norm, gain in zip(norms, rounded_gains, strict=True):
             norm.gain.data = gain
+        for site, clip in zip(ranges, clips, strict=True):
+            site.clip = clip
     return CorrectionResult(losses, before, after)
 
 

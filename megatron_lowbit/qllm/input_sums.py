@@ -53,9 +53,9 @@ def input_sums(
     totals: list[Tensor] = []
     for x, mask, _ in captured_inputs(block, group, forwards):
         for window, real in zip(x, mask, strict=True):
-            for s, x_s in enumerate(window[real].chunk(count, -1)):
+            for s, x_s in enumerate(linear.prepare_input(window[real].chunk(count, -1))):
                 # Window i was on rank i % ranks.
-                for part in all_gather_stack(statistic(linear.prepare_input(x_s, s)), dp_group):
+                for part in all_gather_stack(statistic(x_s), dp_group):
                     if len(totals) == s:
                         totals.append(torch.zeros_like(part))
                     totals[s] += part

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from megatron_lowbit.adapters.huggingface import attention
@@ -17,12 +17,14 @@ from megatron_lowbit.layers.reassembled_norm import ReassembledNorm, rms_gain
 from megatron_lowbit.qllm.block_group import Block, BlockGroup
 from megatron_lowbit.qllm.calibration_share import CalibrationShare
 from megatron_lowbit.qllm.hidden_stream import HiddenStream
+from megatron_lowbit.qllm.input_range import HeadRange, InputRange
 from megatron_lowbit.qllm.input_sums import gram, input_sums, squares
 from megatron_lowbit.qllm.low_rank import trains_norms
 from megatron_lowbit.qllm.search import Search
 from megatron_lowbit.qllm.sharded_linear import PreparedNorm, ShardedLinear
 from megatron_lowbit.quant.affine import Scheme
 from megatron_lowbit.quant.gptq import InverseFactor
+from megatron_lowbit.quant.input_clipping import HEADS
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 
 
@@ -104,7 +106,7 @@ class BlockRounder:
                 report.reassembled[name] = sum(len(plan.src_idx) - plan.in_features for plan in plans)
             self._quantize_linears(block, group, plans)
             if group.norm is not None:
-                self._quantize_norm_output(block, group.norm, name, None if plans is None else plans[0])
+                self._quantize_norm_output(block, group, name, None if plans is None else plans[0])
             if weights.clipping == "mse":
                 importance = input_sums(block.module, group, forwards(), squares, share.dp_group)
                 for linear in sharded(block, group):
@@ -113,7 +115,7 @@ class BlockRounder:
                 self._round_by_gptq(block, group, inputs)
             for linear in sharded(block, group):
                 linear.freeze()
-            attention.set_bits([block.module.get_submodule(group.owner)], self.attention_bits)
+            self._quantize_attention(block, group)
 
     def _reassembles(self, group: InputGroup, attention_owner: str) -> bool:
         """Tell whether the paper reassembles a group's input: all but the attention's output projection's.
@@ -125,11 +127,20 @@ class BlockRounder:
         attention_output = group.kind == "row" and group.row.startswith(attention_owner + ".")
         return self.config.reassembly.o_proj or not attention_output
 
+    def _quantize_attention(self, block: Block, group: InputGroup) -> None:
+        """Have an attention that owns the group quantize Q, K and V; an MLP does not look at that."""
+        owner = block.module.get_submodule(group.owner)
+        attention.set_bits([owner], self.attention_bits)
+        if self.attention_bits < 16 and self.config.weights.clipping == "learned" and attention.takes_part(owner):
+            ranges = nn.ModuleList(HeadRange(self.attention_bits, self.tp_group) for _ in HEADS)
+            attention.set_quantizers(owner, ranges)
+
     def _quantize_linears(self, block: Block, group: InputGroup, plans: Sequence[ReassemblyPlan] | None) -> None:
+        shared = InputRange(self.scheme.act_bits)
         for linear in sharded(block, group):
             if plans is not None:
                 linear.set_plans(plans)
-            linear.quantize(self.scheme, self.config.weights)
+            linear.quantize(self.scheme, self.config.weights, shared)
             linear.prepared = group.norm is not None
 
     def _round_by_gptq(self, block: Block, group: InputGroup, inputs: HiddenStream) -> None:
@@ -139,14 +150,15 @@ class BlockRounder:
         for linear in sharded(block, group):
             linear.round_by_gptq(factors)
 
-    def _quantize_norm_output(self, block: Block, norm_name: str, fqn: str, plan: ReassemblyPlan | None) -> None:
+    def _quantize_norm_output(self, block: Block, group: InputGroup, fqn: str, plan: ReassemblyPlan | None) -> None:
         """Have a norm put out reassembled, quantized activations, for all linears that read it."""
-        norm = block.module.get_submodule(norm_name)
+        assert group.norm is not None
+        norm = block.module.get_submodule(group.norm)
         if plan is None and trains_norms(self.config.correction) and (rms := rms_gain(norm)) is not None:
             plan = ReassemblyPlan.identity(len(rms[0]))  # its gain is to be a parameter
         if plan is not None:
             norm = ReassembledNorm(norm, plan.to("cpu")).to(self.share.device)
-        block.module.set_submodule(norm_name, PreparedNorm(fqn, norm, self.scheme.act_bits))
+        block.module.set_submodule(group.norm, PreparedNorm(fqn, norm, sharded(block, group)[0].range))
 
 
 def sharded(block: Block, group: InputGroup) -> list[ShardedLinear]:

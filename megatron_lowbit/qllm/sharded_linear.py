@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.config import LowBitError, WeightsConfig
 from megatron_lowbit.kernels import pack_bits
+from megatron_lowbit.qllm.input_range import InputRange
 from megatron_lowbit.qllm.shard_groups import gather_shards, ordered_sum, partial_sums, replicate
 from megatron_lowbit.quant.affine import (
     LowRank,
@@ -67,6 +68,7 @@ class ShardedLinear(nn.Module):
         self.scheme = Scheme(16, 16)
         self.config = WeightsConfig()
         self.quantized = self.prepared = False
+        self.range = InputRange(16)  # quantizes the input; shared by the linears that read the same
         self.plans: list[ReassemblyPlan] | None = None  # of each shard's inputs (row), or one of all inputs (column)
         self.reducer: VirtualReducer | None = None
         self.observer: Callable[[Sequence[Tensor]], None] | None = None  # sees the partial sums of all shards (row)
@@ -83,9 +85,9 @@ class ShardedLinear(nn.Module):
         weights = self.effective_weights()
         count = len(weights)
         if self.kind == "column":
-            inputs: Sequence[Tensor] = replicate(self.prepare_input(x, 0), count, self.tp_group)
+            inputs: Sequence[Tensor] = replicate(self.prepare_input([x])[0], count, self.tp_group)
         else:
-            inputs = [self.prepare_input(x_s, s) for s, x_s in enumerate(x.chunk(count, -1))]
+            inputs = self.prepare_input(x.chunk(count, -1))
         parts = [F.linear(x_s, w_s.to(x.dtype)) for x_s, w_s in zip(inputs, weights, strict=True)]
         if self.quantized and self.branch:
             parts = [y + low for y, low in zip(parts, self._branch(inputs), strict=True)]
@@ -100,9 +102,11 @@ class ShardedLinear(nn.Module):
         self.hp_weights = self._reassembled(plans)
         self._frozen = self._codes = None
 
-    def quantize(self, scheme: Scheme, config: WeightsConfig) -> None:
-        """Compute with quantized weights and activations from here on."""
+    def quantize(self, scheme: Scheme, config: WeightsConfig, range_: InputRange | None = None) -> None:
+        """Compute with quantized weights and activations from here on; range_: that of the linears that read the same
+        input."""
         self.scheme, self.config, self.quantized = scheme, config, True
+        self.range = range_ or InputRange(scheme.act_bits)
 
     @torch.no_grad()
     def clip(self, importance: Sequence[Tensor]) -> None:
@@ -237,11 +241,17 @@ class ShardedLinear(nn.Module):
         factors = [(_bf16(a, x_s), _bf16(b, x_s)) for (a, b), x_s in zip(self._factors(), inputs, strict=True)]
         return [F.linear(F.linear(x_s, a), b) for x_s, (a, b) in zip(inputs, factors, strict=True)]
 
-    def prepare_input(self, x: Tensor, shard: int) -> Tensor:
-        """Return what a shard multiplies: its input reassembled and quantized, unless the norm before has done that."""
+    def prepare_input(self, slices: Sequence[Tensor]) -> list[Tensor]:
+        """Return what is multiplied: the whole input (column), or each shard's, reassembled and quantized, unless the
+        norm before has done that."""
         if not self.quantized or self.prepared:
-            return x
-        return prepare(x, self._active[shard] if self._active else None, self.scheme.act_bits)
+            return list(slices)
+        plans = self._active or [None] * len(slices)
+        quantizers: Sequence[Callable[[Tensor], Tensor]] = [self.range]
+        if self.kind == "row":
+            quantizers = self.range.for_shards(len(slices), self.tp_group)
+        reassembled = [x if plan is None else plan.activations(x) for x, plan in zip(slices, plans, strict=True)]
+        return [quantize(x) for quantize, x in zip(quantizers, reassembled, strict=True)]
 
     def _reduce(self, parts: Sequence[Tensor]) -> Tensor:
         if self.observer is not None:
@@ -344,9 +354,9 @@ class ShardedLinear(nn.Module):
 class PreparedNorm(nn.Module):
     """Quantize the output of a norm, named by its fqn, per token: once for all linears that read it."""
 
-    def __init__(self, name: str, norm: nn.Module, act_bits: int):
+    def __init__(self, name: str, norm: nn.Module, range_: InputRange):
         super().__init__()
-        self.name, self.norm, self.act_bits = name, norm, act_bits
+        self.name, self.norm, self.range = name, norm, range_
 
     @property
     def weight(self) -> Any:
@@ -354,7 +364,7 @@ class PreparedNorm(nn.Module):
         return self.norm.weight
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return prepare(self.norm(hidden), None, self.act_bits)
+        return self.range(self.norm(hidden))
 
 
 def prepare(x: Tensor, plan: ReassemblyPlan | None, act_bits: int) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.io.tensors import check_scale, check_tensor, short_repr
 from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, quantize, quantizer, unpack_bits
+from megatron_lowbit.quant.input_clipping import WHOLE, Clip
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,12 @@ def qparams_from_range(
 
 
 def choose_qparams(
-    x: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None
+    x: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None, clip: Clip = WHOLE
 ) -> tuple[Tensor, Tensor]:
     """Return the min-max (scale, zero_point) of x [..., features]: float32 [..., groups], groups = features /
-    group_size or 1."""
-    return qparams_from_range(*value_range(x, group_size), num_bits, symmetric)
+    group_size or 1. clip: what is left of the two ends of a range."""
+    low, high = value_range(x, group_size)
+    return qparams_from_range(low * clip[0], high * clip[1], num_bits, symmetric)
 
 
 def value_range(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -96,10 +98,12 @@ def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
     return _StraightThrough.apply(x, quantized)
 
 
-def fake_quantize(x: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None) -> Tensor:
+def fake_quantize(
+    x: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None, clip: Clip = WHOLE
+) -> Tensor:
     """Return dequantize(quantize(x)) in x's dtype, with the straight-through gradient (identity)."""
     with torch.no_grad():
-        scale, zero_point = choose_qparams(x, num_bits, symmetric, group_size)
+        scale, zero_point = choose_qparams(x, num_bits, symmetric, group_size, clip)
     return fake_quantize_with(x, scale, zero_point, num_bits)
 
 

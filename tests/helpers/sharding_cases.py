@@ -10,6 +10,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_lowbit.config import WeightsConfig
+from megatron_lowbit.qllm.input_range import HeadRange, InputRange
 from megatron_lowbit.qllm.input_sums import gram, squares
 from megatron_lowbit.qllm.shard_groups import gather_shards, ordered_sum, replicate
 from megatron_lowbit.qllm.sharded_linear import ShardedLinear
@@ -57,6 +58,31 @@ def gathered_in_part(rank: int, size: int, shards: list[Tensor], used: int) -> l
     own = [shard.clone().requires_grad_() for shard in mine(shards, rank, size)]
     everything = gather_shards(own, group_of(size))
     return list(torch.autograd.grad((everything[used] * 2).sum(), own, allow_unused=True))
+
+
+def ranges(
+    rank: int, size: int, heads: Tensor, upstream: Tensor, inputs: Tensor, weights: Tensor, shards: int
+) -> dict[str, Any]:
+    """Trained ranges of this rank's heads, [1, all heads, tokens, features], and of its shards of a row-parallel input,
+    with their gradients."""
+    group = group_of(size)
+    of_heads, of_shards = HeadRange(4, group), InputRange(4)
+    logits = [site.train_from(heads.device) for site in (of_heads, of_shards)]
+    with torch.no_grad():
+        for values in logits:
+            values.copy_(torch.tensor([1.0, 0.5]))
+    own, own_upstream = (t.chunk(size, 1)[rank] for t in (heads, upstream))
+    y = of_heads(own)
+    (head_grad,) = torch.autograd.grad(y, logits[:1], own_upstream)
+    slices, factors = (mine(list(t.chunk(shards, 1)), rank, size) for t in (inputs, weights))
+    quantizers = of_shards.for_shards(len(slices), group)
+    quantized = [quantize(x) for quantize, x in zip(quantizers, slices, strict=True)]
+    (shard_grad,) = torch.autograd.grad(quantized, logits[1:], factors)
+    return {
+        "heads": y.detach(),
+        "shards": [x.detach() for x in quantized],
+        "grads": [head_grad, shard_grad],
+    }
 
 
 def rounded(

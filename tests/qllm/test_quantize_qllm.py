@@ -178,6 +178,10 @@ MODES = {
     "o_proj": ["reassembly.mode=fixed", "reassembly.expansion=0.1", "reassembly.o_proj=true"],
     "attention in full precision": ["weights.attention=false"],
     "groups of weights": ["weights.group_size=16", "weights.symmetric=true"],
+    "clipped": ["weights.clipping=mse", "weights.rounding=gptq", "correction.mode=none"],
+    "trained ranges": ["weights.clipping=learned"],
+    "gptq after training": ["weights.rounding=gptq"],
+    "gptq beside a branch": ["weights.rounding=gptq", "correction.mode=branch"],
     "weights alone": ["weights.scheme=W4A16"],
     "through communication": ["correction.through_communication=true", "comm.allocation=uniform", "virtual_tp=2"],
 }
