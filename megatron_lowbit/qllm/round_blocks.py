@@ -16,6 +16,7 @@ from megatron_lowbit.config import QuantizeConfig
 from megatron_lowbit.layers.reassembled_norm import ReassembledNorm, rms_gain
 from megatron_lowbit.qllm.block_group import Block, BlockGroup
 from megatron_lowbit.qllm.calibration_share import CalibrationShare
+from megatron_lowbit.qllm.clip_inputs import best_clip
 from megatron_lowbit.qllm.hidden_stream import HiddenStream
 from megatron_lowbit.qllm.input_range import HeadRange, InputRange
 from megatron_lowbit.qllm.input_sums import gram, input_sums, squares
@@ -105,6 +106,9 @@ class BlockRounder:
             if plans is not None:
                 report.reassembled[name] = sum(len(plan.src_idx) - plan.in_features for plan in plans)
             self._quantize_linears(block, group, plans)
+            if weights.clipping == "mse" and self.scheme.act_bits < 16:
+                linears = sharded(block, group)
+                linears[0].range.clip = best_clip(block.module, group, linears, forwards(), share.dp_group)
             if group.norm is not None:
                 self._quantize_norm_output(block, group, name, None if plans is None else plans[0])
             if weights.clipping == "mse":

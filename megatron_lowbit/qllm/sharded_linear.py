@@ -246,12 +246,15 @@ class ShardedLinear(nn.Module):
         norm before has done that."""
         if not self.quantized or self.prepared:
             return list(slices)
-        plans = self._active or [None] * len(slices)
         quantizers: Sequence[Callable[[Tensor], Tensor]] = [self.range]
         if self.kind == "row":
             quantizers = self.range.for_shards(len(slices), self.tp_group)
-        reassembled = [x if plan is None else plan.activations(x) for x, plan in zip(slices, plans, strict=True)]
-        return [quantize(x) for quantize, x in zip(quantizers, reassembled, strict=True)]
+        return [quantize(x) for quantize, x in zip(quantizers, self.reassembled(slices), strict=True)]
+
+    def reassembled(self, slices: Sequence[Tensor]) -> list[Tensor]:
+        """Return the whole input (column), or each shard's, after the linear's plans."""
+        plans = self._active or [None] * len(slices)
+        return [x if plan is None else plan.activations(x) for x, plan in zip(slices, plans, strict=True)]
 
     def _reduce(self, parts: Sequence[Tensor]) -> Tensor:
         if self.observer is not None:

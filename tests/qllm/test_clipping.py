@@ -10,7 +10,9 @@ from commands import COMMAND, run_here, run_there
 from tiny_models import save_model
 from unfinished_runs import artifact_files, done, killed_at, quantize, renamed
 
+from megatron_lowbit.qllm.clip_inputs import RATIOS
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
+from megatron_lowbit.quant.input_clipping import as_clip
 
 LEARNED = ["weights.clipping=learned", "weights.rounding=gptq", "correction.batch_size=2"]
 UNTRAINED = ["weights.clipping=mse", "weights.rounding=gptq", "correction.mode=none"]
@@ -45,15 +47,17 @@ def tensors_and_clipping(folder: Path) -> tuple[dict[str, str], dict]:
 
 
 def test_what_is_stored(learned, untrained):
-    """Trained ratios of every site that is quantized, none of them 1; without training no site has any, and the format
-    is that of every artifact."""
+    """Trained ratios of every site that is quantized, none of them 1; without training one of a few for the inputs of
+    linears."""
     checkpoint = LowBitCheckpoint.load(learned)
     assert tensors_and_clipping(learned)[1]["format"] == 7
     heads = {f"model.layers.{layer}.self_attn:{name}" for layer in range(2) for name in "qkv"}
     assert set(checkpoint.clipping) == {*checkpoint.linears, *heads}
     assert len(set(checkpoint.clipping.values())) == 2 * (4 + 3), "linears of one input share its ratios"
     assert all(0.5 < ratio < 1 for clip in checkpoint.clipping.values() for ratio in clip)
-    assert tensors_and_clipping(untrained)[1]["format"] == 4 and not LowBitCheckpoint.load(untrained).clipping
+    searched = LowBitCheckpoint.load(untrained)
+    assert set(searched.clipping) < set(searched.linears), "nothing, or everything, was clipped"
+    assert {clip for clip in searched.clipping.values()} <= {as_clip(ratio, ratio) for ratio in RATIOS[1:]}
 
 
 @pytest.mark.parametrize("ranks", [(2, 1), pytest.param((1, 2), marks=pytest.mark.slow), (2, 2)], ids=str)
