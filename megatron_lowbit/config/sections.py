@@ -89,8 +89,9 @@ class WeightsConfig(FrozenConfig):
     symmetric: bool = False
     """weights without a zero point"""
     clipping: Literal["none", "mse", "learned"] = "none"
-    """ranges. none: from the smallest to the largest value; mse: narrower where the squared error is smaller
-    (of weights; with method=qllm also of activations, and weighted by the input's size); learned: trained with a merged correction"""
+    """ranges. none: from the smallest to the largest value; mse: narrower where the squared error is smaller (of
+    weights; with method=qllm also of activations, and weighted by the input's size); learned: trained with a merged
+    correction"""
     rounding: Literal["nearest", "gptq"] = "nearest"
     """codes of weights. nearest: each by itself; gptq: each makes up for the error of those before it
     (arXiv 2210.17323; method=qllm)"""
