@@ -16,7 +16,7 @@ from megatron_lowbit.kernels.hadamard import check_hadamard, factors, hadamard, 
 from megatron_lowbit.kernels.linear import FLOAT_BITS, check_linear, quant_linear, quant_linear_reference
 from megatron_lowbit.kernels.ops import kernel
 from megatron_lowbit.kernels.panels import blocks_of, linear_kernels, panels_of, rows_of
-from megatron_lowbit.kernels.quantizer import check_tokens, quantize_tokens, quantize_tokens_reference
+from megatron_lowbit.kernels.quantizer import TokenQuantizer, quantize_tokens
 from megatron_lowbit.kernels.reassembly import reassemble_op, reassemble_reference
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as in tokens.h
@@ -42,6 +42,8 @@ class _Linear(ctypes.Structure):
         ("act_groups", ctypes.c_int64),
         ("y", ctypes.c_void_p),
         ("threads", ctypes.c_int32),
+        ("low_ratio", ctypes.c_float),
+        ("high_ratio", ctypes.c_float),
         ("padding", ctypes.c_int32),
     ]
 
@@ -56,9 +58,12 @@ def _quant_linear(
     act_bits: int,
     act_groups: int,
     dtype: torch.dtype,
+    low_ratio: float = 1.0,
+    high_ratio: float = 1.0,
 ) -> Tensor:
     """Compute quant_linear with the C++ kernel."""
-    check_linear(x, packed_weight, scale, zero_point, weight_bits, act_bits, act_groups)
+    acts = TokenQuantizer(act_bits, act_groups, low_ratio, high_ratio)
+    check_linear(x, packed_weight, scale, zero_point, weight_bits, acts)
     library, (outputs, groups), inputs = linear_kernels.find(), scale.shape, x.shape[1]
     layout = weight_bits, inputs, blocks_of(act_bits, act_groups, groups), act_bits == FLOAT_BITS
     good = library is not None and x.dtype in _DTYPES and dtype in _DTYPES and outputs > 0
@@ -68,7 +73,9 @@ def _quant_linear(
         panels = panels_of(packed_weight, *layout) if good else None
     if library is None or not good or panels is None:
         rows = rows_of(packed_weight, outputs, *layout)
-        return quant_linear_reference(x, rows, scale, zero_point, weight_bits, act_bits, act_groups, dtype)
+        return quant_linear_reference(
+            x, rows, scale, zero_point, weight_bits, act_bits, act_groups, dtype, low_ratio, high_ratio
+        )
     if panels.numel() != library.lowbit_panel_bytes(outputs, inputs, layout[2], weight_bits):
         raise ValueError(f"panels of {panels.numel()} bytes are not those of a weight [{outputs}, {inputs}]")
     if x.stride(1) != 1:
@@ -78,19 +85,23 @@ def _quant_linear(
     job = _Linear(
         *(x.data_ptr(), x.shape[0], x.stride(0), _DTYPES[x.dtype], _DTYPES[dtype]),
         *(panels.data_ptr(), outputs, inputs, scale.data_ptr(), zero_point.data_ptr(), groups),
-        *(weight_bits, act_bits, act_groups, y.data_ptr(), torch.get_num_threads(), 0),
+        *(weight_bits, act_bits, act_groups, y.data_ptr(), torch.get_num_threads()),
+        *(low_ratio, high_ratio, 0),
     )
     library.lowbit_linear(ctypes.byref(job))
     return y
 
 
 @kernel(quantize_tokens, "cpu")
-def _quantize_tokens(x: Tensor, num_bits: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_tokens(
+    x: Tensor, num_bits: int, groups: int, low_ratio: float = 1.0, high_ratio: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute quantize_tokens with the C++ kernel."""
-    check_tokens(x, num_bits, groups)
+    quantizer = TokenQuantizer(num_bits, groups, low_ratio, high_ratio)
+    quantizer.check(x)
     library = linear_kernels.find()
     if library is None or x.dtype not in _DTYPES:
-        return quantize_tokens_reference(x, num_bits, groups)
+        return quantizer(x)
     if x.stride(1) != 1:
         x = x.contiguous()
     codes = x.new_empty(x.shape, dtype=torch.uint8)
@@ -98,6 +109,7 @@ def _quantize_tokens(x: Tensor, num_bits: int, groups: int) -> tuple[Tensor, Ten
     zero_point = torch.empty_like(scale)
     library.lowbit_quantize_tokens(
         *(x.data_ptr(), _DTYPES[x.dtype], x.shape[0], x.stride(0), x.shape[1], num_bits, groups),
+        *(low_ratio, high_ratio),
         *(codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), torch.get_num_threads()),
     )
     return codes, scale, zero_point

@@ -18,7 +18,7 @@ from megatron_lowbit.kernels.gpu import has_triton
 from megatron_lowbit.kernels.hadamard import check_hadamard, hadamard, hadamard_reference, split_width
 from megatron_lowbit.kernels.linear import FLOAT_BITS, quant_linear, quant_linear_reference
 from megatron_lowbit.kernels.ops import kernel
-from megatron_lowbit.kernels.quantizer import quantize_tokens, quantize_tokens_reference
+from megatron_lowbit.kernels.quantizer import TokenQuantizer, quantize_tokens, quantize_tokens_reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 GRID = 2**16 - 1  # programs of a launch's second and third dimension
@@ -42,12 +42,14 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def tokens_obstacle(x: Tensor, num_bits: int, groups: int) -> str | None:
+def tokens_obstacle(x: Tensor, acts: TokenQuantizer) -> str | None:
     """Return why the kernel does not quantize these tokens; None where it does."""
     if x.dim() != 2 or x.dtype not in (*FLOATS, torch.float64):
         return f"tokens are {x.dtype} of {x.dim()} dimensions"
-    if not 2 <= num_bits <= 8 or not 1 <= groups <= GRID or x.shape[1] % groups or not x.shape[1]:
-        return f"{num_bits} bits, {groups} groups of {x.shape[1]} channels"
+    if not 2 <= acts.bits <= 8 or not 1 <= acts.groups <= GRID or x.shape[1] % acts.groups or not x.shape[1]:
+        return f"{acts.bits} bits, {acts.groups} groups of {x.shape[1]} channels"
+    if not (0 < acts.low <= 1 and 0 < acts.high <= 1):
+        return f"ratios {acts.low} and {acts.high} of a range"
     return None
 
 
@@ -57,13 +59,12 @@ def linear_obstacle(
     scale: Tensor,
     zero_point: Tensor,
     weight_bits: int,
-    act_bits: int,
-    act_groups: int,
+    acts: TokenQuantizer,
     dtype: torch.dtype,
 ) -> str | None:
     """Return why the kernels do not multiply these; None where they do."""
-    floats = act_bits == FLOAT_BITS
-    obstacle = tokens_obstacle(x, 8 if floats else act_bits, 1 if floats else act_groups)
+    floats = acts.bits == FLOAT_BITS
+    obstacle = tokens_obstacle(x, TokenQuantizer(8) if floats else acts)
     if obstacle is not None or (floats and x.dtype not in FLOATS):
         return obstacle or f"tokens are {x.dtype}"
     if packed_weight.dim() != 2 or not 2 <= weight_bits <= 8:
@@ -72,7 +73,7 @@ def linear_obstacle(
         return "scales and zero points of the weight are not float32 of one shape"
     if dtype not in (*FLOATS, torch.float64):
         return f"the result is {dtype}"
-    blocks = lcm(scale.shape[1], 1 if floats else act_groups)
+    blocks = lcm(scale.shape[1], 1 if floats else acts.groups)
     if x.shape[1] % blocks:
         return f"{blocks} blocks do not divide {x.shape[1]} channels"
     if x.shape[1] // blocks >= 2**17:  # products of 2^14 add up to int32, and their count is exact in float32
@@ -85,13 +86,16 @@ def linear_obstacle(
 
 
 @kernel(quantize_tokens, "cuda")
-def _quantize_tokens(x: Tensor, num_bits: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_tokens(
+    x: Tensor, num_bits: int, groups: int, low_ratio: float = 1.0, high_ratio: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute quantize_tokens with the Triton kernel."""
-    kernels = _kernels("triton_quantize", tokens_obstacle(x, num_bits, groups))
+    acts = TokenQuantizer(num_bits, groups, low_ratio, high_ratio)
+    kernels = _kernels("triton_quantize", tokens_obstacle(x, acts))
     if kernels is None:
-        return quantize_tokens_reference(x, num_bits, groups)
+        return quantize_tokens_reference(x, *acts)
     with torch.cuda.device(x.device):  # Triton launches on the current one
-        return kernels.quantize_tokens(_rows(x), num_bits, groups)
+        return kernels.quantize_tokens(_rows(x), acts)
 
 
 @kernel(quant_linear, "cuda")
@@ -104,15 +108,18 @@ def _quant_linear(
     act_bits: int,
     act_groups: int,
     dtype: torch.dtype,
+    low_ratio: float = 1.0,
+    high_ratio: float = 1.0,
 ) -> Tensor:
     """Compute quant_linear with the Triton kernels."""
-    how = weight_bits, act_bits, act_groups, dtype
-    kernels = _kernels("gpu_tiles", linear_obstacle(x, packed_weight, scale, zero_point, *how))
+    acts = TokenQuantizer(act_bits, act_groups, low_ratio, high_ratio)
+    kernels = _kernels("gpu_tiles", linear_obstacle(x, packed_weight, scale, zero_point, weight_bits, acts, dtype))
     if kernels is None:
-        return quant_linear_reference(x, packed_weight, scale, zero_point, *how)
+        flat = weight_bits, act_bits, act_groups, dtype, low_ratio, high_ratio
+        return quant_linear_reference(x, packed_weight, scale, zero_point, *flat)
     weight = packed_weight.contiguous(), scale.contiguous(), zero_point.contiguous()
     with torch.cuda.device(x.device):
-        return kernels.quant_linear(_rows(x), *weight, *how)
+        return kernels.quant_linear(_rows(x), *weight, weight_bits, acts, dtype)
 
 
 def rotation_obstacle(x: Tensor, groups: int) -> str | None:

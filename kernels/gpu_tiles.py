@@ -28,6 +28,7 @@ import triton
 from torch import Tensor
 
 from megatron_lowbit.kernels import build, triton_linear
+from megatron_lowbit.kernels.quantizer import TokenQuantizer
 from megatron_lowbit.kernels.triton_linear import Problem, Tile, is_split, usual_tile
 from megatron_lowbit.temporary import beside, remove
 
@@ -42,17 +43,16 @@ def quant_linear(
     scale: Tensor,
     zero_point: Tensor,
     weight_bits: int,
-    act_bits: int,
-    act_groups: int,
+    acts: TokenQuantizer,
     dtype: torch.dtype,
 ) -> Tensor:
     """Launch quant_linear of triton_linear.py with the tile that is best here."""
 
     def launch(tile: Tile) -> Tensor:
         weight = packed_weight, scale, zero_point, weight_bits
-        return triton_linear.quant_linear(x, *weight, act_bits, act_groups, dtype, tile)
+        return triton_linear.quant_linear(x, *weight, acts, dtype, tile)
 
-    shape = triton_linear.problem(x, scale, weight_bits, act_bits, act_groups)
+    shape = triton_linear.problem(x, scale, weight_bits, acts.bits, acts.groups)
     return launch(choose(shape, len(x), x.device, launch))
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_lowbit.kernels.ops import define, fake
 from megatron_lowbit.kernels.packing import packed_bytes, unpack_bits
-from megatron_lowbit.kernels.quantizer import quantize_tokens_reference
+from megatron_lowbit.kernels.quantizer import TokenQuantizer
 
 FLOAT_BITS = 16  # act_bits of activations that are not quantized
 
@@ -37,43 +37,42 @@ def quant_linear_reference(
     act_bits: int,
     act_groups: int,
     dtype: torch.dtype,
+    low_ratio: float = 1.0,
+    high_ratio: float = 1.0,
 ) -> Tensor:
     """Compute y = x^ W^T with a packed weight W, x^ being x quantized per token (QLLM, arXiv 2310.08041, eq. 2).
 
     x: float [tokens, in]; packed_weight: uint8 [out, row_bytes] (packing.py); the op of CPUs takes 1-D panels, too
     (panels.py); scale, zero_point: float32 [out, weight_groups]; weight_bits: 2 to 8. act_bits: 2 to 8, each of
-    `act_groups` equal slices of a token with its own scale; 16: x is not quantized.
+    `act_groups` equal slices of a token with its own scale; 16: x is not quantized. low_ratio, high_ratio: what is left
+    of the ends of a token's range (TokenQuantizer).
     Returns [tokens, out] in `dtype`. Raises ValueError where they do not fit together.
     """
-    check_linear(x, packed_weight, scale, zero_point, weight_bits, act_bits, act_groups)
+    acts = TokenQuantizer(act_bits, act_groups, low_ratio, high_ratio)
+    check_linear(x, packed_weight, scale, zero_point, weight_bits, acts)
     if packed_weight.dim() == 1:
         raise ValueError(f"a weight in the order of the CPU kernels cannot be multiplied on {x.device}")
     codes = unpack_bits(packed_weight, weight_bits, x.shape[1])
     if act_bits == FLOAT_BITS:
         one = x.new_ones((x.shape[0], 1), dtype=torch.float64)
         return round_to(multiply(x.double(), one, one - 1, codes, scale, zero_point), dtype)
-    return round_to(multiply(*quantize_tokens_reference(x, act_bits, act_groups), codes, scale, zero_point), dtype)
+    return round_to(multiply(*acts(x), codes, scale, zero_point), dtype)
 
 
 def check_linear(
-    x: Tensor,
-    packed_weight: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    weight_bits: int,
-    act_bits: int,
-    act_groups: int,
+    x: Tensor, packed_weight: Tensor, scale: Tensor, zero_point: Tensor, weight_bits: int, acts: TokenQuantizer
 ) -> None:
     """Raise ValueError, naming the value, where the arguments of quant_linear do not fit together."""
     if not 2 <= weight_bits <= 8:
         raise ValueError(f"weight_bits={weight_bits} is not in 2..8")
-    if not 2 <= act_bits <= 8 and act_bits != FLOAT_BITS:
-        raise ValueError(f"act_bits={act_bits} is not in 2..8 or {FLOAT_BITS}")
+    if not 2 <= acts.bits <= 8 and acts.bits != FLOAT_BITS:
+        raise ValueError(f"act_bits={acts.bits} is not in 2..8 or {FLOAT_BITS}")
+    acts.check_ratios()
     if x.dim() != 2 or scale.dim() != 2 or zero_point.shape != scale.shape:
         shapes = ", ".join(str(list(t.shape)) for t in (x, scale, zero_point))
         raise ValueError(f"x, scale and zero_point {shapes} are not [tokens, in], [out, groups] and [out, groups]")
     inputs, (outputs, weight_groups) = x.shape[1], scale.shape
-    for name, groups in (("activation groups", act_groups), ("weight groups", weight_groups)):
+    for name, groups in (("activation groups", acts.groups), ("weight groups", weight_groups)):
         if groups < 1 or inputs % groups:
             raise ValueError(f"{groups} {name} do not divide {inputs} inputs")
     rows = [outputs, packed_bytes(inputs, weight_bits)]
@@ -131,11 +130,11 @@ def round_to(y: Tensor, dtype: torch.dtype) -> Tensor:
 
 quant_linear = define(
     "quant_linear(Tensor x, Tensor packed_weight, Tensor scale, Tensor zero_point, int weight_bits, int act_bits, "
-    "int act_groups, ScalarType dtype) -> Tensor",
+    "int act_groups, ScalarType dtype, float low_ratio=1.0, float high_ratio=1.0) -> Tensor",
     quant_linear_reference,
 )
 
 
 @fake(quant_linear)
-def _(x, packed_weight, scale, zero_point, weight_bits, act_bits, act_groups, dtype):
+def _(x, packed_weight, scale, zero_point, weight_bits, act_bits, act_groups, dtype, low_ratio=1.0, high_ratio=1.0):
     return x.new_empty((x.shape[0], scale.shape[0]), dtype=dtype)

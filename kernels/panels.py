@@ -39,7 +39,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     ],
     "lowbit_quantize_tokens": [
         *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int64),
-        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
+        *(ctypes.c_float, ctypes.c_float, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
     ],
 }
 linear_kernels = Library(

@@ -3,15 +3,51 @@
     code = clamp(round(x / alpha) + beta, 0, 2^b - 1)      alpha = (max x - min x) / (2^b - 1)
     x^   = alpha * (code - beta)                           beta  = -round(min x / alpha)
 
-One operation of float32 at a time, rounding half to even: every backend makes the same codes.
+One operation of float32 at a time, rounding half to even: every backend makes the same codes. A clipped range is
+narrower: min x and max x are multiplied by a ratio each, in float32, before anything else.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_lowbit.kernels.ops import define, fake
+
+
+class TokenQuantizer(NamedTuple):
+    """How tokens are quantized: to `bits`, each of `groups` equal slices with its own scale.
+
+    low, high: what is left of the two ends of a token's range, float32 above 0 and at most 1.
+    """
+
+    bits: int
+    groups: int = 1
+    low: float = 1.0
+    high: float = 1.0
+
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError, naming the value, where these do not fit tokens x."""
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"num_bits={self.bits} is not in 2..8")
+        if x.dim() != 2 or self.groups < 1 or x.shape[1] % self.groups or not x.shape[1]:
+            raise ValueError(
+                f"{self.groups} groups do not divide the features of x {list(x.shape)}, [tokens, features]"
+            )
+        self.check_ratios()
+
+    def check_ratios(self) -> None:
+        if not (0 < self.low <= 1 and 0 < self.high <= 1):
+            raise ValueError(f"ratios {self.low} and {self.high} of a range are not above 0 and at most 1")
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (codes uint8 [tokens, features], scale, zero_point float32 [tokens, groups]) of x, in plain torch."""
+        grouped = x.float().unflatten(1, (self.groups, -1))
+        low, high = grouped.amin(-1) * self.low, grouped.amax(-1) * self.high
+        scale, zero_point = qparams_from_range(low, high, self.bits)
+        return quantize(x, scale, zero_point, self.bits), scale, zero_point
 
 
 def qparams_from_range(low: Tensor, high: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
@@ -49,33 +85,28 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return ((grouped - zero_point.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(-2)
 
 
-def quantize_tokens_reference(x: Tensor, num_bits: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_tokens_reference(
+    x: Tensor, num_bits: int, groups: int, low_ratio: float = 1.0, high_ratio: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize every token, and each of `groups` equal slices of it, by its own smallest and largest value.
 
-    x: float [tokens, features], `groups` divides features; num_bits: 2 to 8.
+    x: float [tokens, features], `groups` divides features; num_bits: 2 to 8; low_ratio, high_ratio: TokenQuantizer's.
     Returns (codes uint8 [tokens, features], scale, zero_point float32 [tokens, groups]). Raises ValueError where
     they do not fit together.
     """
-    check_tokens(x, num_bits, groups)
-    grouped = x.float().unflatten(1, (groups, -1))
-    scale, zero_point = qparams_from_range(grouped.amin(-1), grouped.amax(-1), num_bits)
-    return quantize(x, scale, zero_point, num_bits), scale, zero_point
-
-
-def check_tokens(x: Tensor, num_bits: int, groups: int) -> None:
-    """Raise ValueError, naming the value, where the arguments of quantize_tokens do not fit together."""
-    if not 2 <= num_bits <= 8:
-        raise ValueError(f"num_bits={num_bits} is not in 2..8")
-    if x.dim() != 2 or groups < 1 or x.shape[1] % groups or not x.shape[1]:
-        raise ValueError(f"{groups} groups do not divide the features of x {list(x.shape)}, [tokens, features]")
+    quantizer = TokenQuantizer(num_bits, groups, low_ratio, high_ratio)
+    quantizer.check(x)
+    return quantizer(x)
 
 
 quantize_tokens = define(
-    "quantize_tokens(Tensor x, int num_bits, int groups) -> (Tensor, Tensor, Tensor)", quantize_tokens_reference
+    "quantize_tokens(Tensor x, int num_bits, int groups, float low_ratio=1.0, float high_ratio=1.0) "
+    "-> (Tensor, Tensor, Tensor)",
+    quantize_tokens_reference,
 )
 
 
 @fake(quantize_tokens)
-def _(x, num_bits, groups):
+def _(x, num_bits, groups, low_ratio=1.0, high_ratio=1.0):
     scale = x.new_empty((x.shape[0], groups), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=torch.uint8), scale, torch.empty_like(scale)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from megatron_lowbit.kernels.linear import FLOAT_BITS
 from megatron_lowbit.kernels.packing import codes_per_word, packed_bytes, unpack_bits
+from megatron_lowbit.kernels.quantizer import TokenQuantizer
 from megatron_lowbit.kernels.triton_hybrid import _bf16_bits
 from megatron_lowbit.kernels.triton_quantize import prepare_codes, prepare_values
 
@@ -344,8 +345,7 @@ def quant_linear(
     scale: Tensor,
     zero_point: Tensor,
     weight_bits: int,
-    act_bits: int,
-    act_groups: int,
+    acts: TokenQuantizer,
     dtype: torch.dtype,
     tile: Tile | None = None,
     split: bool | None = None,
@@ -354,7 +354,7 @@ def quant_linear(
 
     tile: None: usual_tile's; split: whether the pieces are combined by a kernel of its own, None: where tokens are few.
     """
-    shape = problem(x, scale, weight_bits, act_bits, act_groups)
+    shape = problem(x, scale, weight_bits, acts.bits, acts.groups)
     y = x.new_empty((len(x), shape.out_features), dtype=dtype)
     if not y.numel():
         return y
@@ -366,7 +366,7 @@ def quant_linear(
         values, sums = prepare_values(x, shape.blocks, shape.per)
         x_scale = x_zero = sums
     else:
-        values, x_scale, x_zero, sums = prepare_codes(x, act_bits, act_groups, shape.blocks, shape.per, ones=split)
+        values, x_scale, x_zero, sums = prepare_codes(x, acts, shape.blocks, shape.per, ones=split)
     run = _split if split else _whole
     run(shape, tile, packed_weight, values, sums, (x_scale, x_zero), (scale, zero_point), y)
     return y

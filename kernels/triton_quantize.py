@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_lowbit.kernels.quantizer import TokenQuantizer
+
 WHOLE: tl.constexpr = tl.constexpr(8388608.0)  # 2^23: floats from here on are whole numbers
 TINY: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
 SIGN: tl.constexpr = tl.constexpr(128)  # the bit that makes code - 128 of a code of 8 bits
@@ -34,8 +36,8 @@ def _round(value):
 
 
 @triton.jit
-def _qparams(row, width, good, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
-    """Return (scale, zero_point) of the `width` values at `row`, as qparams_from_range has them."""
+def _qparams(row, width, good, low_ratio, high_ratio, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return (scale, zero_point) of the `width` values at `row`, as TokenQuantizer has them."""
     low = tl.full([BLOCK], float("inf"), tl.float32)
     high = tl.full([BLOCK], float("-inf"), tl.float32)
     broken = tl.zeros([BLOCK], tl.int32)
@@ -47,7 +49,7 @@ def _qparams(row, width, good, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
         low = tl.minimum(low, tl.where(here, value, float("inf")))
         high = tl.maximum(high, tl.where(here, value, float("-inf")))
     poison = tl.where(tl.max(broken, 0) > 0, float("nan"), 0.0)
-    least, most = tl.min(low, 0) + poison, tl.max(high, 0) + poison
+    least, most = (tl.min(low, 0) + poison) * low_ratio, (tl.max(high, 0) + poison) * high_ratio
     step = tl.div_rn(most, LEVELS * 1.0) - tl.div_rn(least, LEVELS * 1.0)
     constant = step < TINY
     scale = tl.where(constant, 1.0, tl.where(tl.abs(step) < float("inf"), step, float("nan")))
@@ -59,14 +61,15 @@ _ANY = ["tokens"]
 
 @triton.jit(do_not_specialize=_ANY)
 def prepare_kernel(
-    x, x_stride, tokens, out, scale, zero_point, sums, groups, blocks, width, words,
+    x, x_stride, tokens, out, scale, zero_point, sums, groups, blocks, width, words, low_ratio, high_ratio,
     LEVELS: tl.constexpr, FLIP: tl.constexpr, PER: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write one group of one token, or of the row of ones behind the last.
 
     x: float [tokens, groups * blocks * width]; out: uint8 codes, or x itself where LEVELS is 0, [rows, groups, blocks,
     PER, words]; scale, zero_point: float32 [tokens, groups]; sums: int32 codes of a block added up, or float64 values,
-    [tokens, groups, blocks]. blocks: of one group; width: channels of a block.
+    [tokens, groups, blocks]. blocks: of one group; width: channels of a block. low_ratio, high_ratio: float32, those of
+    TokenQuantizer.
     """
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
@@ -74,7 +77,7 @@ def prepare_kernel(
     row = x + token * x_stride + group * (blocks * width)
     to = out + (token * groups + group) * (blocks * PER * words)
     if LEVELS:
-        step, offset = _qparams(row, blocks * width, good, LEVELS, BLOCK)
+        step, offset = _qparams(row, blocks * width, good, low_ratio, high_ratio, LEVELS, BLOCK)
         tl.store(scale + token * groups + group, step, good)
         tl.store(zero_point + token * groups + group, offset, good)
     for block in range(0, blocks):
@@ -98,32 +101,32 @@ def prepare_kernel(
             tl.store(sums + (token * groups + group) * blocks + block, tl.sum(total, 0), good)
 
 
-def quantize_tokens(x: Tensor, num_bits: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_tokens(x: Tensor, acts: TokenQuantizer) -> tuple[Tensor, Tensor, Tensor]:
     """Launch quantize_tokens of quantizer.py. x: rows of values side by side."""
     codes = x.new_empty(x.shape, dtype=torch.uint8)
-    scale, zero_point = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
+    scale, zero_point = (x.new_empty((x.shape[0], acts.groups), dtype=torch.float32) for _ in range(2))
     if codes.numel():
-        width = x.shape[1] // groups
-        _launch(x, codes, scale, zero_point, scale, groups, 1, width, width, num_bits, 1, False, x.shape[0])
+        width = x.shape[1] // acts.groups
+        _launch(x, codes, scale, zero_point, scale, acts, 1, width, width, 1, False, x.shape[0])
     return codes, scale, zero_point
 
 
 def prepare_codes(
-    x: Tensor, num_bits: int, groups: int, blocks: int, per: int, ones: bool
+    x: Tensor, acts: TokenQuantizer, blocks: int, per: int, ones: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantize tokens for triton_linear.py. x: float [tokens, features], rows of values side by side.
 
-    blocks: of the whole row, a multiple of `groups`; per: codes in a word of the weight; ones: whether a row of ones
+    blocks: of the whole row, a multiple of acts.groups; per: codes in a word of the weight; ones: whether a row of ones
     follows. Returns (codes int8 [tokens (+ 1), blocks, per, words], scale, zero_point float32 [tokens, groups], sums
     int32 [tokens, blocks]).
     """
     tokens, width = x.shape[0], x.shape[1] // blocks
     words = -(-width // per)
     codes = x.new_empty((tokens + ones, blocks, per, words), dtype=torch.int8)
-    scale, zero_point = (x.new_empty((tokens, groups), dtype=torch.float32) for _ in range(2))
+    scale, zero_point = (x.new_empty((tokens, acts.groups), dtype=torch.float32) for _ in range(2))
     sums = x.new_empty((tokens, blocks), dtype=torch.int32)
     out = codes.view(torch.uint8)
-    _launch(x, out, scale, zero_point, sums, groups, blocks // groups, width, words, num_bits, per, True, len(codes))
+    _launch(x, out, scale, zero_point, sums, acts, blocks // acts.groups, width, words, per, True, len(codes))
     return codes, scale, zero_point, sums
 
 
@@ -133,18 +136,20 @@ def prepare_values(x: Tensor, blocks: int, per: int) -> tuple[Tensor, Tensor]:
     words = -(-width // per)
     values = x.new_empty((tokens, blocks, per, words))
     sums = x.new_empty((tokens, blocks), dtype=torch.float64)
-    _launch(x, values, sums, sums, sums, blocks, 1, width, words, 0, per, True, tokens)
+    as_they_are = TokenQuantizer(0, blocks)
+    _launch(x, values, sums, sums, sums, as_they_are, 1, width, words, per, True, tokens)
     return values, sums
 
 
 def _launch(
     x: Tensor, out: Tensor, scale: Tensor, zero_point: Tensor, sums: Tensor,
-    groups: int, blocks: int, width: int, words: int, num_bits: int, per: int, with_sums: bool, rows: int,
+    acts: TokenQuantizer, blocks: int, width: int, words: int, per: int, with_sums: bool, rows: int,
 ) -> None:  # fmt: skip
-    prepare_kernel[(rows, groups)](
-        *(x, x.stride(0), x.shape[0], out, scale, zero_point, sums, groups, blocks, width, words),
-        LEVELS=2**num_bits - 1,
-        FLIP=128 if num_bits == 8 and with_sums else 0,
+    prepare_kernel[(rows, acts.groups)](
+        *(x, x.stride(0), x.shape[0], out, scale, zero_point, sums, acts.groups, blocks, width, words),
+        *(acts.low, acts.high),
+        LEVELS=2**acts.bits - 1,
+        FLIP=128 if acts.bits == 8 and with_sums else 0,
         PER=per,
         SUMS=with_sums,
         **options(words),

@@ -54,6 +54,11 @@ def quantize_qllm(
         raise LowBitError("comm.gather has no effect with weights.method=qllm; run calibrate with it afterwards")
     if config.artifact is not None:
         raise LowBitError("weights.method=qllm makes a new artifact; leave artifact out")
+    if config.weights.clipping == "learned" and config.correction.mode != "merged":
+        raise LowBitError(
+            "weights.clipping=learned is trained with a merged correction; set correction.mode=merged, or "
+            "weights.clipping=mse"
+        )
     seed_everything(config.seed)
     tp_group, dp_group = start_groups(config)
     folder = Path(on_rank_zero(lambda: download(model_name(config.model or ""))))

@@ -25,7 +25,9 @@ struct Linear {
   int32_t weight_bits, act_bits;
   int64_t act_groups;
   void* y;  // [tokens, outputs]
-  int32_t threads, padding;
+  int32_t threads;
+  float low_ratio, high_ratio;  // what is left of the ends of a token's range
+  int32_t padding;
 };
 
 int64_t common_multiple(int64_t a, int64_t b) {
@@ -47,7 +49,7 @@ void quantize_token(const Linear& job, const Panels& panels, int64_t token, int6
   for (int64_t g = 0; g < job.act_groups; ++g) {
     float low, high;
     range_of(row + g * group, group, &low, &high);
-    const QParams q = qparams_of(low, high, job.act_bits);
+    const QParams q = qparams_of(low * job.low_ratio, high * job.high_ratio, job.act_bits);
     const double reach = reach_of(q.zero_point, job.act_bits);
     for (int64_t b = g * blocks_per_group; b < (g + 1) * blocks_per_group; ++b) {
       int64_t sum = codes_of(row + b * block, block, q, job.act_bits, codes + b * stride);
@@ -306,7 +308,8 @@ void lowbit_unpack_panels(const uint8_t* from, int64_t outputs, int64_t inputs, 
 
 // x: [tokens, features] of any dtype; codes: uint8 alike; scale, zero_point: [tokens, groups].
 void lowbit_quantize_tokens(const void* x, int dtype, int64_t tokens, int64_t row_stride, int64_t features, int bits,
-                            int64_t groups, uint8_t* codes, float* scale, float* zero_point, int threads) {
+                            int64_t groups, float low_ratio, float high_ratio, uint8_t* codes, float* scale,
+                            float* zero_point, int threads) {
   const int64_t group = features / groups;
   if (tokens * features < kMinParallel / 16) threads = 1;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -319,7 +322,7 @@ void lowbit_quantize_tokens(const void* x, int dtype, int64_t tokens, int64_t ro
       for (int64_t g = 0; g < groups; ++g) {
         float low, high;
         range_of(row.get() + g * group, group, &low, &high);
-        const QParams q = qparams_of(low, high, bits);
+        const QParams q = qparams_of(low * low_ratio, high * high_ratio, bits);
         codes_of(row.get() + g * group, group, q, bits, codes + token * features + g * group);
         scale[token * groups + g] = q.scale;
         zero_point[token * groups + g] = q.zero_point;

@@ -37,6 +37,7 @@ from megatron_lowbit.layers.linear import (
 )
 from megatron_lowbit.layers.reassembled_norm import ReassembledNorm
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
+from megatron_lowbit.quant.input_clipping import WHOLE
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 from megatron_lowbit.quant.tp_sizes import groups_for
 
@@ -276,7 +277,8 @@ def column_parallel(
     low_rank = None if low_rank is None else low_rank.shard_out(rank, size)
     plan = checkpoint.reassembly.get(name, plan)
     bias = rotated.bias_of(checkpoint, name, bias, rank, size)
-    return QuantLinear(weight, bias, checkpoint.scheme.act_bits, 1, plan, low_rank)
+    clip = checkpoint.clipping.get(name, WHOLE)
+    return QuantLinear(weight, bias, checkpoint.scheme.act_bits, 1, plan, low_rank, clip=clip)
 
 
 def row_shard(checkpoint: LowBitCheckpoint | None, name: str, rank: int, size: int, dense: Tensor) -> nn.Module:
@@ -301,6 +303,7 @@ def row_shard(checkpoint: LowBitCheckpoint | None, name: str, rank: int, size: i
         None if plan is None else plan.shard(rank, size),
         None if low_rank is None else low_rank.shard_in(rank, size),
         rotates,
+        checkpoint.clipping.get(name, WHOLE),
     )
 
 

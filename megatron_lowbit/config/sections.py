@@ -88,6 +88,13 @@ class WeightsConfig(FrozenConfig):
     """input features that share a weight scale; none: one scale per output channel"""
     symmetric: bool = False
     """weights without a zero point"""
+    clipping: Literal["none", "mse", "learned"] = "none"
+    """ranges. none: from the smallest to the largest value; mse: narrower where the squared error is smaller (of
+    weights; with method=qllm also of activations, and weighted by the input's size); learned: trained with a merged
+    correction"""
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    """codes of weights. nearest: each by itself; gptq: each makes up for the error of those before it
+    (arXiv 2210.17323; method=qllm)"""
     shard_groups: int | None = Field(None, ge=1)
     """equal slices of a row-parallel input, each with its own activation scale: a multiple of every tp size used;
     none: 8, or the number near 8 that suits the model's heads (6 for 9 heads)"""
@@ -243,6 +250,8 @@ class CorrectionConfig(FrozenConfig):
     holdout: float = Field(1 / 8, ge=0, lt=1)
     """share of the windows, the last ones, that are not trained on and tell after which epoch the loss was smallest
     (at least one); 0: all are trained on, and the last epoch is kept"""
+    clipping_rate: float = Field(5e-2, gt=0, allow_inf_nan=False)
+    """weights.clipping=learned: learning rate of the ranges"""
     train_norms: bool = False
     """also train the gains of the blocks' norms"""
     through_communication: bool = False

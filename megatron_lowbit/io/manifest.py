@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 Width = Annotated[int, Field(ge=1, le=2**31)]
+Ratio = Annotated[float, Field(gt=0, le=1)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^lowbit[-\w]*\.safetensors$")]  # never a path out of the folder
 
@@ -77,7 +78,8 @@ class CheckpointManifest(Manifest):
     reassembly: dict[str, Annotated[list[Width], Field(min_length=2, max_length=2)]]  # [in_features, width]
     low_rank: Names
     head: HeadManifest | None = None  # in formats 5 and 6 alone
-    rotation: RotationManifest | None = None  # in format 6 alone
+    rotation: RotationManifest | None = None  # in format 6 alone, as the next
+    clipping: dict[str, Annotated[list[Ratio], Field(min_length=2, max_length=2)]] = {}
     beside: dict[OtherName, Sha256] = {}  # config, generation config, tokenizer; not in artifacts of earlier versions
 
 

@@ -48,6 +48,7 @@ from megatron_lowbit.quant.affine import (
     QuantizedWeight,
     straight_through,
 )
+from megatron_lowbit.quant.input_clipping import WHOLE, Clip
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 
 
@@ -59,6 +60,7 @@ class QuantLinear(Float32QParams):
     act_bits: 16 leaves the activations as they are. act_groups: slices of the input with their own scale per token.
     plan: reassembles x first, where the module before it did not. low_rank: this rank's share of the branch. rotated:
     whether each of the act_groups slices of x is multiplied by the Hadamard matrix of its width, before all else.
+    clip: what is left of the two ends of a token's range.
     """
 
     scale: Tensor  # float32 [out_features, groups]
@@ -76,6 +78,7 @@ class QuantLinear(Float32QParams):
         plan: ReassemblyPlan | None = None,
         low_rank: LowRank | None = None,
         rotated: bool = False,
+        clip: Clip = WHOLE,
     ):
         super().__init__()
         self.rotated = rotated
@@ -91,6 +94,7 @@ class QuantLinear(Float32QParams):
             )
         self.in_features, self.out_features = weight.in_features, weight.packed_weight.shape[0]
         self.weight_bits, self.act_bits, self.act_groups = weight.num_bits, act_bits, act_groups
+        self.clip = clip
         self._panels: Tensor | None = None  # on a CPU, after the first forward, what takes the place of the rows
         self._buffers["packed_weight"] = weight.packed_weight
         self.register_buffer("scale", weight.scale)
@@ -129,14 +133,14 @@ class QuantLinear(Float32QParams):
         packed = self.packed_weight if self._panels is None else self._panels
         weight = (packed, self.scale, self.zero_point, self.weight_bits)
         if torch.is_grad_enabled() and rows.requires_grad:
-            return _QuantLinearFunction.apply(rows, *weight, self.act_bits, self.act_groups, dtype)
-        return quant_linear(rows, *weight, self.act_bits, self.act_groups, dtype)
+            return _QuantLinearFunction.apply(rows, *weight, self.act_bits, self.act_groups, dtype, *self.clip)
+        return quant_linear(rows, *weight, self.act_bits, self.act_groups, dtype, *self.clip)
 
     def _rounded(self, rows: Tensor) -> Tensor:
         """Return x^, what the codes of x stand for, with the straight-through gradient; x itself where it has none."""
         if self.act_bits == FLOAT_BITS:
             return rows
-        codes = quantize_tokens(rows.detach(), self.act_bits, self.act_groups)
+        codes = quantize_tokens(rows.detach(), self.act_bits, self.act_groups, *self.clip)
         return straight_through(rows, dequantize(*codes).to(rows.dtype))
 
     def _layout(self) -> tuple[int, int, int, bool]:
@@ -191,17 +195,17 @@ class _QuantLinearFunction(torch.autograd.Function):
     """Forward on codes; backward straight through both roundings: dx = dy W^, W^ the dequantized weight."""
 
     @staticmethod
-    def forward(ctx, rows, packed_weight, scale, zero_point, bits, act_bits, act_groups, dtype):  # type: ignore[override]
+    def forward(ctx, rows, packed_weight, scale, zero_point, bits, act_bits, act_groups, dtype, *clip):  # type: ignore[override]
         ctx.save_for_backward(packed_weight, scale, zero_point)
         blocks = blocks_of(act_bits, act_groups, scale.shape[1])
         ctx.layout, ctx.dtype = (bits, rows.shape[1], blocks, act_bits == FLOAT_BITS), rows.dtype
-        return quant_linear(rows.detach(), packed_weight, scale, zero_point, bits, act_bits, act_groups, dtype)
+        return quant_linear(rows.detach(), packed_weight, scale, zero_point, bits, act_bits, act_groups, dtype, *clip)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         packed_weight, scale, zero_point = ctx.saved_tensors
         weight = dequantize(codes_of(packed_weight, len(scale), *ctx.layout), scale, zero_point)
-        return (grad.float() @ weight).to(ctx.dtype), *[None] * 7
+        return (grad.float() @ weight).to(ctx.dtype), *[None] * 9
 
 
 class DenseShard(nn.Module):

@@ -12,6 +12,7 @@ from megatron_lowbit.adapters.huggingface.apply import InputGroup
 from megatron_lowbit.qllm.block_source import BlockSource
 from megatron_lowbit.qllm.calibration_share import CalibrationShare
 from megatron_lowbit.qllm.hidden_stream import HiddenStream
+from megatron_lowbit.qllm.input_range import InputRange
 from megatron_lowbit.qllm.sharded_linear import ShardedLinear
 from megatron_lowbit.qllm.trace_blocks import BlockCall
 
@@ -59,6 +60,11 @@ class BlockGroup:
     def row_parallel_linears(self) -> list[ShardedLinear]:
         """Return the linears whose outputs are partial sums."""
         return [linear for linear in self.linears() if linear.kind == "row"]
+
+    def input_ranges(self) -> list[InputRange]:
+        """Return the quantizers of the blocks' activations, each once, in the order in which the blocks define them."""
+        found = {id(m): m for block in self.modules for m in block.modules() if isinstance(m, InputRange)}
+        return [quantizer for quantizer in found.values() if quantizer.act_bits < 16]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the hidden states [windows, length, hidden] after all blocks, of those before them."""

@@ -26,8 +26,10 @@ from megatron_lowbit.qllm.allocate_ranks import choose_ranks
 from megatron_lowbit.qllm.block_group import BlockGroup
 from megatron_lowbit.qllm.calibration_share import CalibrationShare, held_out_windows
 from megatron_lowbit.qllm.hidden_stream import HiddenStream
+from megatron_lowbit.qllm.input_range import InputRange
 from megatron_lowbit.qllm.low_rank import Batches, ParameterGroup, Windows, add_low_rank, train, trainable_norms
 from megatron_lowbit.qllm.sharded_linear import ShardedLinear
+from megatron_lowbit.quant.input_clipping import Clip
 from megatron_lowbit.runtime.distributed import all_gather_stack
 
 
@@ -58,7 +60,7 @@ def correct_group(
     stored_dtype: torch.dtype,
     log: Callable[..., Any],
 ) -> CorrectionResult:
-    """Add A and B to the group's rounded linears and train them (and the norms' gains, if asked), in place.
+    """Add A and B to the group's rounded linears and train them (and gains and ranges, if asked), in place.
 
     inputs, target: see above. stored_dtype: what gains are stored in. log: called with epoch=, correction_loss= and,
     where windows are held out, held_out_loss= after every epoch. Does nothing for correction.mode=none. Raises
@@ -79,7 +81,10 @@ def correct_group(
     def judge() -> float:
         return group_loss(group, share, inputs, target, training if held_out else 0)
 
-    before, untrained = judge(), trained.values()
+    before = judge()
+    if config.weights.clipping == "learned":
+        trained.add_clipping(group.input_ranges(), share.device)
+    untrained = trained.values()
     result = CorrectionResult(loss_before=before, ranks=ranks if section.rank == "auto" else {})
     best, kept = math.inf, untrained
 
@@ -98,6 +103,7 @@ def correct_group(
     groups = [
         ParameterGroup(factors, section.learning_rate, section.weight_decay),
         ParameterGroup(trained.gains, section.learning_rate),
+        ParameterGroup(trained.clipping, section.clipping_rate),
     ]
     seed = (config.seed * 1_000_003 + group.blocks[0].index) % 2**63
     batches = training_batches(group, share, inputs, target, section.batch_size, training)
@@ -115,12 +121,21 @@ def correct_group(
 
 
 class TrainedGroup:
-    """Hold what is trained of a group: the factors of its linears, and the gains of norms."""
+    """Hold what is trained of a group: the factors of its linears, the gains of norms, and ratios of ranges."""
 
     def __init__(self, linears: Sequence[ShardedLinear], factors: Sequence[nn.Parameter], norms: Sequence[Any]):
         self.linears, self.norms = linears, norms
         self.gains: list[nn.Parameter] = [norm.gain for norm in norms]
+        self.clipping: list[nn.Parameter] = []
+        self.sites: list[tuple[InputRange, nn.Parameter, Clip]] = []  # with its logits, and its ratios before
         self.parameters = [*factors, *self.gains]
+
+    def add_clipping(self, ranges: Sequence[InputRange], device: torch.device) -> None:
+        """Train the ratios of the linears' ranges too, and those of their inputs: `ranges`."""
+        self.clipping = [logits for linear in self.linears for logits in linear.add_clipping()]
+        self.sites = [(site, site.train_from(device), site.clip) for site in ranges]
+        self.clipping += [logits for _, logits, _ in self.sites]
+        self.parameters += self.clipping
 
     def values(self) -> list[Tensor]:
         """Return copies of all parameters."""
@@ -133,16 +148,23 @@ class TrainedGroup:
             parameter.copy_(value)
 
     def unfreeze(self) -> None:
-        """Have the linears compute their weights from the factors anew in every forward, as training needs it."""
+        """Have the linears compute their weights from the factors anew in every forward, and inputs be quantized in the
+        ranges that are trained."""
         for linear in self.linears:
-            if linear.lora_shared is not None and not linear.branch:  # beside a branch the weights stay
+            factors = linear.lora_shared is not None and not linear.branch  # beside a branch the weights stay
+            if factors or linear.clip_logits is not None:
                 linear.unfreeze()
+        for site, logits, _ in self.sites:
+            site.logits = logits
 
     @torch.no_grad()
     def deploy(self, stored_dtype: torch.dtype) -> None:
-        """Round the gains as they will be stored, and freeze the weights."""
+        """Round the gains and ratios as they will be stored, and freeze the weights."""
         for norm in self.norms:
             norm.gain.copy_((norm.gain - norm.offset).to(stored_dtype).float() + norm.offset)
+        for site, logits, _ in self.sites:
+            site.logits = logits
+            site.settle()
         for linear in self.linears:
             linear.freeze()
 
@@ -156,9 +178,11 @@ class TrainedGroup:
         self.unfreeze()
 
     def drop(self) -> None:
-        """Forget the factors."""
+        """Forget the factors and the ratios."""
         for linear in self.linears:
             linear.drop_low_rank()
+        for site, _, clip in self.sites:
+            site.logits, site.clip = None, clip
 
 
 def training_batches(

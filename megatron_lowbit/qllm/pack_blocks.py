@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from megatron_lowbit.adapters.huggingface import attention
 from megatron_lowbit.layers.reassembled_norm import ReassembledNorm
 from megatron_lowbit.qllm.block_group import Block, BlockGroup
+from megatron_lowbit.qllm.input_range import HeadRange
 from megatron_lowbit.qllm.sharded_linear import PreparedNorm, ShardedLinear
 from megatron_lowbit.quant.checkpoint import CheckpointPart
+from megatron_lowbit.quant.input_clipping import WHOLE, attention_sites
 
 
 @torch.no_grad()
@@ -24,6 +27,7 @@ def pack_blocks(group: BlockGroup, trained_norms: bool) -> CheckpointPart:
                 pack_linear(part, module)
             if isinstance(module, PreparedNorm):
                 pack_norm(part, module, block, trained_norms)
+        pack_heads(part, block)
     return part
 
 
@@ -32,9 +36,19 @@ def pack_linear(part: CheckpointPart, linear: ShardedLinear) -> None:
     part.linears[linear.name] = linear.packed()
     if (low_rank := linear.low_rank()) is not None:
         part.low_rank[linear.name] = low_rank
+    if linear.range.clip != WHOLE:
+        part.clipping[linear.name] = linear.range.clip
     plan = linear.whole_plan() if not linear.prepared else None
     if plan is not None and not plan.is_identity:
         part.reassembly[linear.name] = plan
+
+
+def pack_heads(part: CheckpointPart, block: Block) -> None:
+    """Add the ratios of the ranges of Q, K and V."""
+    for owner, module in block.module.named_modules():
+        for name, site in zip(attention_sites(f"{block.name}.{owner}"), attention.quantizers_of(module), strict=False):
+            if isinstance(site, HeadRange) and site.clip != WHOLE:
+                part.clipping[name] = site.clip
 
 
 def pack_norm(part: CheckpointPart, prepared: PreparedNorm, block: Block, trained: bool) -> None:

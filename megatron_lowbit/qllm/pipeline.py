@@ -160,7 +160,8 @@ class BlockwiseQuantizer:
         share, inputs = self.share, self.streams.quantized
         target = self.streams.create_full_precision()
         group.forward_stream(share, self.streams.full_precision, target)
-        report = self.rounder.round_group(group, inputs, self.streams.create_scratch())
+        scratch = self.streams.create_scratch()
+        report = self.rounder.round_group(group, inputs, scratch)
         through_communication = self.config.correction.through_communication
         if through_communication:
             self._record_ranges(group, None)
@@ -168,6 +169,7 @@ class BlockwiseQuantizer:
         stored_dtype = self.source.stored_dtype or self.source.dtype
         log = partial(self.logger.log, group=number)
         correction = correct_group(group, share, inputs, target, self.config, stored_dtype, log)
+        self.rounder.round_trained(group, inputs, scratch)
         for linear in group.linears():
             linear.freeze()
         outputs = self.streams.create_quantized()

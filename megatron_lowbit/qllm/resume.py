@@ -51,6 +51,8 @@ _FREE_KEYS = (
     *("output_dir", "wandb", "dry_run", "architecture", "weights.lm_head_bits"),
     *(f"rates.{key}" for key in RatesConfig.model_fields),
 )
+# These came after the first artifacts, whose states and names of parts stay what they were where they are as usual.
+_LATER_KEYS = ("weights.clipping", "weights.rounding", "weights.rotation", "correction.clipping_rate")
 STATE = 3  # counts the changes of what a state holds
 SAVE_EVERY = 60.0  # seconds of a calibration pass; more where saving itself takes long
 
@@ -64,8 +66,10 @@ class State:
         values = {key: value for key, value in defaults(config).items() if key not in _FREE_KEYS}
         if values["comm.scale"] == "per_token":
             values["comm.scale"] = "rank1"  # its first name: states and names of parts stay what they were
-        if values.get("weights.rotation") == "none":
-            del values["weights.rotation"]  # as before there was one
+        usual = defaults(QuantizeConfig())
+        for key in _LATER_KEYS:
+            if key in values and values[key] == usual[key]:
+                del values[key]
         self.settings: dict[str, Any] = json.loads(json.dumps({"stage": stage, "state": STATE, **values, **inputs}))
 
     def found(self, *keys: str) -> dict[str, Any] | None:

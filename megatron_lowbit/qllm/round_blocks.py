@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from megatron_lowbit.adapters.huggingface import attention
@@ -16,11 +16,16 @@ from megatron_lowbit.config import QuantizeConfig
 from megatron_lowbit.layers.reassembled_norm import ReassembledNorm, rms_gain
 from megatron_lowbit.qllm.block_group import Block, BlockGroup
 from megatron_lowbit.qllm.calibration_share import CalibrationShare
+from megatron_lowbit.qllm.clip_inputs import best_clip
 from megatron_lowbit.qllm.hidden_stream import HiddenStream
+from megatron_lowbit.qllm.input_range import HeadRange, InputRange
+from megatron_lowbit.qllm.input_sums import gram, input_sums, squares
 from megatron_lowbit.qllm.low_rank import trains_norms
 from megatron_lowbit.qllm.search import Search
 from megatron_lowbit.qllm.sharded_linear import PreparedNorm, ShardedLinear
 from megatron_lowbit.quant.affine import Scheme
+from megatron_lowbit.quant.gptq import InverseFactor
+from megatron_lowbit.quant.input_clipping import HEADS
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import progress
@@ -57,23 +62,43 @@ class BlockRounder:
     def round_group(self, group: BlockGroup, inputs: HiddenStream, scratch: Sequence[HiddenStream]) -> ReassemblyReport:
         """Round all blocks of a group. inputs: the quantized stream before it; scratch: two more, to be overwritten."""
         report = ReassemblyReport()
-        blocks = progress(group.blocks, len(group.blocks), "reassembling, rounding", env_rank())
-        for number, block in enumerate(blocks):
-            self.round_block(block, inputs, report)
+        for block, hidden in self._block_by_block(group, inputs, scratch, "reassembling, rounding"):
+            self.round_block(block, hidden, report)
+        return report
+
+    def round_trained(self, group: BlockGroup, inputs: HiddenStream, scratch: Sequence[HiddenStream]) -> None:
+        """Choose the codes of weights that a merged correction has trained, where weights.rounding asks for more than
+        the nearest."""
+        if self._gptq_after_training:
+            for block, hidden in self._block_by_block(group, inputs, scratch, "rounding by GPTQ"):
+                for input_group in block.input_groups:
+                    self._round_by_gptq(block, input_group, hidden)
+
+    def _block_by_block(
+        self, group: BlockGroup, inputs: HiddenStream, scratch: Sequence[HiddenStream], bar: str
+    ) -> Iterator[tuple[Block, HiddenStream]]:
+        """Yield (block, the quantized stream before it); a block is run once its successor is asked for. bar: what the
+        progress bar says."""
+        for number, block in enumerate(progress(group.blocks, len(group.blocks), bar, env_rank())):
+            yield block, inputs
             if number + 1 < len(group.blocks):
                 outputs = scratch[number % 2]
                 BlockGroup([block]).forward_stream(self.share, inputs, outputs)
                 inputs = outputs
-        return report
+
+    @property
+    def _gptq_after_training(self) -> bool:
+        """Tell whether GPTQ waits for the training, which changes the weights of a merged correction."""
+        return self.config.weights.rounding == "gptq" and self.config.correction.mode == "merged"
+
+    def _forwards(self, block: Block, inputs: HiddenStream) -> Iterator[tuple[Callable[[], Any], Tensor]]:
+        for start, stop, mask in self.share.batches():
+            yield partial(block.forward, inputs.read(start, stop, self.share.device)), mask
 
     def round_block(self, block: Block, inputs: HiddenStream, report: ReassemblyReport) -> None:
         """Reassemble and round one block, input group by input group, in the order they run."""
-        share = self.share
-
-        def forwards() -> Iterator[tuple[Callable[[], Any], Tensor]]:
-            for start, stop, mask in share.batches():
-                yield partial(block.forward, inputs.read(start, stop, share.device)), mask
-
+        share, weights = self.share, self.config.weights
+        forwards = partial(self._forwards, block, inputs)
         search = Search(block.module, forwards, self.config, self.attention_bits, self.tp_group, share.dp_group)
         for group in block.input_groups:
             name, plans = f"{block.name}.{group.norm or group.linears[0]}", None
@@ -83,10 +108,21 @@ class BlockRounder:
                     plans = None  # on all ranks; a row-parallel linear's shards, and so its ranks, may differ
             if plans is not None:
                 report.reassembled[name] = sum(len(plan.src_idx) - plan.in_features for plan in plans)
-            self._round_linears(block, group, plans)
+            self._quantize_linears(block, group, plans)
+            if weights.clipping == "mse" and self.scheme.act_bits < 16:
+                linears = sharded(block, group)
+                linears[0].range.clip = best_clip(block.module, group, linears, forwards(), share.dp_group)
             if group.norm is not None:
-                self._quantize_norm_output(block, group.norm, name, None if plans is None else plans[0])
-            attention.set_bits([block.module.get_submodule(group.owner)], self.attention_bits)
+                self._quantize_norm_output(block, group, name, None if plans is None else plans[0])
+            if weights.clipping == "mse":
+                importance = input_sums(block.module, group, forwards(), squares, share.dp_group)
+                for linear in sharded(block, group):
+                    linear.clip(importance)
+            if weights.rounding == "gptq" and not self._gptq_after_training:
+                self._round_by_gptq(block, group, inputs)
+            for linear in sharded(block, group):
+                linear.freeze()
+            self._quantize_attention(block, group)
 
     def _reassembles(self, group: InputGroup, attention_owner: str) -> bool:
         """Tell whether the paper reassembles a group's input: all but the attention's output projection's.
@@ -98,21 +134,41 @@ class BlockRounder:
         attention_output = group.kind == "row" and group.row.startswith(attention_owner + ".")
         return self.config.reassembly.o_proj or not attention_output
 
-    def _round_linears(self, block: Block, group: InputGroup, plans: Sequence[ReassemblyPlan] | None) -> None:
-        for name in group.linears:
-            linear = block.module.get_submodule(name)
-            if isinstance(linear, ShardedLinear):
-                if plans is not None:
-                    linear.set_plans(plans)
-                linear.quantize(self.scheme, self.config.weights)
-                linear.prepared = group.norm is not None
-                linear.freeze()
+    def _quantize_attention(self, block: Block, group: InputGroup) -> None:
+        """Have an attention that owns the group quantize Q, K and V; an MLP does not look at that."""
+        owner = block.module.get_submodule(group.owner)
+        attention.set_bits([owner], self.attention_bits)
+        if self.attention_bits < 16 and self.config.weights.clipping == "learned" and attention.takes_part(owner):
+            ranges = nn.ModuleList(HeadRange(self.attention_bits, self.tp_group) for _ in HEADS)
+            attention.set_quantizers(owner, ranges)
 
-    def _quantize_norm_output(self, block: Block, norm_name: str, fqn: str, plan: ReassemblyPlan | None) -> None:
+    def _quantize_linears(self, block: Block, group: InputGroup, plans: Sequence[ReassemblyPlan] | None) -> None:
+        shared = InputRange(self.scheme.act_bits)
+        for linear in sharded(block, group):
+            if plans is not None:
+                linear.set_plans(plans)
+            linear.quantize(self.scheme, self.config.weights, shared)
+            linear.prepared = group.norm is not None
+
+    def _round_by_gptq(self, block: Block, group: InputGroup, inputs: HiddenStream) -> None:
+        """Choose the codes of a group's linears for their input as the block gives it to them now."""
+        hessians = input_sums(block.module, group, self._forwards(block, inputs), gram, self.share.dp_group)
+        factors = [InverseFactor.of(hessian) for hessian in hessians]
+        for linear in sharded(block, group):
+            linear.round_by_gptq(factors)
+
+    def _quantize_norm_output(self, block: Block, group: InputGroup, fqn: str, plan: ReassemblyPlan | None) -> None:
         """Have a norm put out reassembled, quantized activations, for all linears that read it."""
-        norm = block.module.get_submodule(norm_name)
+        assert group.norm is not None
+        norm = block.module.get_submodule(group.norm)
         if plan is None and trains_norms(self.config.correction) and (rms := rms_gain(norm)) is not None:
             plan = ReassemblyPlan.identity(len(rms[0]))  # its gain is to be a parameter
         if plan is not None:
             norm = ReassembledNorm(norm, plan.to("cpu")).to(self.share.device)
-        block.module.set_submodule(norm_name, PreparedNorm(fqn, norm, self.scheme.act_bits))
+        block.module.set_submodule(group.norm, PreparedNorm(fqn, norm, sharded(block, group)[0].range))
+
+
+def sharded(block: Block, group: InputGroup) -> list[ShardedLinear]:
+    """Return the linears of an input group that are quantized."""
+    modules = [block.module.get_submodule(name) for name in group.linears]
+    return [module for module in modules if isinstance(module, ShardedLinear)]

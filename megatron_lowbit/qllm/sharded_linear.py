@@ -22,21 +22,27 @@ from torch.nn import functional as F
 from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.config import LowBitError, WeightsConfig
 from megatron_lowbit.kernels import pack_bits
+from megatron_lowbit.qllm.input_range import InputRange
 from megatron_lowbit.qllm.shard_groups import gather_shards, ordered_sum, partial_sums, replicate
 from megatron_lowbit.quant.affine import (
     LowRank,
     QuantizedWeight,
     Scheme,
-    choose_qparams,
+    dequantize,
     fake_quantize,
     fake_quantize_with,
     qparams_from_range,
     quantize,
+    value_range,
 )
+from megatron_lowbit.quant.clipping import best_ratios
+from megatron_lowbit.quant.gptq import InverseFactor, gptq_codes
+from megatron_lowbit.quant.learned_clipping import FIRST_LOGIT, fake_quantize_trained, qparams_of_trained
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 from megatron_lowbit.runtime.distributed import all_gather_stack, all_gather_values, group_rank, world_size
 
 Kind = Literal["column", "row"]
+Ratios = tuple[Tensor, Tensor]  # of the lower and the upper end of ranges, each [out, groups]
 
 
 class ShardedLinear(nn.Module):
@@ -62,13 +68,17 @@ class ShardedLinear(nn.Module):
         self.scheme = Scheme(16, 16)
         self.config = WeightsConfig()
         self.quantized = self.prepared = False
+        self.range = InputRange(16)  # quantizes the input; shared by the linears that read the same
         self.plans: list[ReassemblyPlan] | None = None  # of each shard's inputs (row), or one of all inputs (column)
         self.reducer: VirtualReducer | None = None
         self.observer: Callable[[Sequence[Tensor]], None] | None = None  # sees the partial sums of all shards (row)
         self.lora_shared: nn.Parameter | None = None
         self.lora_shards: nn.ParameterList | None = None
         self.branch = False
+        self.ratios: list[Ratios] | None = None  # of each shard's range to that of its weights (clipping.py)
+        self.clip_logits: nn.ParameterList | None = None  # of ratios that are trained (learned_clipping.py)
         self._active: list[ReassemblyPlan | None] = []  # the plans that do anything
+        self._codes: list[tuple[Tensor, Tensor, Tensor]] | None = None  # with scale, zero point: as GPTQ chose
         self._frozen: list[Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,9 +95,7 @@ class ShardedLinear(nn.Module):
 
     def prepared_inputs(self, x: Tensor) -> list[Tensor]:
         """Return Q(x S): one tensor that all shards read (column), or each shard's slice (row)."""
-        if self.kind == "column":
-            return [self._prepare(x, 0)]
-        return [self._prepare(x_s, s) for s, x_s in enumerate(x.chunk(len(self.hp_weights), -1))]
+        return self.prepare_input([x] if self.kind == "column" else x.chunk(len(self.hp_weights), -1))
 
     @property
     def features(self) -> tuple[int, int]:
@@ -100,11 +108,57 @@ class ShardedLinear(nn.Module):
         self.plans = list(plans)
         self._active = [None if plan.is_identity else plan for plan in plans]
         self.hp_weights = self._reassembled(plans)
-        self._frozen = None
+        self._frozen = self._codes = None
 
-    def quantize(self, scheme: Scheme, config: WeightsConfig) -> None:
-        """Compute with quantized weights and activations from here on."""
+    def quantize(self, scheme: Scheme, config: WeightsConfig, range_: InputRange | None = None) -> None:
+        """Compute with quantized weights and activations from here on; range_: that of the linears that read the same
+        input."""
         self.scheme, self.config, self.quantized = scheme, config, True
+        self.range = range_ or InputRange(scheme.act_bits)
+
+    @torch.no_grad()
+    def clip(self, importance: Sequence[Tensor]) -> None:
+        """Narrow the weights' ranges where that lowers the error (clipping.py), for good. A collective call over
+        tp_group.
+
+        importance: the squares of the inputs, summed over tokens, float64 [in] of all inputs (column) or of each shard.
+        """
+        weights, bits, symmetric = self.corrected(), self.scheme.weight_bits, self.config.symmetric
+        ranges = self._ranges(weights, self.config)
+        if self._ranges_span_shards(self.config):
+            shared = best_ratios(
+                weights, *ranges[0], bits, symmetric, importance, lambda errors: ordered_sum(errors, self.tp_group)
+            )
+            found = [shared] * len(weights)
+        else:
+            each = list(importance) * len(weights) if self.kind == "column" else importance
+            found = [
+                best_ratios([w], *pair, bits, symmetric, [d]) for w, pair, d in zip(weights, ranges, each, strict=True)
+            ]
+        self.ratios = [(ratio, ratio) for ratio in found]
+
+    def add_clipping(self) -> list[nn.Parameter]:
+        """Create the logits of the ratios of both ends of every range, [2, out, groups] for each shard, or for all
+        shards where they share the scales; returns them as this rank trains them."""
+        ranges = self._ranges(self.corrected(), self.config)
+        logits = [torch.full_like(torch.stack(pair), FIRST_LOGIT) for pair in ranges]
+        spans = self._ranges_span_shards(self.config)
+        self.clip_logits = nn.ParameterList(nn.Parameter(values) for values in (logits[:1] if spans else logits))
+        self._frozen = self._codes = None
+        return list(self.clip_logits)
+
+    @torch.no_grad()
+    def round_by_gptq(self, factors: Sequence[InverseFactor]) -> None:
+        """Choose the codes of the corrected weights by GPTQ, for good: one factor of all inputs (column), or one per
+        shard."""
+        weights, bits = self.corrected(), self.scheme.weight_bits
+        per_shard = list(factors) * len(weights) if self.kind == "column" else factors
+        qparams = self._qparams(weights, bits, self.config, self._ratios())
+        self._codes = [
+            (gptq_codes(w, *pair, bits, factor), *pair)
+            for w, pair, factor in zip(weights, qparams, per_shard, strict=True)
+        ]
+        self.freeze()
 
     def add_low_rank(self, rank: int, branch: bool, generator: torch.Generator) -> list[nn.Parameter]:
         """Create A (uniform, variance 1 / (3 in)) and B (zero); returns them as this rank trains them."""
@@ -123,12 +177,12 @@ class ShardedLinear(nn.Module):
         self.lora_shards = nn.ParameterList(nn.Parameter(shard) for shard in shards)
         self.branch = branch
         if not branch:
-            self._frozen = None
+            self._frozen = self._codes = None
         return [self.lora_shared, *self.lora_shards]
 
     def drop_low_rank(self) -> None:
-        """Forget A and B."""
-        self.lora_shared, self.lora_shards, self.branch = None, None, False
+        """Forget A and B, and the ratios that were trained with them."""
+        self.lora_shared, self.lora_shards, self.clip_logits, self.branch = None, None, None, False
         self.freeze()
 
     def freeze(self, weights: Sequence[Tensor] | None = None) -> None:
@@ -142,16 +196,23 @@ class ShardedLinear(nn.Module):
         self._frozen = None
 
     def effective_weights(self) -> list[Tensor]:
-        """Return what each shard multiplies with; differentiable in A and B."""
+        """Return what each shard multiplies with; differentiable in A, B and the ratios' logits."""
         if self._frozen is not None:
             return self._frozen
         if not self.quantized:
             return self.hp_weights
-        return self._fake_quantized(self.corrected(), self.scheme.weight_bits, self.config)
+        if self._codes is not None:
+            return [dequantize(*codes) for codes in self._codes]
+        weights, ratios, bits = self.corrected(), self._ratios(), self.scheme.weight_bits
+        if self.clip_logits is None or ratios is None:
+            return self._fake_quantized(weights, bits, self.config, ratios)
+        clipped = self._clipped_ranges(weights, self.config, ratios)
+        qparams = [qparams_of_trained(*pair, bits, self.config.symmetric) for pair in clipped]
+        return [fake_quantize_trained(w, *pair, bits) for w, pair in zip(weights, qparams, strict=True)]
 
     @torch.no_grad()
     def weights_under(self, plans: Sequence[ReassemblyPlan], scheme: Scheme, config: WeightsConfig) -> list[Tensor]:
-        """Return what the shards would multiply with, reassembled and quantized; the linear stays as it is.
+        """Return what the shards would multiply with, reassembled and rounded to nearest; the linear stays as it is.
 
         plans: one of all inputs (column), or one per shard (row). A collective call over tp_group.
         """
@@ -162,8 +223,10 @@ class ShardedLinear(nn.Module):
         per_shard = list(plans) * len(self.hp_weights) if self.kind == "column" else plans
         return [plan.weights(w) for plan, w in zip(per_shard, self.hp_weights, strict=True)]
 
-    def _fake_quantized(self, weights: Sequence[Tensor], bits: int, config: WeightsConfig) -> list[Tensor]:
-        qparams = self._qparams(weights, bits, config)
+    def _fake_quantized(
+        self, weights: Sequence[Tensor], bits: int, config: WeightsConfig, ratios: Sequence[Ratios] | None = None
+    ) -> list[Tensor]:
+        qparams = self._qparams(weights, bits, config, ratios)
         return [fake_quantize_with(w, *pair, bits) for w, pair in zip(weights, qparams, strict=True)]
 
     def corrected(self) -> list[Tensor]:
@@ -190,10 +253,20 @@ class ShardedLinear(nn.Module):
         factors = [(_bf16(a, x_s), _bf16(b, x_s)) for (a, b), x_s in zip(self._factors(), inputs, strict=True)]
         return [F.linear(F.linear(x_s, a), b) for x_s, (a, b) in zip(inputs, factors, strict=True)]
 
-    def _prepare(self, x: Tensor, shard: int) -> Tensor:
+    def prepare_input(self, slices: Sequence[Tensor]) -> list[Tensor]:
+        """Return what is multiplied: the whole input (column), or each shard's, reassembled and quantized, unless the
+        norm before has done that."""
         if not self.quantized or self.prepared:
-            return x
-        return prepare(x, self._active[shard] if self._active else None, self.scheme.act_bits)
+            return list(slices)
+        quantizers: Sequence[Callable[[Tensor], Tensor]] = [self.range]
+        if self.kind == "row":
+            quantizers = self.range.for_shards(len(slices), self.tp_group)
+        return [quantize(x) for quantize, x in zip(quantizers, self.reassembled(slices), strict=True)]
+
+    def reassembled(self, slices: Sequence[Tensor]) -> list[Tensor]:
+        """Return the whole input (column), or each shard's, after the linear's plans."""
+        plans = self._active or [None] * len(slices)
+        return [x if plan is None else plan.activations(x) for x, plan in zip(slices, plans, strict=True)]
 
     def _reduce(self, parts: Sequence[Tensor]) -> Tensor:
         if self.observer is not None:
@@ -205,31 +278,62 @@ class ShardedLinear(nn.Module):
         return ordered_sum(parts, None)
 
     @torch.no_grad()
-    def _qparams(self, weights: Sequence[Tensor], bits: int, config: WeightsConfig) -> list[tuple[Tensor, Tensor]]:
-        """Return (scale, zero_point) of each shard; a row-parallel weight has one per output channel for all shards."""
-        symmetric, group_size = config.symmetric, config.group_size
-        if self.kind == "column" or group_size is not None:
-            return [choose_qparams(w, bits, symmetric, group_size) for w in weights]
+    def _qparams(
+        self, weights: Sequence[Tensor], bits: int, config: WeightsConfig, ratios: Sequence[Ratios] | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return (scale, zero_point) of each shard."""
+        ranges = self._clipped_ranges(weights, config, ratios)
+        return [qparams_from_range(*pair, bits, config.symmetric) for pair in ranges]
+
+    def _clipped_ranges(
+        self, weights: Sequence[Tensor], config: WeightsConfig, ratios: Sequence[Ratios] | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return the two ends of each shard's ranges; differentiable in the ratios."""
+        ranges = self._ranges(weights, config)
+        if ratios is None:
+            return ranges
+        return [(low * a, high * b) for (low, high), (a, b) in zip(ranges, ratios, strict=True)]
+
+    def _ratios(self) -> Sequence[Ratios] | None:
+        """Return the ratios of each shard's range to that of its weights, as they were trained or found; None: 1."""
+        if self.clip_logits is None:
+            return self.ratios
+        logits: Sequence[Tensor] = list(self.clip_logits)
+        if self._ranges_span_shards(self.config):
+            logits = replicate(logits[0], len(self.hp_weights), self.tp_group)
+        return [(ratio[0], ratio[1]) for ratio in (values.sigmoid() for values in logits)]
+
+    def _ranges_span_shards(self, config: WeightsConfig) -> bool:
+        """Tell whether all shards share one scale per output channel."""
+        return self.kind == "row" and config.group_size is None
+
+    @torch.no_grad()
+    def _ranges(self, weights: Sequence[Tensor], config: WeightsConfig) -> list[tuple[Tensor, Tensor]]:
+        """Return (smallest, largest) weight of each shard's channels and groups, or of those of all shards together."""
+        if not self._ranges_span_shards(config):
+            return [value_range(w, config.group_size) for w in weights]
         low = torch.stack([w.amin(1, keepdim=True) for w in weights]).amin(0).float()
         high = torch.stack([w.amax(1, keepdim=True) for w in weights]).amax(0).float()
         if self.tp_group is not None:
             dist.all_reduce(low, dist.ReduceOp.MIN, self.tp_group)
             dist.all_reduce(high, dist.ReduceOp.MAX, self.tp_group)
-        return [qparams_from_range(low, high, bits, symmetric)] * len(weights)
+        return [(low, high)] * len(weights)
 
     @torch.no_grad()
     def packed(self) -> QuantizedWeight:
         """Return the whole (unsharded) quantized weight; a collective call over tp_group."""
         bits = self.scheme.weight_bits
         weights = self.corrected()
-        qparams = self._qparams(weights, bits, self.config)
         if any(not torch.isfinite(w).all() for w in weights):
             raise LowBitError(f"{self.name} holds NaN or Inf after the correction; lower correction.learning_rate")
-        codes = [quantize(w, *q, bits) for w, q in zip(weights, qparams, strict=True)]
+        if self._codes is None:
+            qparams = self._qparams(weights, bits, self.config, self._ratios())
+            codes = [quantize(w, *pair, bits) for w, pair in zip(weights, qparams, strict=True)]
+            scales, zeros = ([pair[i] for pair in qparams] for i in (0, 1))
+        else:
+            codes, scales, zeros = ([chosen[i] for chosen in self._codes] for i in (0, 1, 2))
         dim = 0 if self.kind == "column" else 1
-        grouped = self.config.group_size is not None
-        scales, zeros = ([q[i] for q in qparams] for i in (0, 1))
-        if dim == 1 and not grouped:
+        if self._ranges_span_shards(self.config):
             scale, zero_point = scales[0], zeros[0]
         else:
             scale, zero_point = (self._whole(tensors, dim) for tensors in (scales, zeros))
@@ -265,9 +369,9 @@ class ShardedLinear(nn.Module):
 class PreparedNorm(nn.Module):
     """Quantize the output of a norm, named by its fqn, per token: once for all linears that read it."""
 
-    def __init__(self, name: str, norm: nn.Module, act_bits: int):
+    def __init__(self, name: str, norm: nn.Module, range_: InputRange):
         super().__init__()
-        self.name, self.norm, self.act_bits = name, norm, act_bits
+        self.name, self.norm, self.range = name, norm, range_
 
     @property
     def weight(self) -> Any:
@@ -275,7 +379,7 @@ class PreparedNorm(nn.Module):
         return self.norm.weight
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return prepare(self.norm(hidden), None, self.act_bits)
+        return self.range(self.norm(hidden))
 
 
 def prepare(x: Tensor, plan: ReassemblyPlan | None, act_bits: int) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.io.tensors import check_scale, check_tensor, short_repr
 from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, quantize, quantizer, unpack_bits
+from megatron_lowbit.quant.input_clipping import WHOLE, Clip
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,18 @@ def qparams_from_range(
 
 
 def choose_qparams(
-    x: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None
+    x: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None, clip: Clip = WHOLE
 ) -> tuple[Tensor, Tensor]:
     """Return the min-max (scale, zero_point) of x [..., features]: float32 [..., groups], groups = features /
-    group_size or 1."""
+    group_size or 1. clip: what is left of the two ends of a range."""
+    low, high = value_range(x, group_size)
+    return qparams_from_range(low * clip[0], high * clip[1], num_bits, symmetric)
+
+
+def value_range(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return (smallest, largest) value of every row and group of x [..., features]: float32 [..., groups]."""
     grouped = _grouped(x, group_size)
-    return qparams_from_range(grouped.amin(-1), grouped.amax(-1), num_bits, symmetric)
+    return grouped.amin(-1).float(), grouped.amax(-1).float()
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -91,10 +98,12 @@ def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
     return _StraightThrough.apply(x, quantized)
 
 
-def fake_quantize(x: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None) -> Tensor:
+def fake_quantize(
+    x: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None, clip: Clip = WHOLE
+) -> Tensor:
     """Return dequantize(quantize(x)) in x's dtype, with the straight-through gradient (identity)."""
     with torch.no_grad():
-        scale, zero_point = choose_qparams(x, num_bits, symmetric, group_size)
+        scale, zero_point = choose_qparams(x, num_bits, symmetric, group_size, clip)
     return fake_quantize_with(x, scale, zero_point, num_bits)
 
 
@@ -140,14 +149,23 @@ class QuantizedWeight:
     @classmethod
     @torch.no_grad()
     def from_float(
-        cls, weight: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None, name: str = "weight"
+        cls,
+        weight: Tensor,
+        num_bits: int,
+        symmetric: bool = False,
+        group_size: int | None = None,
+        name: str = "weight",
+        qparams: Callable[[Tensor, int, bool, int | None], tuple[Tensor, Tensor]] = choose_qparams,
     ) -> QuantizedWeight:
-        """Round `weight` to the nearest code. Raises LowBitError where it holds NaN or Inf, naming it."""
+        """Round `weight` to the nearest code. Raises LowBitError where it holds NaN or Inf, naming it.
+
+        qparams: chooses the scale and the zero point (clipping.py has another way).
+        """
         if not torch.isfinite(weight).all():
             raise LowBitError(f"{name} holds NaN or Inf; repair the checkpoint before it is quantized")
         if group_size is not None and weight.shape[1] % group_size:
             raise LowBitError(f"weights.group_size={group_size} does not divide the {weight.shape[1]} inputs of {name}")
-        scale, zero_point = choose_qparams(weight, num_bits, symmetric, group_size)
+        scale, zero_point = qparams(weight, num_bits, symmetric, group_size)
         codes = quantize(weight, scale, zero_point, num_bits)
         return cls(pack_bits(codes, num_bits), scale, zero_point, num_bits, weight.shape[1])
 

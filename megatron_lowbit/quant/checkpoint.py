@@ -18,7 +18,7 @@ from megatron_lowbit.config import LowBitError
 from megatron_lowbit.io.files import (
     FORMAT,
     WITH_HEAD,
-    WITH_ROTATION,
+    WITH_ONLINE,
     WITHOUT_SEAL,
     complete,
     discard,
@@ -33,6 +33,7 @@ from megatron_lowbit.io.manifest import CheckpointManifest, checked
 from megatron_lowbit.io.tensors import refuse_unused, short_repr
 from megatron_lowbit.quant.affine import LowRank, QuantizedWeight, Scheme
 from megatron_lowbit.quant.head import QuantizedHead
+from megatron_lowbit.quant.input_clipping import HEADS, Clip, as_clip
 from megatron_lowbit.quant.online_rotation import OnlineRotation
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 
@@ -47,7 +48,8 @@ class CheckpointPart:
     """The part that some blocks contribute to a LowBitCheckpoint, as one safetensors file.
 
     linears and other tensors by Hugging Face name; reassembly by the module that carries it out (a norm, whose
-    output it is, or a linear, whose input); low_rank by linear. head: the output projection, where it is quantized.
+    output it is, or a linear, whose input); low_rank by linear; clipping by site (input_clipping.py). head: the output
+    projection, where it is quantized.
     """
 
     linears: dict[str, QuantizedWeight] = field(default_factory=dict)
@@ -55,6 +57,7 @@ class CheckpointPart:
     reassembly: dict[str, ReassemblyPlan] = field(default_factory=dict)
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     head: QuantizedHead | None = None
+    clipping: dict[str, Clip] = field(default_factory=dict)
 
     __repr__ = short_repr
 
@@ -72,6 +75,7 @@ class CheckpointPart:
             "reassembly": {name: [plan.in_features, plan.width] for name, plan in self.reassembly.items()},
             "low_rank": sorted(self.low_rank),
             **({} if self.head is None else {"head": self.head.describe()}),
+            **({"clipping": {name: list(clip) for name, clip in self.clipping.items()}} if self.clipping else {}),
         }
 
 
@@ -96,6 +100,8 @@ def merge_parts(parts: Sequence[PartMeta]) -> PartMeta:
         merged["low_rank"] += part["low_rank"]
         if "head" in part:
             merged["head"] = part["head"]
+        if "clipping" in part:
+            merged.setdefault("clipping", {}).update(part["clipping"])
     return merged
 
 
@@ -118,6 +124,8 @@ class LowBitCheckpoint:
         attention_bits: of Q, K and V; 16 leaves them as they are.
         head: the output projection, and the embedding that is tied to it, in codes; None leaves them among `tensors`.
         rotation: what of the model is rotated, and what of that runs online; None: nothing.
+        clipping: {linear, or "attention:q", "attention:k", "attention:v": what is left of the two ends of its tokens'
+            ranges}, ratios above 0 and at most 1; others keep all.
 
     Example:
         >>> import megatron_lowbit as lowbit
@@ -140,6 +148,7 @@ class LowBitCheckpoint:
     attention_bits: int = 16
     head: QuantizedHead | None = None
     rotation: OnlineRotation | None = None
+    clipping: dict[str, Clip] = field(default_factory=dict)
 
     __repr__ = short_repr
 
@@ -152,7 +161,7 @@ class LowBitCheckpoint:
         Raises:
             LowBitError: it cannot be written.
         """
-        part = CheckpointPart(self.linears, self.tensors, self.reassembly, self.low_rank, self.head)
+        part = CheckpointPart(self.linears, self.tensors, self.reassembly, self.low_rank, self.head, self.clipping)
         meta = part.save(Path(folder) / "lowbit.safetensors")
         about = (self.scheme_name, self.shard_groups, self.attention_bits, self.fingerprint, self.rotation)
         write_checkpoint(folder, meta, *about)
@@ -181,7 +190,7 @@ class LowBitCheckpoint:
             "reassembly",
             "low_rank",
         )
-        meta = read_meta(stem, *keys, formats=(WITH_ROTATION, WITH_HEAD, FORMAT, WITHOUT_SEAL))
+        meta = read_meta(stem, *keys, formats=(WITH_ONLINE, WITH_HEAD, FORMAT, WITHOUT_SEAL))
         with complete(stem.with_suffix(".json")):
             checked(CheckpointManifest, meta)
         _check_beside(Path(folder), meta.get("beside", {}))
@@ -216,17 +225,19 @@ class LowBitCheckpoint:
                 low_rank[name] = LowRank(**take(name, _LOW_RANK))
                 low_rank[name].validate(name, linears[name].in_features, len(linears[name].packed_weight))
         head = rotation = None
-        if meta["format"] == WITH_ROTATION:
+        clips: dict[str, Clip] = {}
+        if meta["format"] == WITH_ONLINE:
             with complete(stem.with_suffix(".json")):
-                rotation = OnlineRotation.read(meta["rotation"])
-        if meta["format"] == WITH_HEAD or (meta["format"] == WITH_ROTATION and "head" in meta):
+                rotation = None if meta.get("rotation") is None else OnlineRotation.read(meta["rotation"])
+                clips = {name: as_clip(*ratios) for name, ratios in meta.get("clipping", {}).items()}
+        if meta["format"] == WITH_HEAD or (meta["format"] == WITH_ONLINE and "head" in meta):
             with complete(stem.with_suffix(".json")):
                 about = meta["head"]
             with complete(where.get(f"{about['name']}.packed_weight", stem)):
                 head = QuantizedHead.read(about, take(about["name"], _WEIGHT))
         bits, fingerprint = meta["attention_bits"], meta["fingerprint"]
         names = (scheme, meta["scheme"], meta["shard_groups"], fingerprint)
-        checkpoint = cls(linears, tensors, *names, plans, low_rank, bits, head, rotation)
+        checkpoint = cls(linears, tensors, *names, plans, low_rank, bits, head, rotation, clips)
         with complete(stem.with_suffix(".json")):
             checkpoint.validate()
         return checkpoint
@@ -247,6 +258,12 @@ class LowBitCheckpoint:
             readers = [self.linears[name]] if name in self.linears else self.linears.values()
             if not any(weight.in_features == plan.width for weight in readers):
                 raise ValueError(f"{name} is reassembled to {plan.width} channels, which no linear reads")
+        owners = {name.rpartition(".")[0] for name in self.linears}
+        for site in self.clipping:
+            owner, colon, head = site.partition(":")
+            known = site in self.linears if not colon else owner in owners and head in HEADS
+            if not known or self.scheme.act_bits == 16 or (colon and self.attention_bits == 16):
+                raise ValueError(f"{site} is clipped, but nothing is quantized there")
         if self.head is not None:
             refuse_unused(self.head.replaced & self.tensors.keys())
         if self.rotation is not None:
@@ -296,7 +313,7 @@ def write_checkpoint(
     folder = Path(folder)
     usual = WITH_HEAD if "head" in part else FORMAT
     meta = {
-        "format": usual if rotation is None else WITH_ROTATION,
+        "format": usual if rotation is None and "clipping" not in part else WITH_ONLINE,
         "fingerprint": fingerprint,
         "scheme": scheme,
         "shard_groups": shard_groups,

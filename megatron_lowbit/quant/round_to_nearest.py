@@ -9,8 +9,9 @@ from torch import nn
 
 from megatron_lowbit.config import LowBitError, WeightsConfig
 from megatron_lowbit.io.fingerprint import Fingerprint
-from megatron_lowbit.quant.affine import QuantizedWeight, Scheme
+from megatron_lowbit.quant.affine import QuantizedWeight, Scheme, choose_qparams
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
+from megatron_lowbit.quant.clipping import clipped_qparams
 from megatron_lowbit.quant.tp_sizes import default_shard_groups, widths_of
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import progress
@@ -25,19 +26,26 @@ def quantize_model(
 ) -> LowBitCheckpoint:
     """Quantize the weights of `linears` ({fqn: module}) and keep every other tensor of `model`, stored as `dtype`.
 
-    Raises LowBitError for a scheme without quantized weights, for NaN or Inf in any parameter, and for a group size
-    that does not divide a weight's width.
+    Raises LowBitError for a scheme without quantized weights, for rounding that needs text, for NaN or Inf in any
+    parameter, and for a group size that does not divide a weight's width.
     """
     scheme = Scheme.parse(config.scheme)
     if scheme.weight_bits == 16:
         raise LowBitError(
             f"weights.scheme={config.scheme} quantizes no weights; choose W4A16, W4A8, W4A4, W6A6 or W8A8"
         )
+    for key, value in (("rounding", "gptq"), ("clipping", "learned")):
+        if getattr(config, key) == value:
+            raise LowBitError(
+                f"weights.{key}={value} needs calibration text: quantize with weights.method=qllm and calibration.data"
+            )
     for name, parameter in model.named_parameters():
         if name.removesuffix(".weight") not in linears and not torch.isfinite(parameter).all():
             raise LowBitError(f"{name} holds NaN or Inf; repair the checkpoint before it is quantized")
+    qparams = clipped_qparams if config.clipping == "mse" else choose_qparams
+    how = scheme.weight_bits, config.symmetric, config.group_size
     packed = {
-        name: QuantizedWeight.from_float(module.weight, scheme.weight_bits, config.symmetric, config.group_size, name)
+        name: QuantizedWeight.from_float(module.weight, *how, name, qparams)
         for name, module in progress(linears.items(), len(linears), f"rounding to {config.scheme}", env_rank())
     }
     tensors, seen = {}, set()

@@ -38,7 +38,7 @@ def test_one_warning_names_a_family_that_keeps_q_k_and_v(family, caplog, monkeyp
     artifact = Artifact(replace(checkpoint, attention_bits=4))  # as an artifact of an earlier version says
     seen = []
     quantize = attention.fake_quantize
-    monkeypatch.setattr(attention, "fake_quantize", lambda x, bits: seen.append(bits) or quantize(x, bits))
+    monkeypatch.setattr(attention, "fake_quantize", lambda x, **how: seen.append(how) or quantize(x, **how))
     with caplog.at_level(logging.WARNING, "megatron_lowbit"):
         logits(lowbit.apply_to_huggingface(model, artifact))
     told = [record.getMessage() for record in caplog.records]

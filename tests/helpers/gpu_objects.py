@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from megatron_lowbit.kernels import Format, triton_hadamard, triton_hybrid, triton_linear, triton_quantize
 from megatron_lowbit.kernels.packing import packed_bytes
+from megatron_lowbit.kernels.quantizer import TokenQuantizer
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -140,11 +141,11 @@ def linear(tokens: int, bits: int, act_bits: int, dtype=torch.bfloat16, groups=1
     x = torch.empty((tokens, 4096), dtype=dtype, device="meta")
     packed = torch.empty((4096, packed_bytes(4096, bits)), dtype=torch.uint8, device="meta")
     scale = torch.empty((4096, groups), device="meta")
-    triton_linear.quant_linear(x, packed, scale, scale, bits, act_bits, act_groups, dtype, **more)
+    triton_linear.quant_linear(x, packed, scale, scale, bits, TokenQuantizer(act_bits, act_groups), dtype, **more)
 
 
 def quantize() -> None:
-    triton_quantize.quantize_tokens(torch.empty((64, 4096), dtype=torch.bfloat16, device="meta"), 8, 1)
+    triton_quantize.quantize_tokens(torch.empty((64, 4096), dtype=torch.bfloat16, device="meta"), TokenQuantizer(8))
 
 
 def hadamard(width: int, groups: int, dtype=torch.bfloat16) -> None:

@@ -88,12 +88,13 @@ def product(chance: random.Random) -> str:
     rows = kernels.pack_bits(codes, weight_bits)
     ordered = kernels.panels_of(rows, *layout)
     assert ordered is not None and torch.equal(kernels.rows_of(ordered, outputs, *layout), rows)
-    y = kernels.quant_linear(x, ordered, scale, zero, weight_bits, act_bits, act_groups, out)
+    ratios = chance.choice([(), (), (0.9, 0.75), (1.0, 2.0**-20)])
+    y = kernels.quant_linear(x, ordered, scale, zero, weight_bits, act_bits, act_groups, out, *ratios)
     arguments = scale, zero, weight_bits, act_bits, act_groups
     if act_bits == 16:
         weight_only(x, ordered, rows, arguments, y, out)
         return "weight only"
-    assert_same_bits(y, linear_oracle.quant_linear(x, codes, scale, zero, act_bits, act_groups, out))
+    assert_same_bits(y, linear_oracle.quant_linear(x, codes, scale, zero, act_bits, act_groups, out, *ratios))
     return "codes"
 
 

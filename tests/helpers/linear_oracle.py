@@ -13,8 +13,13 @@ MANTISSA = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
 LEAST_EXPONENT = {torch.float32: -126, torch.bfloat16: -126, torch.float16: -14}
 
 
-def quantized_tokens(x: np.ndarray, bits: int, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(codes int64 [tokens, in], scale, zero_point float32 [tokens, groups]) of QLLM's eq. 2, for float32 x."""
+def quantized_tokens(
+    x: np.ndarray, bits: int, groups: int, ratios: tuple[float, float] = (1.0, 1.0)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(codes int64 [tokens, in], scale, zero_point float32 [tokens, groups]) of QLLM's eq. 2, for float32 x.
+
+    ratios: of the two ends of a range, multiplied in float32.
+    """
     levels = np.float32(2**bits - 1)
     scale, zero = (np.zeros((len(x), groups), np.float32) for _ in range(2))
     codes = np.zeros(x.shape, np.int64)
@@ -22,6 +27,7 @@ def quantized_tokens(x: np.ndarray, bits: int, groups: int) -> tuple[np.ndarray,
         for group, columns in enumerate(np.split(np.arange(len(row)), groups)):
             low, high = row[columns].min(), row[columns].max()
             with np.errstate(all="ignore"):
+                low, high = low * np.float32(ratios[0]), high * np.float32(ratios[1])
                 step = high / levels - low / levels
                 if step < np.finfo(np.float32).tiny:
                     step, offset = np.float32(1), -low
@@ -78,10 +84,17 @@ def _round(value: float, dtype: torch.dtype) -> float:
 
 
 def quant_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, act_bits: int, act_groups: int, dtype: torch.dtype
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    act_bits: int,
+    act_groups: int,
+    dtype: torch.dtype,
+    *ratios: float,
 ) -> Tensor:
     """y of kernels.quant_linear for x [tokens, in] and the weight's unpacked codes uint8 [out, in]."""
-    tokens = quantized_tokens(x.float().numpy(), act_bits, act_groups)
+    tokens = quantized_tokens(x.float().numpy(), act_bits, act_groups, ratios or (1.0, 1.0))
     with np.errstate(all="ignore"):
         y = product(*tokens, codes.numpy().astype(np.int64), scale.numpy(), zero.numpy())
     return rounded(y, dtype)

@@ -192,3 +192,15 @@ def by_mbridge(rank: int, size: int, folder: Path) -> dict[str, Any]:
             "differing": differing(dict(ours.named_parameters()), dict(theirs.named_parameters())),
             "names": sorted(name for name, _ in ours.named_parameters()),
         }
+
+
+def artifact_logits(rank: int, size: int, tp: int, architecture: str, artifact: Artifact) -> Tensor:
+    """Logits of a tiny model that an artifact was put into."""
+    import megatron_lowbit as lowbit
+    from megatron_lowbit.adapters.megatron import model as megatron_model
+
+    with parallel(tp):
+        hf = tiny_models.build(architecture)
+        model = megatron_model.load_weights(megatron_model.build(hf.config), hf.state_dict(), hf.config)
+        lowbit.apply_to_megatron(model, artifact)
+        return stage_logits(model, hf.config.vocab_size)

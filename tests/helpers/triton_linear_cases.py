@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_lowbit.kernels import dequantize, gpu_linear, pack_bits, quant_linear, triton_linear, triton_quantize
 from megatron_lowbit.kernels.linear import quant_linear_reference
 from megatron_lowbit.kernels.packing import unpack_bits
-from megatron_lowbit.kernels.quantizer import quantize_tokens_reference
+from megatron_lowbit.kernels.quantizer import TokenQuantizer, quantize_tokens_reference
 from megatron_lowbit.quant.affine import choose_qparams, quantize
 
 SMALL = triton_linear.Tile(16, 16, 32, 4, 1)  # several tiles even in small tensors
@@ -82,12 +82,15 @@ def assert_same_bits(ours: Tensor, wanted: Tensor, case: tuple) -> None:
     assert same.all(), (case, ours[~same], wanted[~same])
 
 
-def check_tokens(tokens: int, features: int, bits: int, groups: int, kind: str, dtype: torch.dtype, device: str):
-    case = (tokens, features, bits, groups, kind, dtype)
+def check_tokens(
+    tokens: int, features: int, bits: int, groups: int, kind: str, dtype: torch.dtype, *ratios: float, device: str
+) -> None:
+    case = (tokens, features, bits, groups, kind, dtype, *ratios)
     x = operands((tokens, 1, features, 1, None), 4, kind)[0].to(dtype)
-    wanted = quantize_tokens_reference(x, bits, groups)
+    acts = TokenQuantizer(bits, groups, *ratios)
+    wanted = quantize_tokens_reference(x, *acts)
     x = x.to(device).t().contiguous().t() if tokens > 2 else x.to(device)  # rows whose values lie apart
-    ours = [t.cpu() for t in triton_quantize.quantize_tokens(gpu_linear._rows(x), bits, groups)]
+    ours = [t.cpu() for t in triton_quantize.quantize_tokens(gpu_linear._rows(x), acts)]
     assert_same_bits(ours[0], wanted[0], case)
     assert_same_bits(ours[1], wanted[1], case)
     # A zero's sign is that of whichever zero is found first in the row, and no product depends on it.
@@ -95,15 +98,17 @@ def check_tokens(tokens: int, features: int, bits: int, groups: int, kind: str, 
     assert torch.equal(ours[2].isnan(), wanted[2].isnan()), case
 
 
-def check_codes(shape: tuple, bits: tuple[int, int], dtype, kind: str, of_weight: bool, device: str) -> None:
+def check_codes(
+    shape: tuple, bits: tuple[int, int], dtype, kind: str, of_weight: bool, *ratios: float, device: str
+) -> None:
     """Integer products: the reference's bits, however the work is divided."""
     act_bits, weight_bits = bits
     args = operands(shape, weight_bits, kind, of_weight)
-    how = (weight_bits, act_bits, shape[3], dtype)
-    wanted = quant_linear_reference(*args, *how)
+    wanted = quant_linear_reference(*args, weight_bits, act_bits, shape[3], dtype, *ratios)
+    how = weight_bits, TokenQuantizer(act_bits, shape[3], *ratios), dtype
     for split in (True, False):
         ours = triton_linear.quant_linear(*(t.to(device) for t in args), *how, SMALL, split)
-        assert_same_bits(ours.cpu(), wanted, (shape, bits, dtype, kind, of_weight, split))
+        assert_same_bits(ours.cpu(), wanted, (shape, bits, dtype, kind, of_weight, split, *ratios))
 
 
 def check_values(shape: tuple, weight_bits: int, dtype: torch.dtype, device: str) -> None:
@@ -111,7 +116,7 @@ def check_values(shape: tuple, weight_bits: int, dtype: torch.dtype, device: str
     the work."""
     x, packed, scale, zero = operands(shape, weight_bits)
     x = x.to(dtype)
-    how, case = (weight_bits, 16, 1, torch.float32), (shape, weight_bits, dtype)
+    how, case = (weight_bits, TokenQuantizer(16), torch.float32), (shape, weight_bits, dtype)
     on_device = [t.to(device) for t in (x, packed, scale, zero)]
     tile = SMALL._replace(words=triton_linear.plane_words(triton_linear.problem(x, scale, weight_bits, 16, 1)))
     ours = [triton_linear.quant_linear(*on_device, *how, tile, split).cpu() for split in (True, False)]
@@ -123,7 +128,7 @@ def check_values(shape: tuple, weight_bits: int, dtype: torch.dtype, device: str
     n = min(x.shape[1] // scale.shape[1], triton_linear.PIECE + 128) + 1
     codes = unpack_bits(packed, weight_bits, x.shape[1]).double()
     sizes = (codes.unflatten(1, (scale.shape[1], -1)) * scale[..., None].double()).flatten(1)
-    wanted = quant_linear_reference(x, packed, scale, zero, *how).double()
+    wanted = quant_linear_reference(x, packed, scale, zero, weight_bits, 16, 1, torch.float32).double()
     room = n * 2**-23 * (x.double().abs() @ sizes.t()) + 2**-23 * wanted.abs()
     assert ((ours[0].double() - wanted).abs() <= room).all(), (case, ((ours[0].double() - wanted).abs() / room).max())
 
@@ -134,8 +139,11 @@ def check_dispatched(device: str) -> int:
     for shape in shapes:
         args = operands(shape, 4)
         wanted = quant_linear_reference(*args, 4, 8, shape[3], torch.bfloat16)
-        call = quant_linear if device == "cuda" else triton_linear.quant_linear
-        ours = call(*(t.to(device) for t in args), 4, 8, shape[3], torch.bfloat16)
+        args = tuple(t.to(device) for t in args)
+        if device == "cuda":
+            ours = quant_linear(*args, 4, 8, shape[3], torch.bfloat16)
+        else:
+            ours = triton_linear.quant_linear(*args, 4, TokenQuantizer(8, shape[3]), torch.bfloat16)
         assert_same_bits(ours.cpu(), wanted, shape)
     return len(shapes)
 
@@ -166,7 +174,7 @@ def bytes_moved(tokens: int, out: int, features: int, bits: int, act_bits: int) 
     args = (args[0].to(torch.float16), *args[1:])
     InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = counted_load, counted_store
     try:
-        y = triton_linear.quant_linear(*args, bits, act_bits, 1, torch.float16)
+        y = triton_linear.quant_linear(*args, bits, TokenQuantizer(act_bits), torch.float16)
     finally:
         InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
     return moved, sum(t.numel() * t.element_size() for t in (*args, y))
@@ -179,8 +187,9 @@ def main(device: str, whole_grid: bool) -> None:
     tokens = [(3, 36, 4, 3, kind, torch.float32) for kind in AWKWARD]
     tokens += [(2, 33, bits, 1, "plain", torch.float16) for bits in range(2, 9)]
     tokens += [(1, 2500, 8, 2, "outliers", dtype) for dtype in DTYPES]
+    tokens += [(3, 36, 4, 3, kind, torch.float32, 0.9, 0.75) for kind in AWKWARD]
     for case in tokens:
-        check_tokens(*case, device)
+        check_tokens(*case, device=device)
     codes = [(shape, (8, 4), torch.float32, "plain", False) for shape in SHAPES]
     codes += [(SHAPES[0], bits, torch.float32, "plain", False) for bits in BITS]
     codes += [(SHAPES[0], (8, 8), dtype, "plain", False) for dtype in DTYPES]
@@ -189,8 +198,9 @@ def main(device: str, whole_grid: bool) -> None:
     if every:
         codes += [(*case, "plain", False) for case in product(SHAPES, BITS, DTYPES)]
         codes += [(SHAPES[1], (8, 8), *case) for case in product(DTYPES, AWKWARD, (False, True))]
+    codes += [(SHAPES[0], (4, 4), dtype, "plain", False, 0.75, 0.9) for dtype in DTYPES]
     for one in codes:
-        check_codes(*one, device)
+        check_codes(*one, device=device)
     values = [(SHAPES[0], bits, torch.float16) for bits in range(2, 9)]
     values += [(SHAPES[4], 4, dtype) for dtype in DTYPES[:3]] + [(SHAPES[2], 4, torch.bfloat16)]
     values += [((2, 3, 2500, 1, None), 4, torch.bfloat16)]  # several pieces

@@ -111,5 +111,7 @@ def test_fake_of_quant_linear(tokens, dtype):
     x = torch.from_numpy(np.arange(tokens * 6.0).reshape(tokens, 6)).to(dtype)
     check_op(OPS.quant_linear, x, *weight, 16, 1, dtype)
     check_op(OPS.quant_linear, x, *weight, 4, 2, dtype)
+    check_op(OPS.quant_linear, x, *weight, 4, 2, dtype, 0.5, 0.75)
     check_op(OPS.quantize_tokens, x, 4, 2)
+    check_op(OPS.quantize_tokens, x, 4, 2, 0.5, 0.75)
     check_op(OPS.reassemble, x, torch.arange(6), torch.arange(6) % 4, torch.ones(6), 4, 1e-5)

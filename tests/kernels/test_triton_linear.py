@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_lowbit.kernels import gpu, gpu_linear, quant_linear, quantize_tokens
+from megatron_lowbit.kernels.quantizer import TokenQuantizer
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
@@ -90,6 +91,7 @@ def operands(**changed):
         ({"weight_bits": 9}, "9 bits"),
         ({"act_bits": 9}, "9 bits"),
         ({"act_groups": 3}, "3 groups of 16 channels"),
+        ({"low_ratio": 0.0}, "ratios 0.0 and 1.0"),
         ({"packed_weight": torch.zeros(40, dtype=torch.uint8)}, "1 dimensions"),
         ({"scale": torch.ones(5, 1, dtype=torch.float64)}, "float32"),
         ({"dtype": torch.int32}, "int32"),
@@ -100,7 +102,9 @@ def operands(**changed):
     ],
 )
 def test_what_the_kernels_leave_to_the_reference(changed, reason):
-    found = gpu_linear.linear_obstacle(**operands(**changed))
+    args = operands(**changed)
+    acts = TokenQuantizer(args.pop("act_bits"), args.pop("act_groups"), args.pop("low_ratio", 1.0))
+    found = gpu_linear.linear_obstacle(**args, acts=acts)
     assert found is None if reason is None else reason in found
 
 

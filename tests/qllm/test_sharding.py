@@ -176,3 +176,25 @@ def test_sharded_linear_on_ranks(run, kind, branch):
     own = list(itertools.chain.from_iterable(result["own"] for result in results))
     assert len(own) == SHARDS and all(map(torch.equal, own, alone["own"]))
     assert all(grad.abs().max() > 0.01 for grad in own)
+
+
+@pytest.mark.parametrize("kind", ("column", "row"))
+@pytest.mark.parametrize("group_size", (None, 6))
+def test_clipping_and_gptq_on_ranks(run, kind, group_size):
+    """Ranges of least error, trained ratios with their gradients, and GPTQ's codes: the bits of one process."""
+    weight, x = normal(16, 48, seed=1) ** 3, normal(2, 50, 48, seed=2)
+    arguments = (kind, weight, x, normal(2, 50, 16, seed=3), SHARDS, group_size)
+    alone = sharding_cases.rounded(0, 1, *arguments)
+    results = run(sharding_cases.rounded, *arguments)
+    names = list(alone["packed"])
+    for before, after in itertools.pairwise(names):
+        assert not all(map(torch.equal, alone["packed"][before], alone["packed"][after])), after
+    # GPTQ changes codes alone.
+    assert all(map(torch.equal, alone["packed"]["learned"][1:], alone["packed"]["gptq"][1:]))
+    for result in results:
+        for name in names:
+            assert all(map(torch.equal, result["packed"][name], alone["packed"][name])), name
+    shared = kind == "row" and group_size is None
+    grads = results[0]["grads"] if shared else list(itertools.chain.from_iterable(r["grads"] for r in results))
+    assert all(map(torch.equal, grads, alone["grads"])) and len(grads) == (1 if shared else SHARDS)
+    assert all(grad.abs().max() > 0 for grad in grads)

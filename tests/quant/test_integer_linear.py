@@ -173,6 +173,28 @@ def test_quantize_tokens(bits, groups):
     )
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("groups", (1, 4))
+def test_clipped_tokens(groups, backend, monkeypatch):
+    """The two ends of every range multiplied in float32 before all else, by ratios that float32 does not hold exactly;
+    ratios of 1 change no bit."""
+    monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", backend)
+    args = operands((6, 9, 172, groups, None), 4)
+    x = args[0]
+    plain = quantize_tokens(x, 4, groups)
+    assert all(map(torch.equal, plain, quantize_tokens(x, 4, groups, 1.0, 1.0)))
+    for ratios in ((0.9, 0.7), (1.0, 0.123), (1e-9, 1.0)):
+        found = quantize_tokens(x, 4, groups, *ratios)
+        wanted = linear_oracle.quantized_tokens(x.numpy(), 4, groups, ratios)
+        assert all((mine.numpy() == theirs).all() for mine, theirs in zip(found, wanted, strict=True))
+        assert not torch.equal(found[0], plain[0])
+        packed, scale, zero, bits = args[1:]
+        codes = unpack_bits(packed, bits, x.shape[1])
+        for dtype in DTYPES:
+            y = quant_linear(*args, 4, groups, dtype, *ratios)
+            assert_same_bits(y, linear_oracle.quant_linear(x, codes, scale, zero, 4, groups, dtype, *ratios))
+
+
 def test_one_rounding():
     """1 + 2^-8 + 2^-40 lies above the tie of bf16, and float32 would round it to the tie first."""
     y = torch.tensor([1 + 2.0**-8 + 2.0**-40, 1 + 2.0**-8, -1 - 2.0**-8 - 2.0**-40], dtype=torch.float64)
@@ -191,6 +213,8 @@ def test_one_rounding():
         ({"weight_bits": 16}, "weight_bits=16 is not in 2..8"),
         ({"act_bits": 9}, "act_bits=9 is not in 2..8 or 16"),
         ({"act_groups": 3}, "3 activation groups do not divide 88 inputs"),
+        ({"low_ratio": 0.0}, "ratios 0.0 and 1.0 of a range are not above 0 and at most 1"),
+        ({"high_ratio": 1.5}, "ratios 1.0 and 1.5 of a range"),
         ({"act_groups": 0}, "0 activation groups do not divide 88 inputs"),
         ({"scale": torch.ones(7, 3), "zero_point": torch.ones(7, 3)}, "3 weight groups do not divide 88 inputs"),
         ({"zero_point": torch.ones(7, 2)}, r"\[5, 88\], \[7, 1\], \[7, 2\] are not"),

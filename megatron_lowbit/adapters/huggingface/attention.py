@@ -20,7 +20,7 @@ import inspect
 import logging
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, unpack_
 from megatron_lowbit.kernels.hadamard import hadamard
 from megatron_lowbit.quant.affine import choose_qparams, fake_quantize, quantize
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
+from megatron_lowbit.quant.input_clipping import UNCLIPPED, WHOLE, Clip, Clips, attention_clips
 from megatron_lowbit.runtime.launcher_env import env_rank
 
 logger = logging.getLogger("megatron_lowbit")
@@ -41,6 +42,8 @@ _INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # transformers' own name of it, in every
 _PREFIX = "lowbit_"  # of the names under which transformers knows the quantizing attention functions
 _BITS = "_lowbit_act_bits"  # on an attention module
 _ROTATED = "_lowbit_rotated"  # on an attention module: Q and K are rotated
+_CLIPS = "_lowbit_clips"  # on an attention module: ratios of the ranges of Q, K and V
+_QUANTIZERS = "_lowbit_quantizers"  # on an attention module whose ranges are trained
 _QUANTIZED = "_lowbit_quantized"  # on a K or V that comes from a PackedLayer
 _QPARAM_BYTES = 8  # a float32 scale and zero point
 
@@ -48,15 +51,25 @@ _QPARAM_BYTES = 8  # a float32 scale and zero point
 class Quantized:
     """Have these attention modules quantize Q, K and V to act_bits and keep them packed in caches; call it to undo.
 
-    modules: of the model that owns `config`, each with a layer_idx. rotated: whether Q and K are rotated first. It
-    holds what it has changed, so that a copy of the model, or one that was pickled, is undone by its own copy.
+    modules: of the model that owns `config`, each with a layer_idx; clips: of Q, K and V of each. rotated: whether Q and
+    K are rotated first. It holds what it has changed, so that a copy of the model, or one that was pickled, is undone
+    by its own copy.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], config: Any, act_bits: int, rotated: bool = False):
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        config: Any,
+        act_bits: int,
+        clips: Iterable[Clips],
+        rotated: bool = False,
+    ):
         self.modules, self.config = list(modules), config
         enable(config)
         set_bits(self.modules, act_bits)
         set_rotated(self.modules, rotated)
+        for module, of_module in zip(self.modules, clips, strict=True):
+            setattr(module, _CLIPS, of_module)
         self.handles = [
             module.register_forward_pre_hook(_before_attention, with_kwargs=True) for module in self.modules
         ]
@@ -67,6 +80,8 @@ class Quantized:
             disable(getattr(module, "config", self.config))
         set_bits(self.modules, 16)
         set_rotated(self.modules, False)
+        for module in self.modules:
+            vars(module).pop(_CLIPS, None)
         for handle in self.handles:
             handle.remove()
 
@@ -121,6 +136,16 @@ def set_rotated(modules: Iterable[nn.Module], rotated: bool) -> None:
         setattr(module, _ROTATED, rotated)
 
 
+def set_quantizers(module: nn.Module, quantizers: nn.ModuleList) -> None:
+    """Have an attention module whose bits are set quantize Q, K and V by modules of its own."""
+    setattr(module, _QUANTIZERS, quantizers)
+
+
+def quantizers_of(module: nn.Module) -> Sequence[nn.Module]:
+    """Return what set_quantizers has set; empty without."""
+    return getattr(module, _QUANTIZERS, ())
+
+
 def plain_name(implementation: str | None) -> str:
     """Return the attention function's own name, of a name that `enable` may have changed."""
     return (implementation or "eager").removeprefix(_PREFIX)
@@ -168,7 +193,12 @@ def _attention(
     if getattr(module, _ROTATED, False):
         query, key = (t if hasattr(t, _QUANTIZED) else hadamard(t, 1) for t in (query, key))
     if act_bits < 16:
-        query, key, value = (t if hasattr(t, _QUANTIZED) else fake_quantize(t, act_bits) for t in (query, key, value))
+        how: Sequence[Callable[[Tensor], Tensor]] = quantizers_of(module) or [
+            partial(fake_quantize, num_bits=act_bits, clip=clip) for clip in getattr(module, _CLIPS, UNCLIPPED)
+        ]
+        query, key, value = (
+            t if hasattr(t, _QUANTIZED) else quantize(t) for t, quantize in zip((query, key, value), how, strict=True)
+        )
     if implementation == "eager":  # every model brings its own, in its own file
         attend = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
     else:
@@ -188,7 +218,8 @@ def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     cache, index = kwargs.get("past_key_values"), getattr(module, "layer_idx", None)
     if not isinstance(cache, DynamicCache) or index is None:
         return
-    packed, how = packed_layer_class(), (getattr(module, _BITS), getattr(module, _ROTATED))
+    packed = packed_layer_class()
+    how = getattr(module, _BITS), getattr(module, _ROTATED, False), getattr(module, _CLIPS, UNCLIPPED)[1:]
     if index == len(cache.layers) and cache.layer_class_to_replicate is DynamicLayer:
         cache.layers.append(packed(*how))
     elif index < len(cache.layers):
@@ -210,9 +241,9 @@ def packed_layer_class() -> type:
     from transformers.cache_utils import DynamicLayer
 
     class PackedLayer(DynamicLayer):
-        def __init__(self, num_bits: int, rotated: bool = False):
+        def __init__(self, num_bits: int, rotated: bool = False, clips: tuple[Clip, Clip] = (WHOLE, WHOLE)):
             super().__init__()
-            self.num_bits, self.rotated = num_bits, rotated
+            self.num_bits, self.rotated, self.clips = num_bits, rotated, clips
 
         def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
             self.dtype, self.device = key_states.dtype, key_states.device
@@ -228,8 +259,8 @@ def packed_layer_class() -> type:
             assert self.keys is not None and self.values is not None
             if self.rotated:
                 key_states = hadamard(key_states, 1)
-            self.keys = torch.cat([self.keys, _encode(key_states, self.num_bits)], dim=-2)
-            self.values = torch.cat([self.values, _encode(value_states, self.num_bits)], dim=-2)
+            self.keys = torch.cat([self.keys, _encode(key_states, self.num_bits, self.clips[0])], dim=-2)
+            self.values = torch.cat([self.values, _encode(value_states, self.num_bits, self.clips[1])], dim=-2)
             decoded = []
             for rows, width in ((self.keys, self.head_dim), (self.values, self.value_dim)):
                 tensor = _decode(rows, self.num_bits, width).to(self.dtype)
@@ -244,11 +275,11 @@ def packed_layer_class() -> type:
 _packed_layer: type | None = None
 
 
-def _encode(x: Tensor, num_bits: int) -> Tensor:
+def _encode(x: Tensor, num_bits: int, clip: Clip = WHOLE) -> Tensor:
     """Quantize and pack x [..., d] -> uint8 [..., packed codes | scale | zero point], one pair per row."""
     if x.shape[-2] == 0:
         return x.new_empty((*x.shape[:-1], packed_bytes(x.shape[-1], num_bits) + _QPARAM_BYTES), dtype=torch.uint8)
-    scale, zero_point = choose_qparams(x, num_bits)
+    scale, zero_point = choose_qparams(x, num_bits, clip=clip)
     codes = pack_bits(quantize(x, scale, zero_point, num_bits), num_bits)
     return torch.cat([codes, scale.view(torch.uint8), zero_point.view(torch.uint8)], dim=-1)
 
@@ -267,6 +298,7 @@ def quantize_attention(model: Any, checkpoint: LowBitCheckpoint, config: Any) ->
     if act_bits == 16:
         return
     owners = {name.rpartition(".")[0] for name in checkpoint.linears}
-    modules = [m for name, m in model.named_modules() if name in owners and takes_part(m)]
+    modules = {name: m for name, m in model.named_modules() if name in owners and takes_part(m)}
+    clips = [attention_clips(checkpoint.clipping, name) for name in modules]
     rotated = checkpoint.rotation is not None and checkpoint.rotation.attention
-    undo_with(model, Quantized(modules, config, act_bits, rotated))
+    undo_with(model, Quantized(modules.values(), config, act_bits, clips, rotated))

@@ -42,6 +42,7 @@ from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
 from megatron_lowbit.io.fingerprint import Fingerprint
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
+from megatron_lowbit.quant.input_clipping import Clips, attention_clips
 from megatron_lowbit.runtime.distributed import group_rank, world_size
 
 _SAME_CONFIG = "build the model with the config that was quantized"
@@ -150,9 +151,16 @@ def apply_to_megatron(
     for chunk, modules in zip(chunks, replacements, strict=True):
         patching.swap(chunk, modules)
         if artifact.checkpoint is not None:
-            rotation = artifact.checkpoint.rotation
-            attention.quantize(chunk, artifact.checkpoint.attention_bits, rotation is not None and rotation.attention)
+            checkpoint = artifact.checkpoint
+            rotated = checkpoint.rotation is not None and checkpoint.rotation.attention
+            attention.quantize(chunk, checkpoint.attention_bits, partial(_attention_clips, checkpoint), rotated)
     return model
+
+
+def _attention_clips(checkpoint: LowBitCheckpoint, layer: int) -> Clips:
+    """Return the ratios of the ranges of Q, K and V of a layer."""
+    names = parts(find_prefix(checkpoint.linears), layer, "linear_qkv", checkpoint.linears)
+    return attention_clips(checkpoint.clipping, names[0].rpartition(".")[0])
 
 
 def refuse_head(artifact: Artifact) -> None:

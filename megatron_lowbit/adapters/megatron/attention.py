@@ -11,9 +11,9 @@ way to the flash kernel. The caches keep Megatron's own dtype.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from megatron_lowbit.adapters import patching
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.kernels import hadamard
 from megatron_lowbit.quant.affine import fake_quantize
+from megatron_lowbit.quant.input_clipping import UNCLIPPED, Clip, Clips
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
@@ -66,34 +67,41 @@ class SdpaAttention(nn.Module):
         return causal_attention(query, key, value, self.scale, dropout).flatten(2)
 
 
-def quantize(model: nn.Module, act_bits: int, rotated: bool = False) -> None:
+def quantize(
+    model: nn.Module,
+    act_bits: int,
+    clips: Callable[[int], Clips] = lambda _: UNCLIPPED,
+    rotated: bool = False,
+) -> None:
     """Have the self-attention of every layer of a GPTModel quantize Q, K and V; undone by `remove`.
 
+    clips(layer): what is left of the ends of their ranges, in the layer of that number in the whole model.
     rotated: whether Q and K are first multiplied by the Hadamard matrix of a head (R3 of qllm/rotation.py).
     """
     if act_bits == 16:
         return
     layers: Any = model.decoder.layers  # type: ignore[union-attr]
-    found = [getattr(layer, "self_attention", None) for layer in layers]
-    patching.undo_with(model, Quantized([a for a in found if hasattr(a, "linear_qkv")], act_bits, rotated))
+    found = [(getattr(layer, "self_attention", None), layer.layer_number - 1) for layer in layers]
+    modules = [(attention, clips(layer)) for attention, layer in found if hasattr(attention, "linear_qkv")]
+    patching.undo_with(model, Quantized(modules, act_bits, rotated))
 
 
 class Quantized:
-    """Have these self-attention modules quantize Q, K and V to act_bits, Q and K rotated first where `rotated` is set;
-    call it to undo.
+    """Have these self-attention modules, each with its clips, quantize Q, K and V to act_bits, Q and K rotated first
+    where `rotated` is set; call it to undo.
 
     What it sets holds the modules as data, so that a copy of the model computes with, and is undone by, its own.
     """
 
-    def __init__(self, modules: Iterable[Any], act_bits: int, rotated: bool = False):
-        self.modules = list(modules)
+    def __init__(self, modules: Iterable[tuple[Any, Clips]], act_bits: int, rotated: bool = False):
+        how = [(module, HeadQuantizer(act_bits, *clips, rotated)) for module, clips in modules]
+        self.modules = [module for module, _ in how]
         self.handles = [
-            module.core_attention.register_forward_pre_hook(partial(_quantize_inputs, act_bits, rotated))
-            for module in self.modules
+            module.core_attention.register_forward_pre_hook(partial(_quantize_inputs, heads)) for module, heads in how
         ]
-        for module in self.modules:
+        for module, heads in how:
             for name, method in _METHODS.items():
-                setattr(module, name, partial(method, module, act_bits, rotated))
+                setattr(module, name, partial(method, module, heads))
 
     def __call__(self) -> None:
         for handle in self.handles:
@@ -103,46 +111,58 @@ class Quantized:
                 delattr(module, name)
 
 
-def _quantize_inputs(act_bits: int, rotated: bool, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+class HeadQuantizer(NamedTuple):
+    """Quantize Q, K and V [..., d] as attention is to see them, after RoPE: per token and head, with their ranges
+    clipped, Q and K rotated first where they are to be."""
+
+    bits: int
+    of_q: Clip
+    of_k: Clip
+    of_v: Clip
+    rotated: bool
+
+    def q(self, x: Tensor) -> Tensor:
+        return fake_quantize(self._turned(x), self.bits, clip=self.of_q)
+
+    def k(self, x: Tensor) -> Tensor:
+        return fake_quantize(self._turned(x), self.bits, clip=self.of_k)
+
+    def v(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.bits, clip=self.of_v)
+
+    def _turned(self, x: Tensor) -> Tensor:
+        return hadamard(x, 1) if self.rotated else x
+
+
+def _quantize_inputs(heads: HeadQuantizer, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Quantize the inputs of core_attention(query, key, value, ...) before it runs."""
-    query, key, value = args[:3]
-    rounded = (rounded_qk(query, act_bits, rotated), rounded_qk(key, act_bits, rotated), fake_quantize(value, act_bits))
-    return (*rounded, *args[3:])
-
-
-def rounded_qk(x: Tensor, act_bits: int, rotated: bool) -> Tensor:
-    """Return Q or K [..., d] after RoPE as attention is to see it: rotated, where it is to be, and quantized."""
-    return fake_quantize(hadamard(x, 1) if rotated else x, act_bits)
+    query, key, value, *rest = args
+    return heads.q(query), heads.k(key), heads.v(value), *rest
 
 
 class _QuantizedAppend:
     """An inference context whose cache gets quantized K and V; everything else is the context's own."""
 
-    def __init__(self, context: Any, act_bits: int, rotated: bool):
-        self._context, self._act_bits, self._rotated = context, act_bits, rotated
+    def __init__(self, context: Any, heads: HeadQuantizer):
+        self._context, self._heads = context, heads
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
     def append_key_value_cache(self, layer_number: int, key: Tensor, value: Tensor) -> None:
-        key, value = rounded_qk(key, self._act_bits, self._rotated), fake_quantize(value, self._act_bits)
-        self._context.append_key_value_cache(layer_number, key, value)
+        self._context.append_key_value_cache(layer_number, self._heads.k(key), self._heads.v(value))
 
 
-def _adjust_key_value(
-    attention: Any, act_bits: int, rotated: bool, inference_context: Any, *args: Any, **kwargs: Any
-) -> Any:
+def _adjust_key_value(attention: Any, heads: HeadQuantizer, inference_context: Any, *args: Any, **kwargs: Any) -> Any:
     """Run Megatron's own method, with K and V quantized on their way into a paged cache."""
     if inference_context is not None and not inference_context.is_static_batching():
-        inference_context = _QuantizedAppend(inference_context, act_bits, rotated)
+        inference_context = _QuantizedAppend(inference_context, heads)
     return type(attention)._adjust_key_value_for_inference(attention, inference_context, *args, **kwargs)
 
 
-def _flash_decode_and_prefill(
-    attention: Any, act_bits: int, rotated: bool, query: Tensor, *args: Any, **kwargs: Any
-) -> Any:
+def _flash_decode_and_prefill(attention: Any, heads: HeadQuantizer, query: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run Megatron's own method, on a quantized query; K and V come quantized from the cache."""
-    return type(attention).flash_decode_and_prefill(attention, rounded_qk(query, act_bits, rotated), *args, **kwargs)
+    return type(attention).flash_decode_and_prefill(attention, heads.q(query), *args, **kwargs)
 
 
 # {method of Megatron's Attention: what takes its place}

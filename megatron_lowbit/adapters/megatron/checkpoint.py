@@ -129,7 +129,7 @@ def _unchanged_on_error(chunks: list[Any]) -> Iterator[None]:
             if modules:
                 patching.swap(chunk, modules)
                 bits = (getattr(module, "attention_bits", 16) for module in modules.values())
-                attention.quantize(chunk, min(bits), _rotates(modules))
+                attention.quantize(chunk, min(bits), rotated=_rotates(modules))
         raise
 
 
@@ -184,7 +184,7 @@ def shape_like(model: Any, folder: str | Path) -> Any:
     replacements = [_empty_modules(chunk, shapes, described) for chunk in chunks]
     for chunk, (modules, bits) in zip(chunks, replacements, strict=True):
         patching.swap(chunk, modules)
-        attention.quantize(chunk, bits, _rotates(modules))
+        attention.quantize(chunk, bits, rotated=_rotates(modules))
     return model
 
 

@@ -37,6 +37,7 @@ from megatron_lowbit.config import LowBitError
 from megatron_lowbit.layers.linear import QuantLinear, QuantRowParallelLinear
 from megatron_lowbit.quant.affine import LowRank, QuantizedWeight
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
+from megatron_lowbit.quant.input_clipping import WHOLE
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 from megatron_lowbit.runtime.distributed import group_rank
 
@@ -80,7 +81,10 @@ class Replacements:
         norm = norm_name(self.prefix, layer, next(norm for norm, (_, reader) in NORMS.items() if reader == role))
         by_linear = role in self.reassembling
         plan = checkpoint.reassembly.get(names[0]) or (checkpoint.reassembly.get(norm) if by_linear else None)
-        linear = QuantLinear(weight, None, checkpoint.scheme.act_bits, 1, plan, branch)
+        clip = checkpoint.clipping.get(names[0], WHOLE)
+        if any(checkpoint.clipping.get(name, WHOLE) != clip for name in names):
+            raise LowBitError(f"{names[0]} and the linears fused with it are clipped unlike; quantize this model again")
+        linear = QuantLinear(weight, None, checkpoint.scheme.act_bits, 1, plan, branch, clip=clip)
         kind = LowBitLayerNormColumnParallelLinear if holds_norm else LowBitColumnParallelLinear
         gated, threshold = role == "linear_fc1" and host.config.gated_linear_unit, self.reducers.drift_threshold
         replacement = kind.from_host(host, linear, gated, gather, threshold)

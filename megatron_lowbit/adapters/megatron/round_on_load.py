@@ -46,7 +46,8 @@ def parse_recipe(quantization_config: Any) -> WeightsConfig:
     """Parse the entry of Megatron's recipe file that matched a layer: the keys of our `weights` section."""
     where = f"recipe entry {quantization_config.config_key!r} (for {quantization_config.match_input.module_path})"
     given = dict(quantization_config.config)
-    without_effect = [key for key in ("method", "attention", "rotation", "lm_head_bits") if key in given]
+    refused = ("method", "attention", "rotation", "lm_head_bits", "clipping", "rounding")
+    without_effect = [key for key in refused if key in given]
     if without_effect:
         raise LowBitError(f"{where}: {without_effect[0]} has no effect on load, which rounds to nearest; leave it out")
     if "scheme" not in given:

@@ -31,6 +31,7 @@ from megatron_lowbit.kernels import packed_bytes
 from megatron_lowbit.layers.linear import QuantLinear, QuantRowParallelLinear
 from megatron_lowbit.layers.reassembled_norm import Reassembly
 from megatron_lowbit.quant.affine import LowRank, QuantizedWeight
+from megatron_lowbit.quant.input_clipping import WHOLE
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 from megatron_lowbit.runtime.distributed import group_rank, world_size
 
@@ -89,6 +90,10 @@ def sharded_state(layer: Any, prefix: str, sharded_offsets: tuple, metadata: Any
     if row and layer.grouped:
         split |= {"scale": 1, "zero_point": 1}
     if linear is not None:
+        if linear.clip != WHOLE:
+            raise LowBitError(
+                f"{prefix.rstrip('.')}: clipped activations are not kept in distributed checkpoints; save the artifact"
+            )
         tensors["lowbit"] = shape_of(layer, linear).tensor()
         if row:
             check_bytes(prefix, linear.in_features, linear.weight_bits)

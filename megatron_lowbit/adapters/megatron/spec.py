@@ -35,10 +35,9 @@ def lowbit_spec(spec: Any, weights: WeightsConfig | str | None = None) -> Any:
     and for one without tensor-parallel linears.
     """
     config = WeightsConfig(scheme=weights) if isinstance(weights, str) else weights
-    if config is not None and config.lm_head_bits:
-        raise LowBitError("weights.lm_head_bits has no effect on a spec of the layers; leave it out")
-    if config is not None and config.rotation != "none":
-        raise LowBitError("weights.rotation has no effect on a spec of the layers; leave it out")
+    for key in ("lm_head_bits", "rotation", "clipping", "rounding"):
+        if config is not None and getattr(config, key) != getattr(WeightsConfig(), key):
+            raise LowBitError(f"weights.{key} has no effect on a spec of the layers; leave it out")
     table = {id(host): _configured(low_bit, config) for host, low_bit in _replacements()}
     rewritten, count = _rewrite(spec, table)
     if count == 0:
