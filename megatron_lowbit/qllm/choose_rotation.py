@@ -12,7 +12,6 @@ a model does not allow is left out, with one line that says why. Every other blo
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from megatron_lowbit.adapters import readers
+from megatron_lowbit.adapters import readers, rotated
 from megatron_lowbit.adapters.huggingface import attention
 from megatron_lowbit.adapters.huggingface.apply import InputGroup, Kind
 from megatron_lowbit.config import LowBitError
@@ -66,7 +65,11 @@ class Rotator:
         self.hidden, self.calls = host.embed(ids)
         self.hidden = self.hidden.double()
         self._left_out: list[str] = []
+        self._unfit: dict[str, list[str]] = {}  # {why: inputs that R4 leaves as they are}
         blocks = [self._online(index, attention_bits) for index in range(len(host.kinds))]
+        for why, names in self._unfit.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            self._left_out.append(f"the input of {names[0]}{more} stays as it is: {why}")
         blocks = self._with_values(blocks)
         residual, rest = self._residual(ids, seed)
         if rest is not None:
@@ -113,7 +116,7 @@ class Rotator:
         obstacles = {row: self._obstacle(host.kinds[index][row][1].in_features) for row in rows}
         for row, why in obstacles.items():
             if why is not None:
-                self._left_out.append(f"the input of {host.fqn(index, row)} stays as it is: {why}")
+                self._unfit.setdefault(why, []).append(host.fqn(index, row))
         rows = [row for row, why in obstacles.items() if why is None]
         path = host.fqn(index, owner) if owner else host.fqn(index, "")[:-1]
         attends = attention_bits < 16 and attention.takes_part(host.model.get_submodule(path))
@@ -248,9 +251,8 @@ class _Forbidden(Exception):
 
 def _offset(norm: nn.Module, name: str) -> int:
     """Return norm_offset of a norm whose weights need not be loaded. Raises _Forbidden for one that is no RMSNorm."""
-    probe = copy.copy(norm)  # the module's own parameters stay
-    probe._parameters = dict(norm._parameters)
     weight: Any = norm.weight
+    probe = rotated.shallow_copy(norm)
     probe.weight = nn.Parameter(torch.linspace(-1, 1, len(weight)))
     try:
         return norm_offset(probe)

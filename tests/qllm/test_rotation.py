@@ -185,7 +185,7 @@ def test_nothing_to_rotate_is_one_line(capsys):
     """A width whose odd factor is too large for every matrix, and attention that stays in full precision."""
     width = 1031  # a prime, above the largest odd factor
     shape = {"hidden_size": width, "intermediate_size": width, "num_attention_heads": 2, "num_key_value_heads": 2}
-    model = tiny_models.build("phi3", **shape, head_dim=8, num_hidden_layers=1)
+    model = tiny_models.build("phi3", **shape, head_dim=8)
     with pytest.raises(LowBitError, match="finds nothing in this model to rotate"):
         rotate_model(model, seed=0, shard_groups=1, attention_bits=16)
     notices = capsys.readouterr().out.splitlines()
