@@ -52,8 +52,8 @@ class Quantized:
     """Have these attention modules quantize Q, K and V to act_bits and keep them packed in caches; call it to undo.
 
     modules: of the model that owns `config`, each with a layer_idx; clips: of Q, K and V of each. rotated: whether Q
-    and K are rotated first. It holds what it has changed, so that a copy of the model, or one that was pickled, is undone
-    by its own copy.
+    and K are rotated first. It holds what it has changed, so that a copy of the model, or one that was pickled, is
+    undone by its own copy.
     """
 
     def __init__(
