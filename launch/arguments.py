@@ -111,7 +111,9 @@ def parse(name: str, config_class: type[StageConfig], argv: list[str]) -> tuple[
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
     )  # the deepspeed launcher passes it
-    flags = [flag for flag in ("ablation", "comm_ablation", "dry_run") if flag in config_class.model_fields]
+    flags = [
+        flag for flag in ("ablation", "comm_ablation", "token_ablation", "dry_run") if flag in config_class.model_fields
+    ]
     for flag in flags:
         parser.add_argument(f"--{flag.replace('_', '-')}", action="store_true", help=f"same as {flag}=true")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")

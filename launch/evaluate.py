@@ -31,6 +31,10 @@ def run(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:
         from megatron_lowbit.launch.studies.comm_ablation import run_comm_ablation
 
         return run_comm_ablation(config, logger)
+    if config.token_ablation:
+        from megatron_lowbit.launch.studies.wide_tokens import run_token_ablation
+
+        return run_token_ablation(config, logger)
     check_unused(config)
     check_head(config)
     engine = start_engine(config, [config.weights])

@@ -29,6 +29,7 @@ class Quality:
     """The figures of one pass; log_probs holds the first tokens' log-probabilities float32 [tokens, vocab].
 
     perplexity_stderr, kl_stderr: standard errors over the windows (stderr_of_ratio); None for fewer than two windows.
+    kl_windows: of every window the sum of KL over its measured tokens, and their number.
     """
 
     perplexity: float
@@ -37,6 +38,7 @@ class Quality:
     log_probs: Tensor
     perplexity_stderr: float | None = None
     kl_stderr: float | None = None
+    kl_windows: tuple[tuple[float, int], ...] = ()
 
 
 @torch.no_grad()
@@ -76,10 +78,10 @@ def measure_quality(model: Any, batches: Iterable[Batch], kl_tokens: int, refere
     perplexity = math.exp(mean_nll)
     mean_kl, kl_error = stderr_of_ratio(kl) if any(count for _, count in kl) else (None, None)
     perplexity_error = None if error is None else perplexity * error
-    return Quality(perplexity, mean_kl, tokens, kept[: min(tokens, kl_tokens)], perplexity_error, kl_error)
+    return Quality(perplexity, mean_kl, tokens, kept[: min(tokens, kl_tokens)], perplexity_error, kl_error, tuple(kl))
 
 
-def stderr_of_ratio(windows: Sequence[tuple[float, int]]) -> tuple[float, float | None]:
+def stderr_of_ratio(windows: Sequence[tuple[float, float]]) -> tuple[float, float | None]:
     """Return the mean per token of sums over windows, and its standard error; None for fewer than two windows.
 
     windows: (sum s_w, number n_w of tokens) of each; those without tokens do not count. The mean is the ratio

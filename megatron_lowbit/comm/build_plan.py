@@ -145,11 +145,11 @@ def uniform_bits(ranges: FeatureRange, config: CommConfig, num_bits: int, chosen
 
 
 def adaptive_bits(
-    ranges: Mapping[str, FeatureRange], sums: Mapping[str, FeatureRange], config: CommConfig, num_bits: int
+    ranges: Mapping[str, FeatureRange], sums: Mapping[str, FeatureRange], config: CommConfig, num_bits: float
 ) -> dict[str, Tensor]:
     """Return {site: uint8 [E]} of all sites under one budget: what `num_bits` and `bf16_fraction` would send."""
     per_token = config.scale == "per_token"
-    weights, budget, header = {}, 0.0, 8 * header_bytes([num_bits, 1], per_token)
+    weights, budget, header = {}, 0.0, 8 * header_bytes([config.bits, 1], per_token)
     for name, r in ranges.items():
         features = r.min_vals.shape[1]
         spread = r.max_vals - r.min_vals

@@ -115,13 +115,16 @@ class EvaluateConfig(StageConfig):
     """quantize in every way the QLLM paper compares, and evaluate each (also --ablation)"""
     comm_ablation: bool = False
     """send the partial sums of virtual_tp ranks in every way we know, and evaluate each (also --comm-ablation)"""
+    token_ablation: bool = False
+    """send a share of the tokens in more bits and the others in fewer, and evaluate each (also --token-ablation)"""
     reassembly: ReassemblyConfig = ReassemblyConfig()
     correction: CorrectionConfig = CorrectionConfig()
 
     @model_validator(mode="after")
     def _one_table(self) -> EvaluateConfig:
-        if self.ablation and self.comm_ablation:
-            raise ValueError("ablation and comm_ablation are two tables; ask for one at a time")
+        asked = [key for key in ("ablation", "comm_ablation", "token_ablation") if getattr(self, key)]
+        if len(asked) > 1:
+            raise ValueError(f"{asked[0]} and {asked[1]} are two tables; ask for one at a time")
         return self
 
 
