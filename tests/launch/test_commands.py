@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 from importlib import metadata
 
 import pytest
@@ -272,3 +276,25 @@ def test_usage_names_every_stage(capsys):
     assert run_here() == run_here("--help") == 0
     out = capsys.readouterr().out
     assert all(f"  {stage} " in out for stage in ("demo", "calibrate", "quantize", "evaluate", "generate", "benchmark"))
+
+
+@pytest.mark.parametrize(
+    ("module", "given", "sleeps"),
+    [
+        ("megatron_lowbit.launch", {}, True),
+        ("megatron_lowbit.launch.quantize", {}, True),
+        ("megatron_lowbit.launch", {"OMP_WAIT_POLICY": "active"}, False),
+    ],
+)
+def test_threads_sleep_while_they_wait(module, given, sleeps, tmp_path):
+    """As libgomp itself says when torch loads it: how often a thread looks before it sleeps, 300,000 by default."""
+    stage = [] if module.endswith("quantize") else ["quantize"]
+    argv = [sys.executable, "-m", module, *stage, "model=embedded", "weights.scheme=W4A8", f"output_dir={tmp_path}"]
+    outside = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    outside |= {"OMP_DISPLAY_ENV": "verbose", **given}
+    done = subprocess.run(argv, env=outside, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    counts = re.findall(r"GOMP_SPINCOUNT\s*=\s*'(\d+)'", done.stderr)
+    if not counts:
+        pytest.skip("torch's OpenMP is not libgomp")
+    assert (int(counts[0]) == 0) == sleeps

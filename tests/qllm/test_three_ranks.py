@@ -17,6 +17,8 @@ CALIBRATION = [
     "calibration.batch_size=2",
 ]
 QLLM = [*CALIBRATION, "weights.scheme=W4A4", "reassembly.expansions=[0.1]", "correction.epochs=1", "correction.rank=2"]
+ROTATED = [*CALIBRATION, "weights.scheme=W4A8", "weights.rotation=hadamard", "weights.clipping=mse"]
+ROTATED += ["weights.rounding=gptq", "reassembly.mode=none", "correction.mode=none"]
 HYBRID = ["comm.mode=one_shot"]
 ENGINES = [pytest.param("deepspeed", marks=needs_deepspeed), pytest.param("megatron", marks=needs_megatron)]
 
@@ -64,6 +66,14 @@ def test_three_ranks_write_the_same_files(model, artifact, tmp_path):
     for stem in ("comm_plan_tp3", "calibration"):
         for suffix in (".json", ".safetensors"):
             assert (tmp_path / (stem + suffix)).read_bytes() == (artifact / (stem + suffix)).read_bytes(), stem
+
+
+def test_three_ranks_round_a_rotated_model_alike(model, tmp_path):
+    """R4 turns inputs shard group by shard group, and Hessians and errors are summed in an order of their own."""
+    one, three = tmp_path / "one", tmp_path / "three"
+    assert run_here("quantize", f"model={model}", *ROTATED, f"output_dir={one}") == 0
+    there("quantize", f"model={model}", *ROTATED, "tp=3", f"output_dir={three}")
+    assert described(one)["rotation"]["inputs"] and described(three) == described(one)
 
 
 @pytest.fixture(scope="module")
