@@ -32,7 +32,9 @@ from megatron_lowbit.quant.affine import (
     fake_quantize_with,
     qparams_from_range,
     quantize,
+    range_of,
 )
+from megatron_lowbit.quant.range_gradient import scale_of, through_ranges
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 from megatron_lowbit.runtime.distributed import all_gather_stack, all_gather_values, group_rank, world_size
 
@@ -164,6 +166,8 @@ class ShardedLinear(nn.Module):
 
     def _fake_quantized(self, weights: Sequence[Tensor], bits: int, config: WeightsConfig) -> list[Tensor]:
         qparams = self._qparams(weights, bits, config)
+        if through_ranges() and not config.symmetric:
+            qparams = self._with_gradients(weights, qparams, bits, config)
         return [fake_quantize_with(w, *pair, bits) for w, pair in zip(weights, qparams, strict=True)]
 
     def corrected(self) -> list[Tensor]:
@@ -210,12 +214,30 @@ class ShardedLinear(nn.Module):
         symmetric, group_size = config.symmetric, config.group_size
         if self.kind == "column" or group_size is not None:
             return [choose_qparams(w, bits, symmetric, group_size) for w in weights]
+        return [qparams_from_range(*self._range(weights), bits, symmetric)] * len(weights)
+
+    @torch.no_grad()
+    def _range(self, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the smallest and largest value of each row of a row-parallel weight, over all ranks' shards."""
         low = torch.stack([w.amin(1, keepdim=True) for w in weights]).amin(0).float()
         high = torch.stack([w.amax(1, keepdim=True) for w in weights]).amax(0).float()
         if self.tp_group is not None:
             dist.all_reduce(low, dist.ReduceOp.MIN, self.tp_group)
             dist.all_reduce(high, dist.ReduceOp.MAX, self.tp_group)
-        return [qparams_from_range(low, high, bits, symmetric)] * len(weights)
+        return low, high
+
+    def _with_gradients(
+        self, weights: Sequence[Tensor], qparams: Sequence[tuple[Tensor, Tensor]], bits: int, config: WeightsConfig
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return the shards' qparams with gradients from the scales to the weights."""
+        if self.kind == "column" or config.group_size is not None:
+            return [
+                (scale_of([w], scale, *range_of(w, config.group_size), bits), zero)
+                for w, (scale, zero) in zip(weights, qparams, strict=True)
+            ]
+        scale, zero = qparams[0]
+        whole = scale_of(weights, scale, *self._range(weights), bits)
+        return [(copy, zero) for copy in replicate(whole, len(weights), self.tp_group)]
 
     @torch.no_grad()
     def packed(self) -> QuantizedWeight:

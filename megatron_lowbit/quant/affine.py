@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.io.tensors import check_scale, check_tensor, short_repr
 from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, quantize, quantizer, unpack_bits
+from megatron_lowbit.quant.range_gradient import scale_of, through_ranges, with_scale
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,14 @@ def choose_qparams(
 ) -> tuple[Tensor, Tensor]:
     """Return the min-max (scale, zero_point) of x [..., features]: float32 [..., groups], groups = features /
     group_size or 1."""
+    return qparams_from_range(*range_of(x, group_size), num_bits, symmetric)
+
+
+@torch.no_grad()
+def range_of(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest value of each group of x [..., features], float32 [..., groups]."""
     grouped = _grouped(x, group_size)
-    return qparams_from_range(grouped.amin(-1), grouped.amax(-1), num_bits, symmetric)
+    return grouped.amin(-1).float(), grouped.amax(-1).float()
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -95,6 +102,8 @@ def fake_quantize(x: Tensor, num_bits: int, symmetric: bool = False, group_size:
     """Return dequantize(quantize(x)) in x's dtype, with the straight-through gradient (identity)."""
     with torch.no_grad():
         scale, zero_point = choose_qparams(x, num_bits, symmetric, group_size)
+    if through_ranges() and not symmetric:
+        scale = scale_of([x], scale, *range_of(x, group_size), num_bits)
     return fake_quantize_with(x, scale, zero_point, num_bits)
 
 
@@ -102,11 +111,13 @@ def fake_quantize_with(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: i
     """Quantize and dequantize x [..., features] with given qparams [..., groups]."""
     with torch.no_grad():
         grouped = x.detach().float().unflatten(-1, (scale.shape[-1], -1))
-        scale, zero_point = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
+        step, zero_point = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
         # In place on one copy: training does this to every weight in every step.
-        values = torch.div(grouped, scale).round_().add_(zero_point)
+        values = torch.div(grouped, step).round_().add_(zero_point)
         values = values.clamp_(0, 2**num_bits - 1).trunc_()  # to whole codes: a constant row's zero point is not
-        quantized = values.sub_(zero_point).mul_(scale).flatten(-2).to(x.dtype)
+        quantized = values.sub_(zero_point).mul_(step).flatten(-2).to(x.dtype)
+    if scale.requires_grad:
+        return with_scale(x, quantized, scale)
     return straight_through(x, quantized)
 
 
