@@ -42,7 +42,7 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
         raise LowBitError("weights.scheme=none quantizes nothing; choose W4A16, W4A8, W4A4, W6A6 or W8A8")
     if quantize_method(config) == "qllm":
         return {"rows": run_qllm(config, logger)}
-    for key in ("reassembly", "correction", "dp"):
+    for key in ("reassembly", "correction", "rotation", "dp"):
         if key == "dp" and config.engine == "megatron":
             continue
         if getattr(config, key) != getattr(QuantizeConfig(), key):

@@ -150,6 +150,7 @@ def stages(shape: Shape, tokens: int, windows: int, config: QuantizeConfig, size
     observed = Work(observed=shares) * mine
     exchanged = Work(network=(1 - 1 / dp) * STATISTICS * 8 * shares * windows)
     names = {
+        **({"learned rotation": _learned(shape, mine, windows, config, forward, inputs)} if learns(config) else {}),
         "load": Work(disk=shape.weights * shape.stored),
         "full precision": forward * mine,
         "reassembly": search,
@@ -158,6 +159,24 @@ def stages(shape: Shape, tokens: int, windows: int, config: QuantizeConfig, size
         "write": Work(disk=shape.packed_bytes * tp),
     }
     return {name: work * shape.depth for name, work in names.items()}
+
+
+def learns(config: QuantizeConfig) -> bool:
+    """Tell whether a pass that learns the rotation comes first."""
+    return config.weights.rotation == "learned"
+
+
+def _learned(shape: Shape, mine: float, windows: int, config: QuantizeConfig, forward: Work, inputs: float) -> Work:
+    """Return the work of learning the rotation, per block: every window folds, rounds and trains, every batch steps."""
+    section, dp, tp = config.rotation, config.dp, config.tp
+    square, groups = shape.hidden**2, config.weights.shard_groups or 1
+    window = Work(flops=4 * shape.hidden * shape.weights, rounded=1.5 * shape.weights)
+    window += Work(network=(1 - 1 / tp) * groups * 4 * square)  # the gradient of Q, of every shard
+    # Four matrix products of the gradient and the transform's bound, three iterations, some three Newton-Schulz steps.
+    step = Work(flops=13 * 2 * shape.hidden**3, network=(dp - 1) * section.batch_size / dp * 4 * square)
+    epoch = (forward * 4 + Work(rounded=inputs)) * mine + Work(disk=shape.weights * shape.stored)
+    epoch += window * (windows / dp) + step * -(-windows // section.batch_size)
+    return epoch * section.epochs
 
 
 def _choices(config: QuantizeConfig, width: int) -> int:

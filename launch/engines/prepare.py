@@ -77,6 +77,10 @@ def round_weights(
     fingerprint, rotation = huggingface.fingerprint(model), None
     wanted = Scheme.parse(weights.scheme).act_bits if weights.attention else 16
     bits = attention.possible_bits(model, huggingface.find_linears(model), wanted)
+    if weights.rotation == "learned":
+        raise LowBitError(
+            "weights.rotation=learned needs weights.method=qllm: make an artifact with quantize, then pass artifact"
+        )
     if weights.rotation != "none":
         model = copy.deepcopy(model)
         widths = widths_of(linear for _, linear in huggingface.find_linears(model).values())

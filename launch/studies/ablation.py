@@ -139,6 +139,7 @@ def _quantized(
     )
     done = folder / "row.json"
     wanted = json.loads(json.dumps({"settings": settings.model_dump(mode="json", exclude=_UNUSED), "text": text}))
+    del wanted["settings"]["rotation"]  # of learned rotations, which the rows that only round refuse
     if weights.rotation == "none":
         del wanted["settings"]["weights"]["rotation"]  # as before there was one
     if not ((folder / "lowbit.json").exists() and _is(done, wanted)):

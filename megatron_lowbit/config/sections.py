@@ -100,9 +100,9 @@ class WeightsConfig(FrozenConfig):
     none: 8, or the number near 8 that suits the model's heads (6 for 9 heads)"""
     attention: bool | None = None
     """quantize Q, K and V per token and head, to the bits of the activations; none: with method=qllm and --ablation"""
-    rotation: Literal["none", "hadamard"] = "none"
+    rotation: Literal["none", "hadamard", "learned"] = "none"
     """hadamard: rotate the residual stream, the heads and the MLPs' inputs before anything is rounded, function and
-    shards kept"""
+    shards kept; learned: the rotations of the residual stream and of V are trained (method=qllm)"""
     lm_head_bits: int = Field(0, ge=0, le=8)
     """bits of the output projection's weight and, where the model ties the two, of the embedding: 2 to 8; 0: as they
     are"""
@@ -263,6 +263,17 @@ class CorrectionConfig(FrozenConfig):
         if value != "auto" and not (type(value) is int and value >= 1):  # a union would say it in two lines
             raise ValueError("it is auto, or an integer of 1 or more")
         return value
+
+
+class RotationConfig(FrozenConfig):
+    """Training of weights.rotation=learned, by gradient descent on orthogonal matrices (SpinQuant)."""
+
+    epochs: int = Field(2, ge=1)
+    """passes over the model and the calibration windows, before anything is quantized"""
+    batch_size: int = Field(4, ge=1)
+    """windows per step, of all data-parallel ranks together"""
+    learning_rate: float = Field(0.01, gt=0, le=0.5)
+    """angle in radians (root mean square over the axes) by which the first step rotates; it falls linearly to 0"""
 
 
 class RatesConfig(FrozenConfig):

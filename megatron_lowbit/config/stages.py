@@ -15,6 +15,7 @@ from megatron_lowbit.config.sections import (
     FrozenConfig,
     RatesConfig,
     ReassemblyConfig,
+    RotationConfig,
     WeightsConfig,
 )
 
@@ -66,12 +67,19 @@ class QuantizeConfig(CalibrateConfig):
     weights: WeightsConfig = WeightsConfig(scheme="W4A8")
     reassembly: ReassemblyConfig = ReassemblyConfig()
     correction: CorrectionConfig = CorrectionConfig()
+    rotation: RotationConfig = RotationConfig()
     dry_run: bool = False
     """print shards, shapes, bytes and time per group, and stop (also --dry-run)"""
     architecture: dict[str, Any] | None = None
     """fields of the model's config.json, so that a dry run needs no download"""
     rates: RatesConfig = RatesConfig()
     """what the machine that a dry run is about does per second, where it is not this one"""
+
+    @model_validator(mode="after")
+    def _trains_a_rotation(self) -> QuantizeConfig:
+        if self.weights.rotation != "learned" and self.rotation != RotationConfig():
+            raise ValueError("rotation has no effect unless it is learned; set weights.rotation=learned")
+        return self
 
 
 class GenerateConfig(StageConfig):

@@ -7,7 +7,7 @@ comm_plan_tp<N>.json PlanManifest
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -62,8 +62,9 @@ class HeadManifest(_Strict):
 
 
 class RotationManifest(_Strict):
-    """What of a rotated checkpoint runs online."""
+    """What of a rotated checkpoint runs online, and how it was rotated."""
 
+    kind: Literal["hadamard", "learned"]
     residual: bool
     attention: bool
     inputs: Names

@@ -73,6 +73,10 @@ def check_windows(windows: Windows, config: QuantizeConfig, ranks: int, text_con
         raise LowBitError(
             f"{count} calibration windows do not divide among dp={ranks}; set calibration.samples to a multiple"
         )
+    if config.weights.rotation == "learned" and config.rotation.batch_size % ranks:
+        raise LowBitError(
+            f"rotation.batch_size={config.rotation.batch_size} does not divide among dp={ranks}; set a multiple"
+        )
     section = config.correction
     if section.mode != "none" and section.batch_size % ranks:
         raise LowBitError(

@@ -12,7 +12,7 @@ a model does not allow is left out, with one line that says why. Every other blo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -28,9 +28,10 @@ from megatron_lowbit.adapters.huggingface.apply import InputGroup, Kind
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.kernels import hadamard_obstacle
 from megatron_lowbit.layers.linear import activation_groups
-from megatron_lowbit.qllm.rotation import BlockRotation, ResidualRotation, RestRotation, Rotation, norm_offset
+from megatron_lowbit.qllm.rotation import BlockRotation, RestRotation, Rotation, norm_offset
 from megatron_lowbit.qllm.trace_blocks import BlockCall
-from megatron_lowbit.quant.online_rotation import OnlineRotation
+from megatron_lowbit.qllm.turns import Dense, ResidualRotation, Turn
+from megatron_lowbit.quant.online_rotation import OnlineRotation, RotationKind
 from megatron_lowbit.runtime.launcher_env import env_rank
 
 # Relative to what a block adds to its input, or to the logits. Blocks compute in float64 with weights of float32 here,
@@ -61,11 +62,12 @@ class Rotator:
     """
 
     def __init__(self, host: Host, ids: Tensor, seed: int, shard_groups: int, attention_bits: int):
-        self.host, self.shard_groups = host, shard_groups
+        self.host, self.shard_groups, self._ids = host, shard_groups, ids
         self.hidden, self.calls = host.embed(ids)
         self.hidden = self.hidden.double()
         self._left_out: list[str] = []
         self._unfit: dict[str, list[str]] = {}  # {why: inputs that R4 leaves as they are}
+        self.kind: RotationKind = "hadamard"
         blocks = [self._online(index, attention_bits) for index in range(len(host.kinds))]
         for why, names in self._unfit.items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -80,16 +82,30 @@ class Rotator:
             for line in self._left_out:
                 print(f"rotation: {line}")
         if rest is None and not any(b.value or b.inputs or b.owner for b in blocks):
-            raise LowBitError(
-                "weights.rotation=hadamard finds nothing in this model to rotate; set weights.rotation=none"
-            )
+            raise LowBitError("weights.rotation finds nothing in this model to rotate; set weights.rotation=none")
+
+    def learned(self, matrices: Mapping[str, Tensor]) -> None:
+        """Rotate by other matrices from here on. matrices: what learn_rotation has returned. Raises LowBitError where
+        the model's function does not stay."""
+        blocks, old = list(self.rotation.blocks), self.rotation
+        for index, about in enumerate(blocks):
+            if about.value is not None:
+                blocks[index] = replace(about, heads=Dense(matrices[f"heads.{index}"]))
+        residual = None if old.residual is None else Dense(matrices["residual"])
+        self.rotation, self.kind = replace(old, blocks=blocks, residual=residual), "learned"
+        if residual is not None and old.rest is not None:
+            try:
+                self._prove_rest(self._ids, residual, old.rest)
+            except _Forbidden as why:
+                raise LowBitError(f"weights.rotation=learned: {why}; use weights.rotation=hadamard") from None
+        self.host.rotate_rest(self.rotation)
 
     def online(self) -> OnlineRotation:
         """Return what the artifact says of it."""
         blocks = self.rotation.blocks
         inputs = {self.host.fqn(index, name) for index, about in enumerate(blocks) for name in about.inputs}
         attends = any(about.owner is not None for about in blocks)
-        return OnlineRotation(self.rotation.rest is not None, attends, frozenset(inputs))
+        return OnlineRotation(self.rotation.rest is not None, attends, frozenset(inputs), self.kind)
 
     def rotate(self, index: int, block: nn.Module) -> None:
         """Rotate block `index` in place. Raises LowBitError where its function does not stay."""
@@ -102,7 +118,7 @@ class Rotator:
                 "set weights.rotation=none"
             )
 
-    def _agrees(self, index: int, block: nn.Module, before: Tensor, residual: ResidualRotation | None) -> bool:
+    def _agrees(self, index: int, block: nn.Module, before: Tensor, residual: Turn | None) -> bool:
         """Tell whether a rotated block puts out `before`, what it put out as it was, rotated."""
         turn = (lambda h: h) if residual is None else residual.turn
         after = run(block, self.calls[index], turn(self.hidden))
@@ -157,7 +173,7 @@ class Rotator:
         self._left_out.append(f"V stays as it is: {host.fqn(0, first[0].owner)} has no linear of its own for it")
         return list(blocks)
 
-    def _residual(self, ids: Tensor, seed: int) -> tuple[ResidualRotation | None, RestRotation | None]:
+    def _residual(self, ids: Tensor, seed: int) -> tuple[Turn | None, RestRotation | None]:
         """Return R1, or why not, in a line."""
         try:
             if (obstacle := hadamard_obstacle(self.hidden.shape[-1])) is not None:
@@ -211,13 +227,13 @@ class Rotator:
         places = (f"{names[id(embedding)]}.weight", f"{norms[0]}.weight", f"{names[id(head)]}.weight")
         return RestRotation(*places, offset)
 
-    def _proves(self, about: BlockRotation, before: Tensor, residual: ResidualRotation | None) -> bool:
+    def _proves(self, about: BlockRotation, before: Tensor, residual: Turn | None) -> bool:
         """Tell whether the first block, rotated as `about` says, computes what it did: `before`."""
         block = self.host.load(0)
         Rotation([about], residual, None, self.shard_groups).rotate_block(0, block, self.host.kinds[0])
         return self._agrees(0, block, before, residual)
 
-    def _prove_rest(self, ids: Tensor, residual: ResidualRotation, rest: RestRotation) -> None:
+    def _prove_rest(self, ids: Tensor, residual: Turn, rest: RestRotation) -> None:
         """Raise _Forbidden where the model turns its embeddings, or its logits change."""
         host, zero = self.host, torch.zeros(())
         try:

@@ -110,7 +110,7 @@ def train(
         epoch_loss = 0.0
         order = torch.randperm(batches.count, generator=generator).tolist()
         for number in progress(order, batches.count, f"correcting, epoch {epoch + 1} of {epochs}", env_rank()):
-            loss = _gradients(parameters, batches.read(number), batches.per_rank, dp_group)
+            loss = gradients(parameters, batches.read(number), batches.per_rank, dp_group)
             if not math.isfinite(loss):
                 rate = groups[0].learning_rate
                 raise LowBitError(f"correction: the loss is {loss}; lower correction.learning_rate={rate}")
@@ -120,7 +120,7 @@ def train(
         after_epoch(epoch, epoch_loss)
 
 
-def _gradients(
+def gradients(
     parameters: Sequence[nn.Parameter], windows: Windows, per_rank: int, dp_group: dist.ProcessGroup | None
 ) -> float:
     """Set the gradients of one batch's loss and return it.

@@ -3,7 +3,7 @@
     full-precision stream   h  -> F(h)            what the correction aims at
     quantized stream        h~ -> F~(h~)          what the next group will be given
 
-For every group:
+With weights.rotation=learned, a pass over the model comes first (learn_rotation.py). For every group:
     1. load its blocks from disk                                                    block_group.py, block_source.py
     2. run the full-precision stream through them                                   group_streams.py, hidden_stream.py
     3. reassemble and round block by block                                          round_blocks.py, search.py
@@ -41,6 +41,7 @@ from megatron_lowbit.qllm.calibration_share import CalibrationShare, check_windo
 from megatron_lowbit.qllm.correct_group import correct_group
 from megatron_lowbit.qllm.group_streams import GroupStreams
 from megatron_lowbit.qllm.hidden_stream import HiddenStream
+from megatron_lowbit.qllm.learn_rotation import learn_rotation
 from megatron_lowbit.qllm.low_rank import trains_norms
 from megatron_lowbit.qllm.pack_blocks import pack_blocks
 from megatron_lowbit.qllm.record_ranges import attach_reducers, record_ranges
@@ -112,6 +113,7 @@ class BlockwiseQuantizer:
         self.bit_sums: dict[str, int] = {}
         self.ranges: Ranges = {size: {} for size in (1, *tp_sizes)}
         self.checksums: dict[str, str] = {}  # {stream that the run continues from: its SHA-256}
+        self.rotation: str | None = None  # the checksum of matrices that are learned
 
     def run(self, save_beside: Callable[[Path], Any]) -> CalibrationStats:
         """Quantize, resuming where an earlier run of the same settings stopped, and write the checkpoint to output_dir.
@@ -139,6 +141,8 @@ class BlockwiseQuantizer:
         ids, size = self.share.ids, self.share.batch_size
         self.source.trace(ids)
         self.source.rotate(ids, self.attention_bits)
+        if self.config.weights.rotation == "learned":
+            self._learn_rotation()
         calls = {}
         for windows in self.share.batch_sizes:
             hidden, calls[windows] = self.source.embed(ids[:windows])
@@ -152,6 +156,17 @@ class BlockwiseQuantizer:
                 self.streams.quantized.write(start, hidden)
         self.source.free_rest()
         return calls
+
+    def _learn_rotation(self) -> None:
+        """Learn the rotation, or read what an unfinished run has learned, and rotate by it from here on."""
+        assert self.source.rotator is not None
+        if (checksum := self.rotation) is None:
+            arguments = (self.source, self.share, self.state.folder, self.config, self.attention_bits, self.logger.log)
+            matrices = learn_rotation(*arguments)
+            self.rotation = on_rank_zero(lambda: self.state.save_rotation(matrices))
+        else:
+            matrices = on_every_rank(lambda: self.state.rotation(checksum))
+        self.source.rotator.learned(matrices)
 
     def _quantize_group(self, number: int, indices: list[int], calls: dict[int, list[BlockCall]]) -> None:
         """Run the steps listed at the top of this file for blocks `indices`."""
@@ -207,6 +222,7 @@ class BlockwiseQuantizer:
     def _resume(self) -> int:
         """Return how many groups an unfinished run of the same settings has done, and take over what it has found."""
         found = on_rank_zero(self.state.find)
+        self.rotation = found.get("rotation")
         if found["done"]:
             with complete(self.state.folder / "state.json"):
                 self.results += [GroupResult(**result) for result in found["results"]]
@@ -220,7 +236,10 @@ class BlockwiseQuantizer:
         """Write the group's part and the state, once the streams of all ranks are written."""
         files = of_all_ranks({stream.path.name: stream.checksum() for stream in streams})  # all have written
         self.bit_sums |= sums
-        values = {"files": files, "bit_sums": self.bit_sums, "results": [asdict(result) for result in self.results]}
+        values: dict[str, Any] = {"files": files, "bit_sums": self.bit_sums}
+        values["results"] = [asdict(result) for result in self.results]
+        if self.rotation is not None:
+            values["rotation"] = self.rotation
         self.parts = on_rank_zero(partial(self.state.save, done, part, self.parts, self.ranges, **values))
 
     def _finish(

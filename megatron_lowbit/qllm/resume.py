@@ -2,6 +2,7 @@
 
     state.json              stage, settings, what is done, and the checksum of every file that holds it
   of quantize
+    rotation.safetensors    the matrices of weights.rotation=learned, before the first group
     ranges-<done>/          CalibrationStats of the groups done
     hp-<done>-rank<r>.bin, lowbit-<done>-rank<r>.bin     the two streams before the next group
   of calibrate
@@ -70,6 +71,8 @@ class State:
         for key in _LATER_KEYS:
             if key in values and values[key] == usual[key]:
                 del values[key]
+        if values.get("weights.rotation") != "learned":
+            values = {key: value for key, value in values.items() if not key.startswith("rotation.")}
         self.settings: dict[str, Any] = json.loads(json.dumps({"stage": stage, "state": STATE, **values, **inputs}))
 
     def found(self, *keys: str) -> dict[str, Any] | None:
@@ -97,7 +100,8 @@ class State:
                 "repeat those to continue it, delete the folder to start over, or choose another output_dir"
             )
         done = found.get("done")
-        if not {"settings", SEAL, *keys} <= set(found) or type(done) is not int or done < 1:
+        least = 0 if "rotation" in found else 1  # a learned rotation comes before the first group
+        if not {"settings", SEAL, *keys} <= set(found) or type(done) is not int or done < least:
             raise LowBitError(f"{str(self.folder)!r} is damaged; delete the folder to start the run over")
         return found
 
@@ -144,6 +148,22 @@ class RunState(State):
             if not stream.name.startswith(keep):
                 stream.unlink()
         return found
+
+    def save_rotation(self, matrices: dict[str, Tensor]) -> str:
+        """Write learned matrices and a state with no group done; return the file's checksum."""
+        checksum = write_tensors(self._rotation_path, matrices)
+        nothing = {"done": 0, "parts": [], "bit_sums": {}, "results": [], "files": {}}
+        write_sealed(self.folder / "state.json", {"settings": self.settings, **nothing, "rotation": checksum})
+        return checksum
+
+    def rotation(self, checksum: str) -> dict[str, Tensor]:
+        """Return what `save_rotation` has written."""
+        with self._start_over():
+            return read_tensors(self._rotation_path, checksum)
+
+    @property
+    def _rotation_path(self) -> Path:
+        return self.folder / "rotation.safetensors"
 
     def ranges(self, found: dict[str, Any]) -> Ranges:
         """Return the ranges that finished groups have recorded; `found` is what `find` returned."""

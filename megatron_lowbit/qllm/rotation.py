@@ -3,6 +3,7 @@ over all channels before anything is rounded (QuaRot, arXiv 2404.00456; SpinQuan
 
     H                     orthogonal and symmetric, so its own inverse, of nearly any width (kernels/hadamard.py)
     Q = diag(s) H         s: random signs of the residual stream's channels, by the run's seed
+    Q, R                  any orthogonal matrices where they are learned (learn_rotation.py); else R = H
 
     R1  the residual stream, h' = h Q; an RMSNorm commutes with Q once its gain g is in the linears that read it
           embedding            E' = E Q
@@ -10,8 +11,8 @@ over all channels before anything is rounded (QuaRot, arXiv 2404.00456; SpinQuan
           row-parallel         W' = Q^T W,  b' = b Q
           output projection    W' = W diag(g) Q              final norm: g' = 1; no longer tied to the embedding
     R2  V and what O reads, head by head
-          v                    W' = H W,    b' = b H         of each KV head's outputs
-          o                    W' = W H                      of each query head's inputs
+          v                    W' = R^T W,  b' = b R         of each KV head's outputs
+          o                    W' = W R                      of each query head's inputs
     R3  Q and K after RoPE     q' = q H, k' = k H            online, of each head: q' k'^T = q k^T
     R4  the input of an MLP's row-parallel linear
           down                 x' = x H, W' = W H            x' online, of each shard group
@@ -37,20 +38,9 @@ from megatron_lowbit.kernels.hadamard import hadamard
 from megatron_lowbit.layers.linear import activation_groups
 from megatron_lowbit.layers.reassembled_norm import rms_gain
 from megatron_lowbit.qllm.sharded_linear import Kind, ShardedLinear
+from megatron_lowbit.qllm.turns import Hadamard, Turn
 
 _ROWS = 2**14  # of an embedding that are in float64 at once
-
-
-class ResidualRotation:
-    """Q = diag(signs) H of the residual stream. width: its channels; the signs are those of the seed."""
-
-    def __init__(self, width: int, seed: int):
-        generator = torch.Generator().manual_seed(seed)
-        self.signs = torch.randint(0, 2, (width,), generator=generator).double() * 2 - 1
-
-    def turn(self, x: Tensor) -> Tensor:
-        """Return x Q, float64 [..., width]."""
-        return hadamard(x.double() * self.signs.to(x.device), 1)
 
 
 @dataclass(frozen=True)
@@ -58,8 +48,8 @@ class BlockRotation:
     """What of one block is rotated; all names are those of modules within it.
 
     readers, writers: R1's column-parallel linears, each with the norm it reads, and row-parallel linears. value,
-    output: R2's V and O; None: without. head_dim: of V. inputs: R4's row-parallel linears. owner: of the attention, for
-    R3; None: without.
+    output: R2's V and O; None: without. head_dim: of V; heads: what its heads are multiplied by. inputs: R4's
+    row-parallel linears. owner: of the attention, for R3; None: without.
     """
 
     readers: Mapping[str, str] = field(default_factory=dict)
@@ -67,6 +57,7 @@ class BlockRotation:
     value: str | None = None
     output: str | None = None
     head_dim: int = 1
+    heads: Turn = field(default_factory=Hadamard)
     inputs: tuple[str, ...] = ()
     owner: str | None = None
 
@@ -82,13 +73,24 @@ class RestRotation:
 
 
 @dataclass(frozen=True)
+class Unfolded:
+    """The linears of a block before they are rotated: {name: weight in pieces}, {name: bias}, and the gains that their
+    norms had, {name of the norm: float64 [hidden]}."""
+
+    weights: Mapping[str, list[Tensor]]
+    biases: Mapping[str, Tensor]
+    gains: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Rotation:
-    """What of a model is rotated. residual, rest: R1; None: without. shard_groups: of R4."""
+    """What of a model is rotated. residual, rest: R1; None: without. shard_groups: of R4. dtype: of the products."""
 
     blocks: Sequence[BlockRotation]
-    residual: ResidualRotation | None
+    residual: Turn | None
     rest: RestRotation | None
     shard_groups: int
+    dtype: torch.dtype = torch.float64
 
     @torch.no_grad()
     def rotate_block(self, index: int, block: nn.Module, kinds: Mapping[str, tuple[Kind, Any]]) -> None:
@@ -96,28 +98,39 @@ class Rotation:
 
         kinds: {name within the block: (kind, anything)} of its linears.
         """
+        self.fold(index, block, kinds, self.unfold(index, block, kinds))
+
+    def unfold(self, index: int, block: nn.Module, kinds: Mapping[str, tuple[Kind, Any]]) -> Unfolded:
+        """Take the gains out of a block's norms and add what runs online; `fold` has to follow."""
         about = self.blocks[index]
+        linears: dict[str, Any] = {name: block.get_submodule(name) for name in kinds}
+        weights = {name: pieces_of(linears[name], kind, self.shard_groups) for name, (kind, _) in kinds.items()}
+        biases = {name: linear.bias.detach() for name, linear in linears.items() if linear.bias is not None}
         gains = {name: gain_of(block.get_submodule(name)) for name in set(about.readers.values())}
-        for name, (kind, _) in kinds.items():
-            linear, gain = block.get_submodule(name), gains.get(about.readers.get(name, ""))
-            pieces = self._rotated(about, name, pieces_of(linear, kind, self.shard_groups), gain)
-            put_pieces(linear, kind, pieces)
-            bias: Any = linear.bias
-            if bias is not None:
-                bias.data = self.bias(index, name, bias.data)
         for name in gains:
             reset_gain(block.get_submodule(name))
         for name in about.inputs:
-            linear = block.get_submodule(name)
-            linear.register_forward_pre_hook(InputRotation(len(pieces_of(linear, "row", self.shard_groups))))
+            linears[name].register_forward_pre_hook(InputRotation(len(weights[name])))
         if about.owner is not None:
             attention.set_rotated([block.get_submodule(about.owner)], True)
+        return Unfolded(weights, biases, gains)
+
+    def fold(self, index: int, block: nn.Module, kinds: Mapping[str, tuple[Kind, Any]], unfolded: Unfolded) -> None:
+        """Give the linears of a block their rotated weights and biases, made from `unfolded`; differentiable in
+        matrices that are trained where the linears are ShardedLinears."""
+        about = self.blocks[index]
+        for name, (kind, _) in kinds.items():
+            linear: Any = block.get_submodule(name)
+            gain = unfolded.gains.get(about.readers.get(name, ""))
+            put_pieces(linear, kind, self._rotated(about, name, unfolded.weights[name], gain))
+            if name in unfolded.biases:
+                put_bias(linear, self.bias(index, name, unfolded.biases[name]))
 
     def bias(self, index: int, name: str, bias: Tensor) -> Tensor:
         """Return the rotated bias of a linear of block `index`: of whole heads, and whole for a row-parallel linear."""
         about = self.blocks[index]
         if name == about.value:
-            return hadamard(bias.double(), len(bias) // about.head_dim).to(bias.dtype)
+            return torch.cat(about.heads.turn_each(bias.split(about.head_dim))).to(bias.dtype)
         if name in about.writers and self.residual is not None:
             return self.residual.turn(bias).to(bias.dtype)
         return bias
@@ -138,18 +151,18 @@ class Rotation:
 
     def _rotated(self, about: BlockRotation, name: str, pieces: Sequence[Tensor], gain: Tensor | None) -> list[Tensor]:
         """Return the rotated pieces of a weight: [out / G, in] of a column-parallel one, [out, in / G] of another."""
-        dtype, turned = pieces[0].dtype, [piece.double() for piece in pieces]
+        dtype, turned = pieces[0].dtype, [piece.to(self.dtype) for piece in pieces]
         if name in about.readers and self.residual is not None:
             assert gain is not None
-            turned = [self.residual.turn(piece * gain) for piece in turned]
+            turned = self.residual.turn_each([piece * gain.to(self.dtype) for piece in turned])
         if name == about.value:
-            turned = _by_heads(turned, 0, about.head_dim)
+            turned = _by_heads(turned, 0, about)
         if name == about.output:
-            turned = _by_heads(turned, 1, about.head_dim)
+            turned = _by_heads(turned, 1, about)
         if name in about.inputs:
             turned = [hadamard(piece, 1) for piece in turned]
         if name in about.writers and self.residual is not None:
-            turned = [self.residual.turn(piece.T).T for piece in turned]
+            turned = [piece.T for piece in self.residual.turn_each([piece.T for piece in turned])]
         return [piece.to(dtype).contiguous() for piece in turned]
 
 
@@ -179,6 +192,14 @@ def put_pieces(linear: Any, kind: Kind, pieces: list[Tensor]) -> None:
         linear.weight.data = torch.cat(pieces, 0 if kind == "column" else 1)
 
 
+def put_bias(linear: Any, bias: Tensor) -> None:
+    """Give a linear another bias."""
+    if isinstance(linear, ShardedLinear):
+        linear.bias = bias
+    else:
+        linear.bias.data = bias
+
+
 def gain_of(norm: nn.Module) -> Tensor:
     """Return what an RMSNorm multiplies with, float64 [hidden]."""
     weight: Any = norm.weight
@@ -199,8 +220,11 @@ def norm_offset(norm: nn.Module) -> int:
     return round((rms[0] - weight.detach().float()).mean().item())
 
 
-def _by_heads(pieces: Sequence[Tensor], dim: int, head_dim: int) -> list[Tensor]:
-    """Multiply with H, head by head, the outputs (dim 0) or inputs (dim 1) of a weight that is cut along them."""
-    heads = torch.cat(list(pieces), dim).split(head_dim, dim)
-    turned = [hadamard(head.T, 1).T if dim == 0 else hadamard(head, 1) for head in heads]
+def _by_heads(pieces: Sequence[Tensor], dim: int, about: BlockRotation) -> list[Tensor]:
+    """Turn, head by head, the outputs (dim 0) or inputs (dim 1) of a weight that is cut along them."""
+    heads = torch.cat(list(pieces), dim).split(about.head_dim, dim)
+    if dim == 0:
+        turned = [head.T for head in about.heads.turn_each([head.T for head in heads])]
+    else:
+        turned = about.heads.turn_each(heads)
     return list(torch.cat(turned, dim).chunk(len(pieces), dim))

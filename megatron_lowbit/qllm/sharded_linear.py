@@ -38,6 +38,7 @@ from megatron_lowbit.quant.affine import (
 from megatron_lowbit.quant.clipping import best_ratios
 from megatron_lowbit.quant.gptq import InverseFactor, gptq_codes
 from megatron_lowbit.quant.learned_clipping import FIRST_LOGIT, fake_quantize_trained, qparams_of_trained
+from megatron_lowbit.quant.range_gradient import scale_of, through_ranges
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 from megatron_lowbit.runtime.distributed import all_gather_stack, all_gather_values, group_rank, world_size
 
@@ -227,6 +228,8 @@ class ShardedLinear(nn.Module):
         self, weights: Sequence[Tensor], bits: int, config: WeightsConfig, ratios: Sequence[Ratios] | None = None
     ) -> list[Tensor]:
         qparams = self._qparams(weights, bits, config, ratios)
+        if through_ranges() and not config.symmetric:
+            qparams = self._with_gradients(weights, qparams, bits, config)
         return [fake_quantize_with(w, *pair, bits) for w, pair in zip(weights, qparams, strict=True)]
 
     def corrected(self) -> list[Tensor]:
@@ -318,6 +321,19 @@ class ShardedLinear(nn.Module):
             dist.all_reduce(low, dist.ReduceOp.MIN, self.tp_group)
             dist.all_reduce(high, dist.ReduceOp.MAX, self.tp_group)
         return [(low, high)] * len(weights)
+
+    def _with_gradients(
+        self, weights: Sequence[Tensor], qparams: Sequence[tuple[Tensor, Tensor]], bits: int, config: WeightsConfig
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return the shards' qparams with gradients from the scales to the weights."""
+        if not self._ranges_span_shards(config):
+            return [
+                (scale_of([w], scale, *value_range(w, config.group_size), bits), zero)
+                for w, (scale, zero) in zip(weights, qparams, strict=True)
+            ]
+        scale, zero = qparams[0]
+        whole = scale_of(weights, scale, *self._ranges(weights, config)[0], bits)
+        return [(copy, zero) for copy in replicate(whole, len(weights), self.tp_group)]
 
     @torch.no_grad()
     def packed(self) -> QuantizedWeight:

@@ -23,6 +23,7 @@ from megatron_lowbit.config import LowBitError
 from megatron_lowbit.io.tensors import check_scale, check_tensor, short_repr
 from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, quantize, quantizer, unpack_bits
 from megatron_lowbit.quant.input_clipping import WHOLE, Clip
+from megatron_lowbit.quant.range_gradient import scale_of, through_ranges, with_scale
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def fake_quantize(
     """Return dequantize(quantize(x)) in x's dtype, with the straight-through gradient (identity)."""
     with torch.no_grad():
         scale, zero_point = choose_qparams(x, num_bits, symmetric, group_size, clip)
+    if through_ranges() and not symmetric:
+        scale = scale_of([x], scale, *value_range(x, group_size), num_bits)
     return fake_quantize_with(x, scale, zero_point, num_bits)
 
 
@@ -111,11 +114,13 @@ def fake_quantize_with(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: i
     """Quantize and dequantize x [..., features] with given qparams [..., groups]."""
     with torch.no_grad():
         grouped = x.detach().float().unflatten(-1, (scale.shape[-1], -1))
-        scale, zero_point = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
+        step, zero_point = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
         # In place on one copy: training does this to every weight in every step.
-        values = torch.div(grouped, scale).round_().add_(zero_point)
+        values = torch.div(grouped, step).round_().add_(zero_point)
         values = values.clamp_(0, 2**num_bits - 1).trunc_()  # to whole codes: a constant row's zero point is not
-        quantized = values.sub_(zero_point).mul_(scale).flatten(-2).to(x.dtype)
+        quantized = values.sub_(zero_point).mul_(step).flatten(-2).to(x.dtype)
+    if scale.requires_grad:
+        return with_scale(x, quantized, scale)
     return straight_through(x, quantized)
 
 

@@ -7,7 +7,8 @@ rounded by descending H_jj; the error of each is compensated by those that are s
 
 1 % of the mean of H's diagonal is added to the diagonal, so H may be singular. A channel whose input was always 0 has
 no part in any sum and is rounded to nearest. Scales and zero points are given and stay: only codes change. Channels
-are taken in blocks, so that most of the work is a matrix product: a weight of 4096 x 4096 takes half a minute of a CPU core.
+are taken in blocks, so that most of the work is a matrix product: a weight of 4096 x 4096 takes half a minute of a CPU
+core.
 """
 
 from __future__ import annotations

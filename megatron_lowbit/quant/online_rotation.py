@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+RotationKind = Literal["hadamard", "learned"]
 
 
 @dataclass(frozen=True)
@@ -15,20 +17,23 @@ class OnlineRotation:
     residual: whether the residual stream is, so that embeddings, norms and the output projection are the artifact's.
     attention: whether Q and K are multiplied by the Hadamard matrix of a head, after RoPE, before they are quantized.
     inputs: names of the row-parallel linears whose input is multiplied by the Hadamard matrix of each shard group.
+    kind: whether the matrices that are folded into weights (of the residual stream and of V) are Hadamard's or learned.
     """
 
     residual: bool
     attention: bool
     inputs: frozenset[str]
+    kind: RotationKind = "hadamard"
 
     @classmethod
     def read(cls, about: dict[str, Any]) -> OnlineRotation:
         """Return what `describe` wrote down."""
-        return cls(about["residual"], about["attention"], frozenset(about["inputs"]))
+        return cls(about["residual"], about["attention"], frozenset(about["inputs"]), about["kind"])
 
     def describe(self) -> dict[str, Any]:
         """Return what lowbit.json says of it."""
-        return {"residual": self.residual, "attention": self.attention, "inputs": sorted(self.inputs)}
+        what = {"residual": self.residual, "attention": self.attention, "inputs": sorted(self.inputs)}
+        return {"kind": self.kind, **what}
 
     def validate(self, linears: Collection[str], attention_bits: int) -> None:
         """Raise ValueError for an input of no quantized linear, and for a rotated attention that nothing quantizes."""

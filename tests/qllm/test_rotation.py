@@ -22,8 +22,10 @@ from megatron_lowbit.kernels import hadamard_matrix
 from megatron_lowbit.launch.engines.prepare import round_weights
 from megatron_lowbit.launch.engines.start import start_engine
 from megatron_lowbit.qllm import pipeline
-from megatron_lowbit.qllm.rotate_model import rotate_model
-from megatron_lowbit.qllm.rotation import ResidualRotation, RestRotation, Rotation
+from megatron_lowbit.qllm.choose_rotation import Rotator
+from megatron_lowbit.qllm.rotate_model import LoadedModel, rotate_model
+from megatron_lowbit.qllm.rotation import RestRotation, Rotation
+from megatron_lowbit.qllm.turns import ResidualRotation
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.online_rotation import OnlineRotation
 
@@ -107,6 +109,37 @@ def test_a_rotated_model_computes_the_same(name, monkeypatch, exact_norms, capsy
     assert rotated <= changed if expected["residual"] else not rotated & changed
     if expected["values"]:
         assert "model.layers.1.self_attn.v_proj.weight" in changed
+
+
+def orthogonal(width: int, seed: int) -> Tensor:
+    """A random one, float64."""
+    values = torch.randn(width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.linalg.qr(values)[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "tied embeddings", "odd widths", "biases", "biases of Q, K and V"])
+def test_other_matrices_keep_the_function(name, monkeypatch, exact_norms):
+    """As learned ones: neither symmetric nor made of signs, another for the heads of every block."""
+    model = build(name, monkeypatch).double()
+    before = tiny_models.logits(model)
+    host = LoadedModel(model)
+    rotator = Rotator(host, host.ids, seed=3, shard_groups=SHARDS, attention_bits=4)
+    head_dim = rotator.rotation.blocks[0].head_dim
+    heads = {f"heads.{index}": orthogonal(head_dim, index) for index in range(2)}
+    rotator.learned({"residual": orthogonal(model.config.hidden_size, 9), **heads})
+    for index, block in enumerate(host.blocks):
+        rotator.rotate(index, block)
+    attention.enable(model.config)
+    torch.testing.assert_close(tiny_models.logits(model), before, rtol=1e-9, atol=1e-9)
+    assert rotator.online().kind == "learned"
+
+
+def test_a_matrix_that_is_not_orthogonal_is_refused(monkeypatch):
+    host = LoadedModel(build("llama", monkeypatch))
+    rotator = Rotator(host, host.ids, seed=3, shard_groups=SHARDS, attention_bits=4)
+    heads = {f"heads.{index}": orthogonal(8, index) for index in range(2)}
+    with pytest.raises(LowBitError, match="learned: between its blocks and its logits"):
+        rotator.learned({"residual": orthogonal(64, 9) @ torch.diag(torch.linspace(0.5, 2, 64).double()), **heads})
 
 
 def test_the_online_rotations_take_part(monkeypatch, exact_norms):
@@ -249,7 +282,10 @@ def test_an_artifact_says_what_is_rotated(monkeypatch, tmp_path):
     folder = tiny_models.save_artifact(Artifact(checkpoint), tmp_path / "artifact")
     meta = json.loads((folder / "lowbit.json").read_text())
     downs = [f"model.layers.{layer}.mlp.down_proj" for layer in range(2)]
-    assert meta["format"] == 6 and meta["rotation"] == {"residual": True, "attention": True, "inputs": downs}
+    assert meta["format"] == 6 and meta["rotation"] == {
+        **{"kind": "hadamard", "residual": True, "attention": True},
+        "inputs": downs,
+    }
     loaded = LowBitCheckpoint.load(folder)
     assert loaded.rotation == checkpoint.rotation == OnlineRotation(True, True, frozenset(downs))
     for name, weight in checkpoint.linears.items():
@@ -265,12 +301,16 @@ def test_an_artifact_without_rotation_is_as_before(monkeypatch, tmp_path):
     assert meta["format"] == 4 and "rotation" not in meta
 
 
+ABOUT = {"kind": "hadamard", "residual": True, "attention": False, "inputs": []}
+
+
 @pytest.mark.parametrize(
     ("about", "why"),
     [
-        ({"residual": True, "attention": False, "inputs": ["model.layers.9.mlp.down_proj"]}, "no quantized linear"),
-        ({"residual": 1, "attention": False, "inputs": []}, "rotation.residual"),
-        ({"residual": True, "inputs": []}, "rotation.attention"),
+        ({**ABOUT, "inputs": ["model.layers.9.mlp.down_proj"]}, "no quantized linear"),
+        ({**ABOUT, "residual": 1}, "rotation.residual"),
+        ({"kind": "hadamard", "residual": True, "inputs": []}, "rotation.attention"),
+        ({**ABOUT, "kind": "other"}, "rotation.kind"),
         (None, "lacks rotation"),
     ],
 )
