@@ -12,6 +12,7 @@ from megatron_lowbit.adapters.huggingface.apply import check_divides, model_conf
 from megatron_lowbit.comm.plan import remove_plans
 from megatron_lowbit.config import CommConfig, LowBitError, QuantizeConfig
 from megatron_lowbit.io.data import Windows, token_windows
+from megatron_lowbit.launch.allocate import allocate, load_whole
 from megatron_lowbit.launch.calibrate import write_plans
 from megatron_lowbit.launch.full_precision import tell_full_precision
 from megatron_lowbit.launch.generation import copy_generation_config
@@ -64,7 +65,10 @@ def quantize_qllm(
     source.check_rest()
     tell_full_precision(source.model)
     tp_sizes = plan_sizes(source, config) if plans else []
-    quantizer = BlockwiseQuantizer(source, windows, config, tp_sizes, dp_group, logger)
+    allocation = None
+    if config.weights.chooses_bits:
+        allocation = allocate(config, windows, lambda: load_whole(config, read_config(folder)), logger)
+    quantizer = BlockwiseQuantizer(source, windows, config, tp_sizes, dp_group, logger, allocation)
 
     def save_beside(output: Path) -> None:
         read_config(folder).save_pretrained(output)

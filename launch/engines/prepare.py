@@ -39,6 +39,7 @@ from megatron_lowbit.qllm.resume import PassState
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.head import first_tokens
 from megatron_lowbit.quant.round_to_nearest import quantize_model
+from megatron_lowbit.quant.weight_bits import Allocation
 from megatron_lowbit.runtime.distributed import PreemptionCheck, group_rank, on_rank_zero, world_size
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger, progress
@@ -58,10 +59,13 @@ def take_checkpoints(
     return made
 
 
-def round_weights(model: nn.Module, weights: WeightsConfig, dtype: torch.dtype | None) -> LowBitCheckpoint:
-    """Round an unsharded, unpatched model to nearest; what is not quantized is stored as `dtype`."""
+def round_weights(
+    model: nn.Module, weights: WeightsConfig, dtype: torch.dtype | None, allocation: Allocation | None = None
+) -> LowBitCheckpoint:
+    """Round an unsharded, unpatched model to nearest; what is not quantized is stored as `dtype`. allocation: of scheme
+    auto."""
     linears = {name: linear for name, (_, linear) in huggingface.find_linears(model).items()}
-    checkpoint = quantize_model(model, linears, weights, huggingface.fingerprint(model), dtype)
+    checkpoint = quantize_model(model, linears, weights, huggingface.fingerprint(model), dtype, allocation)
     return replace(checkpoint, attention_bits=attention.possible_bits(model, linears, checkpoint.attention_bits))
 
 

@@ -42,13 +42,15 @@ from megatron_lowbit.runtime.metrics import MetricLogger
 
 GAMMAS = (0.01, 0.03, 0.05)
 _UNUSED = {
-    "weights": {"lm_head_bits"}
+    "weights": {"lm_head_bits", "budget"}
 }  # refused here, so that a row's settings are what they were before there was one
 
 
 def run_ablation(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:
     if config.weights.scheme == "none":
         raise LowBitError("--ablation compares ways to quantize: set weights.scheme to W4A4, W4A8 or W6A6")
+    if config.weights.chooses_bits:
+        raise LowBitError("--ablation compares ways to quantize to equal bits; set weights.scheme=W4A8, not auto")
     if config.artifact is not None or config.engine != "huggingface" or config.virtual_tp > 1:
         raise LowBitError(
             "--ablation makes its own artifacts in one process; leave artifact, engine and virtual_tp out"

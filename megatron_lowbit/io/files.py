@@ -29,6 +29,7 @@ logger = logging.getLogger("megatron_lowbit")
 FORMAT = 4
 WITHOUT_SEAL = 3  # the format before, which still loads
 WITH_HEAD = 5  # of a checkpoint with a quantized output projection alone, so that an earlier version refuses it
+WITH_BITS = 6  # of a checkpoint whose linears have bits of their own, with a quantized output projection or without
 SEAL = "json_sha256"
 _warned: set[Path] = set()  # folders whose lack of seals was logged
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.io.files import (
     FORMAT,
+    WITH_BITS,
     WITH_HEAD,
     WITHOUT_SEAL,
     complete,
@@ -30,9 +31,10 @@ from megatron_lowbit.io.files import (
 from megatron_lowbit.io.fingerprint import Fingerprint
 from megatron_lowbit.io.manifest import CheckpointManifest, checked
 from megatron_lowbit.io.tensors import refuse_unused, short_repr
-from megatron_lowbit.quant.affine import LowRank, QuantizedWeight, Scheme
+from megatron_lowbit.quant.affine import PER_LINEAR, LowRank, QuantizedWeight, Scheme
 from megatron_lowbit.quant.head import QuantizedHead
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
+from megatron_lowbit.quant.weight_bits import Allocation
 
 TOKENIZER_FILES = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
@@ -106,7 +108,7 @@ class LowBitCheckpoint:
             scale and zero_point float32 [out, groups].
         tensors: {name: tensor} of all that is not quantized.
         scheme: bits of weights and activations.
-        scheme_name: its name, such as "W4A8".
+        scheme_name: its name, such as "W4A8", or "autoA8" where each linear has its own bits.
         shard_groups: slices of a row-parallel linear's input that have a scale of their own per token, so that each
             rank can quantize its share by itself.
         fingerprint: shapes and checksums of the model that was quantized.
@@ -115,6 +117,7 @@ class LowBitCheckpoint:
         low_rank: {linear: LowRank}, factors lora_a bf16 [rank, in] and lora_b bf16 [out, rank].
         attention_bits: of Q, K and V; 16 leaves them as they are.
         head: the output projection, and the embedding that is tied to it, in codes; None leaves them among `tensors`.
+        allocation: of scheme auto: the bits of every linear, and what they were chosen by.
 
     Example:
         >>> import megatron_lowbit as lowbit
@@ -136,6 +139,7 @@ class LowBitCheckpoint:
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     attention_bits: int = 16
     head: QuantizedHead | None = None
+    allocation: Allocation | None = None
 
     __repr__ = short_repr
 
@@ -150,7 +154,8 @@ class LowBitCheckpoint:
         """
         part = CheckpointPart(self.linears, self.tensors, self.reassembly, self.low_rank, self.head)
         meta = part.save(Path(folder) / "lowbit.safetensors")
-        write_checkpoint(folder, meta, self.scheme_name, self.shard_groups, self.attention_bits, self.fingerprint)
+        about = (self.scheme_name, self.shard_groups, self.attention_bits, self.fingerprint, self.allocation)
+        write_checkpoint(folder, meta, *about)
 
     @classmethod
     def load(cls, folder: str | Path) -> LowBitCheckpoint:
@@ -176,7 +181,7 @@ class LowBitCheckpoint:
             "reassembly",
             "low_rank",
         )
-        meta = read_meta(stem, *keys, formats=(WITH_HEAD, FORMAT, WITHOUT_SEAL))
+        meta = read_meta(stem, *keys, formats=(WITH_BITS, WITH_HEAD, FORMAT, WITHOUT_SEAL))
         with complete(stem.with_suffix(".json")):
             checked(CheckpointManifest, meta)
         _check_beside(Path(folder), meta.get("beside", {}))
@@ -189,7 +194,13 @@ class LowBitCheckpoint:
                 refuse_unused(found.keys() & tensors.keys())
             tensors |= found
             where |= dict.fromkeys(found, path)
-        scheme = Scheme.parse(meta["scheme"])
+        scheme, allocation = Scheme.parse(meta["scheme"]), None
+        with complete(stem.with_suffix(".json")):
+            if (scheme.weight_bits == PER_LINEAR) != (meta["format"] == WITH_BITS):
+                raise ValueError(f"format {meta['format']} with scheme {meta['scheme']}")
+            if meta["format"] == WITH_BITS:
+                allocation = Allocation(**meta["allocation"])
+            bits_of = {n: allocation.bits[n] if allocation else scheme.weight_bits for n in meta["in_features"]}
 
         def take(name: str, leaves: tuple[str, ...]) -> dict[str, Tensor]:
             return {leaf: tensors.pop(f"{name}.{leaf}") for leaf in leaves}
@@ -199,7 +210,7 @@ class LowBitCheckpoint:
         low_rank: dict[str, LowRank] = {}
         for name, in_features in meta["in_features"].items():
             with complete(where.get(f"{name}.packed_weight", stem)):
-                weight = QuantizedWeight(**take(name, _WEIGHT), num_bits=scheme.weight_bits, in_features=in_features)
+                weight = QuantizedWeight(**take(name, _WEIGHT), num_bits=bits_of[name], in_features=in_features)
                 weight.validate(name)
                 linears[name] = weight
         for name, (in_features, width) in meta["reassembly"].items():
@@ -211,14 +222,14 @@ class LowBitCheckpoint:
                 low_rank[name] = LowRank(**take(name, _LOW_RANK))
                 low_rank[name].validate(name, linears[name].in_features, len(linears[name].packed_weight))
         head = None
-        if meta["format"] == WITH_HEAD:
+        if meta["format"] == WITH_HEAD or (meta["format"] == WITH_BITS and "head" in meta):
             with complete(stem.with_suffix(".json")):
                 about = meta["head"]
             with complete(where.get(f"{about['name']}.packed_weight", stem)):
                 head = QuantizedHead.read(about, take(about["name"], _WEIGHT))
         bits, fingerprint = meta["attention_bits"], meta["fingerprint"]
         names = (scheme, meta["scheme"], meta["shard_groups"], fingerprint)
-        checkpoint = cls(linears, tensors, *names, plans, low_rank, bits, head)
+        checkpoint = cls(linears, tensors, *names, plans, low_rank, bits, head, allocation)
         with complete(stem.with_suffix(".json")):
             checkpoint.validate()
         return checkpoint
@@ -239,6 +250,8 @@ class LowBitCheckpoint:
             readers = [self.linears[name]] if name in self.linears else self.linears.values()
             if not any(weight.in_features == plan.width for weight in readers):
                 raise ValueError(f"{name} is reassembled to {plan.width} channels, which no linear reads")
+        if self.allocation is not None and self.allocation.bits.keys() != self.linears.keys():
+            raise ValueError("its allocation of bits names other linears")
         if self.head is not None:
             refuse_unused(self.head.replaced & self.tensors.keys())
         leaves = {*_WEIGHT, *_PLAN, *_LOW_RANK} - {"scale"}  # a model may have a tensor of that name
@@ -268,23 +281,29 @@ class LowBitCheckpoint:
         Returns:
             A float.
         """
-        bits = self.scheme.weight_bits
-        return sum(w.packed_weight.shape[0] * w.in_features * bits / 8 for w in self.linears.values())
+        return sum(w.packed_weight.shape[0] * w.in_features * w.num_bits / 8 for w in self.linears.values())
 
 
 def write_checkpoint(
-    folder: str | Path, part: PartMeta, scheme: str, shard_groups: int, attention_bits: int, fingerprint: Fingerprint
+    folder: str | Path,
+    part: PartMeta,
+    scheme: str,
+    shard_groups: int,
+    attention_bits: int,
+    fingerprint: Fingerprint,
+    allocation: Allocation | None = None,
 ) -> None:
     """Write lowbit.json over the files of `part` and the model's config and tokenizer, which are there already, and
     remove the files of the checkpoint that was there before."""
     folder = Path(folder)
     meta = {
-        "format": WITH_HEAD if "head" in part else FORMAT,
+        "format": WITH_BITS if allocation is not None else WITH_HEAD if "head" in part else FORMAT,
         "fingerprint": fingerprint,
         "scheme": scheme,
         "shard_groups": shard_groups,
         "attention_bits": attention_bits,
         **part,
+        **({} if allocation is None else {"allocation": allocation.describe()}),
         "beside": _beside(folder),
     }
     write_sealed(folder / "lowbit.json", meta)

@@ -9,8 +9,9 @@ from torch import nn
 
 from megatron_lowbit.config import LowBitError, WeightsConfig
 from megatron_lowbit.io.fingerprint import Fingerprint
-from megatron_lowbit.quant.affine import QuantizedWeight, Scheme
+from megatron_lowbit.quant.affine import PER_LINEAR, QuantizedWeight, Scheme
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
+from megatron_lowbit.quant.weight_bits import Allocation
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import progress
 
@@ -21,22 +22,28 @@ def quantize_model(
     config: WeightsConfig,
     fingerprint: Fingerprint,
     dtype: torch.dtype | None = None,
+    allocation: Allocation | None = None,
 ) -> LowBitCheckpoint:
     """Quantize the weights of `linears` ({fqn: module}) and keep every other tensor of `model`, stored as `dtype`.
 
-    Raises LowBitError for a scheme without quantized weights, for NaN or Inf in any parameter, and for a group size
-    that does not divide a weight's width.
+    allocation: of scheme auto. Raises LowBitError for a scheme without quantized weights, for NaN or Inf in any
+    parameter, and for a group size that does not divide a weight's width.
     """
     scheme = Scheme.parse(config.scheme)
     if scheme.weight_bits == 16:
         raise LowBitError(
             f"weights.scheme={config.scheme} quantizes no weights; choose W4A16, W4A8, W4A4, W6A6 or W8A8"
         )
+    if scheme.weight_bits == PER_LINEAR and allocation is None:
+        raise LowBitError(
+            f"weights.scheme={config.scheme} chooses bits on text: write an artifact with quantize, then pass artifact"
+        )
+    bits_of = {name: allocation.bits[name] if allocation else scheme.weight_bits for name in linears}
     for name, parameter in model.named_parameters():
         if name.removesuffix(".weight") not in linears and not torch.isfinite(parameter).all():
             raise LowBitError(f"{name} holds NaN or Inf; repair the checkpoint before it is quantized")
     packed = {
-        name: QuantizedWeight.from_float(module.weight, scheme.weight_bits, config.symmetric, config.group_size, name)
+        name: QuantizedWeight.from_float(module.weight, bits_of[name], config.symmetric, config.group_size, name)
         for name, module in progress(linears.items(), len(linears), f"rounding to {config.scheme}", env_rank())
     }
     tensors, seen = {}, set()
@@ -48,5 +55,12 @@ def quantize_model(
         tensors[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
     bits = scheme.act_bits if config.attention else 16
     return LowBitCheckpoint(
-        packed, tensors, scheme, config.scheme, config.shard_groups, fingerprint, attention_bits=bits
+        packed,
+        tensors,
+        scheme,
+        config.scheme,
+        config.shard_groups,
+        fingerprint,
+        attention_bits=bits,
+        allocation=allocation,
     )

@@ -22,6 +22,7 @@ from megatron_lowbit.adapters.megatron.layers import (
     LowBitRowParallelLinear,
 )
 from megatron_lowbit.adapters.megatron.norms import RMSNorm
+from megatron_lowbit.adapters.megatron.round_on_load import check_equal_bits
 from megatron_lowbit.config import LowBitError, WeightsConfig
 
 
@@ -37,6 +38,8 @@ def lowbit_spec(spec: Any, weights: WeightsConfig | str | None = None) -> Any:
     config = WeightsConfig(scheme=weights) if isinstance(weights, str) else weights
     if config is not None and config.lm_head_bits:
         raise LowBitError("weights.lm_head_bits has no effect on a spec of the layers; leave it out")
+    if config is not None:
+        check_equal_bits(config, "the spec")
     table = {id(host): _configured(low_bit, config) for host, low_bit in _replacements()}
     rewritten, count = _rewrite(spec, table)
     if count == 0:
