@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_lowbit.io.tensors import short_repr
+
 CANDIDATES = range(2, 9)
 _STEPS = 2**16  # of size that the knapsack tells apart; more where all sizes are multiples of a larger number
 
@@ -33,6 +35,8 @@ class Allocation:
     bits: dict[str, int]
     budget: float
     kl: float
+
+    __repr__ = short_repr
 
     def describe(self) -> dict[str, Any]:
         """Return what lowbit.json says of it."""
