@@ -72,7 +72,7 @@ class RoundingCosts:
         with contextlib.suppress(LowBitError):
             found = read_json(self.path)
             check_seal(self.path, found)
-            if found["settings"] == self.settings:
+            if found.get("settings") == self.settings:
                 self.done, self.groups, self.sizes = found["windows"], found["groups"], found["sizes"]
                 self.sums = found["costs"]
         if 0 < self.done < len(self.text.ids):

@@ -49,8 +49,6 @@ _UNUSED = {
 def run_ablation(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:
     if config.weights.scheme == "none":
         raise LowBitError("--ablation compares ways to quantize: set weights.scheme to W4A4, W4A8 or W6A6")
-    if config.weights.chooses_bits:
-        raise LowBitError("--ablation compares ways to quantize to equal bits; set weights.scheme=W4A8, not auto")
     if config.artifact is not None or config.engine != "huggingface" or config.virtual_tp > 1:
         raise LowBitError(
             "--ablation makes its own artifacts in one process; leave artifact, engine and virtual_tp out"
