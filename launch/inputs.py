@@ -31,6 +31,21 @@ def check_inputs(name: str, config: StageConfig) -> None:
         for key in ("model", "artifact", "prompts"):
             if getattr(config, key) is None:
                 raise LowBitError(f"{key} is not set; parity compares an artifact with its model on a file of prompts")
+    weights, calibration = getattr(config, "weights", None), getattr(config, "calibration", None)
+    if weights is not None and weights.chooses_bits and not getattr(config, "dry_run", False):
+        if name != "quantize" and config.artifact is None:
+            raise LowBitError(
+                f"weights.scheme={weights.scheme} chooses bits on text: make an artifact with quantize, and pass it"
+            )
+        if name == "quantize" and config.engine != "huggingface":
+            raise LowBitError(
+                f"weights.scheme={weights.scheme} chooses bits on the whole model, which engine={config.engine} "
+                "splits: leave engine out; every engine runs the artifact"
+            )
+        if name == "quantize" and (calibration is None or calibration.data is None):
+            raise LowBitError(
+                f"weights.scheme={weights.scheme} chooses bits on text; set calibration.data, or a scheme of equal bits"
+            )
     if launched():
         return
     if config.model is not None:

@@ -14,6 +14,7 @@ from megatron_lowbit.comm.plan import remove_plans
 from megatron_lowbit.config import LowBitError, QuantizeConfig
 from megatron_lowbit.io.data import Windows, token_windows
 from megatron_lowbit.io.hf_names import untie
+from megatron_lowbit.launch.allocate import allocate, load_whole
 from megatron_lowbit.launch.calibrate import write_plans
 from megatron_lowbit.launch.choices import tell_shard_groups, with_choices
 from megatron_lowbit.launch.full_precision import tell_full_precision
@@ -81,7 +82,11 @@ def quantize_qllm(
     given = config.comm.tp_sizes is not None
     config = with_choices(config, source.text_config, source.widths)
     tp_sizes = plan_sizes(source, config, given) if plans else []
-    pipeline = (quantizer or BlockwiseQuantizer)(source, windows, config, tp_sizes, dp_group, logger)
+    allocation = None
+    if config.weights.chooses_bits:
+        allocation = allocate(config, windows, lambda: load_whole(config, read_config(folder)), logger)
+    about = (source, windows, config, tp_sizes, dp_group, logger, allocation)
+    pipeline = (quantizer or BlockwiseQuantizer)(*about)
 
     def save_beside(output: Path) -> None:
         saved = read_config(folder)

@@ -9,8 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_lowbit.adapters.megatron_recipe import write_recipe
 from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.io.hf_names import untie
+from megatron_lowbit.launch.allocate import allocate, tell_bits
 from megatron_lowbit.launch.calibrate import usable_sizes, write_plans, written
 from megatron_lowbit.launch.dry_run.report import dry_run
 from megatron_lowbit.launch.engines.base import Engine
@@ -19,9 +21,11 @@ from megatron_lowbit.launch.engines.prepare import (
     check_head,
     load_windows,
     refuse_rotated,
+    round_weights,
     with_head,
 )
 from megatron_lowbit.launch.engines.start import start_engine
+from megatron_lowbit.launch.full_precision import tell_full_precision
 from megatron_lowbit.launch.generation import copy_generation_config
 from megatron_lowbit.launch.layout import quantize_method
 from megatron_lowbit.launch.qllm import fitting_sizes, quantize_qllm
@@ -50,7 +54,13 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
                 f"{key} has no effect with weights.method=rtn; set weights.method=qllm and calibration.data"
             )
     check_head(config)
-    engine = start_engine(config, [config.weights])
+    engine, windows = start_engine(config, [] if config.weights.chooses_bits else [config.weights]), None
+    if config.weights.chooses_bits and engine.checkpoint is None:
+        windows = load_windows(engine, config.calibration, "calibration", logger)
+        allocation = allocate(config, windows, lambda: engine.model, logger)
+        made = round_weights(engine.model, config.weights, engine.hf_config.dtype, config.seed, allocation)
+        engine.checkpoints[made.scheme_name] = made
+        tell_full_precision(engine.model)
     checkpoint = engine.checkpoint
     if checkpoint is None or not engine.full_precision:
         raise LowBitError("quantization needs the full-precision model; set model to its folder or hub id")
@@ -58,9 +68,8 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
         raise LowBitError(
             f"artifact {config.artifact!r} is quantized to {checkpoint.scheme_name} already; leave artifact out"
         )
-    windows = None
     if config.weights.lm_head_bits:
-        windows = load_windows(engine, config.calibration, "calibration", logger)
+        windows = windows or load_windows(engine, config.calibration, "calibration", logger)
         checkpoint = with_head(engine, checkpoint, config.weights.lm_head_bits, windows, logger)
     rows: list[dict[str, Any]] = []
     sizes = usable_sizes(engine, config) if config.calibration.data is not None else []
@@ -74,6 +83,7 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
         for plan in engine.plans.values():
             on_rank_zero(partial(plan.save, config.output_dir))
     on_rank_zero(lambda: save_checkpoint(engine, checkpoint, config.output_dir))
+    on_rank_zero(lambda: write_recipe(checkpoint, config.weights, config.output_dir))
     return {"rows": [size_row(checkpoint, config.output_dir, logger), *rows]}
 
 
@@ -82,6 +92,7 @@ def run_qllm(config: QuantizeConfig, logger: MetricLogger) -> list[dict[str, Any
     if env_rank() != 0:
         return []
     checkpoint = LowBitCheckpoint.load(config.output_dir)
+    write_recipe(checkpoint, config.weights, config.output_dir)
     row = {**size_row(checkpoint, config.output_dir, logger), "peak_bytes": max(group.peak_bytes for group in groups)}
     return [{**row, "groups": [asdict(group) for group in groups]}, *rows]
 
@@ -97,6 +108,8 @@ def size_row(checkpoint: LowBitCheckpoint, folder: str, logger: MetricLogger) ->
             f"wrote {len(checkpoint.linears)} linears in {checkpoint.scheme_name}{attention}{head}, "
             f"{checkpoint.nbytes():,} bytes (linears {linears:,}, {ratio:.3f} of bits x parameters / 8)"
         )
+        if checkpoint.allocation is not None:
+            tell_bits(checkpoint)
     logger.log(bytes=checkpoint.nbytes())
     logger.artifact("checkpoint", written(folder, "lowbit*"))
     return {
@@ -106,6 +119,7 @@ def size_row(checkpoint: LowBitCheckpoint, folder: str, logger: MetricLogger) ->
         "bytes": checkpoint.nbytes(),
         "linear_bytes": checkpoint.linear_bytes(),
         "ideal_bytes": checkpoint.ideal_bytes(),
+        "weight_bits": None if checkpoint.allocation is None else checkpoint.allocation.describe(),
         "lm_head": None if checkpoint.head is None else checkpoint.head.describe(),
     }
 

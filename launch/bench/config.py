@@ -250,6 +250,10 @@ class BenchmarkModelConfig(StageConfig):
     def _rounded(self) -> BenchmarkModelConfig:
         if self.weights.scheme == "none":
             raise ValueError("weights.scheme=none quantizes nothing; choose W4A16, W4A8, W4A4, W6A6 or W8A8")
+        if self.weights.chooses_bits:
+            raise ValueError(
+                f"weights.scheme={self.weights.scheme} chooses bits on text; choose W4A8, or another of equal bits"
+            )
         if self.weights.method == "qllm":
             raise ValueError("weights.method=qllm learns from text; here weights are rounded to nearest: leave it out")
         return self

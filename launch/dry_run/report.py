@@ -7,6 +7,7 @@ that are given for another one (rates.*).
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def _linear_row(name: str, kind: str, linear: nn.Linear, config: QuantizeConfig,
             f"set weights.shard_groups={groups_for(config.tp, widths)}"
         )
     shape = [outputs // config.tp, inputs] if kind == "column" else [outputs, inputs // config.tp]
-    bits = Scheme.parse(config.weights.scheme).weight_bits
+    bits = config.weights.budget or Scheme.parse(config.weights.scheme).weight_bits
     scales = 1 if config.weights.group_size is None else shape[1] // config.weights.group_size
     return {
         "name": name,
@@ -85,7 +86,7 @@ def _linear_row(name: str, kind: str, linear: nn.Linear, config: QuantizeConfig,
         "shape": [outputs, inputs],
         "shard_groups": groups,
         "shape_per_rank": shape,
-        "bytes_per_rank": shape[0] * (packed_bytes(shape[1], bits) + 8 * scales),
+        "bytes_per_rank": shape[0] * (math.ceil(shape[1] * bits / 8) + 8 * scales),
     }
 
 

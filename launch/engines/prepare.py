@@ -44,6 +44,7 @@ from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.head import first_tokens
 from megatron_lowbit.quant.round_to_nearest import quantize_model
 from megatron_lowbit.quant.tp_sizes import default_shard_groups, widths_of
+from megatron_lowbit.quant.weight_bits import Allocation
 from megatron_lowbit.runtime.distributed import PreemptionCheck, group_rank, on_rank_zero, world_size
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger, progress
@@ -70,10 +71,14 @@ def take_checkpoints(
 
 
 def round_weights(
-    model: nn.Module, weights: WeightsConfig, dtype: torch.dtype | None, seed: int = 0
+    model: nn.Module,
+    weights: WeightsConfig,
+    dtype: torch.dtype | None,
+    seed: int = 0,
+    allocation: Allocation | None = None,
 ) -> LowBitCheckpoint:
     """Round an unsharded, unpatched model to nearest; what is not quantized is stored as `dtype`. seed: of a rotation,
-    which needs a copy of the model."""
+    which needs a copy of the model. allocation: of scheme auto."""
     fingerprint, rotation = huggingface.fingerprint(model), None
     wanted = Scheme.parse(weights.scheme).act_bits if weights.attention else 16
     bits = attention.possible_bits(model, huggingface.find_linears(model), wanted)
@@ -87,7 +92,7 @@ def round_weights(
         groups = weights.shard_groups or default_shard_groups(huggingface.model_config(model), widths)
         rotation = rotate_model(model, seed, groups, bits)
     linears = {name: linear for name, (_, linear) in huggingface.find_linears(model).items()}
-    checkpoint = quantize_model(model, linears, weights, fingerprint, dtype)
+    checkpoint = quantize_model(model, linears, weights, fingerprint, dtype, allocation)
     return replace(checkpoint, attention_bits=bits, rotation=rotation)
 
 

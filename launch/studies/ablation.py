@@ -49,7 +49,7 @@ from megatron_lowbit.runtime.metrics import MetricLogger
 
 GAMMAS = (0.01, 0.03, 0.05)
 _UNUSED = {
-    "weights": {"lm_head_bits"}
+    "weights": {"lm_head_bits", "budget"}
 }  # refused here, so that a row's settings are what they were before there was one
 
 

@@ -73,6 +73,8 @@ def explain(stage: type[BaseModel], error: ValidationError) -> str:
     message = _cut(problem["msg"].removeprefix("Value error, "), 300)
     if not key:  # a rule between settings names them itself
         return message
+    if problem["type"] == "value_error" and isinstance(value, dict):  # a rule between the keys of a section
+        return f"{key}: {message}"
     return f"{key}={shown(value)}: {message[:1].lower()}{message[1:]}"
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from megatron_lowbit.config.errors import LowBitError, explain, nearest, notice, shown
 
-SchemeName = Literal["none", "W4A16", "W4A8", "W4A4", "W6A6", "W8A8"]
+SchemeName = Literal["none", "W4A16", "W4A8", "W4A4", "W6A6", "W8A8", "autoA16", "autoA8", "autoA4"]
 EngineName = Literal["huggingface", "deepspeed", "megatron"]
 CommMode = Literal["native", "bf16", "one_shot", "two_shot", "exact_sum", "auto"]
 
@@ -80,7 +80,10 @@ class WeightsConfig(FrozenConfig):
     """Quantization of weights and activations."""
 
     scheme: SchemeName = "none"
-    """bits of weights and activations"""
+    """bits of weights and activations; auto: 2 to 8 bits for the weights of each linear, chosen on calibration.data
+    under weights.budget"""
+    budget: float | None = Field(None, ge=2, le=8, allow_inf_nan=False)
+    """scheme=auto...: mean bits per weight of all quantized linears together, at most"""
     method: Literal["rtn", "qllm"] | None = None
     """rtn: round to nearest; qllm: channel reassembly and low-rank correction; none: qllm where quantize has
     calibration.data"""
@@ -113,6 +116,24 @@ class WeightsConfig(FrozenConfig):
         if value == 1:
             raise ValueError("it is 0 (off), or 2 to 8")
         return value
+
+    @model_validator(mode="after")
+    def _a_budget_to_choose_under(self) -> WeightsConfig:
+        if self.chooses_bits and self.budget is None:
+            raise ValueError(
+                f"scheme={self.scheme} chooses bits under a budget; set weights.budget, such as 4.5 bits per weight"
+            )
+        if self.budget is not None and not self.chooses_bits:
+            raise ValueError(
+                f"budget={self.budget:g} has no effect with scheme={self.scheme}; leave it out, or set weights.scheme "
+                "to autoA16, autoA8 or autoA4"
+            )
+        return self
+
+    @property
+    def chooses_bits(self) -> bool:
+        """Tell whether each linear has its own number of bits."""
+        return self.scheme.startswith("auto")
 
 
 DRIFT_THRESHOLD = 0.1  # share of values beyond their calibrated range from which a site falls back to bf16

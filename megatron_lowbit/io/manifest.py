@@ -70,17 +70,26 @@ class RotationManifest(_Strict):
     inputs: Names
 
 
+class AllocationManifest(_Strict):
+    """The bits of every linear's weight, where each has its own."""
+
+    bits: dict[str, Annotated[int, Field(ge=2, le=8)]]
+    budget: Annotated[float, Field(ge=2, le=8)]
+    kl: Annotated[float, Field(allow_inf_nan=False, ge=0)]
+
+
 class CheckpointManifest(Manifest):
     files: Annotated[dict[FileName, Sha256], Field(min_length=1)]
-    scheme: Annotated[str, Field(pattern="^W[2-8]A([2-8]|16)$")]
+    scheme: Annotated[str, Field(pattern="^(W[2-8]|auto)A([2-8]|16)$")]
     shard_groups: Width
     attention_bits: Annotated[int, Field(ge=2, le=16)]
     in_features: Annotated[dict[str, Width], Field(min_length=1)]
     reassembly: dict[str, Annotated[list[Width], Field(min_length=2, max_length=2)]]  # [in_features, width]
     low_rank: Names
     head: HeadManifest | None = None  # in formats 5 and 6 alone
-    rotation: RotationManifest | None = None  # in format 6 alone, as the next
+    rotation: RotationManifest | None = None  # in format 6 alone, as the next two
     clipping: dict[str, Annotated[list[Ratio], Field(min_length=2, max_length=2)]] = {}
+    allocation: AllocationManifest | None = None
     beside: dict[OtherName, Sha256] = {}  # config, generation config, tokenizer; not in artifacts of earlier versions
 
 

@@ -19,6 +19,7 @@ training step: what was done of the group at hand is dropped, and done anew, to 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -51,6 +52,7 @@ from megatron_lowbit.qllm.trace_blocks import BlockCall
 from megatron_lowbit.quant.affine import Scheme
 from megatron_lowbit.quant.checkpoint import CheckpointPart, merge_parts, write_checkpoint
 from megatron_lowbit.quant.head import KL_LENGTH, KL_WINDOWS, QuantizedHead, judge
+from megatron_lowbit.quant.weight_bits import Allocation
 from megatron_lowbit.runtime.distributed import (
     PreemptionCheck,
     all_gather_values,
@@ -84,7 +86,8 @@ class BlockwiseQuantizer:
     """Run method qllm once, over all blocks of a model.
 
     windows: the calibration text, the same on all ranks. tp_sizes: tensor-parallel sizes whose ranges are recorded on
-    the way. results: one per finished group. Raises LowBitError for windows that the ranks of dp_group cannot share.
+    the way. allocation: of scheme auto. results: one per finished group. Raises LowBitError for windows that the ranks
+    of dp_group cannot share.
     """
 
     def __init__(
@@ -95,7 +98,9 @@ class BlockwiseQuantizer:
         tp_sizes: list[int],
         dp_group: dist.ProcessGroup | None,
         logger: MetricLogger,
+        allocation: Allocation | None = None,
     ):
+        self.allocation = allocation
         self.source, self.config, self.logger = source, config, logger
         names = [source.fqn(index, name) for index, kinds in enumerate(source.kinds) for name in kinds]
         self.attention_bits = attention.possible_bits(source.model, names, attention_bits(config))
@@ -105,9 +110,12 @@ class BlockwiseQuantizer:
         # Not a method of this object: the cycle would keep the streams' files mapped until Python collects garbage.
         check = partial(check_preemption, PreemptionCheck(), self.results, count)
         self.share = CalibrationShare(windows, config.calibration.batch_size, source.device, dp_group, check)
-        self.rounder = BlockRounder(config, self.attention_bits, self.share, source.tp_group)
+        bits = None if allocation is None else allocation.bits
+        self.rounder = BlockRounder(config, self.attention_bits, self.share, source.tp_group, bits)
         self.folder = Path(config.output_dir)
         inputs = {"calibration.data's tokens": windows.digest(), "model's weights": source.weights.digest()}
+        if allocation is not None:
+            inputs["the bits of the linears"] = json.dumps(allocation.bits, sort_keys=True)
         self.state = RunState(config, inputs)
         self.parts: list[dict[str, Any]] = []
         self.bit_sums: dict[str, int] = {}
@@ -256,7 +264,7 @@ class BlockwiseQuantizer:
         except OSError as error:
             raise LowBitError(f"cannot write to {str(self.folder)!r}: {one_line(error)}") from None
         rotation = None if self.source.rotator is None else self.source.rotator.online()
-        about = (weights.scheme, self.source.shard_groups, self.attention_bits, fingerprint, rotation)
+        about = (weights.scheme, self.source.shard_groups, self.attention_bits, fingerprint, rotation, self.allocation)
         write_checkpoint(self.folder, merged, *about)
 
     def _quantize_head(self, bits: int) -> tuple[QuantizedHead, int]:

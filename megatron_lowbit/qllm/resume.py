@@ -65,6 +65,8 @@ class State:
         self.output = Path(config.output_dir)
         self.folder = self.output / "resume"
         values = {key: value for key, value in defaults(config).items() if key not in _FREE_KEYS}
+        if values.get("weights.budget") is None:
+            values.pop("weights.budget", None)  # states and names of parts are what they were before there was one
         if values["comm.scale"] == "per_token":
             values["comm.scale"] = "rank1"  # its first name: states and names of parts stay what they were
         usual = defaults(QuantizeConfig())

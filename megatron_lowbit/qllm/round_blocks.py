@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -46,7 +46,7 @@ class BlockRounder:
     """Round blocks in place, as `config` says.
 
     attention_bits: of Q, K and V; share: the windows that reassembly is chosen on; tp_group: whose ranks hold the
-    blocks' shards.
+    blocks' shards; weight_bits: {linear: bits} of scheme auto.
     """
 
     def __init__(
@@ -55,7 +55,9 @@ class BlockRounder:
         attention_bits: int,
         share: CalibrationShare,
         tp_group: dist.ProcessGroup | None,
+        weight_bits: Mapping[str, int] | None = None,
     ):
+        self.weight_bits = weight_bits or {}
         self.config, self.attention_bits, self.share, self.tp_group = config, attention_bits, share, tp_group
         self.scheme = Scheme.parse(config.weights.scheme)
 
@@ -103,7 +105,7 @@ class BlockRounder:
         for group in block.input_groups:
             name, plans = f"{block.name}.{group.norm or group.linears[0]}", None
             if self._reassembles(group, block.input_groups[0].owner):
-                plans, report.layers[name] = search.choose(group)
+                plans, report.layers[name] = search.choose(group, self._scheme(block, group))
                 if group.kind == "column" and plans[0].is_identity:
                     plans = None  # on all ranks; a row-parallel linear's shards, and so its ranks, may differ
             if plans is not None:
@@ -142,12 +144,17 @@ class BlockRounder:
             ranges = nn.ModuleList(HeadRange(self.attention_bits, self.tp_group) for _ in HEADS)
             attention.set_quantizers(owner, ranges)
 
+    def _scheme(self, block: Block, group: InputGroup) -> Scheme:
+        """Return the bits of an input group, whose linears have the same."""
+        bits = self.weight_bits.get(f"{block.name}.{group.linears[0]}", self.scheme.weight_bits)
+        return Scheme(bits, self.scheme.act_bits)
+
     def _quantize_linears(self, block: Block, group: InputGroup, plans: Sequence[ReassemblyPlan] | None) -> None:
         shared = InputRange(self.scheme.act_bits)
         for linear in sharded(block, group):
             if plans is not None:
                 linear.set_plans(plans)
-            linear.quantize(self.scheme, self.config.weights, shared)
+            linear.quantize(self._scheme(block, group), self.config.weights, shared)
             linear.prepared = group.norm is not None
 
     def _round_by_gptq(self, block: Block, group: InputGroup, inputs: HiddenStream) -> None:

@@ -59,13 +59,15 @@ class Search:
         dp_group: dist.ProcessGroup | None,
     ):
         self.block, self.forwards, self.config = block, forwards, config
-        self.scheme = Scheme.parse(config.weights.scheme)
+        self.scheme = Scheme(16, 16)  # of the group at hand
         self.attention_bits, self.tp_group, self.dp_group = attention_bits, tp_group, dp_group
         self.device = next(m for m in block.modules() if isinstance(m, ShardedLinear)).hp_weights[0].device
 
     @torch.no_grad()
-    def choose(self, group: InputGroup) -> Choice:
-        """Return the plans of the smallest error. Raises LowBitError where the input has NaN or Inf on any rank."""
+    def choose(self, group: InputGroup, scheme: Scheme) -> Choice:
+        """Return the plans of the smallest error under `scheme`. Raises LowBitError where the input has NaN or Inf on
+        any rank."""
+        self.scheme = scheme
         linears = [self._linear(name) for name in group.linears]
         stats = self._channel_stats(group, linears[0])
         grams = self._weight_grams(linears, stats[0].gram)

@@ -25,19 +25,23 @@ from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, quantiz
 from megatron_lowbit.quant.input_clipping import WHOLE, Clip
 from megatron_lowbit.quant.range_gradient import scale_of, through_ranges, with_scale
 
+PER_LINEAR = 0  # weight_bits of a scheme in which each linear has its own
+
 
 @dataclass(frozen=True)
 class Scheme:
-    """Bits of weights and activations; 16 means: not quantized."""
+    """Bits of weights and activations; 16 means: not quantized. weight_bits may be PER_LINEAR."""
 
     weight_bits: int
     act_bits: int
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
-        """Parse `none` or `W<bits>A<bits>`, each 2 to 8 or 16. Raises LowBitError."""
+        """Parse `none`, `W<bits>A<bits>` (each 2 to 8 or 16) or `autoA<bits>` (PER_LINEAR). Raises LowBitError."""
         if name == "none":
             return cls(16, 16)
+        if name.startswith("autoA"):
+            return cls(PER_LINEAR, cls.parse(f"W8{name.removeprefix('auto')}").act_bits)
         weight, _, act = name.removeprefix("W").partition("A")
         if not (name.startswith("W") and weight.isdecimal() and act.isdecimal()):
             raise LowBitError(f"scheme {name!r} is not of the form W4A8 (weight bits, activation bits)")

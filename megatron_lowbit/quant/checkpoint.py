@@ -16,9 +16,9 @@ from torch import Tensor
 
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.io.files import (
+    EXTENDED,
     FORMAT,
     WITH_HEAD,
-    WITH_ONLINE,
     WITHOUT_SEAL,
     complete,
     discard,
@@ -31,11 +31,12 @@ from megatron_lowbit.io.files import (
 from megatron_lowbit.io.fingerprint import Fingerprint
 from megatron_lowbit.io.manifest import CheckpointManifest, checked
 from megatron_lowbit.io.tensors import refuse_unused, short_repr
-from megatron_lowbit.quant.affine import LowRank, QuantizedWeight, Scheme
+from megatron_lowbit.quant.affine import PER_LINEAR, LowRank, QuantizedWeight, Scheme
 from megatron_lowbit.quant.head import QuantizedHead
 from megatron_lowbit.quant.input_clipping import HEADS, Clip, as_clip
 from megatron_lowbit.quant.online_rotation import OnlineRotation
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
+from megatron_lowbit.quant.weight_bits import Allocation
 
 TOKENIZER_FILES = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
@@ -114,7 +115,7 @@ class LowBitCheckpoint:
             scale and zero_point float32 [out, groups].
         tensors: {name: tensor} of all that is not quantized.
         scheme: bits of weights and activations.
-        scheme_name: its name, such as "W4A8".
+        scheme_name: its name, such as "W4A8", or "autoA8" where each linear has its own bits.
         shard_groups: slices of a row-parallel linear's input that have a scale of their own per token, so that each
             rank can quantize its share by itself.
         fingerprint: shapes and checksums of the model that was quantized.
@@ -126,6 +127,7 @@ class LowBitCheckpoint:
         rotation: what of the model is rotated, and what of that runs online; None: nothing.
         clipping: {linear, or "attention:q", "attention:k", "attention:v": what is left of the two ends of its tokens'
             ranges}, ratios above 0 and at most 1; others keep all.
+        allocation: of scheme auto: the bits of every linear, and what they were chosen by.
 
     Example:
         >>> import megatron_lowbit as lowbit
@@ -149,6 +151,7 @@ class LowBitCheckpoint:
     head: QuantizedHead | None = None
     rotation: OnlineRotation | None = None
     clipping: dict[str, Clip] = field(default_factory=dict)
+    allocation: Allocation | None = None
 
     __repr__ = short_repr
 
@@ -163,7 +166,14 @@ class LowBitCheckpoint:
         """
         part = CheckpointPart(self.linears, self.tensors, self.reassembly, self.low_rank, self.head, self.clipping)
         meta = part.save(Path(folder) / "lowbit.safetensors")
-        about = (self.scheme_name, self.shard_groups, self.attention_bits, self.fingerprint, self.rotation)
+        about = (
+            self.scheme_name,
+            self.shard_groups,
+            self.attention_bits,
+            self.fingerprint,
+            self.rotation,
+            self.allocation,
+        )
         write_checkpoint(folder, meta, *about)
 
     @classmethod
@@ -190,7 +200,7 @@ class LowBitCheckpoint:
             "reassembly",
             "low_rank",
         )
-        meta = read_meta(stem, *keys, formats=(WITH_ONLINE, WITH_HEAD, FORMAT, WITHOUT_SEAL))
+        meta = read_meta(stem, *keys, formats=(EXTENDED, WITH_HEAD, FORMAT, WITHOUT_SEAL))
         with complete(stem.with_suffix(".json")):
             checked(CheckpointManifest, meta)
         _check_beside(Path(folder), meta.get("beside", {}))
@@ -203,7 +213,16 @@ class LowBitCheckpoint:
                 refuse_unused(found.keys() & tensors.keys())
             tensors |= found
             where |= dict.fromkeys(found, path)
-        scheme = Scheme.parse(meta["scheme"])
+        scheme, allocation = Scheme.parse(meta["scheme"]), None
+        with complete(stem.with_suffix(".json")):
+            for key in ("rotation", "clipping", "allocation"):
+                if key in meta and meta["format"] != EXTENDED:
+                    raise ValueError(f"{key} in format {meta['format']}")
+            if (scheme.weight_bits == PER_LINEAR) != ("allocation" in meta):
+                raise ValueError(f"scheme {meta['scheme']} {'with' if 'allocation' in meta else 'without'} allocation")
+            if "allocation" in meta:
+                allocation = Allocation(**meta["allocation"])
+            bits_of = {n: allocation.bits[n] if allocation else scheme.weight_bits for n in meta["in_features"]}
 
         def take(name: str, leaves: tuple[str, ...]) -> dict[str, Tensor]:
             return {leaf: tensors.pop(f"{name}.{leaf}") for leaf in leaves}
@@ -213,7 +232,7 @@ class LowBitCheckpoint:
         low_rank: dict[str, LowRank] = {}
         for name, in_features in meta["in_features"].items():
             with complete(where.get(f"{name}.packed_weight", stem)):
-                weight = QuantizedWeight(**take(name, _WEIGHT), num_bits=scheme.weight_bits, in_features=in_features)
+                weight = QuantizedWeight(**take(name, _WEIGHT), num_bits=bits_of[name], in_features=in_features)
                 weight.validate(name)
                 linears[name] = weight
         for name, (in_features, width) in meta["reassembly"].items():
@@ -226,18 +245,19 @@ class LowBitCheckpoint:
                 low_rank[name].validate(name, linears[name].in_features, len(linears[name].packed_weight))
         head = rotation = None
         clips: dict[str, Clip] = {}
-        if meta["format"] == WITH_ONLINE:
-            with complete(stem.with_suffix(".json")):
-                rotation = None if meta.get("rotation") is None else OnlineRotation.read(meta["rotation"])
-                clips = {name: as_clip(*ratios) for name, ratios in meta.get("clipping", {}).items()}
-        if meta["format"] == WITH_HEAD or (meta["format"] == WITH_ONLINE and "head" in meta):
+        with complete(stem.with_suffix(".json")):
+            if "rotation" in meta:
+                rotation = OnlineRotation.read(meta["rotation"])
+            if "clipping" in meta:
+                clips = {name: as_clip(*ratios) for name, ratios in meta["clipping"].items()}
+        if meta["format"] == WITH_HEAD or (meta["format"] == EXTENDED and "head" in meta):
             with complete(stem.with_suffix(".json")):
                 about = meta["head"]
             with complete(where.get(f"{about['name']}.packed_weight", stem)):
                 head = QuantizedHead.read(about, take(about["name"], _WEIGHT))
         bits, fingerprint = meta["attention_bits"], meta["fingerprint"]
         names = (scheme, meta["scheme"], meta["shard_groups"], fingerprint)
-        checkpoint = cls(linears, tensors, *names, plans, low_rank, bits, head, rotation, clips)
+        checkpoint = cls(linears, tensors, *names, plans, low_rank, bits, head, rotation, clips, allocation)
         with complete(stem.with_suffix(".json")):
             checkpoint.validate()
         return checkpoint
@@ -264,6 +284,8 @@ class LowBitCheckpoint:
             known = site in self.linears if not colon else owner in owners and head in HEADS
             if not known or self.scheme.act_bits == 16 or (colon and self.attention_bits == 16):
                 raise ValueError(f"{site} is clipped, but nothing is quantized there")
+        if self.allocation is not None and self.allocation.bits.keys() != self.linears.keys():
+            raise ValueError("its allocation of bits names other linears")
         if self.head is not None:
             refuse_unused(self.head.replaced & self.tensors.keys())
         if self.rotation is not None:
@@ -295,8 +317,7 @@ class LowBitCheckpoint:
         Returns:
             A float.
         """
-        bits = self.scheme.weight_bits
-        return sum(w.packed_weight.shape[0] * w.in_features * bits / 8 for w in self.linears.values())
+        return sum(w.packed_weight.shape[0] * w.in_features * w.num_bits / 8 for w in self.linears.values())
 
 
 def write_checkpoint(
@@ -307,19 +328,21 @@ def write_checkpoint(
     attention_bits: int,
     fingerprint: Fingerprint,
     rotation: OnlineRotation | None = None,
+    allocation: Allocation | None = None,
 ) -> None:
     """Write lowbit.json over the files of `part` and the model's config and tokenizer, which are there already, and
     remove the files of the checkpoint that was there before."""
     folder = Path(folder)
     usual = WITH_HEAD if "head" in part else FORMAT
     meta = {
-        "format": usual if rotation is None and "clipping" not in part else WITH_ONLINE,
+        "format": EXTENDED if rotation or allocation or "clipping" in part else usual,
         "fingerprint": fingerprint,
         "scheme": scheme,
         "shard_groups": shard_groups,
         "attention_bits": attention_bits,
         **part,
         **({} if rotation is None else {"rotation": rotation.describe()}),
+        **({} if allocation is None else {"allocation": allocation.describe()}),
         "beside": _beside(folder),
     }
     write_sealed(folder / "lowbit.json", meta)

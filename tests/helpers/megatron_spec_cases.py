@@ -210,3 +210,30 @@ def partial_load(rank: int, size: int) -> dict[str, Any]:
         a, b = (contents(find_linears(model)) for model in (whole, parts))
         equal = all(torch.equal(a[key]["packed_weight"], b[key]["packed_weight"]) for key in a)
         return {"after one": rounded, "equal": equal}
+
+
+def from_recipe_file(rank: int, size: int, path: str, artifact: Artifact) -> dict[str, Any]:
+    """What low-bit layers hold: of a model that was built with a recipe file, which Megatron's own function reads, and
+    loaded in full precision; and of one that the artifact was applied to."""
+    with parallel(size):
+        from megatron.core.quantization.utils import load_quantization_recipe
+
+        from megatron_lowbit.adapters.megatron import model as megatron_model
+        from megatron_lowbit.adapters.megatron.layout import find_linears
+        from megatron_lowbit.adapters.megatron.spec import llama_spec, lowbit_spec
+
+        hf, original = tiny_models.build("llama", intermediate_size=96), megatron_model.transformer_config
+
+        def with_recipe(*args: Any, **kwargs: Any) -> Any:
+            config = original(*args, **kwargs)
+            config.quant_recipe = load_quantization_recipe(path)
+            return config
+
+        try:
+            megatron_model.transformer_config = with_recipe
+            model = megatron_model.build(hf.config, spec=lowbit_spec(llama_spec()))
+        finally:
+            megatron_model.transformer_config = original
+        model.load_state_dict(gpt_model(hf).state_dict(), strict=True)
+        applied = lowbit.apply_to_megatron(gpt_model(hf), artifact)
+        return {"rounded": contents(find_linears(model)), "applied": contents(find_linears(applied))}

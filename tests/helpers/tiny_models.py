@@ -16,7 +16,9 @@ from megatron_lowbit.comm.build_plan import build_plan
 from megatron_lowbit.comm.calibration import calibrate
 from megatron_lowbit.comm.plan import CalibrationStats
 from megatron_lowbit.config import CommConfig, WeightsConfig
+from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.round_to_nearest import quantize_model
+from megatron_lowbit.quant.weight_bits import Allocation
 
 VOCAB = 128
 _SHAPE = {
@@ -97,6 +99,15 @@ def make_artifact(model: nn.Module, scheme: str = "none", tp_sizes: tuple[int, .
         size: build_plan(stats, size, CommConfig(preset="paper", **comm)) for size in tp_sizes if stats is not None
     }
     return Artifact(checkpoint, plans)
+
+
+def mixed_bits(model: nn.Module, scheme: str = "autoA8") -> LowBitCheckpoint:
+    """Scheme auto with bits that no text has chosen: 2 to 8 in turn, the same for linears that share an input."""
+    linears, groups = huggingface.find_linears(model), huggingface.sharing_bits(huggingface.find_linears(model))
+    bits = {name: 2 + (3 * number) % 7 for number, group in enumerate(groups.values()) for name in group}
+    config = WeightsConfig(scheme=scheme, budget=5)
+    modules = {name: linear for name, (_, linear) in linears.items()}
+    return quantize_model(model, modules, config, huggingface.fingerprint(model), None, Allocation(bits, 5.0, 0.125))
 
 
 def save_artifact(artifact: Artifact, folder: Path) -> Path:

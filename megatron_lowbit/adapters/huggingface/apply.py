@@ -136,6 +136,15 @@ def row_parallel_sites(model: nn.Module) -> dict[str, nn.Module]:
     return {name: linear for name, (kind, linear) in find_linears(model).items() if kind == "row"}
 
 
+def sharing_bits(linears: Mapping[str, tuple[Kind, Any]]) -> dict[str, tuple[str, ...]]:
+    """Return {fqn of the first: fqns} of the linears that get one number of bits together: the column-parallel ones of
+    an owner, which hosts fuse, and each row-parallel one alone."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, (kind, _) in linears.items():
+        groups.setdefault((name.rpartition(".")[0], name if kind == "row" else ""), []).append(name)
+    return {names[0]: tuple(names) for names in groups.values()}
+
+
 def first_readers(linears: Mapping[str, tuple[Kind, Any]]) -> dict[str, Any]:
     """Return {fqn: linear} of the first column-parallel linear of every owner (attention, MLP): they read the same."""
     first: dict[str, tuple[str, Any]] = {}

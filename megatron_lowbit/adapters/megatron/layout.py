@@ -18,29 +18,15 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_lowbit.adapters.megatron_names import PARTS, PATHS, Role
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.runtime.distributed import world_size
 
-Role = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
-
-PATHS: dict[Role, str] = {
-    "linear_qkv": "self_attention.linear_qkv",
-    "linear_proj": "self_attention.linear_proj",
-    "linear_fc1": "mlp.linear_fc1",
-    "linear_fc2": "mlp.linear_fc2",
-}
-# The linears of Hugging Face that make up a role: one by one, or fused there too (Phi-3).
-_PARTS: dict[Role, tuple[tuple[str, ...], str]] = {
-    "linear_qkv": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.qkv_proj"),
-    "linear_proj": (("self_attn.o_proj",), "self_attn.o_proj"),
-    "linear_fc1": (("mlp.gate_proj", "mlp.up_proj"), "mlp.gate_up_proj"),
-    "linear_fc2": (("mlp.down_proj",), "mlp.down_proj"),
-}
 COLUMN: tuple[Role, ...] = ("linear_qkv", "linear_fc1")
 # {norm of Megatron's layer: (its name in Hugging Face, the linear that reads it and may hold it)}
 NORMS: dict[str, tuple[str, Role | None]] = {
@@ -105,7 +91,7 @@ class Layout:
 def parts(prefix: str, layer: int, role: Role, known: Collection[str]) -> tuple[str, ...]:
     """Hugging Face names of the linears that make up a role; `known` tells whether they are fused there."""
     separate, fused = (
-        tuple(f"{prefix}.{layer}.{leaf}" for leaf in leaves) for leaves in (_PARTS[role][0], (_PARTS[role][1],))
+        tuple(f"{prefix}.{layer}.{leaf}" for leaf in leaves) for leaves in (PARTS[role][0], (PARTS[role][1],))
     )
     return fused if fused[0] in known else separate
 

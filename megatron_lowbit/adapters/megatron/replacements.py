@@ -256,8 +256,9 @@ def any_layer(owners: Iterable[str], name: str) -> bool:
 def fused_weight(weights: Sequence[QuantizedWeight], rows: Tensor) -> QuantizedWeight:
     """Return rows `rows` of the quantized weights of several linears, one below the other."""
     first = weights[0]
-    if any(w.in_features != first.in_features or w.scale.shape[1] != first.scale.shape[1] for w in weights):
-        raise LowBitError("the parts of a fused linear have other widths or groups; quantize this model again")
+    shapes = {(w.in_features, w.scale.shape[1], w.num_bits) for w in weights}
+    if len(shapes) > 1:
+        raise LowBitError("the parts of a fused linear have other widths, groups or bits; quantize this model again")
     packed, scale, zero = (
         torch.cat([getattr(w, leaf) for w in weights])[rows] for leaf in ("packed_weight", "scale", "zero_point")
     )

@@ -9,6 +9,7 @@ the range of a row-parallel weight's output channel is taken over all ranks.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -52,8 +53,12 @@ def parse_recipe(quantization_config: Any) -> WeightsConfig:
         raise LowBitError(f"{where}: {without_effect[0]} has no effect on load, which rounds to nearest; leave it out")
     if "scheme" not in given:
         raise LowBitError(f"{where} has no scheme; give scheme: W4A16, W4A8, W4A4, W6A6, W8A8 or none")
+    scheme = given["scheme"]
+    any_bits = isinstance(scheme, str) and re.fullmatch(r"W[2-8]A(4|6|8|16)", scheme)  # as write_recipe has them
     try:
-        return WeightsConfig.model_validate(given)
+        config = WeightsConfig.model_validate({**given, "scheme": "none"} if any_bits else given)
+        check_equal_bits(config, where)
+        return config.model_copy(update={"scheme": scheme})
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
@@ -71,6 +76,14 @@ def with_shard_groups(config: WeightsConfig, host: TransformerConfig) -> Weights
     )
     widths = {host.hidden_size, host.ffn_hidden_size, channels * heads, channels * kv_heads}
     return config.model_copy(update={"shard_groups": default_shard_groups(known, widths)})
+
+
+def check_equal_bits(config: WeightsConfig, where: str) -> None:
+    """Raise LowBitError for a scheme that chooses bits, which rounding on load cannot."""
+    if config.chooses_bits:
+        raise LowBitError(
+            f"{where}: scheme={config.scheme} chooses bits on text: quantize with it, and use the recipe that it writes"
+        )
 
 
 def round_column(weight: Tensor, config: WeightsConfig) -> QuantLinear:

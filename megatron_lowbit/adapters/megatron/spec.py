@@ -22,6 +22,7 @@ from megatron_lowbit.adapters.megatron.layers import (
     LowBitRowParallelLinear,
 )
 from megatron_lowbit.adapters.megatron.norms import RMSNorm
+from megatron_lowbit.adapters.megatron.round_on_load import check_equal_bits
 from megatron_lowbit.config import LowBitError, WeightsConfig
 
 
@@ -38,6 +39,8 @@ def lowbit_spec(spec: Any, weights: WeightsConfig | str | None = None) -> Any:
     for key in ("lm_head_bits", "rotation", "clipping", "rounding"):
         if config is not None and getattr(config, key) != getattr(WeightsConfig(), key):
             raise LowBitError(f"weights.{key} has no effect on a spec of the layers; leave it out")
+    if config is not None:
+        check_equal_bits(config, "the spec")
     table = {id(host): _configured(low_bit, config) for host, low_bit in _replacements()}
     rewritten, count = _rewrite(spec, table)
     if count == 0:
