@@ -150,6 +150,23 @@ def test_dry_run_refuses(change, said, tmp_path, no_network, capsys):
     assert code == 2 and line.startswith("megatron-lowbit: ") and all(part in line for part in said), line
 
 
+def test_learning_a_rotation_is_a_stage(tmp_path):
+    """Twice the epochs, twice the work; blocks are read again in every epoch."""
+
+    def stages(epochs: int) -> dict[str, Any]:
+        settings = ["weights.rotation=learned", f"rotation.epochs={epochs}", "rates.flops=1e12", "rates.memory=1e12"]
+        settings += ["rates.disk=1e9", "calibration.data=stdlib:calibration", f"output_dir={tmp_path}"]
+        assert run_here("quantize", "--dry-run", "model=embedded", "weights.scheme=W4A4", *settings) == 0
+        return json.loads((tmp_path / "quantize.json").read_text())["rows"][-1]["stages"]
+
+    one, two = stages(1), stages(2)
+    learned = "learned rotation"
+    assert one[learned]["disk"] == one["load"]["disk"] and two[learned]["flops"] == 2 * one[learned]["flops"] > 0
+    assert {name: work for name, work in one.items() if name != learned} == {
+        name: work for name, work in two.items() if name != learned
+    }
+
+
 def test_the_debug_config_runs(tmp_path):
     """For real; fewer samples than it names, because tests share their cores."""
     config = next(config for config in CONFIGS if config.stem == "debug_cpu")
