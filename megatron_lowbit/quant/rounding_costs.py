@@ -41,7 +41,12 @@ def window_costs(model: Any, linears: Mapping[str, nn.Linear], ids: Tensor, seed
         costs[name] = _second_order(weight.detach().float(), weight.grad.float(), config)
         weight.grad = None
 
-    with torch.enable_grad(), _gradients(model, {name: linear.weight for name, linear in linears.items()}, take):
+    # Several threads add up a weight's gradient in another order, and ranks of one machine have fewer each.
+    with (
+        _one_thread(),
+        torch.enable_grad(),
+        _gradients(model, {name: linear.weight for name, linear in linears.items()}, take),
+    ):
         logits = model(input_ids=ids, use_cache=False).logits[0].float()
         log_probs = logits.log_softmax(-1)
         if not torch.isfinite(log_probs.sum()):
@@ -56,12 +61,23 @@ def window_costs(model: Any, linears: Mapping[str, nn.Linear], ids: Tensor, seed
 
 
 def _second_order(weight: Tensor, gradient: Tensor, config: WeightsConfig) -> list[float]:
-    """Return 1/2 sum (g D)^2 at each of CANDIDATES bits. Rows are summed exactly: no number of threads changes it."""
+    """Return 1/2 sum (g D)^2 at each of CANDIDATES bits."""
     costs = []
     for bits in CANDIDATES:
         error = fake_quantize(weight, bits, config.symmetric, config.group_size).sub_(weight)
         costs.append(0.5 * math.fsum(error.mul_(gradient).square_().sum(1, dtype=torch.float64).tolist()))
     return costs
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Have what runs on a CPU run in one thread within the context."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

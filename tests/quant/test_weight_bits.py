@@ -109,12 +109,13 @@ def test_the_model_is_left_as_it_was(model):
 
 def test_no_number_of_threads_changes_a_bit():
     """Ranks share a machine's threads, so a job of two has half as many in each."""
-    wide = build("llama", hidden_size=256, intermediate_size=704)
+    wide = build("llama", hidden_size=256, intermediate_size=704, max_position_embeddings=256)
     found, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(window_costs(wide, linears_of(wide), token_ids(1, 64), 0, WeightsConfig(scheme="W4A8")))
+            found.append(window_costs(wide, linears_of(wide), token_ids(1, 256), 0, WeightsConfig(scheme="W4A8")))
+            assert torch.get_num_threads() == threads, "the caller's number is not what it was"
     finally:
         torch.set_num_threads(before)
     assert found[0] == found[1]
