@@ -90,9 +90,12 @@ class ShardedLinear(nn.Module):
         parts = [F.linear(x_s, w_s.to(x.dtype)) for x_s, w_s in zip(inputs, weights, strict=True)]
         if self.quantized and self.branch:
             parts = [y + low for y, low in zip(parts, self._branch(inputs), strict=True)]
-        column = self.kind == "column"
-        y = torch.cat(parts, -1) if column else self._reduce(gather_shards(parts, self.tp_group))
-        return y if self.bias is None else y + self.bias
+        if self.kind == "row":
+            y = self._reduce(gather_shards(parts, self.tp_group))
+            return y if self.bias is None else y + self.bias
+        if self.bias is not None:  # shard by shard: its gradient is a sum over tokens, whose bits depend on the width
+            parts = [y_s + b_s for y_s, b_s in zip(parts, self.bias.chunk(len(parts)), strict=True)]
+        return torch.cat(parts, -1)
 
     def prepared_inputs(self, x: Tensor) -> list[Tensor]:
         """Return Q(x S): one tensor that all shards read (column), or each shard's slice (row)."""
