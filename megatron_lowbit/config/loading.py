@@ -16,7 +16,8 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from megatron_lowbit.config.errors import LowBitError, explain, notice, one_line, shown
-from megatron_lowbit.config.sections import PAPER, SchemeName
+from megatron_lowbit.config.presets import PRESETS
+from megatron_lowbit.config.sections import SchemeName
 from megatron_lowbit.plain_yaml import DEEPEST, LONGEST, parse_yaml
 
 StageT = TypeVar("StageT", bound=BaseModel)
@@ -170,12 +171,15 @@ def _check_values(value: Any, key: str) -> None:
 
 
 def _choose_preset(tree: dict[str, Any], given: dict[str, Any], overrides: list[str]) -> None:
-    """Put in the values of the preset, the last one named, before all that is given, which then wins."""
-    comm = given.get("comm")
-    named = [str(comm["preset"])] if isinstance(comm, dict) and "preset" in comm else []
-    named += [text.strip(" '\"") for key, _, text in (o.partition("=") for o in overrides) if key == "comm.preset"]
-    if named and named[-1] == "paper" and "comm" in tree:
-        tree["comm"] |= PAPER
+    """Put in the values of every preset, the last one named, before all that is given, which then wins."""
+    for section, presets in PRESETS.items():
+        values = given.get(section)
+        named = [str(values["preset"])] if isinstance(values, dict) and "preset" in values else []
+        pairs = (override.partition("=") for override in overrides)
+        named += [text.strip(" '\"") for key, _, text in pairs if key == f"{section}.preset"]
+        for of_section, keys in presets.get(named[-1], {}).items() if named and section in tree else ():
+            if of_section in tree:
+                tree[of_section] |= keys
 
 
 def _merge(tree: dict[str, Any], given: dict[str, Any]) -> None:

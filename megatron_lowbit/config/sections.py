@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from megatron_lowbit.config.errors import LowBitError, explain, nearest, notice, shown
+from megatron_lowbit.config.presets import with_preset
 
 SchemeName = Literal["none", "W4A16", "W4A8", "W4A4", "W6A6", "W8A8", "autoA16", "autoA8", "autoA4"]
 EngineName = Literal["huggingface", "deepspeed", "megatron"]
@@ -79,6 +80,10 @@ class EvaluationConfig(FrozenConfig):
 class WeightsConfig(FrozenConfig):
     """Quantization of weights and activations."""
 
+    preset: Literal["best", "qllm"] | None = None
+    """values of weights.*, reassembly.* and correction.* that are not given. best: what measures best (method qllm with
+    rotation, clipping and GPTQ, no training); qllm: the paper's steps and training (arXiv 2310.08041); none: the
+    defaults below"""
     scheme: SchemeName = "none"
     """bits of weights and activations; auto: 2 to 8 bits for the weights of each linear, chosen on calibration.data
     under weights.budget"""
@@ -110,6 +115,11 @@ class WeightsConfig(FrozenConfig):
     """bits of the output projection's weight and, where the model ties the two, of the embedding: 2 to 8; 0: as they
     are"""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_preset(cls, values: Any) -> Any:
+        return with_preset("weights", values)
+
     @field_validator("lm_head_bits")
     @classmethod
     def _more_than_a_sign(cls, value: int) -> int:
@@ -137,7 +147,6 @@ class WeightsConfig(FrozenConfig):
 
 
 DRIFT_THRESHOLD = 0.1  # share of values beyond their calibrated range from which a site falls back to bf16
-PAPER = {"scale": "static", "allocation": "uniform"}  # arXiv 2411.07942, where it differs from our defaults
 
 
 class CommConfig(FrozenConfig):
@@ -183,7 +192,7 @@ class CommConfig(FrozenConfig):
     @model_validator(mode="before")
     @classmethod
     def _of_the_preset(cls, values: Any) -> Any:
-        return {**PAPER, **values} if isinstance(values, dict) and values.get("preset") == "paper" else values
+        return with_preset("comm", values)
 
     @field_validator("scale", mode="before")
     @classmethod

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from megatron_lowbit.config.presets import with_presets
 from megatron_lowbit.config.sections import (
     CalibrationConfig,
     CommConfig,
@@ -75,6 +76,11 @@ class QuantizeConfig(CalibrateConfig):
     rates: RatesConfig = RatesConfig()
     """what the machine that a dry run is about does per second, where it is not this one"""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_preset(cls, values: Any) -> Any:
+        return with_presets(values)
+
     @model_validator(mode="after")
     def _trains_a_rotation(self) -> QuantizeConfig:
         if self.weights.rotation != "learned" and self.rotation != RotationConfig():
@@ -127,6 +133,11 @@ class EvaluateConfig(StageConfig):
     """send a share of the tokens in more bits and the others in fewer, and evaluate each (also --token-ablation)"""
     reassembly: ReassemblyConfig = ReassemblyConfig()
     correction: CorrectionConfig = CorrectionConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_preset(cls, values: Any) -> Any:
+        return with_presets(values)
 
     @model_validator(mode="after")
     def _one_table(self) -> EvaluateConfig:

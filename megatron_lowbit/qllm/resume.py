@@ -47,9 +47,10 @@ from megatron_lowbit.runtime.distributed import PreemptionCheck, all_gather_valu
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.preemption import Preempted
 
-# These may differ when a run is resumed. The output projection is rounded after all blocks, which do not depend on it.
+# These may differ when a run is resumed. The output projection is rounded after all blocks, which do not depend on it;
+# a preset is what the other keys hold.
 _FREE_KEYS = (
-    *("output_dir", "wandb", "dry_run", "architecture", "weights.lm_head_bits"),
+    *("output_dir", "wandb", "dry_run", "architecture", "weights.lm_head_bits", "weights.preset"),
     *(f"rates.{key}" for key in RatesConfig.model_fields),
 )
 # These came after the first artifacts, whose states and names of parts stay what they were where they are as usual.
