@@ -298,11 +298,11 @@ class CorrectionConfig(FrozenConfig):
 class RotationConfig(FrozenConfig):
     """Training of weights.rotation=learned, by gradient descent on orthogonal matrices (SpinQuant)."""
 
-    epochs: int = Field(2, ge=1)
+    epochs: int = Field(4, ge=1)
     """passes over the model and the calibration windows, before anything is quantized"""
     batch_size: int = Field(4, ge=1)
     """windows per step, of all data-parallel ranks together"""
-    learning_rate: float = Field(0.01, gt=0, le=0.5)
+    learning_rate: float = Field(0.03, gt=0, le=0.5)
     """angle in radians (root mean square over the axes) by which the first step rotates; it falls linearly to 0"""
 
 

@@ -228,7 +228,9 @@ def test_a_damaged_matrix_is_one_line(tmp_path, monkeypatch, capsys):
 REFUSED = {
     "needs weights.method=qllm": ["weights.rotation=learned", "weights.method=rtn"],
     "set weights.rotation=learned": ["weights.rotation=hadamard", "rotation.epochs=3"],
-    "rotation.batch_size=3 does not divide among dp=2": ["weights.rotation=learned", "rotation.batch_size=3", "dp=2"],
+    "rotation.batch_size=3 does not divide among dp=2": [
+        *("weights.rotation=learned", "rotation.batch_size=3", "dp=2", "correction.mode=none")
+    ],
     "rotation has no effect with weights.method=rtn": [
         *("weights.rotation=learned", "rotation.epochs=3", "weights.method=rtn")
     ],
@@ -236,9 +238,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("why", REFUSED)
-def test_it_is_refused_in_one_line(why, tmp_path, capsys):
-    settings = ["model=embedded", "weights.scheme=W4A4", "correction.mode=none", "calibration.data=stdlib:calibration"]
+def test_it_is_refused_in_one_line(why, tmp_path, capfd):
+    settings = ["model=embedded", "weights.scheme=W4A4", "calibration.data=stdlib:calibration"]
     settings += ["calibration.samples=4", "calibration.sequence_length=64"]
     assert run_here("quantize", *settings, *REFUSED[why], f"output_dir={tmp_path}") == 2
-    message = capsys.readouterr().err
-    assert why in message and len(message.strip().splitlines()) == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("megatron-lowbit:")]
+    assert len(lines) == 1 and why in lines[0]  # a rank writes it in a process of its own, beside other code's warnings
