@@ -109,8 +109,8 @@ def quantize_qllm(
 
 def tell_layers(groups: list[GroupResult], logger: MetricLogger) -> None:
     """Write tables of what reassembly did to every layer's input, and of the correction's loss in every group."""
-    columns = ["threshold", "splits", "added", "expansion", "error"]
-    layers = [[name, *(of[key] for key in columns)] for group in groups for name, of in group.layers.items()]
+    columns = ["threshold", "splits", "added", "expansion", "error", "chosen"]
+    layers = [[name, *(of.get(key) for key in columns)] for group in groups for name, of in group.layers.items()]
     if layers:
         logger.table("reassembly", ["layer", *columns], layers, plot=("layer", "expansion"))
     losses = [[g, epoch, loss] for g, group in enumerate(groups) for epoch, loss in enumerate(group.losses)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from torch import Tensor
@@ -57,9 +58,10 @@ def full_precision_row(
     against)."""
     engine.remove()
     real_ranks = engine.group is not None
+    began = time.perf_counter()
     with SiteTraffic(engine.sites() if real_ranks else {}) as traffic:
         quality = measure_quality(engine, _batches(windows, section, "full precision"), _kl_tokens(section))
-    dtype = _dtype(engine)
+    seconds, dtype = time.perf_counter() - began, _dtype(engine)
     row: dict[str, Any] = {
         "name": "full precision",
         "tp": engine.tp_size,
@@ -72,6 +74,7 @@ def full_precision_row(
         **_wire(traffic.bytes, traffic.values, windows, section),
         "sqnr_db": None,
         "tokens": quality.tokens,
+        "evaluate_seconds": seconds,
     }
     logger.log(row=row["name"], perplexity=quality.perplexity)
     return row, quality.log_probs
@@ -111,7 +114,9 @@ def applied_row(
 
     compared: whether sites are to be compared with what they replaced, which those of a rotated model cannot be.
     """
+    began = time.perf_counter()
     quality = measure_quality(engine, _batches(windows, section, name), _kl_tokens(section), reference)
+    seconds = time.perf_counter() - began
     traffic = site_traffic(engine.model).values()
     wire = _wire(sum(t.bytes for t in traffic), sum(t.values for t in traffic), windows, section)
     saturation = measure_saturation(engine)
@@ -132,6 +137,7 @@ def applied_row(
         **saturation,
         "sqnr_db": mean_sqnr,
         "tokens": quality.tokens,
+        "evaluate_seconds": seconds,
         "sites": sites,
     }
     known = {"kl": quality.kl, "sqnr_db": mean_sqnr, **logged(row)}
@@ -154,10 +160,7 @@ def print_rows(rows: list[dict[str, Any]], title: str | None = None) -> None:
         (
             row["name"],
             str(row["tp"]),
-            number(row["perplexity"], ".3f"),
-            number(_percent(row["perplexity_stderr"], row["perplexity"]), ".1f"),
-            number(row["kl"], ".5f"),
-            number(row["kl_stderr"], ".1g"),
+            *quality_cells(row),
             number(row["sqnr_db"], ".1f"),
             number(row["bits_per_value"], ".4f"),
             number(row["bytes_per_token"], ",.0f"),
@@ -166,6 +169,16 @@ def print_rows(rows: list[dict[str, Any]], title: str | None = None) -> None:
     ]
     print_table(columns, cells, title, explained(rows))
     print_saturation(rows)
+
+
+def quality_cells(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Return the cells of perplexity and KL, each with its standard error."""
+    return (
+        number(row["perplexity"], ".3f"),
+        number(_percent(row["perplexity_stderr"], row["perplexity"]), ".1f"),
+        number(row["kl"], ".5f"),
+        number(row["kl_stderr"], ".1g"),
+    )
 
 
 def _percent(error: float | None, value: float) -> float | None:

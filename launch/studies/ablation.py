@@ -1,4 +1,5 @@
-"""megatron-lowbit evaluate --ablation: quantize in every way that the QLLM paper compares, and evaluate each.
+"""megatron-lowbit evaluate --ablation: quantize in every way that the QLLM paper compares, and in those that came after
+it, and evaluate each.
 
     full                    full precision
     rtn                     round to nearest as the paper does it: one activation scale per token
@@ -10,19 +11,26 @@
     adaptive_correction     both, merged into the weights
     adaptive_branch         both, the correction beside the weights                   table K
     adaptive_hierarchical   adaptive_correction with a low-rank map over every group  hierarchical.py; not deployable
+    rotation                R1 to R4, rounded to nearest; neither of the paper's steps in this row and the next two
+    +clipping               ... and weights.clipping=mse
+    +gptq                   ... and weights.rounding=gptq: weights.preset=best
+    +correction             ... and a merged correction
+    all                     ... and adaptive reassembly
 
 A row's artifact stays in <output_dir>/ablation/<row>; a row that is there with the same settings is not made again.
+Its seconds are those of its making, and of the pass over the evaluation text, in which rotations run online.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_lowbit.adapters.huggingface.apply import decoder_blocks, find_linears
 from megatron_lowbit.artifact import Artifact
@@ -40,17 +48,25 @@ from megatron_lowbit.launch.engines.base import Engine
 from megatron_lowbit.launch.engines.prepare import load_windows, round_weights
 from megatron_lowbit.launch.engines.start import start_engine
 from megatron_lowbit.launch.qllm import quantize_qllm
-from megatron_lowbit.launch.rows import full_precision_row, low_bit_row, print_rows
+from megatron_lowbit.launch.rows import explained, full_precision_row, low_bit_row, quality_cells
 from megatron_lowbit.launch.studies.hierarchical import maps_of, quantize_hierarchical
+from megatron_lowbit.launch.tables import number, print_table
 from megatron_lowbit.quant.affine import Scheme
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.tp_sizes import default_shard_groups, widths_of
 from megatron_lowbit.runtime.metrics import MetricLogger
 
 GAMMAS = (0.01, 0.03, 0.05)
-_UNUSED = {
-    "weights": {"lm_head_bits", "budget"}
-}  # refused here, so that a row's settings are what they were before there was one
+# Refused here, or the same as other keys say, so that a row's settings are what they were before there was one.
+_UNUSED = {"weights": {"lm_head_bits", "budget", "preset"}}
+
+
+class Variant(NamedTuple):
+    """What a row that has an artifact is made with; weights: changed keys of weights.*."""
+
+    weights: dict[str, Any]
+    reassembly: ReassemblyConfig
+    correction: CorrectionConfig
 
 
 def run_ablation(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:
@@ -62,6 +78,10 @@ def run_ablation(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]
         )
     if config.weights.lm_head_bits:
         raise LowBitError("--ablation compares what becomes of the blocks; leave weights.lm_head_bits out")
+    if config.weights.preset == "best":
+        raise LowBitError(
+            "--ablation has a row for weights.preset=best, +gptq; leave weights.preset out, or set it to qllm"
+        )
     engine = start_engine(config)
     windows = load_windows(engine, config.evaluation, "evaluation", logger)
     calibration = load_windows(engine, config.calibration, "calibration", logger)
@@ -70,42 +90,53 @@ def run_ablation(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]
     rows = [{**row, "name": "full"}]
     weights = _weights(config, engine)
     for name, shard_groups in (("rtn", 1), ("rtn_grouped", weights.shard_groups)):
+        began = time.perf_counter()
         checkpoint = round_weights(
             engine.model, weights.model_copy(update={"shard_groups": shard_groups}), None, config.seed
         )
-        rows.append(_row(engine, name, checkpoint, windows, config, reference, logger))
+        took = time.perf_counter() - began
+        rows.append(_row(engine, name, checkpoint, took, windows, config, reference, logger))
         engine.remove()
-    for name, (reassembly, correction) in variants(config).items():
+    for name, variant in variants(config).items():
         logger.labels = {"variant": name}
         folder = Path(config.output_dir) / "ablation" / name
         hierarchical = name == "adaptive_hierarchical"
         quantize = quantize_hierarchical if hierarchical else partial(quantize_qllm, plans=False)
-        checkpoint = _quantized(config, weights, reassembly, correction, folder, text, partial(quantize, logger=logger))
+        checkpoint, seconds = _quantized(config, weights, variant, folder, text, partial(quantize, logger=logger))
         with maps_of(folder, decoder_blocks(engine.model)[1]) if hierarchical else nullcontext():
-            rows.append(_row(engine, name, checkpoint, windows, config, reference, logger))
+            rows.append(_row(engine, name, checkpoint, seconds, windows, config, reference, logger))
     logger.labels = {}
-    print_rows(rows, f"{config.model}, {config.weights.scheme}" + _injected(config))
+    print_ablation(rows, f"{config.model}, {config.weights.scheme}" + _injected(config))
     return {"rows": rows}
 
 
-def variants(config: EvaluateConfig) -> dict[str, tuple[ReassemblyConfig, CorrectionConfig]]:
-    """Return {row: (reassembly, correction)}, the given settings with what the row is about."""
+def variants(config: EvaluateConfig) -> dict[str, Variant]:
+    """Return {row: the given settings with what the row is about}."""
     none, merged, branch = (
         config.correction.model_copy(update={"mode": mode}) for mode in ("none", "merged", "branch")
     )
     base = config.reassembly
     adaptive = base.model_copy(update={"mode": "adaptive", "merge": True})
-    rows = {}
+    whole = base.model_copy(update={"mode": "none"})
+    rotated = {"rotation": "hadamard", "clipping": "none", "rounding": "nearest"}
+    clipped = {**rotated, "clipping": "mse"}
+    gptq = {**clipped, "rounding": "gptq"}
+    rows: dict[str, Variant] = {}
     for name, merge in (("disassembly", False), ("reassembly", True)):
         for gamma in GAMMAS:
             fixed = base.model_copy(update={"mode": "fixed", "expansion": gamma, "merge": merge})
-            rows[f"{name}_{gamma:.2f}"] = (fixed, none)
+            rows[f"{name}_{gamma:.2f}"] = Variant({}, fixed, none)
     return rows | {
-        "adaptive": (adaptive, none),
-        "correction": (base.model_copy(update={"mode": "none"}), merged),
-        "adaptive_correction": (adaptive, merged),
-        "adaptive_branch": (adaptive, branch),
-        "adaptive_hierarchical": (adaptive, merged),
+        "adaptive": Variant({}, adaptive, none),
+        "correction": Variant({}, whole, merged),
+        "adaptive_correction": Variant({}, adaptive, merged),
+        "adaptive_branch": Variant({}, adaptive, branch),
+        "adaptive_hierarchical": Variant({}, adaptive, merged),
+        "rotation": Variant(rotated, whole, none),
+        "+clipping": Variant(clipped, whole, none),
+        "+gptq": Variant(gptq, whole, none),
+        "+correction": Variant(gptq, whole, merged),
+        "all": Variant(gptq, adaptive, merged),
     }
 
 
@@ -122,52 +153,75 @@ def _weights(config: EvaluateConfig, engine: Engine) -> WeightsConfig:
 def _quantized(
     config: EvaluateConfig,
     weights: WeightsConfig,
-    reassembly: ReassemblyConfig,
-    correction: CorrectionConfig,
+    variant: Variant,
     folder: Path,
     text: str,
     quantize: Callable[[QuantizeConfig], Any],
-) -> LowBitCheckpoint:
+) -> tuple[LowBitCheckpoint, float | None]:
+    """Return a row's artifact, and the seconds of its making; None for one that an earlier version made."""
     shared = {name: getattr(config, name) for name in ("model", "dtype", "seed", "inject_outliers", "inject_at")}
     settings = QuantizeConfig(
         **shared,
         output_dir=str(folder),
         calibration=config.calibration,
-        weights=weights,
-        reassembly=reassembly,
-        correction=correction,
+        weights=weights.model_copy(update=variant.weights),
+        reassembly=variant.reassembly,
+        correction=variant.correction,
     )
     done = folder / "row.json"
     wanted = json.loads(json.dumps({"settings": settings.model_dump(mode="json", exclude=_UNUSED), "text": text}))
     del wanted["settings"]["rotation"]  # of learned rotations, which the rows that only round refuse
-    if weights.rotation == "none":
+    if settings.weights.rotation == "none":
         del wanted["settings"]["weights"]["rotation"]  # as before there was one
-    if not ((folder / "lowbit.json").exists() and _is(done, wanted)):
+    found = _read(done) if (folder / "lowbit.json").exists() else {}
+    seconds = found.pop("seconds", None)
+    if found != wanted:
         done.unlink(missing_ok=True)
+        began = time.perf_counter()
         quantize(settings)
-        write_json(done, wanted)
-    return LowBitCheckpoint.load(folder)
+        seconds = time.perf_counter() - began
+        write_json(done, {**wanted, "seconds": seconds})
+    return LowBitCheckpoint.load(folder), seconds
 
 
-def _is(file: Path, wanted: dict[str, Any]) -> bool:
-    """Return whether the file holds this; one that is damaged is as if it were not there."""
+def _read(file: Path) -> dict[str, Any]:
+    """Return what the file holds; nothing of one that is not there, or damaged."""
     try:
-        return file.exists() and read_json(file) == wanted
+        return read_json(file) if file.exists() else {}
     except LowBitError:
-        return False
+        return {}
 
 
 def _row(
     engine: Engine,
     name: str,
     checkpoint: LowBitCheckpoint,
+    seconds: float | None,
     windows: Any,
     config: EvaluateConfig,
     reference: Any,
     logger: MetricLogger,
 ) -> dict[str, Any]:
     row = low_bit_row(engine, name, Artifact(checkpoint), CommConfig(), windows, config.evaluation, reference, logger)
-    return {**row, "injected": config.inject_outliers, "linear_bytes": checkpoint.linear_bytes()}
+    about = {"injected": config.inject_outliers, "linear_bytes": checkpoint.linear_bytes()}
+    return {**row, **about, "quantize_seconds": seconds}
+
+
+def print_ablation(rows: list[dict[str, Any]], title: str) -> None:
+    """Print the rows: how good they are, and the seconds that they take."""
+    quality = ("perplex-\nity", "s.e.\n(%)", "KL\n(nats)", "s.e.\n(nats)")
+    cells = [
+        (
+            row["name"],
+            *quality_cells(row),
+            number(row["sqnr_db"], ".1f"),
+            number(row.get("quantize_seconds"), ".0f"),
+            number(row["evaluate_seconds"], ".1f"),
+        )
+        for row in rows
+    ]
+    columns = ("name", *quality, "SQNR\n(dB)", "quan-\ntize (s)", "evalu-\nate (s)")
+    print_table(columns, cells, title, explained(rows))
 
 
 def _injected(config: EvaluateConfig) -> str:

@@ -107,6 +107,10 @@ class Rotator:
         attends = any(about.owner is not None for about in blocks)
         return OnlineRotation(self.rotation.rest is not None, attends, frozenset(inputs), self.kind)
 
+    def rotated_inputs(self, index: int) -> set[str]:
+        """Return Rotation.rotated_inputs of a block, as names in the model."""
+        return {self.host.fqn(index, name) for name in self.rotation.rotated_inputs(index)}
+
     def rotate(self, index: int, block: nn.Module) -> None:
         """Rotate block `index` in place. Raises LowBitError where its function does not stay."""
         kinds, residual = self.host.kinds[index], self.rotation.residual

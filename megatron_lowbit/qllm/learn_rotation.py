@@ -51,14 +51,15 @@ def learn_rotation(
     config: QuantizeConfig,
     attention_bits: int,
     log: Callable[..., Any],
+    weight_bits: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Return the matrices that Rotator.learned takes, float64 on the CPU.
 
     source: after `rotate`. folder: for two streams of hidden states, which are gone afterwards. log: called with
-    epoch=, block=, rotation_loss= of every block in every epoch. Raises LowBitError where a loss is not finite, and
+    epoch=, block=, rotation_loss= of every block in every epoch. weight_bits: {linear: bits} of scheme auto. Raises LowBitError where a loss is not finite, and
     Preempted.
     """
-    learner = RotationLearner(source, share, config, attention_bits, log)
+    learner = RotationLearner(source, share, config, attention_bits, log, weight_bits)
     assert source.rotator is not None, "the config asks for it"
     source.rotate_rest(None)
     hidden, _ = source.embed(share.ids[:1])
@@ -85,6 +86,7 @@ class RotationLearner:
         config: QuantizeConfig,
         attention_bits: int,
         log: Callable[..., Any],
+        weight_bits: Mapping[str, int] | None,
     ):
         assert source.rotator is not None, "the config asks for it"
         self.source, self.share, self.config, self.log = source, share, config, log
@@ -92,8 +94,10 @@ class RotationLearner:
         without = {
             "reassembly": config.reassembly.model_copy(update={"mode": "none"}),
             "correction": config.correction.model_copy(update={"mode": "none"}),
+            "weights": config.weights.model_copy(update={"clipping": "none", "rounding": "nearest"}),
         }
-        self.rounder = BlockRounder(config.model_copy(update=without), attention_bits, share, source.tp_group)
+        config = config.model_copy(update=without)
+        self.rounder = BlockRounder(config, attention_bits, share, source.tp_group, weight_bits)
         self.batches = -(-len(share.all_mask) // config.rotation.batch_size)
         self.steps = self.batches * len(source.blocks) * config.rotation.epochs
         self.done = 0

@@ -48,6 +48,7 @@ from megatron_lowbit.qllm.pack_blocks import pack_blocks
 from megatron_lowbit.qllm.record_ranges import attach_reducers, record_ranges
 from megatron_lowbit.qllm.resume import RunState, of_all_ranks
 from megatron_lowbit.qllm.round_blocks import BlockRounder
+from megatron_lowbit.qllm.search import word
 from megatron_lowbit.qllm.trace_blocks import BlockCall
 from megatron_lowbit.quant.affine import Scheme
 from megatron_lowbit.quant.checkpoint import CheckpointPart, merge_parts, write_checkpoint
@@ -79,7 +80,9 @@ class GroupResult:
     kept_epoch: int | None = None
     ranks: dict[str, int] = field(default_factory=dict)
     reassembled: dict[str, int] = field(default_factory=dict)  # {module: channels added, on rank 0}
-    layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # {module: search.describe, on rank 0}
+    layers: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # {module: search.describe, and search.word as "chosen"; rank 0}
 
 
 class BlockwiseQuantizer:
@@ -170,7 +173,7 @@ class BlockwiseQuantizer:
         assert self.source.rotator is not None
         if (checksum := self.rotation) is None:
             arguments = (self.source, self.share, self.state.folder, self.config, self.attention_bits, self.logger.log)
-            matrices = learn_rotation(*arguments)
+            matrices = learn_rotation(*arguments, self.rounder.weight_bits)
             self.rotation = on_rank_zero(lambda: self.state.save_rotation(matrices))
         else:
             matrices = on_every_rank(lambda: self.state.rotation(checksum))
@@ -208,7 +211,7 @@ class BlockwiseQuantizer:
             time.perf_counter() - began,
             peak_memory(),
             reassembled=report.reassembled,
-            layers=report.layers,
+            layers=self._with_words(indices, report.layers),
             **vars(correction),
         )
         self.results.append(result)
@@ -216,6 +219,12 @@ class BlockwiseQuantizer:
         log(group_seconds=result.seconds, peak_bytes=result.peak_bytes)
         self._save_state(number + 1, part, weights, [target, outputs])
         self.streams.advance(target, outputs)
+
+    def _with_words(self, indices: Sequence[int], layers: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Return what was done to the inputs that reassembly was a candidate for, with what rotation did beside it."""
+        rotator = self.source.rotator
+        rotated = set[str]().union(*(rotator.rotated_inputs(index) for index in indices)) if rotator else set()
+        return {name: {**about, "chosen": word(name in rotated, about["added"] > 0)} for name, about in layers.items()}
 
     def load_group(self, indices: Sequence[int], calls: Mapping[int, Sequence[BlockCall]]) -> BlockGroup:
         """Load blocks `indices` from disk; calls: how each block is called."""

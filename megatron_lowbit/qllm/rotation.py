@@ -126,6 +126,12 @@ class Rotation:
             if name in unfolded.biases:
                 put_bias(linear, self.bias(index, name, unfolded.biases[name]))
 
+    def rotated_inputs(self, index: int) -> set[str]:
+        """Return the linears of block `index` whose input is rotated, and the norms that such linears read."""
+        about = self.blocks[index]
+        names = {*about.inputs, *(() if about.output is None else (about.output,))}
+        return names if self.residual is None else {*names, *about.readers, *about.readers.values()}
+
     def bias(self, index: int, name: str, bias: Tensor) -> Tensor:
         """Return the rotated bias of a linear of block `index`: of whole heads, and whole for a row-parallel linear."""
         about = self.blocks[index]

@@ -229,6 +229,11 @@ def describe(plans: Sequence[ReassemblyPlan], max_abs: Sequence[Tensor], errors:
     }
 
 
+def word(rotated: bool, reassembled: bool) -> str:
+    """Return what was done to an input group before it is rounded: rotate, reassemble, both or none."""
+    return ("both" if reassembled else "rotate") if rotated else ("reassemble" if reassembled else "none")
+
+
 @contextmanager
 def quantized_owner(
     owner: nn.Module, linears: Sequence[ShardedLinear], weights: Sequence[list[Tensor]], attention_bits: int

@@ -8,9 +8,14 @@ import math
 import pytest
 from commands import CALIBRATION, EVALUATION, run_here
 
+from megatron_lowbit.config import EvaluateConfig, QuantizeConfig
+from megatron_lowbit.launch.studies.ablation import variants
+
 ROWS = ["full", "rtn", "rtn_grouped"]
 ROWS += [f"{name}_{gamma}" for name in ("disassembly", "reassembly") for gamma in ("0.01", "0.03", "0.05")]
 ROWS += ["adaptive", "correction", "adaptive_correction", "adaptive_branch", "adaptive_hierarchical"]
+ROTATED = ["rotation", "+clipping", "+gptq", "+correction", "all"]
+ROWS += ROTATED
 TINY = [*CALIBRATION, "calibration.samples=2", *EVALUATION, "reassembly.expansions=[0.05]", "correction.epochs=1"]
 OUTLIERS = ["inject_outliers=32", "inject_at=[norm, up_down, v_o]"]
 
@@ -35,6 +40,8 @@ def test_rows(ablation):
     assert all(math.isfinite(row["perplexity"]) and row["perplexity"] > 1 for row in found)
     assert found[0]["kl"] == 0 and all(math.isfinite(row["kl"]) and row["kl"] > 0 for row in found[1:])
     assert all(row["injected"] == 32 for row in found[1:])
+    assert all(row["kl_stderr"] > 0 and row["perplexity_stderr"] > 0 for row in found[1:])
+    assert all(row["evaluate_seconds"] > 0 for row in found) and all(row["quantize_seconds"] > 0 for row in found[1:])
     made = {path.parent.name for path in (folder / "ablation").glob("*/lowbit.json")}
     assert made == set(ROWS[3:]), "what is rounded to nearest alone needs no artifact"
     assert not list((folder / "ablation").glob("*/resume"))
@@ -52,6 +59,27 @@ def test_rows_differ_in_what_they_are_about(ablation):
     assert widths == sorted(widths) and len(set(widths)) == 3
 
 
+def test_rotated_rows_are_what_they_say(ablation):
+    """Each row adds one step to the one before; that of the preset has what the preset has."""
+    folder, _ = ablation
+    settings = {}
+    for name in ROTATED:
+        row = json.loads((folder / "ablation" / name / "row.json").read_text())["settings"]
+        weights = [row["weights"][key] for key in ("rotation", "clipping", "rounding")]
+        settings[name] = (*weights, row["correction"]["mode"], row["reassembly"]["mode"])
+        assert json.loads((folder / "ablation" / name / "lowbit.json").read_text())["rotation"]["residual"]
+    assert settings == {
+        "rotation": ("hadamard", "none", "nearest", "none", "none"),
+        "+clipping": ("hadamard", "mse", "nearest", "none", "none"),
+        "+gptq": ("hadamard", "mse", "gptq", "none", "none"),
+        "+correction": ("hadamard", "mse", "gptq", "merged", "none"),
+        "all": ("hadamard", "mse", "gptq", "merged", "adaptive"),
+    }
+    best, row = QuantizeConfig(weights={"preset": "best"}), variants(EvaluateConfig())["+gptq"]
+    assert {key: getattr(best.weights, key) for key in row.weights} == row.weights
+    assert (best.reassembly.mode, best.correction.mode) == (row.reassembly.mode, row.correction.mode)
+
+
 def test_injected_outliers_leave_the_function_alone(ablation, tmp_path):
     folder, _ = ablation
     assert run_here("evaluate", "model=embedded", *EVALUATION, f"output_dir={tmp_path}") == 0
@@ -64,10 +92,12 @@ def test_a_second_run_makes_no_row_again(ablation):
     before, files = rows(folder), stamps(folder)
     assert run_here(*command) == 0
     assert stamps(folder) == files
-    keys = ("name", "perplexity", "kl", "linear_bytes")
-    assert [[row.get(key) for key in keys] for row in rows(folder)] == [
-        [row.get(key) for key in keys] for row in before
-    ]
+    keys = ("name", "perplexity", "kl", "linear_bytes", "quantize_seconds")
+    made = ROWS[3:]  # others are rounded again
+    again, first = (
+        [[row[key] for key in keys] for row in table if row["name"] in made] for table in (rows(folder), before)
+    )
+    assert again == first
 
 
 def stamps(folder) -> dict[str, int]:
@@ -80,6 +110,7 @@ def stamps(folder) -> dict[str, int]:
         ([], "weights.scheme"),
         (["weights.scheme=W4A4", "virtual_tp=2"], "virtual_tp"),
         (["weights.scheme=W4A4", "artifact=somewhere"], "artifact"),
+        (["weights.scheme=W4A4", "weights.preset=best"], "weights.preset"),
     ],
 )
 def test_refused(more, said, tmp_path, capsys):

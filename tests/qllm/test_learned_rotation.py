@@ -164,6 +164,17 @@ def test_the_artifact_says_that_it_is_learned(whole):
     assert not (whole / "resume").exists()
 
 
+def test_clipping_and_gptq_come_after_it(whole, tmp_path):
+    """The pass rounds to nearest in whole ranges, whose gradients it knows."""
+    after = ["weights.clipping=mse", "weights.rounding=gptq"]
+    assert losses(quantize(tmp_path, "model=embedded", *SETTINGS, *after)) == losses(whole)
+
+
+def test_it_is_learned_at_the_bits_of_each_linear(tmp_path):
+    found = losses(quantize(tmp_path, "model=embedded", *SETTINGS, "weights.scheme=autoA4", "weights.budget=4"))
+    assert found and all(math.isfinite(loss) for epoch in found.values() for loss in epoch)
+
+
 @pytest.mark.parametrize("ranks", ["tp=2", "dp=2"])
 def test_ranks_write_the_same_files(ranks, whole, tmp_path):
     assert files(quantize(tmp_path, "model=embedded", *SETTINGS, ranks)) == files(whole)

@@ -25,6 +25,7 @@ from megatron_lowbit.qllm import pipeline
 from megatron_lowbit.qllm.choose_rotation import Rotator
 from megatron_lowbit.qllm.rotate_model import LoadedModel, rotate_model
 from megatron_lowbit.qllm.rotation import RestRotation, Rotation
+from megatron_lowbit.qllm.search import word
 from megatron_lowbit.qllm.turns import ResidualRotation
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.online_rotation import OnlineRotation
@@ -401,6 +402,24 @@ def test_ranks_write_the_same_files(tp, tmp_path):
     """The embedded model: hidden size 128, four KV heads, an MLP of 384."""
     one = quantize(tmp_path / "one", "model=embedded", *SETTINGS)
     assert files(quantize(tmp_path / "many", "model=embedded", *SETTINGS, f"tp={tp}")) == files(one)
+
+
+def test_quantize_tells_what_became_of_an_input(model_folder, tmp_path):
+    """Every input is rotated, O's by R2; a fixed expansion is reassembled with rotation and without."""
+    fixed = ["reassembly.mode=fixed", "reassembly.expansion=0.1", "reassembly.o_proj=true"]
+    told = {}
+    for name, more in (("both", fixed), ("reassemble", [*fixed, "weights.rotation=none"])):
+        folder = quantize(
+            tmp_path / name, f"model={model_folder}", *SETTINGS, *more, "comm.tp_sizes=[3]", "calibration.samples=2"
+        )
+        row = json.loads((folder / "quantize.json").read_text())["rows"][0]
+        told[name] = {layer: about["chosen"] for group in row["groups"] for layer, about in group["layers"].items()}
+    inputs = ("input_layernorm", "self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj")
+    layers = [f"model.layers.{index}.{name}" for index in range(2) for name in inputs]
+    assert told == {name: dict.fromkeys(layers, name) for name in told}
+    assert [word(rotated, added) for rotated in (True, False) for added in (True, False)] == [
+        *("both", "rotate", "reassemble", "none")
+    ]
 
 
 def test_both_methods_round_the_same_weights(tmp_path):

@@ -93,14 +93,15 @@ def test_tables_of_every_layer(whole):
     tables = {record["table"]: record for record in told(whole) if "table" in record}
     assert set(tables) == {"reassembly", "correction", "ranges_tp2"}
     reassembly = tables["reassembly"]
-    assert reassembly["columns"] == ["layer", "threshold", "splits", "added", "expansion", "error"]
+    assert reassembly["columns"] == ["layer", "threshold", "splits", "added", "expansion", "error", "chosen"]
     inputs = ("input_layernorm", "post_attention_layernorm", "mlp.down_proj")
     assert [row[0] for row in reassembly["rows"]] == [f"model.layers.{n}.{name}" for n in range(3) for name in inputs]
     (row,) = [r for r in json.loads((whole / "quantize.json").read_text())["rows"] if "groups" in r]
     added = {name: number for group in row["groups"] for name, number in group["reassembled"].items()}
-    for layer, threshold, splits, number, expansion, error in reassembly["rows"]:
+    for layer, threshold, splits, number, expansion, error, chosen in reassembly["rows"]:
         assert (threshold is None) == (number == 0) == (splits == 1) and number == added.get(layer, 0)
         assert expansion == pytest.approx(number / (172 if layer.endswith("down_proj") else 64), abs=0.02)
+        assert chosen == ("reassemble" if number else "none")
         assert 0 < error <= 1, "more error than without reassembly was chosen"
     assert [row[:2] for row in tables["correction"]["rows"]] == [
         [group, epoch] for group in range(3) for epoch in (0, 1)
