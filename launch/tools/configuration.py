@@ -38,7 +38,7 @@ This page is generated from the descriptions in the code, which `megatron-lowbit
 A command takes its keys from a YAML file and from the command line; what stands later wins:
 
 1. the default, as in the tables below;
-2. `comm.preset`, which stands for several keys of `comm`;
+2. `comm.preset` and `weights.preset`, which stand for several keys;
 3. `--config FILE`: keys as YAML, those of a section indented below its name;
 4. the file's section `schemes`: what stands there below the chosen `weights.scheme` (configs/llama2_7b.yaml has an
    example);
