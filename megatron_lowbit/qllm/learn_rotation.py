@@ -56,8 +56,8 @@ def learn_rotation(
     """Return the matrices that Rotator.learned takes, float64 on the CPU.
 
     source: after `rotate`. folder: for two streams of hidden states, which are gone afterwards. log: called with
-    epoch=, block=, rotation_loss= of every block in every epoch. weight_bits: {linear: bits} of scheme auto. Raises LowBitError where a loss is not finite, and
-    Preempted.
+    epoch=, block=, rotation_loss= of every block in every epoch. weight_bits: {linear: bits} of scheme auto. Raises
+    LowBitError where a loss is not finite, and Preempted.
     """
     learner = RotationLearner(source, share, config, attention_bits, log, weight_bits)
     assert source.rotator is not None, "the config asks for it"
