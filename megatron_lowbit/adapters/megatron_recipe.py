@@ -41,8 +41,8 @@ def write_recipe(checkpoint: LowBitCheckpoint, weights: WeightsConfig, folder: s
 def recipe(checkpoint: LowBitCheckpoint, weights: WeightsConfig) -> dict[str, Any] | None:
     """Return the file's content; None for a model whose linears do not have the names of a Llama's."""
     roles = {leaf: role for role, (separate, fused) in PARTS.items() for leaf in (*separate, fused)}
-    keys = ("group_size", "symmetric", "shard_groups")
-    shared = {key: getattr(weights, key) for key in keys if getattr(weights, key) is not None}
+    shared = {key: getattr(weights, key) for key in ("group_size", "symmetric") if getattr(weights, key) is not None}
+    shared["shard_groups"] = checkpoint.shard_groups
     configs: dict[str, dict[str, Any]] = {}
     matchers: dict[str, dict[str, Any]] = {}
     for name, weight in checkpoint.linears.items():

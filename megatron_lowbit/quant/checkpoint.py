@@ -215,9 +215,11 @@ class LowBitCheckpoint:
             where |= dict.fromkeys(found, path)
         scheme, allocation = Scheme.parse(meta["scheme"]), None
         with complete(stem.with_suffix(".json")):
-            for key in ("rotation", "clipping", "allocation"):
-                if key in meta and meta["format"] != EXTENDED:
-                    raise ValueError(f"{key} in format {meta['format']}")
+            extensions = [key for key in ("rotation", "clipping", "allocation") if key in meta]
+            if extensions and meta["format"] != EXTENDED:
+                raise ValueError(f"{extensions[0]} in format {meta['format']}")
+            if meta["format"] == EXTENDED and not extensions:
+                raise ValueError(f"format {EXTENDED} lacks rotation, clipping or allocation")
             if (scheme.weight_bits == PER_LINEAR) != ("allocation" in meta):
                 raise ValueError(f"scheme {meta['scheme']} {'with' if 'allocation' in meta else 'without'} allocation")
             if "allocation" in meta:

@@ -200,7 +200,7 @@ def test_a_damaged_allocation(rtn, tmp_path):
     folder = tmp_path / "scheme"
     folder.mkdir()
     replace(checkpoint, allocation=None).save(folder)
-    with pytest.raises(LowBitError, match="format 4 with scheme autoA8"):
+    with pytest.raises(LowBitError, match="scheme autoA8 without allocation"):
         LowBitCheckpoint.load(folder)
 
 

@@ -50,7 +50,7 @@ def test_what_is_stored(learned, untrained):
     """Trained ratios of every site that is quantized, none of them 1; without training one of a few for the inputs of
     linears."""
     checkpoint = LowBitCheckpoint.load(learned)
-    assert tensors_and_clipping(learned)[1]["format"] == 7
+    assert tensors_and_clipping(learned)[1]["format"] == 6
     heads = {f"model.layers.{layer}.self_attn:{name}" for layer in range(2) for name in "qkv"}
     assert set(checkpoint.clipping) == {*checkpoint.linears, *heads}
     assert len(set(checkpoint.clipping.values())) == 2 * (4 + 3), "linears of one input share its ratios"
