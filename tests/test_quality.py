@@ -80,7 +80,7 @@ def test_one_window_has_no_error():
 
 
 def test_the_error_tells_how_far_other_text_may_be():
-    """Of 400 texts of 30 windows about 95 % have a mean within two standard errors of the truth (a t with 29 degrees
+    """About 95 % of 400 texts of 30 windows have a mean within two standard errors of the truth (a t with 29 degrees
     of freedom: 94.5 %; its own error over 400 texts is 1.1 points, so 4 of them are the bounds)."""
     generator = np.random.default_rng(0)
     hits = 0

@@ -30,7 +30,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def weights() -> dict[str, Tensor]:
-    """Of q and k [INNER, HIDDEN] and o [HIDDEN, INNER]; rows of unequal size, so that errors are."""
+    """Return the weights of q and k [INNER, HIDDEN] and o [HIDDEN, INNER]; rows of unequal size, so that errors are."""
     sizes = torch.linspace(0.1, 2, INNER)
     return {
         "q": normal(INNER, HIDDEN, seed=1) * sizes[:, None],

@@ -159,7 +159,7 @@ def test_a_scheme_of_equal_bits_leaves_no_recipe(model, tmp_path):
 
 
 def test_with_a_quantized_head(model, tmp_path):
-    """Of format 6 too; an artifact knows by its keys what it holds."""
+    """An artifact of format 6, too, knows by its keys what it holds."""
     assert run_here(*command(model, tmp_path, *RTN, "weights.lm_head_bits=8")) == 0
     assert json.loads((tmp_path / "lowbit.json").read_text())["format"] == 6
     checkpoint = LowBitCheckpoint.load(tmp_path)

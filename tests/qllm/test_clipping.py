@@ -30,7 +30,7 @@ def quantized(model: Path, folder: Path, *settings: str) -> Path:
 
 @pytest.fixture(scope="module")
 def learned(model, tmp_path_factory) -> Path:
-    """Of one process that nobody interrupted."""
+    """The artifact of one process that nobody interrupted."""
     return quantized(model, tmp_path_factory.mktemp("learned"), *LEARNED)
 
 

@@ -12,6 +12,7 @@ import tiny_models
 import torch
 import transformers
 from commands import run_here
+from quantize_runs import checksums, quantize
 from torch import Tensor, nn
 
 from megatron_lowbit.config import LowBitError, QuantizeConfig, WeightsConfig
@@ -126,16 +127,6 @@ SETTINGS = [
 ]
 
 
-def quantize(folder: Path, *settings: object) -> Path:
-    assert run_here("quantize", *settings, f"output_dir={folder}") == 0
-    return folder
-
-
-def files(folder: Path) -> dict[str, str]:
-    meta = json.loads((folder / "lowbit.json").read_text())
-    return {name.split("-")[-1]: checksum for name, checksum in meta["files"].items()}
-
-
 def losses(folder: Path) -> dict[int, list[float]]:
     """{epoch: loss of every block}"""
     found: dict[int, list[float]] = {}
@@ -177,14 +168,14 @@ def test_it_is_learned_at_the_bits_of_each_linear(tmp_path):
 
 @pytest.mark.parametrize("ranks", ["tp=2", "dp=2"])
 def test_ranks_write_the_same_files(ranks, whole, tmp_path):
-    assert files(quantize(tmp_path, "model=embedded", *SETTINGS, ranks)) == files(whole)
+    assert checksums(quantize(tmp_path, "model=embedded", *SETTINGS, ranks)) == checksums(whole)
 
 
 def test_ranks_that_share_biases_write_the_same_files(tmp_path):
     """Biases of V are turned by the heads' matrix; four KV heads, two on each rank."""
     model = tiny_models.save_model("qwen2", tmp_path / "model")
     one = quantize(tmp_path / "one", f"model={model}", *SETTINGS)
-    assert files(quantize(tmp_path / "many", f"model={model}", *SETTINGS, "tp=2")) == files(one)
+    assert checksums(quantize(tmp_path / "many", f"model={model}", *SETTINGS, "tp=2")) == checksums(one)
 
 
 @pytest.mark.parametrize("killed_at", ["in the pass", "before the first group", "before the second group"])
@@ -215,7 +206,7 @@ def test_a_killed_run_continues_to_the_same_files(killed_at, whole, tmp_path, mo
             raise AssertionError("it was learned already")
 
         monkeypatch.setattr(pipeline, "learn_rotation", again)
-    assert files(quantize(tmp_path / "killed", *settings)) == files(whole)
+    assert checksums(quantize(tmp_path / "killed", *settings)) == checksums(whole)
 
 
 def test_a_damaged_matrix_is_one_line(tmp_path, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import COMMAND, EVALUATION, needs_deepspeed, run_here, run_there
+from quantize_runs import quantize
 
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import EvaluateConfig, load_config
@@ -32,11 +33,6 @@ SHORT = [
 ]
 OUTPUTS = {"q": 128, "k": 64, "v": 64, "o": 128, "gate": 384, "up": 384, "down": 128}
 WEIGHTS = 6 * (128 * (128 + 64 + 64 + 128) + 3 * 128 * 384)
-
-
-def quantize(folder: Path, *settings: str) -> Path:
-    assert run_here("quantize", *settings, f"output_dir={folder}") == 0
-    return folder
 
 
 def quantize_there(folder: Path, *settings: str) -> Path:
@@ -134,7 +130,7 @@ def test_the_remainder_group_is_quantized(one):
 
 
 def test_ranks_are_chosen_within_the_budget(one):
-    """Of rank 4 on every linear; what is left is too little for one more rank of the widest."""
+    """The budget is that of rank 4 on every linear; what is left is too little for one more rank of the widest."""
     sizes = {f"{name}_proj": outputs + (384 if name == "down" else 128) for name, outputs in OUTPUTS.items()}
     for group in results(one)["groups"]:
         spent = sum(rank * sizes[name.split(".")[-1]] for name, rank in group["ranks"].items())

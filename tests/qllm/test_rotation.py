@@ -12,6 +12,7 @@ import tiny_models
 import torch
 import transformers
 from commands import needs_deepspeed, run_here
+from quantize_runs import checksums, quantize
 from torch import Tensor
 
 import megatron_lowbit
@@ -387,21 +388,11 @@ def model_folder(tmp_path_factory) -> Path:
     return tiny_models.save_model("llama", folder, **changes, tie_word_embeddings=True)
 
 
-def quantize(folder: Path, *settings: object) -> Path:
-    assert run_here("quantize", *settings, f"output_dir={folder}") == 0
-    return folder
-
-
-def files(folder: Path) -> dict[str, str]:
-    meta = json.loads((folder / "lowbit.json").read_text())
-    return {name.split("-")[-1]: checksum for name, checksum in meta["files"].items()}
-
-
 @pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_write_the_same_files(tp, tmp_path):
     """The embedded model: hidden size 128, four KV heads, an MLP of 384."""
     one = quantize(tmp_path / "one", "model=embedded", *SETTINGS)
-    assert files(quantize(tmp_path / "many", "model=embedded", *SETTINGS, f"tp={tp}")) == files(one)
+    assert checksums(quantize(tmp_path / "many", "model=embedded", *SETTINGS, f"tp={tp}")) == checksums(one)
 
 
 def test_quantize_tells_what_became_of_an_input(model_folder, tmp_path):
@@ -438,7 +429,7 @@ def test_both_methods_round_the_same_weights(tmp_path):
 def test_three_ranks_write_the_same_files(model_folder, tmp_path):
     settings = [f"model={model_folder}", *SETTINGS, "weights.shard_groups=3", "comm.tp_sizes=[3]"]
     one = quantize(tmp_path / "one", *settings)
-    assert files(quantize(tmp_path / "many", *settings, "tp=3")) == files(one)
+    assert checksums(quantize(tmp_path / "many", *settings, "tp=3")) == checksums(one)
 
 
 def test_a_quantized_projection_of_a_tied_model(model_folder, tmp_path):
@@ -478,7 +469,7 @@ def test_a_killed_run_continues_to_the_same_files(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "load_group", killed)
         assert run_here("quantize", *settings, f"output_dir={tmp_path / 'killed'}") == 2
-    assert files(quantize(tmp_path / "killed", *settings)) == files(whole)
+    assert checksums(quantize(tmp_path / "killed", *settings)) == checksums(whole)
 
 
 REFUSED = {

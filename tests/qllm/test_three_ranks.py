@@ -32,7 +32,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def artifact(model, tmp_path_factory) -> Path:
-    """Of method qllm, by one process."""
+    """An artifact of method qllm, by one process."""
     folder = tmp_path_factory.mktemp("one")
     assert run_here("quantize", f"model={model}", *QLLM, f"output_dir={folder}") == 0
     return folder
@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_one_line(arguments, said, model, tmp_path, capsys)
 
 
 def test_left_out_of_the_default(model, tmp_path, capsys):
-    """Of the sizes that are chosen, those that a given number of shard groups does not serve."""
+    """A size that is chosen is left out where the given number of shard groups does not serve it."""
     use = [f"model={model}", *CALIBRATION, "weights.scheme=W4A8", "weights.method=rtn", "weights.shard_groups=8"]
     assert run_here("quantize", *use, f"output_dir={tmp_path}") == 0
     assert "left out: comm.tp_sizes: 3 does not divide the 8 shard groups" in capsys.readouterr().out

@@ -135,7 +135,7 @@ def measured_kl(model, names: tuple[str, ...], bits: int, windows: Tensor, refer
 
 
 def test_costs_are_the_measured_divergence():
-    """Of a trained model, group by group. They were within 0.8 to 1.5 times for 3 to 8 bits of a model of five million
+    """A trained model, group by group. Costs were within 0.8 to 1.5 times for 3 to 8 bits of a model of five million
     parameters; a sample of labels and third-order terms are what they leave out."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -18,7 +18,7 @@ def heavy_tailed(*shape: int, seed: int = 0) -> Tensor:
 
 
 def error_by_hand(row: np.ndarray, weights: np.ndarray, ratio: float, bits: int, symmetric: bool) -> float:
-    """Of one channel, with a quantizer written down once more."""
+    """Return the error of one channel, by a quantizer written down once more."""
     low, high, levels = row.min() * ratio, row.max() * ratio, 2**bits - 1
     if symmetric:
         scale, zero = max(abs(low), abs(high)) / (2 ** (bits - 1) - 1), 2 ** (bits - 1)
