@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from commands import COMMAND, run_here, run_there
 from tiny_models import save_model
 from unfinished_runs import artifact_files, done, killed_at, quantize, renamed
@@ -58,6 +59,16 @@ def test_what_is_stored(learned, untrained):
     searched = LowBitCheckpoint.load(untrained)
     assert set(searched.clipping) < set(searched.linears), "nothing, or everything, was clipped"
     assert {clip for clip in searched.clipping.values()} <= {as_clip(ratio, ratio) for ratio in RATIOS[1:]}
+
+
+def test_what_does_not_help_is_dropped(model, tmp_path):
+    """Steps that are far too large lower no loss: the artifact is that of no training, and nothing is clipped."""
+    wild = ["weights.clipping=learned", "correction.learning_rate=5", "correction.clipping_rate=5"]
+    dropped = LowBitCheckpoint.load(quantized(model, tmp_path / "dropped", *wild))
+    plain = LowBitCheckpoint.load(quantized(model, tmp_path / "plain", "correction.mode=none"))
+    assert not dropped.clipping and not dropped.low_rank
+    for name, weight in plain.linears.items():
+        assert torch.equal(dropped.linears[name].packed_weight, weight.packed_weight), name
 
 
 @pytest.mark.parametrize("ranks", [(2, 1), pytest.param((1, 2), marks=pytest.mark.slow), (2, 2)], ids=str)
