@@ -8,19 +8,24 @@ from typing import Any
 from torch import nn
 
 from megatron_lowbit.adapters.huggingface.apply import decoder_blocks, find_linears, model_config
+from megatron_lowbit.adapters.huggingface.experts import replaced_tensors
 from megatron_lowbit.runtime.launcher_env import env_rank
 
 
-def tell_full_precision(model: Any) -> None:
-    """Print, on rank 0, which weights of the blocks stay in full precision; nothing where all are quantized."""
-    parts = left_out(model)
+def tell_full_precision(model: Any, experts: str) -> None:
+    """Print, on rank 0, which weights of the blocks stay in full precision; nothing where all are quantized.
+
+    experts: weights.experts.
+    """
+    parts = left_out(model, experts)
     if parts and env_rank() == 0:
         print(f"in full precision stay {'; '.join(parts)}")
 
 
-def left_out(model: Any) -> list[str]:
-    """Return `name, name (why)` for every reason; names within a block."""
+def left_out(model: Any, experts: str = "none") -> list[str]:
+    """Return `name, name (why)` for every reason; names within a block. experts: weights.experts."""
     prefix, blocks = decoder_blocks(model)
+    known = replaced_tensors(model)
     linears, hidden = find_linears(model), model_config(model).hidden_size
     found: dict[str, dict[str, None]] = {}
     for index, block in enumerate(blocks):
@@ -29,7 +34,12 @@ def left_out(model: Any) -> list[str]:
             owner, _, leaf = name.rpartition(".")
             if parameter.ndim < 2 or (leaf == "weight" and f"{prefix}.{index}.{owner}" in linears):
                 continue
-            why = _why(modules[owner], owner, parameter.ndim, hidden)
+            if f"{prefix}.{index}.{name}" in known:
+                if experts != "none":
+                    continue
+                why = "experts that a router chooses; weights.experts quantizes them"
+            else:
+                why = _why(modules[owner], owner, parameter.ndim, hidden)
             found.setdefault(why, {})[owner if leaf == "weight" else name] = None
     return [f"{', '.join(names)} ({why})" for why, names in found.items()]
 

@@ -124,6 +124,8 @@ def _from_checkpoint(hf_config: Any, checkpoint: LowBitCheckpoint, dtype: torch.
     for name in checkpoint.linears:
         shape = model.get_submodule(name).weight.shape
         state[f"{name}.weight"] = placeholder.expand(shape)
+    for name in checkpoint.experts.weights if checkpoint.experts is not None else ():
+        state[name] = placeholder.unsqueeze(0).expand(model.get_parameter(name).shape)
     if head is not None:
         shape = len(head.weight.packed_weight), head.weight.in_features
         state |= dict.fromkeys(head.replaced, placeholder.expand(shape))

@@ -76,7 +76,7 @@ def quantize_qllm(
     source = BlockSource(folder, hf_config, config, compute_dtype(config), device(), tp_group)
     source.check_widths()
     source.check_rest()
-    tell_full_precision(source.model)
+    tell_full_precision(source.model, config.weights.experts)
     if config.weights.shard_groups is None:
         tell_shard_groups(source.shard_groups)
     given = config.comm.tp_sizes is not None

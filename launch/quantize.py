@@ -60,7 +60,7 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
         allocation = allocate(config, windows, lambda: engine.model, logger)
         made = round_weights(engine.model, config.weights, engine.hf_config.dtype, config.seed, allocation)
         engine.checkpoints[made.scheme_name] = made
-        tell_full_precision(engine.model)
+        tell_full_precision(engine.model, config.weights.experts)
     checkpoint = engine.checkpoint
     if checkpoint is None or not engine.full_precision:
         raise LowBitError("quantization needs the full-precision model; set model to its folder or hub id")
@@ -104,8 +104,9 @@ def size_row(checkpoint: LowBitCheckpoint, folder: str, logger: MetricLogger) ->
         linears, ratio = checkpoint.linear_bytes(), checkpoint.linear_bytes() / checkpoint.ideal_bytes()
         attention = "" if checkpoint.attention_bits == 16 else f", Q, K and V in {checkpoint.attention_bits} bits"
         head = "" if checkpoint.head is None else f", {checkpoint.head}"
+        experts = "" if checkpoint.experts is None else f", experts in {checkpoint.experts.scheme}"
         print(
-            f"wrote {len(checkpoint.linears)} linears in {checkpoint.scheme_name}{attention}{head}, "
+            f"wrote {len(checkpoint.linears)} linears in {checkpoint.scheme_name}{attention}{head}{experts}, "
             f"{checkpoint.nbytes():,} bytes (linears {linears:,}, {ratio:.3f} of bits x parameters / 8)"
         )
         if checkpoint.allocation is not None:

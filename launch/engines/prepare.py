@@ -17,6 +17,7 @@ from torch import nn
 from megatron_lowbit.adapters import patching
 from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.adapters.huggingface import attention
+from megatron_lowbit.adapters.huggingface.experts import attach_experts, require_experts
 from megatron_lowbit.adapters.huggingface.head import quantize_head
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.agreement import digest
@@ -64,7 +65,7 @@ def take_checkpoints(
         w.scheme: round_weights(model, w, dtype, seed) for w in weights if w.scheme != "none"
     }
     if made:
-        tell_full_precision(model)
+        tell_full_precision(model, weights[0].experts)
         if weights[0].shard_groups is None:
             tell_shard_groups(next(iter(made.values())).shard_groups)
     return made
@@ -79,6 +80,7 @@ def round_weights(
 ) -> LowBitCheckpoint:
     """Round an unsharded, unpatched model to nearest; what is not quantized is stored as `dtype`. seed: of a rotation,
     which needs a copy of the model. allocation: of scheme auto."""
+    require_experts(model, weights)
     fingerprint, rotation = huggingface.fingerprint(model), None
     wanted = Scheme.parse(weights.scheme).act_bits if weights.attention else 16
     bits = attention.possible_bits(model, huggingface.find_linears(model), wanted)
@@ -93,7 +95,8 @@ def round_weights(
         rotation = rotate_model(model, seed, groups, bits)
     linears = {name: linear for name, (_, linear) in huggingface.find_linears(model).items()}
     checkpoint = quantize_model(model, linears, weights, fingerprint, dtype, allocation)
-    return replace(checkpoint, attention_bits=bits, rotation=rotation)
+    checkpoint = replace(checkpoint, attention_bits=bits, rotation=rotation)
+    return checkpoint if weights.experts == "none" else attach_experts(model, checkpoint, weights)
 
 
 def check_head(config: Any) -> None:
@@ -219,7 +222,7 @@ def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artif
         raise LowBitError(
             f"artifact {config.artifact!r} holds {scheme} weights, not weights.scheme={config.weights.scheme}"
         )
-    for key in ("group_size", "symmetric", "clipping", "rounding", "shard_groups", "rotation"):
+    for key in ("group_size", "symmetric", "clipping", "rounding", "shard_groups", "rotation", "experts"):
         value = getattr(config.weights, key)
         if value != getattr(WeightsConfig(), key) and config.weights.scheme == "none":
             why = "the artifact decides it" if engine.checkpoint else "it needs a weights.scheme"

@@ -111,6 +111,9 @@ class WeightsConfig(FrozenConfig):
     rotation: Literal["none", "hadamard", "learned"] = "none"
     """hadamard: rotate the residual stream, the heads and the MLPs' inputs before anything is rounded, function and
     shards kept; learned: the rotations of the residual stream and of V are trained (method=qllm)"""
+    experts: Literal["none", "W4A16", "W8A8"] = "none"
+    """bits of the experts of a mixture of experts, each rounded for its own tokens; none: they stay in full precision,
+    as the router always does"""
     lm_head_bits: int = Field(0, ge=0, le=8)
     """bits of the output projection's weight and, where the model ties the two, of the embedding: 2 to 8; 0: as they
     are"""
@@ -137,6 +140,14 @@ class WeightsConfig(FrozenConfig):
             raise ValueError(
                 f"budget={self.budget:g} has no effect with scheme={self.scheme}; leave it out, or set weights.scheme "
                 "to autoA16, autoA8 or autoA4"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_beside_linears(self) -> WeightsConfig:
+        if self.experts != "none" and self.scheme == "none":
+            raise ValueError(
+                f"experts={self.experts} needs a weights.scheme for the other linears, such as {self.experts}"
             )
         return self
 

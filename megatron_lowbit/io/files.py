@@ -29,7 +29,7 @@ logger = logging.getLogger("megatron_lowbit")
 FORMAT = 4
 WITHOUT_SEAL = 3  # the format before, which still loads
 WITH_HEAD = 5  # of a checkpoint with a quantized output projection alone, so that an earlier version refuses it
-EXTENDED = 6  # of a checkpoint that is rotated, clipped or has bits of its own for every linear
+EXTENDED = 6  # of a checkpoint that is rotated, clipped, has bits of its own for every linear or quantized experts
 SEAL = "json_sha256"
 _warned: set[Path] = set()  # folders whose lack of seals was logged
 

@@ -78,6 +78,13 @@ class AllocationManifest(_Strict):
     kl: Annotated[float, Field(allow_inf_nan=False, ge=0)]
 
 
+class ExpertsManifest(_Strict):
+    """Experts in codes: their bits, and the width of each projection of all experts."""
+
+    scheme: Annotated[str, Field(pattern="^W[2-8]A([2-8]|16)$")]
+    in_features: Annotated[dict[str, Width], Field(min_length=1)]
+
+
 class CheckpointManifest(Manifest):
     files: Annotated[dict[FileName, Sha256], Field(min_length=1)]
     scheme: Annotated[str, Field(pattern="^(W[2-8]|auto)A([2-8]|16)$")]
@@ -87,9 +94,10 @@ class CheckpointManifest(Manifest):
     reassembly: dict[str, Annotated[list[Width], Field(min_length=2, max_length=2)]]  # [in_features, width]
     low_rank: Names
     head: HeadManifest | None = None  # in formats 5 and 6 alone
-    rotation: RotationManifest | None = None  # in format 6 alone, as the next two
+    rotation: RotationManifest | None = None  # in format 6 alone, as the next three
     clipping: dict[str, Annotated[list[Ratio], Field(min_length=2, max_length=2)]] = {}
     allocation: AllocationManifest | None = None
+    experts: ExpertsManifest | None = None
     beside: dict[OtherName, Sha256] = {}  # config, generation config, tokenizer; not in artifacts of earlier versions
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from megatron_lowbit.qllm.hidden_stream import HiddenStream
 from megatron_lowbit.qllm.input_range import InputRange
 from megatron_lowbit.qllm.sharded_linear import ShardedLinear
 from megatron_lowbit.qllm.trace_blocks import BlockCall
+from megatron_lowbit.quant.affine import QuantizedWeight
 
 
 @dataclass
@@ -23,7 +24,8 @@ class Block:
 
     index: its number; name: its fqn in the model. input_groups: its linears by what they read, in the order they run.
     unquantized: {name in the model: tensor on the CPU} of what is stored as it is (norms, biases). calls: {windows at
-    once: how the model calls the block for as many}.
+    once: how the model calls the block for as many}. experts: {name in the model: codes of all experts}, once they are
+    rounded.
     """
 
     index: int
@@ -32,6 +34,7 @@ class Block:
     input_groups: list[InputGroup]
     unquantized: dict[str, Tensor]
     calls: Mapping[int, BlockCall]
+    experts: dict[str, QuantizedWeight] = field(default_factory=dict)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the hidden states [windows, length, hidden] after the block, of those before it."""

@@ -20,6 +20,7 @@ from torch import distributed as dist
 from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.adapters.huggingface import attention
 from megatron_lowbit.adapters.huggingface.apply import InputGroup, Kind
+from megatron_lowbit.adapters.huggingface.experts import expert_bit_sum, replaced_tensors, require_experts
 from megatron_lowbit.adapters.huggingface.head import HeadPlace, check_runs, find_head
 from megatron_lowbit.adapters.huggingface.outliers import Scales, outlier_scales, scale_linear, scale_norm
 from megatron_lowbit.adapters.huggingface.skeleton import skeleton, stored_buffers
@@ -41,7 +42,8 @@ class BlockSource:
     """Read the blocks of the model in `folder`: this rank's shards of them, on `device` in `dtype`.
 
     groups: of every block, which of its linears read the same input (known after `trace`). bit_sums: {linear: int64
-    checksum of this rank's bits}, of the blocks read so far.
+    checksum of this rank's bits}, of the blocks read so far. experts: {tensor: parameter} of the experts that
+    weights.experts quantizes; expert_sums: {tensor: checksum of its bits}, of the blocks read so far.
     head: the output projection, where weights.lm_head_bits asks for it. rotator: what rotates the blocks as they are
     read, where weights.rotation asks for it, after `rotate`.
     Raises LowBitError for weights that are missing, damaged, quantized already, or of another shape than the
@@ -80,10 +82,13 @@ class BlockSource:
             self.kinds.append({n.removeprefix(path): kind for n, kind in kinds.items() if n.startswith(path)})
         ranks, family = world_size(tp_group), hf_config.model_type
         self.tracer = BlockTracer(self.model, self.prefix, self.blocks, self.kinds, device, ranks, family)
+        require_experts(self.model, config.weights)
+        self.experts = replaced_tensors(self.model) if config.weights.experts != "none" else {}
         self.widths = widths_of(linear for _, linear in kinds.values())
         self.shard_groups = config.weights.shard_groups or default_shard_groups(self.text_config, self.widths)
         self.groups: list[list[InputGroup]] = []
         self.bit_sums: dict[str, Tensor] = {}
+        self.expert_sums: dict[str, int] = {}
         self.rotator: Rotator | None = None
         self._rotation: Rotation | None = None  # of what is outside the blocks
         self._exact = False
@@ -204,6 +209,8 @@ class BlockSource:
             if parameter.is_meta:
                 owner, _, leaf = name.rpartition(".")
                 tensor = self._read(self.fqn(index, name), parameter.shape)
+                if self.fqn(index, name) in self.experts:
+                    self.expert_sums[self.fqn(index, name)] = expert_bit_sum(tensor)
                 setattr(block.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
         for name, buffer in stored_buffers(block):
             buffer.copy_(self.weights.read(self.fqn(index, name), buffer.shape))
@@ -283,6 +290,7 @@ class BlockSource:
             self.fqn(index, name): parameter.detach().to("cpu", stored)
             for name, parameter in block.named_parameters()
             if not any(name.startswith(linear + ".") for linear in self.kinds[index])
+            and self.fqn(index, name) not in self.experts
         }
         for name, buffer in stored_buffers(block):
             dtype = stored if buffer.is_floating_point() else buffer.dtype

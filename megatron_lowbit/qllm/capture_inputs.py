@@ -17,7 +17,7 @@ from megatron_lowbit.comm.observers import as_windows
 OwnerForward = Callable[[Tensor], Tensor]
 
 
-class _StopForward(Exception):
+class StopForward(Exception):
     """End a block's forward where its rest would be computed for nobody."""
 
 
@@ -56,12 +56,12 @@ def _input_of(module: nn.Module, forward: Callable[[], Any]) -> Tensor:
 
     def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0])
-        raise _StopForward
+        raise StopForward
 
     handle = module.register_forward_pre_hook(stop)
     try:
         forward()
-    except _StopForward:
+    except StopForward:
         pass
     finally:
         handle.remove()

@@ -22,6 +22,7 @@ def pack_blocks(group: BlockGroup, trained_norms: bool) -> CheckpointPart:
     part = CheckpointPart()
     for block in group.blocks:
         part.tensors.update(block.unquantized)
+        part.experts.update(block.experts)
         for module in block.module.modules():
             if isinstance(module, ShardedLinear):
                 pack_linear(part, module)

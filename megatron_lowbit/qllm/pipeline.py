@@ -206,6 +206,7 @@ class BlockwiseQuantizer:
         part = pack_blocks(group, trains_norms(self.config.correction))
         sums = {linear.name: self.source.bit_sums[linear.name] for linear in group.linears()}
         weights = fingerprint_of(sums, self.source.text_config, self.source.tp_group)["weights"]
+        weights |= {name: self.source.expert_sums[name] for name in part.experts}  # every rank has all experts
         result = GroupResult(
             indices,
             time.perf_counter() - began,
@@ -274,7 +275,7 @@ class BlockwiseQuantizer:
             raise LowBitError(f"cannot write to {str(self.folder)!r}: {one_line(error)}") from None
         rotation = None if self.source.rotator is None else self.source.rotator.online()
         about = (weights.scheme, self.source.shard_groups, self.attention_bits, fingerprint, rotation, self.allocation)
-        write_checkpoint(self.folder, merged, *about)
+        write_checkpoint(self.folder, merged, *about, weights.experts if "experts" in merged else None)
 
     def _quantize_head(self, bits: int) -> tuple[QuantizedHead, int]:
         """Round the output projection, and measure its KL on the full-precision stream, now after the last block.

@@ -21,6 +21,7 @@ from megatron_lowbit.qllm.hidden_stream import HiddenStream
 from megatron_lowbit.qllm.input_range import HeadRange, InputRange
 from megatron_lowbit.qllm.input_sums import gram, input_sums, squares
 from megatron_lowbit.qllm.low_rank import trains_norms
+from megatron_lowbit.qllm.round_experts import round_experts
 from megatron_lowbit.qllm.search import Search
 from megatron_lowbit.qllm.sharded_linear import PreparedNorm, ShardedLinear
 from megatron_lowbit.quant.affine import Scheme
@@ -125,6 +126,10 @@ class BlockRounder:
             for linear in sharded(block, group):
                 linear.freeze()
             self._quantize_attention(block, group)
+        if weights.experts != "none":
+            block.experts = round_experts(
+                block.module, block.name, partial(self._forwards, block, inputs), weights, share.dp_group
+            )
 
     def _reassembles(self, group: InputGroup, attention_owner: str) -> bool:
         """Tell whether the paper reassembles a group's input: all but the attention's output projection's.

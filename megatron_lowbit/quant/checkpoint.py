@@ -32,6 +32,7 @@ from megatron_lowbit.io.fingerprint import Fingerprint
 from megatron_lowbit.io.manifest import CheckpointManifest, checked
 from megatron_lowbit.io.tensors import refuse_unused, short_repr
 from megatron_lowbit.quant.affine import PER_LINEAR, LowRank, QuantizedWeight, Scheme
+from megatron_lowbit.quant.experts import QuantizedExperts
 from megatron_lowbit.quant.head import QuantizedHead
 from megatron_lowbit.quant.input_clipping import HEADS, Clip, as_clip
 from megatron_lowbit.quant.online_rotation import OnlineRotation
@@ -50,7 +51,7 @@ class CheckpointPart:
 
     linears and other tensors by Hugging Face name; reassembly by the module that carries it out (a norm, whose
     output it is, or a linear, whose input); low_rank by linear; clipping by site (input_clipping.py). head: the output
-    projection, where it is quantized.
+    projection, where it is quantized. experts: the projections of experts that are quantized.
     """
 
     linears: dict[str, QuantizedWeight] = field(default_factory=dict)
@@ -59,6 +60,7 @@ class CheckpointPart:
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     head: QuantizedHead | None = None
     clipping: dict[str, Clip] = field(default_factory=dict)
+    experts: dict[str, QuantizedWeight] = field(default_factory=dict)
 
     __repr__ = short_repr
 
@@ -66,7 +68,7 @@ class CheckpointPart:
         """Write the file; returns what lowbit.json has to say about it."""
         tensors = dict(self.tensors)
         heads = {} if self.head is None else {self.head.name: self.head.weight}
-        packed = {**self.linears, **heads}
+        packed = {**self.linears, **heads, **self.experts}
         for owner, names in ((packed, _WEIGHT), (self.reassembly, _PLAN), (self.low_rank, _LOW_RANK)):
             for name, value in owner.items():
                 tensors |= {f"{name}.{leaf}": getattr(value, leaf) for leaf in names}
@@ -77,6 +79,9 @@ class CheckpointPart:
             "low_rank": sorted(self.low_rank),
             **({} if self.head is None else {"head": self.head.describe()}),
             **({"clipping": {name: list(clip) for name, clip in self.clipping.items()}} if self.clipping else {}),
+            **(
+                {"experts": {name: weight.in_features for name, weight in self.experts.items()}} if self.experts else {}
+            ),
         }
 
 
@@ -92,6 +97,9 @@ _PLAN = ("src_idx", "dst_idx", "coefficient")
 _LOW_RANK = ("lora_a", "lora_b")
 
 
+_EXTENSIONS = ("rotation", "clipping", "allocation", "experts")  # in format 6 alone
+
+
 def merge_parts(parts: Sequence[PartMeta]) -> PartMeta:
     """Return the description of several parts as one."""
     merged: PartMeta = {"files": {}, "in_features": {}, "reassembly": {}, "low_rank": []}
@@ -101,8 +109,9 @@ def merge_parts(parts: Sequence[PartMeta]) -> PartMeta:
         merged["low_rank"] += part["low_rank"]
         if "head" in part:
             merged["head"] = part["head"]
-        if "clipping" in part:
-            merged.setdefault("clipping", {}).update(part["clipping"])
+        for key in ("clipping", "experts"):
+            if key in part:
+                merged.setdefault(key, {}).update(part[key])
     return merged
 
 
@@ -128,6 +137,7 @@ class LowBitCheckpoint:
         clipping: {linear, or "attention:q", "attention:k", "attention:v": what is left of the two ends of its tokens'
             ranges}, ratios above 0 and at most 1; others keep all.
         allocation: of scheme auto: the bits of every linear, and what they were chosen by.
+        experts: the experts of a mixture of experts, in codes; None leaves them among `tensors`.
 
     Example:
         >>> import megatron_lowbit as lowbit
@@ -152,6 +162,7 @@ class LowBitCheckpoint:
     rotation: OnlineRotation | None = None
     clipping: dict[str, Clip] = field(default_factory=dict)
     allocation: Allocation | None = None
+    experts: QuantizedExperts | None = None
 
     __repr__ = short_repr
 
@@ -164,7 +175,9 @@ class LowBitCheckpoint:
         Raises:
             LowBitError: it cannot be written.
         """
-        part = CheckpointPart(self.linears, self.tensors, self.reassembly, self.low_rank, self.head, self.clipping)
+        experts = {} if self.experts is None else self.experts.weights
+        parts = (self.linears, self.tensors, self.reassembly, self.low_rank, self.head, self.clipping, experts)
+        part = CheckpointPart(*parts)
         meta = part.save(Path(folder) / "lowbit.safetensors")
         about = (
             self.scheme_name,
@@ -173,6 +186,7 @@ class LowBitCheckpoint:
             self.fingerprint,
             self.rotation,
             self.allocation,
+            None if self.experts is None else self.experts.scheme,
         )
         write_checkpoint(folder, meta, *about)
 
@@ -215,11 +229,11 @@ class LowBitCheckpoint:
             where |= dict.fromkeys(found, path)
         scheme, allocation = Scheme.parse(meta["scheme"]), None
         with complete(stem.with_suffix(".json")):
-            extensions = [key for key in ("rotation", "clipping", "allocation") if key in meta]
+            extensions = [key for key in _EXTENSIONS if key in meta]
             if extensions and meta["format"] != EXTENDED:
                 raise ValueError(f"{extensions[0]} in format {meta['format']}")
             if meta["format"] == EXTENDED and not extensions:
-                raise ValueError(f"format {EXTENDED} lacks rotation, clipping or allocation")
+                raise ValueError(f"format {EXTENDED} has none of {', '.join(_EXTENSIONS)}")
             if (scheme.weight_bits == PER_LINEAR) != ("allocation" in meta):
                 raise ValueError(f"scheme {meta['scheme']} {'with' if 'allocation' in meta else 'without'} allocation")
             if "allocation" in meta:
@@ -245,7 +259,7 @@ class LowBitCheckpoint:
             with complete(where.get(f"{name}.lora_a", stem)):
                 low_rank[name] = LowRank(**take(name, _LOW_RANK))
                 low_rank[name].validate(name, linears[name].in_features, len(linears[name].packed_weight))
-        head = rotation = None
+        head = rotation = experts = None
         clips: dict[str, Clip] = {}
         with complete(stem.with_suffix(".json")):
             if "rotation" in meta:
@@ -257,9 +271,21 @@ class LowBitCheckpoint:
                 about = meta["head"]
             with complete(where.get(f"{about['name']}.packed_weight", stem)):
                 head = QuantizedHead.read(about, take(about["name"], _WEIGHT))
+        if "experts" in meta:
+            with complete(stem.with_suffix(".json")):
+                about = meta["experts"]
+                bits_of_experts = Scheme.parse(about["scheme"]).weight_bits
+            found_experts: dict[str, QuantizedWeight] = {}
+            for name, width in about["in_features"].items():
+                with complete(where.get(f"{name}.packed_weight", stem)):
+                    found_experts[name] = QuantizedWeight(
+                        **take(name, _WEIGHT), num_bits=bits_of_experts, in_features=width
+                    )
+                    found_experts[name].validate(name)
+            experts = QuantizedExperts(about["scheme"], found_experts)
         bits, fingerprint = meta["attention_bits"], meta["fingerprint"]
         names = (scheme, meta["scheme"], meta["shard_groups"], fingerprint)
-        checkpoint = cls(linears, tensors, *names, plans, low_rank, bits, head, rotation, clips, allocation)
+        checkpoint = cls(linears, tensors, *names, plans, low_rank, bits, head, rotation, clips, allocation, experts)
         with complete(stem.with_suffix(".json")):
             checkpoint.validate()
         return checkpoint
@@ -270,7 +296,8 @@ class LowBitCheckpoint:
         Raises:
             ValueError: they do not; the message names the tensor.
         """
-        packed = [*self.linears, *([] if self.head is None else [self.head.name])]
+        experts = [] if self.experts is None else list(self.experts.weights)
+        packed = [*self.linears, *experts, *([] if self.head is None else [self.head.name])]
         strange = [name for name in packed if name not in self.fingerprint["weights"]]
         if strange:
             raise ValueError(f"its fingerprint lacks the linear {strange[0]}")
@@ -290,6 +317,7 @@ class LowBitCheckpoint:
             raise ValueError("its allocation of bits names other linears")
         if self.head is not None:
             refuse_unused(self.head.replaced & self.tensors.keys())
+        refuse_unused(name for name in experts if name in self.tensors)
         if self.rotation is not None:
             self.rotation.validate(self.linears, self.attention_bits)
         leaves = {*_WEIGHT, *_PLAN, *_LOW_RANK} - {"scale"}  # a model may have a tensor of that name
@@ -302,7 +330,8 @@ class LowBitCheckpoint:
             An int.
         """
         head = 0 if self.head is None else self.head.nbytes
-        return self.linear_bytes() + head + sum(t.nbytes for t in self.tensors.values())
+        experts = 0 if self.experts is None else self.experts.nbytes
+        return self.linear_bytes() + head + experts + sum(t.nbytes for t in self.tensors.values())
 
     def linear_bytes(self) -> int:
         """Return the bytes of the quantized linears: codes, scales, zero points, plans and branches.
@@ -331,13 +360,14 @@ def write_checkpoint(
     fingerprint: Fingerprint,
     rotation: OnlineRotation | None = None,
     allocation: Allocation | None = None,
+    experts: str | None = None,
 ) -> None:
     """Write lowbit.json over the files of `part` and the model's config and tokenizer, which are there already, and
-    remove the files of the checkpoint that was there before."""
+    remove the files of the checkpoint that was there before. experts: the scheme of those in `part`."""
     folder = Path(folder)
     usual = WITH_HEAD if "head" in part else FORMAT
     meta = {
-        "format": EXTENDED if rotation or allocation or "clipping" in part else usual,
+        "format": EXTENDED if rotation or allocation or part.keys() & {"clipping", "experts"} else usual,
         "fingerprint": fingerprint,
         "scheme": scheme,
         "shard_groups": shard_groups,
@@ -345,6 +375,7 @@ def write_checkpoint(
         **part,
         **({} if rotation is None else {"rotation": rotation.describe()}),
         **({} if allocation is None else {"allocation": allocation.describe()}),
+        **({} if experts is None else {"experts": {"scheme": experts, "in_features": part["experts"]}}),
         "beside": _beside(folder),
     }
     write_sealed(folder / "lowbit.json", meta)

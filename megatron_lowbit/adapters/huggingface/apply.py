@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megatron_lowbit.adapters import arguments, patching, readers, rotated, saving
 from megatron_lowbit.adapters.huggingface.attention import quantize_attention
+from megatron_lowbit.adapters.huggingface.experts import expert_modules, with_experts
 from megatron_lowbit.adapters.huggingface.head import head_modules, with_head
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
@@ -234,6 +235,7 @@ def apply_to_huggingface(
     reducers = patching.Reducers.of(artifact, virtual_tp, comm_mode)
     checkpoint = artifact.checkpoint
     here = with_head(fingerprint(model), model, checkpoint)
+    here = with_experts(here, model, None if checkpoint is None else checkpoint.experts)
     patching.check_same_model(artifact, reducers.plan, lambda _: here)
     quantized = checkpoint is not None and checkpoint.scheme.weight_bits < 16
     replacements: dict[str, nn.Module] = {}
@@ -258,6 +260,7 @@ def apply_to_huggingface(
     if checkpoint is not None and checkpoint.head is not None:
         replacements |= head_modules(model, checkpoint.head)
     if checkpoint is not None and quantized:
+        replacements |= expert_modules(model, checkpoint.experts)
         replacements |= rotated.rest_of(model, checkpoint, replacements)
     patching.swap(model, replacements)
     saving.save_as_artifact(model, artifact, fingerprint)
