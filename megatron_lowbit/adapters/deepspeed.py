@@ -21,6 +21,7 @@ from torch import nn
 from megatron_lowbit.adapters import arguments, patching, rotated, saving
 from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.adapters.huggingface.attention import quantize_attention
+from megatron_lowbit.adapters.huggingface.experts import expert_modules, with_experts
 from megatron_lowbit.adapters.huggingface.head import head_modules
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError, one_line
@@ -182,6 +183,7 @@ def apply_to_deepspeed(
     checkpoint = artifact.checkpoint
     head = None if checkpoint is None else checkpoint.head
     here = fingerprint(engine, None if head is None else head.name)
+    here = with_experts(here, engine.module, None if checkpoint is None else checkpoint.experts)
     patching.check_same_model(artifact, reducers.plan, lambda _: here)
     columns, rows, unknown = tp_linears(engine)
     if unknown:
@@ -203,6 +205,7 @@ def apply_to_deepspeed(
         bias = rotated.bias_of(checkpoint, name, module.bias) if quantized else module.bias
         replacements[name] = QuantRowParallelLinear([shard], reducers.real(name, group), bias)
     if checkpoint is not None and quantized:
+        replacements |= expert_modules(engine.module, checkpoint.experts)
         patching.warn_unreplaced(engine.module, checkpoint, replacements)
     if head is not None:
         replacements |= head_modules(engine.module, head)

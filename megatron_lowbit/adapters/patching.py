@@ -330,6 +330,8 @@ def warn_unreplaced(model: nn.Module, checkpoint: LowBitCheckpoint, replaced: Co
     Raises LowBitError for a model that was rebuilt from the checkpoint: it has no full-precision weights for them.
     """
     left = [name for name in checkpoint.linears if name not in replaced]
+    experts = () if checkpoint.experts is None else checkpoint.experts.weights
+    left += [name for name in experts if name.rpartition(".")[0] not in replaced]
     if not left:
         return
     which = f"{left[0]}, and {len(left) - 1} more" if len(left) > 1 else left[0]

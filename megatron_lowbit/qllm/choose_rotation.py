@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 from megatron_lowbit.adapters import readers, rotated
 from megatron_lowbit.adapters.huggingface import attention
 from megatron_lowbit.adapters.huggingface.apply import InputGroup, Kind
+from megatron_lowbit.adapters.huggingface.experts import looped_experts
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.kernels import hadamard_obstacle
 from megatron_lowbit.layers.linear import activation_groups
@@ -288,7 +289,7 @@ def run(block: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     args, kwargs = tree_map(double, (call.args, call.kwargs))
-    with _in_float64(block):
+    with _in_float64(block), looped_experts(block):
         return BlockCall(args, kwargs).run(block, hidden)
 
 

@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import deepspeed_cases
 import family_matrix
 import family_models
 import pytest
+import tiny_models
 import torch
-from commands import run_here
+from commands import needs_deepspeed, run_here
 from quantize_runs import checksums, quantize
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,7 +21,10 @@ import megatron_lowbit as lowbit
 from megatron_lowbit.adapters.huggingface.apply import find_linears
 from megatron_lowbit.adapters.huggingface.experts import expert_modules, find_experts, projections
 from megatron_lowbit.config import EvaluateConfig, LowBitError
-from megatron_lowbit.launch.loading import load_model, read_config
+from megatron_lowbit.io.data import token_windows
+from megatron_lowbit.io.files import write_sealed
+from megatron_lowbit.launch.loading import load_model, read_config, read_tokenizer
+from megatron_lowbit.qllm.rotate_model import rotate_model
 from megatron_lowbit.quant.affine import fake_quantize
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
@@ -141,9 +146,6 @@ def test_each_expert_is_rounded_for_its_own_tokens(folders, artifacts):
     model, sent = whole(folders("mixtral")), {}
     name, module = next(iter(find_experts(model).items()))
     module.register_forward_pre_hook(lambda _, args: sent.update(x=args[0], index=args[1]))
-    from megatron_lowbit.io.data import token_windows
-    from megatron_lowbit.launch.loading import read_tokenizer
-
     ids = token_windows(read_tokenizer(folders("mixtral")), "stdlib:calibration", 4, 64, 128, "calibration").ids
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
@@ -159,6 +161,26 @@ def test_each_expert_is_rounded_for_its_own_tokens(folders, artifacts):
             for codes in (chosen, nearest)
         ]
         assert errors[0] < 0.9 * errors[1], f"expert {expert}: {errors}"
+
+
+def test_a_rotated_model_computes_what_it_did(folders):
+    model = whole(folders("mixtral"))
+    before = logits(model)
+    online = rotate_model(model, seed=0, shard_groups=2, attention_bits=16)
+    assert not online.residual and not online.inputs, "experts and routers read the residual stream"
+    assert not torch.equal(logits(model), before), "V and the output projection are rotated"
+    # float32 sums in another order, over two blocks.
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
+
+
+@needs_deepspeed
+def test_deepspeed_runs_them_on_every_rank(two_ranks, folders, artifacts):
+    folder = artifacts("mixtral", *RTN)
+    expected = tiny_models.logits(lowbit.apply_to_huggingface(whole(folders("mixtral")), folder, 2, "native"))
+    for found in two_ranks.run(deepspeed_cases.experts, folders("mixtral"), folder):
+        assert found["experts"] == 2 and found["removed"]
+        # The two ranks' float32 partial sums are added up in another order.
+        torch.testing.assert_close(found["logits"], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("ranks", ["tp=2", "dp=2"])
@@ -217,8 +239,6 @@ def test_a_damaged_description_is_refused(damage, artifacts, tmp_path):
     else:
         meta["format"] = 4
     meta.pop("json_sha256")
-    from megatron_lowbit.io.files import write_sealed
-
     write_sealed(folder / "lowbit.json", meta)
     with pytest.raises(LowBitError):
         LowBitCheckpoint.load(folder)

@@ -15,7 +15,9 @@ from rank_cases import _engine
 from torch import nn
 
 import megatron_lowbit as lowbit
+from megatron_lowbit.adapters.deepspeed import init_engine
 from megatron_lowbit.config import CommConfig, LowBitError
+from megatron_lowbit.layers.experts import QuantExperts
 
 # The plans of these tests know four windows: of other tokens, too many values lie beyond their ranges.
 EVERY_SITE = CommConfig(drift_threshold=None)
@@ -188,3 +190,15 @@ def initialized_engines(rank: int, size: int, weights: Path, plans: Path, folder
     lowbit.apply_to_deepspeed(engine, plans, EVERY_SITE)
     results["losses of the plan"] = _train(engine, tiny_models.token_ids(), 4)
     return results
+
+
+def experts(rank: int, size: int, model: Path, artifact: Path) -> dict[str, Any]:
+    """Logits of an engine of a mixture of experts, patched; the class of its experts; whether remove restores it."""
+    hf = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    engine = init_engine(hf, size, torch.float32)
+    before = tiny_models.logits(engine.module)
+    lowbit.apply_to_deepspeed(engine, artifact, "native")
+    patched = tiny_models.logits(engine.module)
+    quantized = sum(isinstance(module, QuantExperts) for module in engine.module.modules())
+    lowbit.remove(engine)
+    return {"logits": patched, "experts": quantized, "removed": torch.equal(tiny_models.logits(engine.module), before)}

@@ -256,11 +256,11 @@ def apply_to_huggingface(
         bias = rotated.bias_of(checkpoint, name, linear.bias) if quantized else linear.bias
         replacements[name] = QuantRowParallelLinear(shards, reducer, bias)
     if checkpoint is not None and quantized:
+        replacements |= expert_modules(model, checkpoint.experts)
         patching.warn_unreplaced(model, checkpoint, replacements)
     if checkpoint is not None and checkpoint.head is not None:
         replacements |= head_modules(model, checkpoint.head)
     if checkpoint is not None and quantized:
-        replacements |= expert_modules(model, checkpoint.experts)
         replacements |= rotated.rest_of(model, checkpoint, replacements)
     patching.swap(model, replacements)
     saving.save_as_artifact(model, artifact, fingerprint)

@@ -7,6 +7,8 @@ weights). The router is another module and stays as it is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -131,6 +133,20 @@ def with_experts(here: Fingerprint, model: nn.Module, experts: QuantizedExperts 
         return here
     sums = {name: expert_bit_sum(tensor) for name, tensor in replaced_tensors(model).items()}
     return {**here, "weights": {**here["weights"], **sums}}
+
+
+@contextmanager
+def looped_experts(model: nn.Module) -> Iterator[None]:
+    """Have experts compute one after the other within the context: torch's grouped product refuses float64."""
+    configs = {id(module.config): module.config for module in find_experts(model).values()}.values()
+    before = [config._experts_implementation for config in configs]
+    for config in configs:
+        config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._experts_implementation = implementation
 
 
 def expert_bit_sum(tensor: Tensor) -> int:
