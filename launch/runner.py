@@ -53,9 +53,9 @@ def run_stage(name: str, argv: list[str]) -> int:
         return fail(str(error))
 
 
-def run_rank(name: str, stage: Any, config: StageConfig) -> int:
-    """Run a stage on one rank, from the first import to the exit code."""
-    _quiet()
+def perform(name: str, stage: Any, config: StageConfig) -> dict[str, Any]:
+    """Run a stage on one rank; return what <output_dir>/<stage>.json holds, on ranks other than 0 what the stage
+    returned."""
     rank, logger, code = env_rank(), None, 1
     start, lock = time.perf_counter(), FolderLock(config.output_dir)
     try:
@@ -65,19 +65,38 @@ def run_rank(name: str, stage: Any, config: StageConfig) -> int:
         on_rank_zero(lock.take)
         resolved = config.model_dump(mode="json")
         logger = MetricLogger(output, name, resolved, config.wandb, rank)
-        results = stage.run(config, logger)
+        record: dict[str, Any] = stage.run(config, logger)
         if rank == 0:
             seconds = time.perf_counter() - start
             write_text(output / f"{name}.yaml", yaml.safe_dump(resolved, sort_keys=False))
-            record = {
-                "config": resolved,
-                **results,
-                "data": logger.data,
-                "seconds": seconds,
-                "environment": environment(),
-            }
+            about = {"data": logger.data, "seconds": seconds, "environment": environment()}
+            record = {"config": resolved, **record, **about}
             write_json(output / f"{name}.json", record)
-            logger.summary(seconds=seconds, rows=results["rows"])
+            logger.summary(seconds=seconds, rows=record["rows"])
+        code = 0
+    except (PeerError, LowBitError):
+        code = BAD_INPUT
+        raise
+    except Preempted:
+        code = REQUEUE
+        raise
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+        raise
+    finally:
+        with contextlib.ExitStack() as leaving:  # all of it, whatever one of them raises
+            leaving.callback(lock.release)
+            if logger is not None:
+                leaving.callback(logger.close, code)
+    return record
+
+
+def run_rank(name: str, stage: Any, config: StageConfig) -> int:
+    """Run a stage on one rank, from the first import to the exit code."""
+    _quiet()
+    code = 1
+    try:
+        perform(name, stage, config)
         code = 0
     except PeerError:
         code = BAD_INPUT
@@ -93,15 +112,11 @@ def run_rank(name: str, stage: Any, config: StageConfig) -> int:
         raise
     except Preempted as stop:
         code = REQUEUE
-        if rank == 0:
+        if env_rank() == 0:
             why = preemption.received[0].name if preemption.received else "another rank's signal"
             print(f"megatron-lowbit: stopped by {why}: {stop}", file=sys.stderr, flush=True)
     finally:
-        with contextlib.ExitStack() as leaving:  # all of it, whatever one of them raises
-            leaving.callback(lock.release)
-            leaving.callback(_leave_groups, code)
-            if logger is not None:
-                leaving.callback(logger.close, code)
+        _leave_groups(code)
     return code
 
 

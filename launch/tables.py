@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
 from typing import Literal
 
 from rich import box
@@ -39,6 +40,19 @@ def print_table(
     for row in rows:
         table.add_row(*row)
     Console(width=None if Console().is_terminal else WIDTH, markup=False, highlight=False).print(table)
+
+
+def table_text(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table as text, 80 columns wide; the first column is left, the others right."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="right" if place else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=WIDTH, markup=False, highlight=False, file=StringIO())
+    console.print(table)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def number(value: float | None, form: str) -> str:

@@ -1,10 +1,16 @@
 """Run large language models in few bits under tensor parallelism: quantized linears, and collectives that send Int4.
 
-An artifact is a folder that `megatron-lowbit calibrate` and `megatron-lowbit quantize` write. Applied to a model, it
-replaces the linears by quantized ones (LowBitCheckpoint), and the all-reduce after row-parallel linears by messages of
-few bits (CommPlan):
+The commands are functions too; what they return is a table, and holds the figures and folders:
 
     import megatron_lowbit as lowbit
+
+    lowbit.quantize("model/", data="text.txt", scheme="W4A8", output_dir="artifact/")
+    lowbit.evaluate("model/", data="held_out.txt", artifact="artifact/")
+    lowbit.generate("Once upon a time", artifact="artifact/")
+
+An artifact is a folder that `calibrate` and `quantize` write. Applied to a model, it
+replaces the linears by quantized ones (LowBitCheckpoint), and the all-reduce after row-parallel linears by messages of
+few bits (CommPlan):
 
     model = lowbit.apply_to_huggingface(hf_model, "artifact/")   # one process, TP=1
     model = lowbit.apply_to_huggingface(hf_model, "artifact/", virtual_tp=8)   # as eight ranks would compute it
@@ -22,6 +28,8 @@ What an artifact holds can be read, and a plan used by itself:
 
 Names:
 
+    quantize, calibrate, evaluate, generate                      the commands, in this process
+    StageResult                                                  what they return
     apply_to_huggingface, apply_to_deepspeed, apply_to_megatron  put an artifact into a model, in place
     remove                                                       take it out again
     Artifact                                                     a folder: .checkpoint and .plans by number of ranks
@@ -52,6 +60,7 @@ if TYPE_CHECKING:
     from megatron_lowbit.comm.reducers import HybridReducer
     from megatron_lowbit.comm.virtual import VirtualReducer
     from megatron_lowbit.config import LowBitError
+    from megatron_lowbit.launch.api import StageResult, calibrate, evaluate, generate, quantize
     from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 __version__ = "0.1.0"
@@ -63,10 +72,15 @@ _HOMES = {
     "HybridReducer": "comm.reducers",
     "LowBitCheckpoint": "quant.checkpoint",
     "LowBitError": "config",
+    "StageResult": "launch.api",
     "VirtualReducer": "comm.virtual",
     "apply_to_deepspeed": "adapters.deepspeed",
     "apply_to_huggingface": "adapters.huggingface.apply",
     "apply_to_megatron": "adapters.megatron.apply",
+    "calibrate": "launch.api",
+    "evaluate": "launch.api",
+    "generate": "launch.api",
+    "quantize": "launch.api",
     "remove": "adapters.patching",
     "saturation": "adapters.patching",
 }
@@ -78,10 +92,15 @@ __all__ = [
     "HybridReducer",
     "LowBitCheckpoint",
     "LowBitError",
+    "StageResult",
     "VirtualReducer",
     "apply_to_deepspeed",
     "apply_to_huggingface",
     "apply_to_megatron",
+    "calibrate",
+    "evaluate",
+    "generate",
+    "quantize",
     "remove",
     "saturation",
 ]
