@@ -21,6 +21,7 @@ from megatron_lowbit.config import (
     CalibrateConfig,
     DemoConfig,
     EvaluateConfig,
+    ExportConfig,
     GenerateConfig,
     LowBitError,
     ParityConfig,
@@ -42,6 +43,7 @@ CONFIGS: dict[str, type[StageConfig]] = {
     "quantize": QuantizeConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
+    "export": ExportConfig,
     "parity": ParityConfig,
     "benchmark": BenchmarkConfig,
 }

@@ -106,6 +106,13 @@ class GenerateConfig(StageConfig):
     """temperature of the sampling; 0: greedy"""
 
 
+class ExportConfig(StageConfig):
+    output_dir: str = "runs/export"
+    format: Literal["huggingface", "compressed-tensors"] = "huggingface"
+    """huggingface: weights that stand for the codes, in dtype (auto: bfloat16), which stock transformers loads;
+    compressed-tensors: the codes of W4A16 and W8A8 artifacts, for transformers and vLLM"""
+
+
 class ParityConfig(StageConfig):
     output_dir: str = "runs/parity"
     engines: tuple[EngineName, ...] = ("huggingface", "deepspeed", "megatron")
