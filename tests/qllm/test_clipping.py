@@ -15,7 +15,7 @@ from megatron_lowbit.qllm.clip_inputs import RATIOS
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.input_clipping import as_clip
 
-LEARNED = ["weights.clipping=learned", "weights.rounding=gptq", "correction.batch_size=2"]
+LEARNED = ["weights.clipping=learned", "weights.rounding=gptq", "weights.zero_point=real", "correction.batch_size=2"]
 UNTRAINED = ["weights.clipping=mse", "weights.rounding=gptq", "correction.mode=none"]
 
 
