@@ -57,12 +57,14 @@ def test_importance_changes_the_choice():
     assert not torch.equal(alike, best_ratios([weight], low, high, 4, False, [only_large]))
 
 
-def test_qparams_are_those_of_the_narrowed_range():
+@pytest.mark.parametrize("real_zero", (False, True))
+def test_qparams_are_those_of_the_narrowed_range(real_zero):
     weight = heavy_tailed(8, 48)
     low, high = value_range(weight, 16)
-    ratios = best_ratios([weight], low, high, 4, False)
-    wanted = qparams_from_range(low * ratios, high * ratios, 4)
-    assert all(map(torch.equal, clipped_qparams(weight, 4, False, 16), wanted))
+    ratios = best_ratios([weight], low, high, 4, False, real_zero=real_zero)
+    wanted = qparams_from_range(low * ratios, high * ratios, 4, False, real_zero)
+    assert all(map(torch.equal, clipped_qparams(weight, 4, False, 16, real_zero), wanted))
+    assert torch.equal(wanted[1], wanted[1].round()) == (not real_zero)
 
 
 def test_what_nothing_can_be_gained_from():
