@@ -3,6 +3,8 @@
     code = clamp(round(x / alpha) + beta, 0, 2^b - 1)      alpha = (max x - min x) / (2^b - 1)
     x^   = alpha * (code - beta)                           beta  = -round(min x / alpha)
 
+The zero point beta of a weight may be real-valued, -min x / alpha: then code = clamp(round(x / alpha + beta), ...).
+
 One operation of float32 at a time, rounding half to even: every backend makes the same codes. A clipped range is
 narrower: min x and max x are multiplied by a ratio each, in float32, before anything else.
 """
@@ -50,15 +52,17 @@ class TokenQuantizer(NamedTuple):
         return quantize(x, scale, zero_point, self.bits), scale, zero_point
 
 
-def qparams_from_range(low: Tensor, high: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
+def qparams_from_range(low: Tensor, high: Tensor, num_bits: int, real_zero: bool = False) -> tuple[Tensor, Tensor]:
     """Return (scale, zero_point), float32, for values from `low` to `high`, float32 of one shape.
 
-    A constant row gets scale 1 and the real-valued zero point -low, so it comes back exactly, not as NaN. NaN or Inf
-    in a row makes its scale NaN, and so all of the row.
+    real_zero: the zero point is not rounded, so both ends of the range are codes, and 0 need not be. A constant row
+    gets scale 1 and the real-valued zero point -low in any case, so it comes back exactly, not as NaN. NaN or Inf in a
+    row makes its scale NaN, and so all of the row.
     """
     levels = low.new_full((), 2**num_bits - 1)  # by a number, CUDA would multiply with its rounded reciprocal
     scale, constant = usable_step(high / levels - low / levels)  # divided first: the difference may overflow
-    return scale, torch.where(constant, -low, -torch.round(low / scale))
+    zero_point = low / scale
+    return scale, torch.where(constant, -low, -(zero_point if real_zero else torch.round(zero_point)))
 
 
 def usable_step(step: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,8 +75,18 @@ def usable_step(step: Tensor) -> tuple[Tensor, Tensor]:
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> Tensor:
     """Quantize x float [..., features] with scale, zero_point float32 [..., groups] -> codes uint8 [..., features]."""
     grouped = x.float().unflatten(-1, (scale.shape[-1], -1))
-    codes = torch.round(grouped / scale.unsqueeze(-1)) + zero_point.unsqueeze(-1)
+    codes = unclamped_codes(grouped, scale.unsqueeze(-1), zero_point.unsqueeze(-1))
     return codes.nan_to_num_(0.0).clamp_(0, 2**num_bits - 1).to(torch.uint8).flatten(-2)
+
+
+def unclamped_codes(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return x / scale + zero_point, rounded to whole numbers, in x's dtype.
+
+    The whole part of a zero point is added after the rounding: round(x / scale) + zero_point for whole ones, to the
+    bit. A constant row, whose scale is 1 and whose zero point is -x, gets code 0: both sums are exact there.
+    """
+    whole = torch.round(zero_point)
+    return torch.div(x, scale).add_(zero_point - whole).round_().add_(whole)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ class RoundingCosts:
 
         A file of other settings, or a damaged one, is made anew.
         """
-        keys = ("dtype", "seed", "inject_outliers", "inject_at", "weights.symmetric", "weights.group_size")
+        keys = ("dtype", "seed", "inject_outliers", "inject_at")
+        keys += ("weights.symmetric", "weights.zero_point", "weights.group_size")
         given = defaults(self.config)
         named = {
             "state": STATE,

@@ -222,7 +222,7 @@ def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artif
         raise LowBitError(
             f"artifact {config.artifact!r} holds {scheme} weights, not weights.scheme={config.weights.scheme}"
         )
-    for key in ("group_size", "symmetric", "clipping", "rounding", "shard_groups", "rotation", "experts"):
+    for key in ("group_size", "symmetric", "zero_point", "clipping", "rounding", "shard_groups", "rotation", "experts"):
         value = getattr(config.weights, key)
         if value != getattr(WeightsConfig(), key) and config.weights.scheme == "none":
             why = "the artifact decides it" if engine.checkpoint else "it needs a weights.scheme"

@@ -1,7 +1,7 @@
 """Megatron-Core's per-layer recipe file with the bits of an artifact: quantization_recipe.yaml.
 
     configs:
-      W3A8: {scheme: W3A8, symmetric: false, shard_groups: 8}
+      W3A8: {scheme: W3A8, symmetric: false, zero_point: integer, shard_groups: 8}
     matchers:
       layer_0_linear_fc2: {config: W3A8, type: glob, pattern: "*decoder.layers.0.mlp.linear_fc2", enabled: true}
 
@@ -41,7 +41,8 @@ def write_recipe(checkpoint: LowBitCheckpoint, weights: WeightsConfig, folder: s
 def recipe(checkpoint: LowBitCheckpoint, weights: WeightsConfig) -> dict[str, Any] | None:
     """Return the file's content; None for a model whose linears do not have the names of a Llama's."""
     roles = {leaf: role for role, (separate, fused) in PARTS.items() for leaf in (*separate, fused)}
-    shared = {key: getattr(weights, key) for key in ("group_size", "symmetric") if getattr(weights, key) is not None}
+    keys = "group_size", "symmetric", "zero_point"
+    shared = {key: getattr(weights, key) for key in keys if getattr(weights, key) is not None}
     shared["shard_groups"] = checkpoint.shard_groups
     configs: dict[str, dict[str, Any]] = {}
     matchers: dict[str, dict[str, Any]] = {}

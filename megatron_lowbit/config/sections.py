@@ -96,6 +96,9 @@ class WeightsConfig(FrozenConfig):
     """input features that share a weight scale; none: one scale per output channel"""
     symmetric: bool = False
     """weights without a zero point"""
+    zero_point: Literal["integer", "real"] = "integer"
+    """of weights. integer: a code, so that a weight of 0 stays 0; real: both ends of a range are codes, so that weights
+    that were in codes of the same bits and groups before come back"""
     clipping: Literal["none", "mse", "learned"] = "none"
     """ranges. none: from the smallest to the largest value; mse: narrower where the squared error is smaller (of
     weights; with method=qllm also of activations, and weighted by the input's size); learned: trained with a merged
@@ -131,6 +134,12 @@ class WeightsConfig(FrozenConfig):
         return value
 
     @model_validator(mode="after")
+    def _a_zero_point_to_round(self) -> WeightsConfig:
+        if self.symmetric and self.real_zero:
+            raise ValueError("zero_point=real has no effect with symmetric=true; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
     def _a_budget_to_choose_under(self) -> WeightsConfig:
         if self.chooses_bits and self.budget is None:
             raise ValueError(
@@ -150,6 +159,11 @@ class WeightsConfig(FrozenConfig):
                 f"experts={self.experts} needs a weights.scheme for the other linears, such as {self.experts}"
             )
         return self
+
+    @property
+    def real_zero(self) -> bool:
+        """Tell whether zero points are not rounded."""
+        return self.zero_point == "real"
 
     @property
     def chooses_bits(self) -> bool:

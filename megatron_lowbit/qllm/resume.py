@@ -54,7 +54,10 @@ _FREE_KEYS = (
     *(f"rates.{key}" for key in RatesConfig.model_fields),
 )
 # These came after the first artifacts, whose states and names of parts stay what they were where they are as usual.
-_LATER_KEYS = ("weights.clipping", "weights.rounding", "weights.rotation", "correction.clipping_rate")
+_LATER_KEYS = (
+    *("weights.clipping", "weights.rounding", "weights.rotation", "weights.zero_point"),
+    "correction.clipping_rate",
+)
 STATE = 3  # counts the changes of what a state holds
 SAVE_EVERY = 60.0  # seconds of a calibration pass; more where saving itself takes long
 

@@ -185,12 +185,12 @@ class Search:
 
     def _rounded_within(self, weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Return a shard's quantized weight if the other shards' range is that of the original weight [out, 1]."""
-        bits, group_size = self.scheme.weight_bits, self.config.weights.group_size
-        if group_size is not None:
-            return fake_quantize(weight, bits, self.config.weights.symmetric, group_size)
+        bits, how = self.scheme.weight_bits, self.config.weights
+        if how.group_size is not None:
+            return fake_quantize(weight, bits, how.symmetric, how.group_size, real_zero=how.real_zero)
         low = torch.minimum(low, weight.amin(1, keepdim=True)).float()
         high = torch.maximum(high, weight.amax(1, keepdim=True)).float()
-        return fake_quantize_with(weight, *qparams_from_range(low, high, bits, self.config.weights.symmetric), bits)
+        return fake_quantize_with(weight, *qparams_from_range(low, high, bits, how.symmetric, how.real_zero), bits)
 
     def _smallest(self, errors: Tensor, tp: bool = True) -> int:
         """Return the first smallest error's index, over all ranks' tokens (and, for tp, their channels)."""

@@ -12,6 +12,7 @@ The rounding Q passes the gradient straight through, so what is trained is what 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -128,17 +129,15 @@ class ShardedLinear(nn.Module):
         importance: the squares of the inputs, summed over tokens, float64 [in] of all inputs (column) or of each shard.
         """
         weights, bits, symmetric = self.corrected(), self.scheme.weight_bits, self.config.symmetric
+        search = partial(best_ratios, real_zero=self.config.real_zero)
         ranges = self._ranges(weights, self.config)
         if self._ranges_span_shards(self.config):
-            shared = best_ratios(
-                weights, *ranges[0], bits, symmetric, importance, lambda errors: ordered_sum(errors, self.tp_group)
-            )
+            total = partial(ordered_sum, group=self.tp_group)
+            shared = search(weights, *ranges[0], bits, symmetric, importance, total)
             found = [shared] * len(weights)
         else:
             each = list(importance) * len(weights) if self.kind == "column" else importance
-            found = [
-                best_ratios([w], *pair, bits, symmetric, [d]) for w, pair, d in zip(weights, ranges, each, strict=True)
-            ]
+            found = [search([w], *pair, bits, symmetric, [d]) for w, pair, d in zip(weights, ranges, each, strict=True)]
         self.ratios = [(ratio, ratio) for ratio in found]
 
     def add_clipping(self) -> list[nn.Parameter]:
@@ -211,7 +210,7 @@ class ShardedLinear(nn.Module):
         if self.clip_logits is None or ratios is None:
             return self._fake_quantized(weights, bits, self.config, ratios)
         clipped = self._clipped_ranges(weights, self.config, ratios)
-        qparams = [qparams_of_trained(*pair, bits, self.config.symmetric) for pair in clipped]
+        qparams = [qparams_of_trained(*pair, bits, self.config.symmetric, self.config.real_zero) for pair in clipped]
         return [fake_quantize_trained(w, *pair, bits) for w, pair in zip(weights, qparams, strict=True)]
 
     @torch.no_grad()
@@ -289,7 +288,7 @@ class ShardedLinear(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """Return (scale, zero_point) of each shard."""
         ranges = self._clipped_ranges(weights, config, ratios)
-        return [qparams_from_range(*pair, bits, config.symmetric) for pair in ranges]
+        return [qparams_from_range(*pair, bits, config.symmetric, config.real_zero) for pair in ranges]
 
     def _clipped_ranges(
         self, weights: Sequence[Tensor], config: WeightsConfig, ratios: Sequence[Ratios] | None

@@ -3,6 +3,13 @@
     X_q = clamp(round(X / alpha) + beta, 0, 2^b - 1)       alpha = (max X - min X) / (2^b - 1)
     X^  = alpha * (X_q - beta)                             beta  = -round(min X / alpha)
 
+weights.zero_point=real leaves out the rounding of beta, for weights:
+
+    X_q = clamp(round(X / alpha + beta), 0, 2^b - 1)       beta  = -min X / alpha
+
+Both ends of a range are codes then, so 2 of its n values have no error: the squared error is 2/n smaller (6 % in groups
+of 32). What was in such codes before, with the same groups, comes back. 0 is no code any more.
+
 `alpha` is the scale and `beta` the zero point, one pair per row of the last dimension: an output channel of a weight
 [out, in], a token of an activation [tokens, in], or a group of `group_size` features inside either. Codes are uint8 in
 [0, 2^b - 1] for the symmetric quantizer too, whose scale is max|X| / (2^(b-1) - 1) and whose zero point is 2^(b-1).
@@ -22,6 +29,7 @@ from torch import Tensor, nn
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.io.tensors import check_scale, check_tensor, short_repr
 from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, quantize, quantizer, unpack_bits
+from megatron_lowbit.kernels.quantizer import unclamped_codes
 from megatron_lowbit.quant.input_clipping import WHOLE, Clip
 from megatron_lowbit.quant.range_gradient import scale_of, through_ranges, with_scale
 
@@ -57,14 +65,14 @@ def check_bits(num_bits: int) -> None:
 
 
 def qparams_from_range(
-    min_vals: Tensor, max_vals: Tensor, num_bits: int, symmetric: bool = False
+    min_vals: Tensor, max_vals: Tensor, num_bits: int, symmetric: bool = False, real_zero: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return (scale, zero_point), float32, shaped like `min_vals` and `max_vals`; codes are 0 .. 2^num_bits - 1 (eq.
-    2)."""
+    2). real_zero: the zero point is not rounded; a symmetric one has none."""
     check_bits(num_bits)
     low, high = min_vals.float(), max_vals.float()
     if not symmetric:
-        return quantizer.qparams_from_range(low, high, num_bits)
+        return quantizer.qparams_from_range(low, high, num_bits, real_zero)
     largest = torch.maximum(low.abs(), high.abs())
     levels = 2**num_bits - 2  # -(2^(b-1) - 1) .. 2^(b-1) - 1, mirrored around the zero point
     scale, _ = quantizer.usable_step(largest / levels - -largest / levels)
@@ -72,12 +80,17 @@ def qparams_from_range(
 
 
 def choose_qparams(
-    x: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None, clip: Clip = WHOLE
+    x: Tensor,
+    num_bits: int,
+    symmetric: bool = False,
+    group_size: int | None = None,
+    clip: Clip = WHOLE,
+    real_zero: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the min-max (scale, zero_point) of x [..., features]: float32 [..., groups], groups = features /
     group_size or 1. clip: what is left of the two ends of a range."""
     low, high = value_range(x, group_size)
-    return qparams_from_range(low * clip[0], high * clip[1], num_bits, symmetric)
+    return qparams_from_range(low * clip[0], high * clip[1], num_bits, symmetric, real_zero)
 
 
 def value_range(x: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -104,11 +117,16 @@ def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
 
 
 def fake_quantize(
-    x: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None, clip: Clip = WHOLE
+    x: Tensor,
+    num_bits: int,
+    symmetric: bool = False,
+    group_size: int | None = None,
+    clip: Clip = WHOLE,
+    real_zero: bool = False,
 ) -> Tensor:
     """Return dequantize(quantize(x)) in x's dtype, with the straight-through gradient (identity)."""
     with torch.no_grad():
-        scale, zero_point = choose_qparams(x, num_bits, symmetric, group_size, clip)
+        scale, zero_point = choose_qparams(x, num_bits, symmetric, group_size, clip, real_zero)
     if through_ranges() and not symmetric:
         scale = scale_of([x], scale, *value_range(x, group_size), num_bits)
     return fake_quantize_with(x, scale, zero_point, num_bits)
@@ -120,8 +138,7 @@ def fake_quantize_with(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: i
         grouped = x.detach().float().unflatten(-1, (scale.shape[-1], -1))
         step, zero_point = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
         # In place on one copy: training does this to every weight in every step.
-        values = torch.div(grouped, step).round_().add_(zero_point)
-        values = values.clamp_(0, 2**num_bits - 1).trunc_()  # to whole codes: a constant row's zero point is not
+        values = unclamped_codes(grouped, step, zero_point).clamp_(0, 2**num_bits - 1)
         quantized = values.sub_(zero_point).mul_(step).flatten(-2).to(x.dtype)
     if scale.requires_grad:
         return with_scale(x, quantized, scale)

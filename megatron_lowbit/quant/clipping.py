@@ -21,12 +21,12 @@ RATIOS = tuple(1 - step / 20 for step in range(11))  # 1, 0.95, ... 0.5
 
 
 def clipped_qparams(
-    weight: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None
+    weight: Tensor, num_bits: int, symmetric: bool = False, group_size: int | None = None, real_zero: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return (scale, zero_point), float32 [out, groups], of the least squared error of a weight [out, in]."""
     low, high = value_range(weight, group_size)
-    ratio = best_ratios([weight], low, high, num_bits, symmetric)
-    return qparams_from_range(low * ratio, high * ratio, num_bits, symmetric)
+    ratio = best_ratios([weight], low, high, num_bits, symmetric, real_zero=real_zero)
+    return qparams_from_range(low * ratio, high * ratio, num_bits, symmetric, real_zero)
 
 
 @torch.no_grad()
@@ -38,6 +38,7 @@ def best_ratios(
     symmetric: bool,
     importance: Sequence[Tensor] | None = None,
     total: Callable[[Sequence[Tensor]], Tensor] = lambda errors: torch.stack(list(errors)).sum(0),
+    real_zero: bool = False,
 ) -> Tensor:
     """Return the ratio of least error for every range, float32 [out, groups]; the largest of equals, 1 for NaN.
 
@@ -45,7 +46,7 @@ def best_ratios(
     float64 [in / shards]. total: adds up the shards' errors, float64 [ratios, out, groups], of all ranks.
     """
     weighted = [None] * len(shards) if importance is None else importance
-    pairs = [qparams_from_range(low * ratio, high * ratio, num_bits, symmetric) for ratio in RATIOS]
+    pairs = [qparams_from_range(low * ratio, high * ratio, num_bits, symmetric, real_zero) for ratio in RATIOS]
     errors = [
         torch.stack([_squared_error(shard, pair, num_bits, d) for pair in pairs])
         for shard, d in zip(shards, weighted, strict=True)

@@ -68,9 +68,9 @@ def round_expert(
     low, high = value_range(weight, config.group_size)
     if config.clipping == "mse":
         importance = None if squares is None else [squares]
-        ratio = best_ratios([weight], low, high, bits, config.symmetric, importance)
+        ratio = best_ratios([weight], low, high, bits, config.symmetric, importance, real_zero=config.real_zero)
         low, high = low * ratio, high * ratio
-    pair = qparams_from_range(low, high, bits, config.symmetric)
+    pair = qparams_from_range(low, high, bits, config.symmetric, config.real_zero)
     codes = quantize(weight, *pair, bits) if factor is None else gptq_codes(weight, *pair, bits, factor)
     return QuantizedWeight(pack_bits(codes, bits), *pair, bits, weight.shape[1])
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_lowbit.quant.affine import dequantize
+from megatron_lowbit.kernels.quantizer import dequantize, unclamped_codes
 
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, as in the paper
 BLOCK = 128  # channels, as in the paper
@@ -61,7 +61,7 @@ def gptq_codes(weight: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int,
         for j in range(start, stop):
             wanted = left[j] - upper[start:j, j] @ errors[: j - start]
             s, z = scale[:, group_of[j]], zero_point[:, group_of[j]]
-            code = (wanted / s).round_().add_(z).nan_to_num_(0.0).clamp_(0, 2**num_bits - 1).to(torch.uint8)
+            code = unclamped_codes(wanted, s, z).nan_to_num_(0.0).clamp_(0, 2**num_bits - 1).to(torch.uint8)
             codes[channels[j]] = code
             errors[j - start] = (wanted - dequantize(code[:, None], s[:, None], z[:, None])[:, 0]) / upper[j, j]
         left[stop:] -= upper[start:stop, stop:].T @ errors

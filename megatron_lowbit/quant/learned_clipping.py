@@ -14,15 +14,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_lowbit.kernels.quantizer import unclamped_codes
 from megatron_lowbit.quant.affine import qparams_from_range, straight_through
 
 FIRST_LOGIT = 4.0
 
 
-def qparams_of_trained(low: Tensor, high: Tensor, num_bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+def qparams_of_trained(
+    low: Tensor, high: Tensor, num_bits: int, symmetric: bool = False, real_zero: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return qparams_from_range, differentiable in low and high (float32)."""
     with torch.no_grad():
-        scale, zero_point = qparams_from_range(low, high, num_bits, symmetric)
+        scale, zero_point = qparams_from_range(low, high, num_bits, symmetric, real_zero)
     if symmetric:
         largest = torch.maximum(low.abs(), high.abs())
         return straight_through(largest / (2 ** (num_bits - 1) - 1), scale), zero_point
@@ -58,7 +61,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _codes(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
-    """Return round(x / scale) + zero_point, before and after the clamp: float32 [..., groups, features / groups]."""
+    """Return the codes, before and after the clamp: float32 [..., groups, features / groups]."""
     grouped = x.detach().float().unflatten(-1, (scale.shape[-1], -1))
-    unclamped = torch.div(grouped, scale.unsqueeze(-1)).round_().add_(zero_point.unsqueeze(-1))
-    return unclamped, unclamped.clamp(0, 2**num_bits - 1).trunc_()
+    unclamped = unclamped_codes(grouped, scale.unsqueeze(-1), zero_point.unsqueeze(-1))
+    return unclamped, unclamped.clamp(0, 2**num_bits - 1)

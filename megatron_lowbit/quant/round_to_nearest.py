@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -49,7 +50,7 @@ def quantize_model(
     for name, parameter in model.named_parameters():
         if name.removesuffix(".weight") not in linears and not torch.isfinite(parameter).all():
             raise LowBitError(f"{name} holds NaN or Inf; repair the checkpoint before it is quantized")
-    qparams = clipped_qparams if config.clipping == "mse" else choose_qparams
+    qparams = partial(clipped_qparams if config.clipping == "mse" else choose_qparams, real_zero=config.real_zero)
     how = config.symmetric, config.group_size
     packed = {
         name: QuantizedWeight.from_float(module.weight, bits_of[name], *how, name, qparams)

@@ -62,9 +62,9 @@ def window_costs(model: Any, linears: Mapping[str, nn.Linear], ids: Tensor, seed
 
 def _second_order(weight: Tensor, gradient: Tensor, config: WeightsConfig) -> list[float]:
     """Return 1/2 sum (g D)^2 at each of CANDIDATES bits."""
-    costs = []
+    costs, how = [], (config.symmetric, config.group_size)
     for bits in CANDIDATES:
-        error = fake_quantize(weight, bits, config.symmetric, config.group_size).sub_(weight)
+        error = fake_quantize(weight, bits, *how, real_zero=config.real_zero).sub_(weight)
         costs.append(0.5 * math.fsum(error.mul_(gradient).square_().sum(1, dtype=torch.float64).tolist()))
     return costs
 

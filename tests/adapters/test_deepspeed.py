@@ -42,7 +42,7 @@ class Runs:
         made = {
             "hybrid": make_artifact(build(architecture), tp_sizes=(size,)),
             "W4A16": make_artifact(build(architecture), "W4A16"),
-            "W4A8 + hybrid": make_artifact(build(architecture), "W4A8", (size,)),
+            "W4A8 + hybrid": make_artifact(build(architecture), "W4A8", (size,), "real"),
         }
         folders = {
             name: save_artifact(artifact, self.folder / f"{architecture}-{size}" / name)

@@ -31,7 +31,7 @@ ARCHITECTURES = ["llama", "llama with biases", "mistral", "qwen2", "qwen3", "phi
 LAYOUTS = [(1, False), (2, False), (2, True), (4, False), (4, True)]
 WEIGHTS = {
     "W4A16": WeightsConfig(scheme="W4A16"),
-    "W4A4": WeightsConfig(scheme="W4A4"),
+    "W4A4": WeightsConfig(scheme="W4A4", zero_point="real"),
     "W8A8": WeightsConfig(scheme="W8A8"),
     "W4A8 in groups": WeightsConfig(scheme="W4A8", group_size=8, symmetric=True),
 }

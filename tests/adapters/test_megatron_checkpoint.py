@@ -56,7 +56,7 @@ def jobs(models, two_ranks, tmp_path_factory):
     artifacts = {
         "full precision": ("llama", None),
         "W4A16": ("llama", make_artifact(hf, "W4A16")),
-        "W8A8 in groups": ("llama", rounded(hf, WeightsConfig(scheme="W8A8", group_size=8))),
+        "W8A8 in groups": ("llama", rounded(hf, WeightsConfig(scheme="W8A8", group_size=8, zero_point="real"))),
         "W6A6": ("llama", make_artifact(hf, "W6A6", symmetric=True)),
         "plans": ("llama", make_artifact(hf, tp_sizes=(2, 4))),
         "padded": ("padded", make_artifact(build("llama", **CHANGES, vocab_size=105), "W4A16")),

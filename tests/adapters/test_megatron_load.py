@@ -31,10 +31,10 @@ pytestmark = needs_megatron
 # 172 inputs of llama's linear_fc2 are 43 per rank of four: the ranks' codes begin inside a byte of the whole row.
 CASES = {
     "W4A8": ("llama", WeightsConfig(scheme="W4A8")),
-    "groups": ("mistral", WeightsConfig(scheme="W4A4", group_size=8)),
+    "groups": ("mistral", WeightsConfig(scheme="W4A4", group_size=8, zero_point="real")),
     "symmetric groups": ("qwen2", WeightsConfig(scheme="W4A16", group_size=8, symmetric=True)),
     "symmetric, fused": ("phi3", WeightsConfig(scheme="W8A8", symmetric=True, shard_groups=4)),
-    "W6A6": ("llama with biases", WeightsConfig(scheme="W6A6")),
+    "W6A6": ("llama with biases", WeightsConfig(scheme="W6A6", zero_point="real")),
 }
 SEPARATE = {
     "linear_qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],

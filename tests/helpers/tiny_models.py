@@ -88,12 +88,15 @@ def make_stats(model: nn.Module, tp_sizes: tuple[int, ...], text: Batches | None
     return calibrate(model, sites, text or batches(), tp_sizes, huggingface.fingerprint(model), gamma=0.25)
 
 
-def make_artifact(model: nn.Module, scheme: str = "none", tp_sizes: tuple[int, ...] = (), **comm: object) -> Artifact:
+def make_artifact(
+    model: nn.Module, scheme: str = "none", tp_sizes: tuple[int, ...] = (), zero_point: str = "integer", **comm: object
+) -> Artifact:
     """A checkpoint of `scheme` (unless none) and a plan for every one of `tp_sizes`, made in this process."""
     checkpoint = None
     if scheme != "none":
         linears = {name: linear for name, (_, linear) in huggingface.find_linears(model).items()}
-        checkpoint = quantize_model(model, linears, WeightsConfig(scheme=scheme), huggingface.fingerprint(model))
+        weights = WeightsConfig(scheme=scheme, zero_point=zero_point)
+        checkpoint = quantize_model(model, linears, weights, huggingface.fingerprint(model))
     stats = make_stats(model, tp_sizes) if tp_sizes else None
     plans = {
         size: build_plan(stats, size, CommConfig(preset="paper", **comm)) for size in tp_sizes if stats is not None

@@ -70,7 +70,7 @@ def operands(shape: tuple, weight_bits: int, kind: str = "plain", of_weight: boo
     packed = pack_bits(quantize(weight, scale, zero, weight_bits), weight_bits)
     if of_weight:
         wild = AWKWARD[kind](dequantize(unpack_bits(packed, weight_bits, features), scale, zero))
-        return x, packed, *choose_qparams(wild, weight_bits, group_size=group_size)
+        return x, packed, *choose_qparams(wild, weight_bits, group_size=group_size, real_zero=True)
     return AWKWARD[kind](x), packed, scale, zero
 
 
@@ -195,6 +195,9 @@ def main(device: str, whole_grid: bool) -> None:
     codes += [(SHAPES[0], (8, 8), dtype, "plain", False) for dtype in DTYPES]
     codes += [(SHAPES[5], (8, 4), torch.float32, kind, False) for kind in AWKWARD]
     codes += [(SHAPES[0], (4, 8), torch.float32, kind, True) for kind in ("far from zero", "constant", "NaN")]
+    codes += [
+        (SHAPES[2], (8, 4), dtype, "plain", True) for dtype in (torch.float64, torch.bfloat16)
+    ]  # real zero points
     if every:
         codes += [(*case, "plain", False) for case in product(SHAPES, BITS, DTYPES)]
         codes += [(SHAPES[1], (8, 8), *case) for case in product(DTYPES, AWKWARD, (False, True))]

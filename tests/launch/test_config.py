@@ -397,6 +397,14 @@ def test_a_preset_gives_way_to_what_is_given(tmp_path):
         load_config(EvaluateConfig, None, ["comm.selection=random"])
 
 
+def test_symmetric_weights_have_no_zero_point():
+    with pytest.raises(
+        LowBitError, match=r"weights: zero_point=real has no effect with symmetric=true; leave one of them"
+    ):
+        load_config(EvaluateConfig, None, ["weights.symmetric=true", "weights.zero_point=real"])
+    assert load_config(EvaluateConfig, None, ["weights.zero_point=real"]).weights.real_zero
+
+
 @pytest.mark.parametrize("others", [[], ["comm.preset=paper", "comm.clipping=histogram"]])
 def test_symmetric_ranges_are_the_papers(others):
     with pytest.raises(LowBitError, match=r"symmetric=true is of ranges as they were seen; set comm\.preset=paper"):

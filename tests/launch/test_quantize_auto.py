@@ -141,7 +141,12 @@ def test_another_budget_needs_no_estimate(model, tmp_path, monkeypatch):
         assert run_here(*command(model, tmp_path, *RTN, "weights.scheme=autoA4", "weights.budget=3")) == 0
         other = LowBitCheckpoint.load(tmp_path)
         assert other.scheme_name == "autoA4" and other.allocation.kl > first.kl
-        for settings in (["calibration.sequence_length=32"], ["weights.symmetric=true"], ["seed=1"]):
+        for settings in (
+            ["calibration.sequence_length=32"],
+            ["weights.symmetric=true"],
+            ["weights.zero_point=real"],
+            ["seed=1"],
+        ):
             with pytest.raises(AssertionError, match="estimated again"):
                 run_here(*command(model, tmp_path, *RTN, *settings))
     (tmp_path / "weight_bits.json").write_text("{")
@@ -179,7 +184,12 @@ def test_the_recipe(rtn):
             matcher = found["matchers"][f"layer_{layer}_{role}"]
             assert matcher["config"] == f"W{bits.bits[f'model.layers.{layer}.{leaf}']}A8" and matcher["enabled"] is True
             assert matcher["pattern"].startswith(f"*decoder.layers.{layer}.") and matcher["pattern"].endswith(role)
-    assert found["configs"]["W4A8"] == {"scheme": "W4A8", "symmetric": False, "shard_groups": 8}
+    assert found["configs"]["W4A8"] == {
+        "scheme": "W4A8",
+        "symmetric": False,
+        "zero_point": "integer",
+        "shard_groups": 8,
+    }
 
 
 def test_a_damaged_allocation(rtn, tmp_path):

@@ -15,7 +15,7 @@ from megatron_lowbit.qllm.clip_inputs import RATIOS
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.input_clipping import as_clip
 
-LEARNED = ["weights.clipping=learned", "weights.rounding=gptq", "correction.batch_size=2"]
+LEARNED = ["weights.clipping=learned", "weights.rounding=gptq", "weights.zero_point=real", "correction.batch_size=2"]
 UNTRAINED = ["weights.clipping=mse", "weights.rounding=gptq", "correction.mode=none"]
 
 
@@ -47,11 +47,16 @@ def tensors_and_clipping(folder: Path) -> tuple[dict[str, str], dict]:
     return files, {key: meta.get(key) for key in ("format", "clipping", "reassembly")}
 
 
+def has_real_zero_points(checkpoint: LowBitCheckpoint) -> bool:
+    return all((weight.zero_point != weight.zero_point.round()).any() for weight in checkpoint.linears.values())
+
+
 def test_what_is_stored(learned, untrained):
     """Trained ratios of every site that is quantized, none of them 1; without training one of a few for the inputs of
     linears."""
     checkpoint = LowBitCheckpoint.load(learned)
     assert tensors_and_clipping(learned)[1]["format"] == 6
+    assert has_real_zero_points(checkpoint) and not has_real_zero_points(LowBitCheckpoint.load(untrained))
     heads = {f"model.layers.{layer}.self_attn:{name}" for layer in range(2) for name in "qkv"}
     assert set(checkpoint.clipping) == {*checkpoint.linears, *heads}
     assert len(set(checkpoint.clipping.values())) == 2 * (4 + 3), "linears of one input share its ratios"

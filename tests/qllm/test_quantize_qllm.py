@@ -191,6 +191,7 @@ MODES = {
     "attention in full precision": ["weights.attention=false"],
     "groups of weights": ["weights.group_size=16", "weights.symmetric=true"],
     "clipped": ["weights.clipping=mse", "weights.rounding=gptq", "correction.mode=none"],
+    "clipped, real zero points": ["weights.clipping=mse", "weights.zero_point=real", "weights.group_size=16"],
     "trained ranges": ["weights.clipping=learned"],
     "gptq after training": ["weights.rounding=gptq"],
     "gptq beside a branch": ["weights.rounding=gptq", "correction.mode=branch"],
@@ -231,6 +232,8 @@ def test_what_is_deployed_is_what_was_trained(mode, tmp_path, monkeypatch):
         kept = [group["ranks"] for group in results(folder)["groups"] if group["kept_epoch"] is not None]
         assert kept and ranks == {name: rank for group in kept for name, rank in group.items() if rank}
         assert len(set(ranks.values())) > 2
+    zero_points = torch.cat([weight.zero_point.flatten() for weight in checkpoint.linears.values()])
+    assert torch.equal(zero_points, zero_points.round()) == ("weights.zero_point=real" not in MODES[mode])
     assert bool(checkpoint.low_rank) == ("correction.mode=branch" in MODES[mode])
     assert ("o_proj" in owners) == ("reassembly.o_proj=true" in MODES[mode])
     if "reassembly.mode=fixed" in MODES[mode] or mode in ("no reassembly", "weights alone"):

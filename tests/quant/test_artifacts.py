@@ -401,6 +401,14 @@ def test_quantize_model():
     assert_same(checkpoint.tensors["up.bias"], model.up.bias.bfloat16())
 
 
+@pytest.mark.parametrize("clipping", ("none", "mse"))
+def test_quantize_model_with_real_zero_points(clipping):
+    model = Tied()
+    settings = WeightsConfig(scheme="W4A8", group_size=4, zero_point="real", clipping=clipping)
+    weight = quantize_model(model, {"up": model.up}, settings, FINGERPRINT).linears["up"]
+    assert (weight.zero_point != weight.zero_point.round()).all()
+
+
 def test_quantize_model_refuses():
     model = Tied()
     with pytest.raises(LowBitError, match=r"weights\.scheme=none quantizes no weights"):

@@ -32,7 +32,7 @@ def by_hand(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, hessian: Ten
     for j in sorted(range(count), key=lambda channel: -hessian[channel, channel].item()):
         g = j * scale.shape[1] // count
         s, z = scale[:, g].double(), zero[:, g].double()
-        code = (torch.round(left[:, j] / s) + z).clamp(0, 2**bits - 1)
+        code = torch.round(left[:, j] / s + z).clamp(0, 2**bits - 1)
         error = (left[:, j] - (code - z) * s) / inverse[j, j]
         left -= error[:, None] * inverse[j][None]
         inverse -= inverse[:, j : j + 1] @ inverse[j : j + 1] / inverse[j, j].item()
@@ -45,13 +45,16 @@ def output_error(weight: Tensor, codes: Tensor, qparams: tuple[Tensor, Tensor], 
     return (x @ (dequantize(codes, *qparams).double() - weight.double()).T).square().sum().item()
 
 
-@pytest.mark.parametrize(("bits", "groups", "symmetric"), [(4, 1, False), (3, 4, False), (2, 1, True), (8, 4, True)])
-def test_codes_of_the_plain_loop(bits, groups, symmetric):
+@pytest.mark.parametrize(
+    ("bits", "groups", "zero"), [(4, 1, "integer"), (3, 4, "real"), (2, 1, "symmetric"), (8, 4, "symmetric")]
+)
+def test_codes_of_the_plain_loop(bits, groups, zero):
     """More than two blocks, the last one short. Both are float64, so only a tie could tell them apart."""
     features = 2 * BLOCK + 64
     weight, x = weight_of(12, features), inputs_of(500, features)
     hessian = x.T @ x
-    qparams = choose_qparams(weight, bits, symmetric, features // groups)
+    qparams = choose_qparams(weight, bits, zero == "symmetric", features // groups, real_zero=zero == "real")
+    assert torch.equal(qparams[1], qparams[1].round()) == (zero != "real")
     codes = gptq_codes(weight, *qparams, bits, InverseFactor.of(hessian))
     assert codes.dtype == torch.uint8 and codes.is_contiguous()
     assert torch.equal(codes, by_hand(weight, *qparams, bits, hessian))

@@ -99,6 +99,17 @@ def test_products_that_float64_rounds(tokens):
     assert_same_bits(quant_linear(*args, 8, 2, torch.float64), expected(args, 8, 2, torch.float64))
 
 
+@pytest.mark.parametrize("group_size", (None, 40))
+@pytest.mark.parametrize("tokens", (1, 5, 40))
+def test_real_zero_points(tokens, group_size):
+    """weights.zero_point=real: brackets are no whole numbers, and their products with scales are rounded."""
+    x, packed, scale, zero, bits = operands((tokens, 70, 120, 3, group_size), 4)
+    scale, zero = choose_qparams(dequantize(unpack_bits(packed, bits, 120), scale, zero), bits, real_zero=True)
+    zero[::2] = zero[::2].round()  # beside whole ones
+    args = x, packed, scale, zero, bits
+    assert_same_bits(quant_linear(*args, 8, 3, torch.float64), expected(args, 8, 3, torch.float64))
+
+
 def test_zero_is_zero():
     """Tokens of zeros, and weights of zeros, whose float corrections left 1e-14 in their place."""
     x, packed, scale, zero, bits = operands((4, 6, 172, 4, None), 4)

@@ -19,37 +19,38 @@ def straight(x: Tensor, rounded: Tensor) -> Tensor:
     return rounded.detach() - x.detach() + x
 
 
-def by_hand(x: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
+def by_hand(x: Tensor, low: Tensor, high: Tensor, bits: int, zero_point: str) -> Tensor:
     """One operation of autograd after another; x [rows, groups, features of a group], low, high [rows, groups, 1]."""
     levels = 2**bits - 1
-    if symmetric:
+    if zero_point == "symmetric":
         scale = torch.maximum(low.abs(), high.abs()) / (2 ** (bits - 1) - 1)
         zero = torch.full_like(low, 2 ** (bits - 1)).detach()
     else:
         scale = (high - low) / levels
-        zero = straight(-low / scale, -torch.round(low / scale))
-    steps = x / scale
-    return ((straight(steps, torch.round(steps)) + zero).clamp(0, levels) - zero) * scale
+        zero = -low / scale if zero_point == "real" else straight(-low / scale, -torch.round(low / scale))
+    codes = x / scale + zero
+    return (straight(codes, torch.round(codes)).clamp(0, levels) - zero) * scale
 
 
-@pytest.mark.parametrize("symmetric", (False, True))
+@pytest.mark.parametrize("zero_point", ("integer", "real", "symmetric"))
 @pytest.mark.parametrize("groups", (1, 4))
-def test_bits_and_gradients(groups, symmetric):
+def test_bits_and_gradients(groups, zero_point):
     """Gradients differ from those in float64 by float32's rounding of sums of 48 values: 1e-5 of their size."""
     x = normal(10, 48)
     low, high = value_range(x, 48 // groups)
     a, b = (torch.full_like(low, 1.5, requires_grad=True), torch.full_like(low, 0.5, requires_grad=True))
     ends = low * a.sigmoid(), high * b.sigmoid()
     weight, upstream = x.clone().requires_grad_(), normal(10, 48, seed=1)
-    y = fake_quantize_trained(weight, *qparams_of_trained(*ends, 4, symmetric), 4)
-    wanted = fake_quantize_with(x, *(q.detach() for q in qparams_from_range(*ends, 4, symmetric)), 4)
+    how = 4, zero_point == "symmetric", zero_point == "real"
+    y = fake_quantize_trained(weight, *qparams_of_trained(*ends, *how), 4)
+    wanted = fake_quantize_with(x, *(q.detach() for q in qparams_from_range(*ends, *how)), 4)
     assert torch.equal(y, wanted)
     found = torch.autograd.grad(y, [weight, a, b], upstream)
 
     exact = [t.detach().double().requires_grad_() for t in (x, a, b)]
     low64, high64 = (t.double().unsqueeze(-1) for t in (low, high))
     ends64 = low64 * exact[1].unsqueeze(-1).sigmoid(), high64 * exact[2].unsqueeze(-1).sigmoid()
-    y64 = by_hand(exact[0].unflatten(-1, (groups, -1)), *ends64, 4, symmetric).flatten(-2)
+    y64 = by_hand(exact[0].unflatten(-1, (groups, -1)), *ends64, 4, zero_point).flatten(-2)
     expected = torch.autograd.grad(y64, exact, upstream.double())
     for mine, theirs in zip(found, expected, strict=True):
         assert theirs.abs().max() > 0.1

@@ -82,10 +82,11 @@ def linears_of(model) -> dict[str, torch.nn.Linear]:
     return {name: linear for name, (_, linear) in find_linears(model).items()}
 
 
-def test_costs_are_the_second_order_term(model):
+@pytest.mark.parametrize("how", ({"symmetric": True}, {"zero_point": "real"}), ids=("symmetric", "real zero points"))
+def test_costs_are_the_second_order_term(model, how):
     """1/2 sum (g D)^2 in float64, the labels drawn as documented. 1e-4: float32's 2^-24 in a gradient of sums over 12
     tokens and 2 blocks, which lose two to three digits to cancellation."""
-    ids, config = token_ids(1, 12), WeightsConfig(scheme="W4A8", group_size=4, symmetric=True)
+    ids, config = token_ids(1, 12), WeightsConfig(scheme="W4A8", group_size=4, **how)
     found = window_costs(model, linears_of(model), ids, 7, config)
     probabilities = model(input_ids=ids).logits[0].detach().softmax(-1)
     labels = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(7))[:, 0]
@@ -95,7 +96,8 @@ def test_costs_are_the_second_order_term(model):
     gradients = torch.autograd.grad(loss, weights)
     for name, weight, gradient in zip(found, weights, gradients, strict=True):
         for bits, cost in zip(CANDIDATES, found[name], strict=True):
-            error = fake_quantize(weight.detach().float(), bits, True, 4).double() - weight.detach()
+            rounded = fake_quantize(weight.detach().float(), bits, config.symmetric, 4, real_zero=config.real_zero)
+            error = rounded.double() - weight.detach()
             assert cost == pytest.approx(0.5 * (gradient * error).square().sum().item(), rel=1e-4), (name, bits)
 
 

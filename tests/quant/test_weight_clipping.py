@@ -17,33 +17,34 @@ def heavy_tailed(*shape: int, seed: int = 0) -> Tensor:
     return normal**3 * 0.1
 
 
-def error_by_hand(row: np.ndarray, weights: np.ndarray, ratio: float, bits: int, symmetric: bool) -> float:
+def error_by_hand(row: np.ndarray, weights: np.ndarray, ratio: float, bits: int, zero_point: str) -> float:
     """Return the error of one channel, by a quantizer written down once more."""
     low, high, levels = row.min() * ratio, row.max() * ratio, 2**bits - 1
-    if symmetric:
+    if zero_point == "symmetric":
         scale, zero = max(abs(low), abs(high)) / (2 ** (bits - 1) - 1), 2 ** (bits - 1)
     else:
         scale = (high - low) / levels
-        zero = -np.round(low / scale)
-    codes = np.clip(np.round(row / scale) + zero, 0, levels)
+        zero = -low / scale if zero_point == "real" else -np.round(low / scale)
+    codes = np.clip(np.round(row / scale + zero), 0, levels)
     return float((weights * (row - (codes - zero) * scale) ** 2).sum())
 
 
-@pytest.mark.parametrize("symmetric", (False, True))
+@pytest.mark.parametrize("zero_point", ("integer", "real", "symmetric"))
 @pytest.mark.parametrize("group_size", (None, 16))
 @pytest.mark.parametrize("bits", (2, 4))
-def test_least_error_of_every_range(bits, group_size, symmetric):
+def test_least_error_of_every_range(bits, group_size, zero_point):
     """No ratio of the grid has a smaller error, but for codes that float32 rounds to the other side of a tie: a code
     there changes an error of about in * scale^2 / 12 by float32's 1e-6."""
     weight = heavy_tailed(24, 64)
     d = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) ** 4
     low, high = value_range(weight, group_size)
-    ratios = best_ratios([weight], low, high, bits, symmetric, [d])
+    how = zero_point == "symmetric", [d]
+    ratios = best_ratios([weight], low, high, bits, *how, real_zero=zero_point == "real")
     assert ratios.shape == (24, 64 // (group_size or 64)) and ratios.dtype == torch.float32
     assert len(ratios.unique()) > 3, "nothing to choose"
     for i, row in enumerate(weight.double().numpy().reshape(24, ratios.shape[1], -1)):
         for g, (values, importance) in enumerate(zip(row, d.numpy().reshape(ratios.shape[1], -1), strict=True)):
-            errors = [error_by_hand(values, importance, ratio, bits, symmetric) for ratio in RATIOS]
+            errors = [error_by_hand(values, importance, ratio, bits, zero_point) for ratio in RATIOS]
             chosen = errors[int((torch.tensor(RATIOS) - ratios[i, g]).abs().argmin())]
             assert chosen <= min(errors) * (1 + 1e-5)
 
@@ -56,12 +57,14 @@ def test_importance_changes_the_choice():
     assert not torch.equal(alike, best_ratios([weight], low, high, 4, False, [only_large]))
 
 
-def test_qparams_are_those_of_the_narrowed_range():
+@pytest.mark.parametrize("real_zero", (False, True))
+def test_qparams_are_those_of_the_narrowed_range(real_zero):
     weight = heavy_tailed(8, 48)
     low, high = value_range(weight, 16)
-    ratios = best_ratios([weight], low, high, 4, False)
-    wanted = qparams_from_range(low * ratios, high * ratios, 4)
-    assert all(map(torch.equal, clipped_qparams(weight, 4, False, 16), wanted))
+    ratios = best_ratios([weight], low, high, 4, False, real_zero=real_zero)
+    wanted = qparams_from_range(low * ratios, high * ratios, 4, False, real_zero)
+    assert all(map(torch.equal, clipped_qparams(weight, 4, False, 16, real_zero), wanted))
+    assert torch.equal(wanted[1], wanted[1].round()) == (not real_zero)
 
 
 def test_what_nothing_can_be_gained_from():

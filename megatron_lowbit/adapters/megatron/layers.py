@@ -104,8 +104,8 @@ class _LowBitLayer:
     def finish_init(self, quantization_config: Any) -> None:
         """Take this layer's entry of Megatron's per-layer recipe file, or None; GPTModel calls it.
 
-        The entry's keys are those of our `weights` section: scheme, group_size, symmetric, shard_groups. Raises
-        LowBitError for other keys or values.
+        The entry's keys are those of our `weights` section: scheme, group_size, symmetric, zero_point, shard_groups.
+        Raises LowBitError for other keys or values.
         """
         if quantization_config is not None:
             self.recipe = parse_recipe(quantization_config)

@@ -90,7 +90,7 @@ def round_column(weight: Tensor, config: WeightsConfig) -> QuantLinear:
     """Round this rank's rows [out / N, in] of a column-parallel weight to config.scheme."""
     scheme = Scheme.parse(config.scheme)
     _check(weight, config)
-    qparams = choose_qparams(weight, scheme.weight_bits, config.symmetric, config.group_size)
+    qparams = _row_qparams(weight, config, None)  # a rank holds whole rows
     return QuantLinear(_packed(weight, qparams, scheme.weight_bits), None, scheme.act_bits)
 
 
@@ -148,11 +148,11 @@ def _row_qparams(weight: Tensor, config: WeightsConfig, group: dist.ProcessGroup
     """Return (scale, zero point) of the rows of a weight whose columns the ranks of `group` share."""
     bits = Scheme.parse(config.scheme).weight_bits
     if group is None or config.group_size is not None:
-        return choose_qparams(weight, bits, config.symmetric, config.group_size)
+        return choose_qparams(weight, bits, config.symmetric, config.group_size, real_zero=config.real_zero)
     low, high = weight.amin(1, keepdim=True).float(), weight.amax(1, keepdim=True).float()
     dist.all_reduce(low, dist.ReduceOp.MIN, group)
     dist.all_reduce(high, dist.ReduceOp.MAX, group)
-    return qparams_from_range(low, high, bits, config.symmetric)
+    return qparams_from_range(low, high, bits, config.symmetric, config.real_zero)
 
 
 def _act_groups(weight: Tensor, config: WeightsConfig, group: dist.ProcessGroup | None) -> int:
