@@ -85,6 +85,11 @@ class Rotator:
         if rest is None and not any(b.value or b.inputs or b.owner for b in blocks):
             raise LowBitError("weights.rotation finds nothing in this model to rotate; set weights.rotation=none")
 
+    @property
+    def learnable(self) -> bool:
+        """Tell whether anything is rotated by matrices that can be learned: the residual stream, or V."""
+        return self.rotation.residual is not None or any(about.value is not None for about in self.rotation.blocks)
+
     def learned(self, matrices: Mapping[str, Tensor]) -> None:
         """Rotate by other matrices from here on. matrices: what learn_rotation has returned. Raises LowBitError where
         the model's function does not stay."""

@@ -174,6 +174,10 @@ class BlockwiseQuantizer:
     def _learn_rotation(self) -> None:
         """Learn the rotation, or read what an unfinished run has learned, and rotate by it from here on."""
         assert self.source.rotator is not None
+        if not self.source.rotator.learnable:
+            if env_rank() == 0:
+                print("rotation: neither the residual stream nor V is rotated, so there is nothing to learn")
+            return
         if (checksum := self.rotation) is None:
             arguments = (self.source, self.share, self.state.folder, self.config, self.attention_bits, self.logger.log)
             matrices = learn_rotation(*arguments, self.rounder.weight_bits)
