@@ -10,6 +10,8 @@ with a KV cache (decode); rounds alternate in order, and ratios are medians over
     running memory    the same, of prefill and decode alone: not of loading
     weights           bytes of parameters and buffers
 
+With weights.rotation each round runs a third model, the same without it: what R3 and R4 take of the rotated one's time.
+
 A third process computes the quantized model's logits with MEGATRON_LOWBIT_KERNELS=reference: with quantized activations
 they have to be the same bits, else the run fails. (weights.lm_head_bits is weight-only: its bf16 products are summed in
 float32, in another order than the reference's.)
@@ -88,14 +90,18 @@ def measure_model(config: BenchmarkModelConfig, name: str) -> tuple[list[dict[st
         settings, parameters = prepare(config, name, folder)
         of = {kind: in_a_process(kind, folder, settings) for kind in ("empty", *KINDS)}
         expected = in_a_process("quantized", folder, settings, MEGATRON_LOWBIT_KERNELS="reference")
-        models = {kind: load(kind, settings) for kind in KINDS}
+        models = {kind: load(kind, settings) for kind in (*KINDS, *(["unrotated"] if settings.unrotated else []))}
         seconds = time_models(config, models, settings)
     rows: list[dict[str, Any]] = []
     for what, tokens in (("prefill", settings.tokens), ("decode", 1)):
-        mine = {kind: [pair[what == "decode"] for pair in seconds[kind]] for kind in KINDS}
+        mine = {kind: [pair[what == "decode"] for pair in pairs] for kind, pairs in seconds.items()}
         row: dict[str, Any] = {kind: tokens / statistics.median(mine[kind]) for kind in KINDS}
         pairs = zip(mine["bf16"], mine["quantized"], strict=True)
-        rows.append({"what": what, **row, "ratio": statistics.median(a / b for a, b in pairs), "seconds": mine})
+        row |= {"ratio": statistics.median(a / b for a, b in pairs), "seconds": mine}
+        if settings.unrotated:
+            pairs = zip(mine["unrotated"], mine["quantized"], strict=True)
+            row["rotation_share"] = statistics.median(1 - a / b for a, b in pairs)
+        rows.append({"what": what, **row})
     for what, key in (("peak memory", "peak_bytes"), ("running memory", "running_bytes"), ("weights", "weight_bytes")):
         empty = 0 if key == "weight_bytes" else of["empty"]["peak_bytes"]
         known = None not in (empty, *(of[kind][key] for kind in KINDS))
@@ -121,6 +127,12 @@ def prepare(config: BenchmarkModelConfig, name: str, folder: Path) -> tuple[Sett
     artifact.mkdir()
     model.config.save_pretrained(artifact)
     settings = Settings(where, str(artifact), tokens, config.new_tokens, config.threads, config.seed)
+    if config.weights.rotation != "none":
+        unrotated = folder / "unrotated"
+        unrotated.mkdir()
+        model.config.save_pretrained(unrotated)
+        round_weights(model, config.weights.model_copy(update={"rotation": "none"}), torch.bfloat16).save(unrotated)
+        settings = settings._replace(unrotated=str(unrotated))
     checkpoint = round_weights(model, config.weights, torch.bfloat16)
     if config.weights.lm_head_bits:
         ids = token_ids(settings, model_config(model).vocab_size)
@@ -204,6 +216,9 @@ def print_rows(
         print(
             f"\nThe logits of {name} in {scheme} are bit for bit those of the reference op: {'yes' if same else 'no'}."
         )
+    for row in rows:
+        if "rotation_share" in row:
+            print(f"\nRotating online takes {row['rotation_share']:.1%} of {row['model']}'s {row['what']}.")
     measure = "CPU time" if config.threads == 1 else "time that passes"
     print(f"\nTimes are {measure}; medians of {config.repeats} interleaved rounds. Memory is that of a process alone.")
 

@@ -33,7 +33,8 @@ from megatron_lowbit.launch.loading import load_model, read_config
 
 
 class Settings(NamedTuple):
-    """source: folder or hub id of the model in full precision; artifact: folder of the quantized one."""
+    """source: folder or hub id of the model in full precision; artifact: folder of the quantized one; unrotated: of the
+    same without rotation, where there is one."""
 
     source: str
     artifact: str
@@ -41,15 +42,17 @@ class Settings(NamedTuple):
     new_tokens: int
     threads: int
     seed: int
+    unrotated: str = ""
 
 
 def load(kind: str, settings: Settings) -> Any:
-    """Load bf16 or quantized; the quantized one from its artifact alone, so that no weight is there in bf16."""
+    """Load bf16, quantized or unrotated; the last two from their artifacts alone, so that no weight is there in
+    bf16."""
     if kind == "bf16":
         return load_model(StageConfig(model=settings.source, dtype="bfloat16"), None, None).eval()
-    artifact = Artifact.load(settings.artifact)
-    config = StageConfig(artifact=settings.artifact, dtype="bfloat16")
-    model = load_model(config, read_config(settings.artifact), artifact.checkpoint).eval()
+    folder = settings.unrotated if kind == "unrotated" else settings.artifact
+    artifact, config = Artifact.load(folder), StageConfig(artifact=folder, dtype="bfloat16")
+    model = load_model(config, read_config(folder), artifact.checkpoint).eval()
     return apply_to_huggingface(model, artifact)
 
 

@@ -113,19 +113,23 @@ def stages(shape: Shape, tokens: int, windows: int, config: QuantizeConfig, size
     section = config.reassembly
     # Candidates of a column-parallel linear, and of each shard of a row-parallel one.
     wide, narrow = (_choices(config, width) for width in (shape.hidden, round(shape.row_widths[1] * tp / groups)))
+    times = 2 if wide and config.weights.rotation != "none" else 1  # down is judged with R4 and without
     per_token, per_block = Work(), Work(rounded=shape.weights)
     if section.mode != "none":
-        per_token += at_mlp + at_down  # the statistics of the MLP's two inputs; those of the attention's are its own
-        grams = 2 * 2 * shape.hidden**2 + sum(2 * w**2 * tp / groups for w in shape.row_widths[1:])
+        # The statistics of the MLP's two inputs; those of the attention's are its own.
+        per_token += at_mlp + at_down * times
+        grams = 2 * 2 * shape.hidden**2 + times * sum(2 * w**2 * tp / groups for w in shape.row_widths[1:])
         per_token += Work(flops=grams)
         per_block += Work(
-            flops=2 * shape.hidden * (shape.qkv + shape.gate_up) + 2 * shape.down * shape.row_widths[1] * tp / groups
+            flops=2 * shape.hidden * (shape.qkv + shape.gate_up)
+            + times * 2 * shape.down * shape.row_widths[1] * tp / groups
         )
         per_block += Work(network=2 * (1 - 1 / dp) * 8 * 2 * shape.hidden**2)
     if wide:
-        per_token += Work(flops=(1 + wide) * (attend + gate_up) + (1 + narrow + 3) * down) + at_mlp + at_down * 2
-        per_token += Work(rounded=wide * 2 * shape.hidden + (narrow + 2) * shape.row_widths[1])
-        per_block += Work(rounded=wide * (shape.qkv + shape.gate_up) + (narrow + 2) * shape.down)
+        per_token += Work(flops=(1 + wide) * (attend + gate_up) + times * (1 + narrow + 3) * down)
+        per_token += at_mlp + at_down * 2 * times
+        per_token += Work(rounded=wide * 2 * shape.hidden + times * (narrow + 2) * shape.row_widths[1])
+        per_block += Work(rounded=wide * (shape.qkv + shape.gate_up) + times * (narrow + 2) * shape.down)
     search = (per_token + quantized * ((size - 1) / size)) * mine + per_block
 
     correction, tuning = Work(), config.correction

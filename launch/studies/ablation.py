@@ -11,9 +11,10 @@ it, and evaluate each.
     adaptive_correction     both, merged into the weights
     adaptive_branch         both, the correction beside the weights                   table K
     adaptive_hierarchical   adaptive_correction with a low-rank map over every group  hierarchical.py; not deployable
-    rotation                R1 to R4, rounded to nearest; neither of the paper's steps in this row and the next two
+    rotation                R1 to R4, rounded to nearest; neither of the paper's steps in this row and the next three
     +clipping               ... and weights.clipping=mse
-    +gptq                   ... and weights.rounding=gptq: weights.preset=best
+    +gptq                   ... and weights.rounding=gptq
+    +learned                ... and weights.rotation=learned: weights.preset=best
     +correction             ... and a merged correction
     all                     ... and adaptive reassembly
 
@@ -80,7 +81,7 @@ def run_ablation(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]
         raise LowBitError("--ablation compares what becomes of the blocks; leave weights.lm_head_bits out")
     if config.weights.preset == "best":
         raise LowBitError(
-            "--ablation has a row for weights.preset=best, +gptq; leave weights.preset out, or set it to qllm"
+            "--ablation has a row for weights.preset=best, +learned; leave weights.preset out, or set it to qllm"
         )
     engine = start_engine(config)
     windows = load_windows(engine, config.evaluation, "evaluation", logger)
@@ -121,6 +122,7 @@ def variants(config: EvaluateConfig) -> dict[str, Variant]:
     rotated = {"rotation": "hadamard", "clipping": "none", "rounding": "nearest"}
     clipped = {**rotated, "clipping": "mse"}
     gptq = {**clipped, "rounding": "gptq"}
+    best = {**gptq, "rotation": "learned"}
     rows: dict[str, Variant] = {}
     for name, merge in (("disassembly", False), ("reassembly", True)):
         for gamma in GAMMAS:
@@ -135,8 +137,9 @@ def variants(config: EvaluateConfig) -> dict[str, Variant]:
         "rotation": Variant(rotated, whole, none),
         "+clipping": Variant(clipped, whole, none),
         "+gptq": Variant(gptq, whole, none),
-        "+correction": Variant(gptq, whole, merged),
-        "all": Variant(gptq, adaptive, merged),
+        "+learned": Variant(best, whole, none),
+        "+correction": Variant(best, whole, merged),
+        "all": Variant(best, adaptive, merged),
     }
 
 
@@ -170,7 +173,8 @@ def _quantized(
     )
     done = folder / "row.json"
     wanted = json.loads(json.dumps({"settings": settings.model_dump(mode="json", exclude=_UNUSED), "text": text}))
-    del wanted["settings"]["rotation"]  # of learned rotations, which the rows that only round refuse
+    if settings.weights.rotation != "learned":
+        del wanted["settings"]["rotation"]  # of learned rotations alone
     if settings.weights.rotation == "none":
         del wanted["settings"]["weights"]["rotation"]  # as before there was one
     found = _read(done) if (folder / "lowbit.json").exists() else {}

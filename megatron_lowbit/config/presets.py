@@ -2,7 +2,7 @@
 
 comm.preset=paper       arXiv 2411.07942, where it differs from our defaults
 weights.preset=qllm     arXiv 2310.08041: its steps alone, trained as configs/llama*.yaml say
-weights.preset=best     what measures best without training (docs/qllm.md, "What each step gains")
+weights.preset=best     what measures best (docs/qllm.md, "What each step gains")
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PRESETS: Mapping[str, Mapping[str, Sections]] = {
             },
         },
         "best": {
-            "weights": {"method": "qllm", "rotation": "hadamard", "clipping": "mse", "rounding": "gptq"},
+            "weights": {"method": "qllm", "rotation": "learned", "clipping": "mse", "rounding": "gptq"},
             "reassembly": {"mode": "none"},
             "correction": {"mode": "none"},
         },

@@ -81,9 +81,9 @@ class WeightsConfig(FrozenConfig):
     """Quantization of weights and activations."""
 
     preset: Literal["best", "qllm"] | None = None
-    """values of weights.*, reassembly.* and correction.* that are not given. best: what measures best without
-    training (method qllm with rotation, clipping and GPTQ); qllm: the paper's steps and training (arXiv 2310.08041);
-    none: the defaults below"""
+    """values of weights.*, reassembly.* and correction.* that are not given. best: what measures best
+    (method qllm with learned rotations, clipping and GPTQ, and no correction); qllm: the paper's steps and training
+    (arXiv 2310.08041); none: the defaults below"""
     scheme: SchemeName = "none"
     """bits of weights and activations; auto: 2 to 8 bits for the weights of each linear, chosen on calibration.data
     under weights.budget"""

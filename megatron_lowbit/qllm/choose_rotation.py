@@ -4,7 +4,8 @@
          and the like for what comes before and after the blocks
     R2   a linear as wide as all KV heads whose heads can be turned together with those that O reads: F'(h) = F(h)
     R3   attention that goes through transformers' interface, where Q and K are quantized
-    R4   every row-parallel linear but the attention's
+    R4   every row-parallel linear but the attention's; those whose input is better reassembled are left out later
+         (round_blocks.py)
 
 A wrong fold differs by as much as the block itself does, a right one by rounding; so names of models play no part. What
 a model does not allow is left out, with one line that says why. Every other block is proved when it is rotated.
@@ -12,7 +13,7 @@ a model does not allow is left out, with one line that says why. Every other blo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -85,6 +86,11 @@ class Rotator:
         if rest is None and not any(b.value or b.inputs or b.owner for b in blocks):
             raise LowBitError("weights.rotation finds nothing in this model to rotate; set weights.rotation=none")
 
+    @property
+    def learnable(self) -> bool:
+        """Tell whether anything is rotated by matrices that can be learned: the residual stream, or V."""
+        return self.rotation.residual is not None or any(about.value is not None for about in self.rotation.blocks)
+
     def learned(self, matrices: Mapping[str, Tensor]) -> None:
         """Rotate by other matrices from here on. matrices: what learn_rotation has returned. Raises LowBitError where
         the model's function does not stay."""
@@ -107,6 +113,14 @@ class Rotator:
         inputs = {self.host.fqn(index, name) for index, about in enumerate(blocks) for name in about.inputs}
         attends = any(about.owner is not None for about in blocks)
         return OnlineRotation(self.rotation.rest is not None, attends, frozenset(inputs), self.kind)
+
+    def leave(self, linears: Collection[str]) -> None:
+        """Leave the inputs of some linears, by their names in the model, without R4 from here on."""
+        blocks = list(self.rotation.blocks)
+        for index, about in enumerate(blocks):
+            kept = tuple(name for name in about.inputs if self.host.fqn(index, name) not in linears)
+            blocks[index] = replace(about, inputs=kept)
+        self.rotation = replace(self.rotation, blocks=blocks)
 
     def rotated_inputs(self, index: int) -> set[str]:
         """Return Rotation.rotated_inputs of a block, as names in the model."""

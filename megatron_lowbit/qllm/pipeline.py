@@ -83,6 +83,7 @@ class GroupResult:
     layers: dict[str, dict[str, Any]] = field(
         default_factory=dict
     )  # {module: search.describe, and search.word as "chosen"; rank 0}
+    unrotated: list[str] = field(default_factory=list)  # linears whose input R4 leaves as it is
 
 
 class BlockwiseQuantizer:
@@ -154,6 +155,8 @@ class BlockwiseQuantizer:
         self.source.rotate(ids, self.attention_bits)
         if self.config.weights.rotation == "learned":
             self._learn_rotation()
+        for result in self.results:
+            self._leave(result.unrotated)
         calls = {}
         for windows in self.share.batch_sizes:
             hidden, calls[windows] = self.source.embed(ids[:windows])
@@ -171,6 +174,10 @@ class BlockwiseQuantizer:
     def _learn_rotation(self) -> None:
         """Learn the rotation, or read what an unfinished run has learned, and rotate by it from here on."""
         assert self.source.rotator is not None
+        if not self.source.rotator.learnable:
+            if env_rank() == 0:
+                print("rotation: neither the residual stream nor V is rotated, so there is nothing to learn")
+            return
         if (checksum := self.rotation) is None:
             arguments = (self.source, self.share, self.state.folder, self.config, self.attention_bits, self.logger.log)
             matrices = learn_rotation(*arguments, self.rounder.weight_bits)
@@ -178,6 +185,11 @@ class BlockwiseQuantizer:
         else:
             matrices = on_every_rank(lambda: self.state.rotation(checksum))
         self.source.rotator.learned(matrices)
+
+    def _leave(self, linears: Sequence[str]) -> None:
+        """Leave the inputs of some linears without rotation."""
+        if self.source.rotator is not None:
+            self.source.rotator.leave(linears)
 
     def _quantize_group(self, number: int, indices: list[int], calls: dict[int, list[BlockCall]]) -> None:
         """Run the steps listed at the top of this file for blocks `indices`."""
@@ -188,6 +200,7 @@ class BlockwiseQuantizer:
         group.forward_stream(share, self.streams.full_precision, target)
         scratch = self.streams.create_scratch()
         report = self.rounder.round_group(group, inputs, scratch)
+        self._leave(report.unrotated)
         through_communication = self.config.correction.through_communication
         if through_communication:
             self._record_ranges(group, None)
@@ -213,6 +226,7 @@ class BlockwiseQuantizer:
             peak_memory(),
             reassembled=report.reassembled,
             layers=self._with_words(indices, report.layers),
+            unrotated=report.unrotated,
             **vars(correction),
         )
         self.results.append(result)

@@ -76,10 +76,14 @@ class LoadedModel:
 def rotate_model(model: Any, seed: int, shard_groups: int, attention_bits: int) -> OnlineRotation:
     """Rotate a model in place; it then computes what it did, but for rounding. Returns what was rotated.
 
-    attention_bits: of Q and K. The model is on one device, unsharded and unpatched. Raises LowBitError for a model of
-    which nothing can be rotated.
+    attention_bits: of Q and K. The model is on one device, unsharded and unpatched. Weights of its linears are in
+    float32 at least afterwards, so that they are rounded once: a model in bfloat16 has to be made float32 to run.
+    Raises LowBitError for a model of which nothing can be rotated.
     """
     host = LoadedModel(model)
+    for kinds in host.kinds:
+        for _, linear in kinds.values():
+            linear.weight.data = linear.weight.data.to(torch.promote_types(linear.weight.dtype, torch.float32))
     rotator = Rotator(host, host.ids, seed, shard_groups, attention_bits)
     for index, block in enumerate(host.blocks):
         rotator.rotate(index, block)

@@ -21,6 +21,7 @@ from megatron_lowbit.qllm.hidden_stream import HiddenStream
 from megatron_lowbit.qllm.input_range import HeadRange, InputRange
 from megatron_lowbit.qllm.input_sums import gram, input_sums, squares
 from megatron_lowbit.qllm.low_rank import trains_norms
+from megatron_lowbit.qllm.rotation import InputRotation
 from megatron_lowbit.qllm.round_experts import round_experts
 from megatron_lowbit.qllm.search import Search
 from megatron_lowbit.qllm.sharded_linear import PreparedNorm, ShardedLinear
@@ -36,11 +37,13 @@ from megatron_lowbit.runtime.metrics import progress
 class ReassemblyReport:
     """Record what reassembly did to the inputs of some blocks, by the fqn of their norm or linear, on this rank.
 
-    reassembled: channels that it adds before as many are merged; layers: search.describe.
+    reassembled: channels that it adds before as many are merged; layers: search.describe, and without_rotation (see
+    BlockRounder). unrotated: the linears whose input is better not rotated.
     """
 
     reassembled: dict[str, int] = field(default_factory=dict)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unrotated: list[str] = field(default_factory=list)
 
 
 class BlockRounder:
@@ -106,7 +109,7 @@ class BlockRounder:
         for group in block.input_groups:
             name, plans = f"{block.name}.{group.norm or group.linears[0]}", None
             if self._reassembles(group, block.input_groups[0].owner):
-                plans, report.layers[name] = search.choose(group, self._scheme(block, group))
+                plans, report.layers[name] = self._choose(search, block, group, report)
                 if group.kind == "column" and plans[0].is_identity:
                     plans = None  # on all ranks; a row-parallel linear's shards, and so its ranks, may differ
             if plans is not None:
@@ -130,6 +133,29 @@ class BlockRounder:
             block.experts = round_experts(
                 block.module, block.name, partial(self._forwards, block, inputs), weights, share.dp_group
             )
+
+    def _choose(
+        self, search: Search, block: Block, group: InputGroup, report: ReassemblyReport
+    ) -> tuple[list[ReassemblyPlan], dict[str, Any]]:
+        """Return the plans for a group's input and what is to be said of them: of the input as it is rotated (R4), or,
+        where the error is smaller then, as it was before, which ends its rotation.
+
+        without_rotation: the error of the best plans without the rotation, relative to that of the best with it.
+        """
+        scheme, linear = self._scheme(block, group), sharded(block, group)[0]
+        choice, rotation = search.choose(group, scheme), InputRotation.of(linear)
+        if rotation is None or choice.error is None:
+            return choice.plans, choice.description
+        weights = linear.hp_weights
+        rotation.undo(linear)
+        other = search.choose(group, scheme)
+        assert other.error is not None
+        ratio = {"without_rotation": other.error / choice.error if choice.error else 1.0}
+        if other.error < choice.error:
+            report.unrotated.append(linear.name)
+            return other.plans, {**other.description, **ratio}
+        rotation.redo(linear, weights)
+        return choice.plans, {**choice.description, **ratio}
 
     def _reassembles(self, group: InputGroup, attention_owner: str) -> bool:
         """Tell whether the paper reassembles a group's input: all but the attention's output projection's.

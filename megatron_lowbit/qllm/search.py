@@ -36,10 +36,12 @@ Errors = tuple[float, float] | None  # of the choice, and of no reassembly; None
 
 
 class Choice(NamedTuple):
-    """Hold one plan for all inputs (column) or one per shard of this rank (row), and what `describe` says of it."""
+    """Hold one plan for all inputs (column) or one per shard of this rank (row), what `describe` says of it, and its
+    squared error (None: not scored)."""
 
     plans: list[ReassemblyPlan]
     description: dict[str, Any]
+    error: float | None
 
 
 class Search:
@@ -78,7 +80,8 @@ class Search:
             plans = [plan]
         else:
             plans, errors = self._best_for_rows(group, linears[0], candidates)
-        return Choice(plans, describe(plans, [s.max_abs for s in stats], errors))
+        description = describe(plans, [s.max_abs for s in stats], errors)
+        return Choice(plans, description, None if errors is None else errors[0])
 
     def _channel_stats(self, group: InputGroup, linear: ShardedLinear) -> list[ChannelStats]:
         """Return statistics of the input's channels over all ranks' tokens: of all (column), or of each shard (row).

@@ -14,7 +14,7 @@ from megatron_lowbit.launch.studies.ablation import variants
 ROWS = ["full", "rtn", "rtn_grouped"]
 ROWS += [f"{name}_{gamma}" for name in ("disassembly", "reassembly") for gamma in ("0.01", "0.03", "0.05")]
 ROWS += ["adaptive", "correction", "adaptive_correction", "adaptive_branch", "adaptive_hierarchical"]
-ROTATED = ["rotation", "+clipping", "+gptq", "+correction", "all"]
+ROTATED = ["rotation", "+clipping", "+gptq", "+learned", "+correction", "all"]
 ROWS += ROTATED
 TINY = [*CALIBRATION, "calibration.samples=2", *EVALUATION, "reassembly.expansions=[0.05]", "correction.epochs=1"]
 OUTLIERS = ["inject_outliers=32", "inject_at=[norm, up_down, v_o]"]
@@ -72,10 +72,11 @@ def test_rotated_rows_are_what_they_say(ablation):
         "rotation": ("hadamard", "none", "nearest", "none", "none"),
         "+clipping": ("hadamard", "mse", "nearest", "none", "none"),
         "+gptq": ("hadamard", "mse", "gptq", "none", "none"),
-        "+correction": ("hadamard", "mse", "gptq", "merged", "none"),
-        "all": ("hadamard", "mse", "gptq", "merged", "adaptive"),
+        "+learned": ("learned", "mse", "gptq", "none", "none"),
+        "+correction": ("learned", "mse", "gptq", "merged", "none"),
+        "all": ("learned", "mse", "gptq", "merged", "adaptive"),
     }
-    best, row = QuantizeConfig(weights={"preset": "best"}), variants(EvaluateConfig())["+gptq"]
+    best, row = QuantizeConfig(weights={"preset": "best"}), variants(EvaluateConfig())["+learned"]
     assert {key: getattr(best.weights, key) for key in row.weights} == row.weights
     assert (best.reassembly.mode, best.correction.mode) == (row.reassembly.mode, row.correction.mode)
 

@@ -89,6 +89,28 @@ def test_other_bits_end_the_run_after_its_table(same, monkeypatch, capsys):
     assert "running memory, MiB" in out and logged[-1]["row"] == "random"
 
 
+def test_what_rotation_takes_is_measured_in_the_same_rounds(monkeypatch):
+    """Beside the same model without it: 4 and 3 seconds of prefill, 2 and 1 of a step; then twice that."""
+    rotates = {}
+
+    def times(config, models, settings):
+        for kind in ("quantized", "unrotated"):
+            names = [name for name, module in models[kind].named_modules() if vars(module).get("rotated")]
+            rotates[kind] = [name.split(".")[4] for name in names]
+        by_kind = {"bf16": (1.0, 1.0), "quantized": (4.0, 2.0), "unrotated": (3.0, 1.0)}
+        return {kind: [pair, (2 * pair[0], 2 * pair[1])] for kind, pair in by_kind.items()}
+
+    held = {"peak_bytes": None, "running_bytes": None, "weight_bytes": 1, "logits": "same"}
+    monkeypatch.setattr(model, "in_a_process", lambda *_, **__: held)
+    monkeypatch.setattr(model, "time_models", times)
+    rotated = ["weights.scheme=W4A4", "weights.rotation=hadamard", "weights.attention=true"]
+    measured, _ = model.measure_model(load_config(BenchmarkModelConfig, None, [*TINY, "tokens=4", *rotated]), "random")
+    assert rotates == {"quantized": ["down_proj"] * BLOCKS, "unrotated": []}
+    assert {row["what"]: row.get("rotation_share") for row in measured[:3]} == {
+        **{"prefill": 1 / 4, "decode": 1 / 2, "peak memory": None}
+    }
+
+
 def test_passes_are_those_of_the_whole_sequence():
     """Logits of a prompt, and of one token after the other with a cache, against one forward over all of them: in
     float32, which sums in another order."""

@@ -13,7 +13,7 @@ from megatron_lowbit.config import (
     load_config,
 )
 
-BEST = {"weights": {"rotation": "hadamard", "clipping": "mse", "rounding": "gptq", "method": "qllm"}}
+BEST = {"weights": {"rotation": "learned", "clipping": "mse", "rounding": "gptq", "method": "qllm"}}
 BEST |= {"reassembly": {"mode": "none"}, "correction": {"mode": "none"}}
 PAPERS = {"weights": {"rotation": "none", "clipping": "none", "rounding": "nearest", "method": "qllm"}}
 PAPERS |= {"reassembly": {"mode": "adaptive"}}

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import family_models
 import pytest
 import tiny_models
 import torch
@@ -225,6 +226,15 @@ def test_a_damaged_matrix_is_one_line(tmp_path, monkeypatch, capsys):
     message = capsys.readouterr().err
     assert "rotation.safetensors" in message and "to start the run over" in message
     assert len(message.strip().splitlines()) == 1
+
+
+def test_what_has_nothing_to_learn_is_rotated_all_the_same(tmp_path, capsys):
+    """GPT-NeoX: LayerNorms forbid R1, and Q, K and V are one linear; R3 and R4 are no matrices to learn."""
+    model = family_models.save("gpt_neox", tmp_path / "model")
+    folder = quantize(tmp_path / "artifact", f"model={model}", *SETTINGS, "calibration.samples=2", "comm.tp_sizes=[]")
+    about = json.loads((folder / "lowbit.json").read_text())["rotation"]
+    assert (about["kind"], about["residual"], about["attention"]) == ("hadamard", False, True) and about["inputs"]
+    assert "there is nothing to learn" in capsys.readouterr().out
 
 
 REFUSED = {

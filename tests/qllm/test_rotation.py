@@ -255,6 +255,16 @@ def rounded(model, **weights: object) -> LowBitCheckpoint:
     return round_weights(model, config, None, seed=5)
 
 
+def test_weights_in_bfloat16_are_rounded_once(monkeypatch):
+    """Rotated weights are codes of what they are in float64, not of what bfloat16 would have left of it."""
+    model = build("biases", monkeypatch).bfloat16()
+    half, single = rounded(model), rounded(copy.deepcopy(model).float())
+    assert half.rotation == single.rotation and half.rotation is not None and half.rotation.residual
+    for name, weight in single.linears.items():
+        assert torch.equal(half.linears[name].packed_weight, weight.packed_weight), name
+    assert {tensor.dtype for tensor in half.tensors.values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("name", ["llama", "tied embeddings", "biases", "norms after", "fused"])
 def test_rounding_leaves_the_model_and_apply_is_undone(name, monkeypatch, tmp_path):
     """W8A8: nearly the model's own logits, from the model and from the artifact alone; then the very bits again."""
