@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.adapters import patching
-from megatron_lowbit.adapters.megatron import attention, core, training
+from megatron_lowbit.adapters.megatron import attention, training
 from megatron_lowbit.adapters.megatron.layers import weight_rows
 from megatron_lowbit.adapters.megatron.layout import (
     NORMS,
@@ -46,10 +45,6 @@ from megatron_lowbit.quant.input_clipping import Clips, attention_clips
 from megatron_lowbit.runtime.distributed import group_rank, world_size
 
 _SAME_CONFIG = "build the model with the config that was quantized"
-
-
-def core_version() -> str:
-    return metadata.version(core.DISTRIBUTION)
 
 
 def fingerprint(model: Any, names: Iterable[str]) -> Fingerprint:
