@@ -92,7 +92,7 @@ def generate(
     run = _static if batching == "static" else _dynamic
     ends = [] if end_id is None else [end_id] if isinstance(end_id, int) else list(end_id)
     try:
-        with cpu_shims.engines(), torch.inference_mode(), _quiet():
+        with cpu_shims.engines(), versions.engine_runs(), torch.inference_mode(), _quiet():
             return run(model, requests, ends, temperature, max_batch, seed, on_token, on_step)
     finally:
         _free_buffers()

@@ -2,14 +2,17 @@
 
     0.16          the wrapper takes an InferenceWrapperConfig, the dynamic context its numbers one by one
     from 0.17 on  the wrapper takes the model and the context, the dynamic context an InferenceConfig
-    from 0.18 on  the dynamic context holds the token that ends each running request, before that the controller
+    from 0.18 on  the dynamic context holds the token that ends each running request, before that the controller;
+                  and engines set a flag of the whole process, which a model that is trained must not find
 
 What is there decides, not the version's number, so that a version between two of these works too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import megatron_lowbit.adapters.megatron.core  # noqa: F401, I001 (says what to install where that is missing)
@@ -27,6 +30,11 @@ except ImportError:  # 0.16
     from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 
     InferenceConfig = None
+
+try:
+    from megatron.core.inference.utils import InferenceMode
+except ImportError:  # 0.16, 0.17
+    InferenceMode = None
 
 TRIED = ("0.16", "0.17", "0.18", "0.19", "0.20")
 
@@ -89,6 +97,17 @@ def ends_of_running(controller: Any) -> Tensor:
     if hasattr(context, "active_request_metadata"):
         return context.active_request_metadata["termination_id"][:running]
     return controller._request_metadata["termination_id"][context.paused_request_count : context.total_request_count]
+
+
+@contextlib.contextmanager
+def engine_runs() -> Iterator[None]:
+    """Let an inference engine run inside; afterwards the models of this process are again what they were."""
+    before = InferenceMode is not None and InferenceMode.is_active()
+    try:
+        yield
+    finally:
+        if InferenceMode is not None and not before:
+            InferenceMode.unset_active()
 
 
 def _wrapper(kind: type, model: Any, context: Any, max_requests: int, length: int) -> Any:
