@@ -33,6 +33,8 @@ from megatron_lowbit.adapters.megatron.layout import (
     layout_of,
     model_chunks,
     norm_name,
+    num_blocks,
+    numbered_layers,
     parts,
     split_rows,
 )
@@ -78,7 +80,7 @@ def _shape_fields(model: Any) -> dict[str, Any]:
     return {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_hidden_size,
-        "num_hidden_layers": config.num_layers,
+        "num_hidden_layers": num_blocks(model),
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_query_groups or config.num_attention_heads,
         "head_dim": config.kv_channels,
@@ -179,7 +181,7 @@ def check_untied(model: Any, artifact: Artifact) -> None:
 def warn_unreplaced(model: Any, checkpoint: LowBitCheckpoint) -> None:
     """Warn of linears in this stage's layers that the checkpoint has quantized and the model keeps as they are."""
     prefix, linears = find_prefix(checkpoint.linears), find_linears(model)
-    here = tuple(f"{prefix}.{layer.layer_number - 1}." for layer in model.decoder.layers)
+    here = tuple(f"{prefix}.{block}." for _, block, _ in numbered_layers(model))
     taken = {name for layer, role in linears for name in parts(prefix, layer, role, checkpoint.linears)}
     patching.warn_unreplaced(model, checkpoint, [n for n in checkpoint.linears if n in taken or not n.startswith(here)])
 
@@ -192,12 +194,12 @@ def _completed(model: Any, expected: Fingerprint) -> Fingerprint:
 
 def check_shapes(model: Any, artifact: Artifact) -> None:
     """Raise LowBitError where a linear of the model and the artifact's differ in shape, naming the first."""
-    config, layout = model.config, layout_of(model)
+    blocks, layout = num_blocks(model), layout_of(model)
     checkpoint = artifact.checkpoint
     for part in (checkpoint, *artifact.plans.values()):
-        layers = config.num_layers if part is None else part.fingerprint.get("num_hidden_layers", config.num_layers)
-        if layers != config.num_layers:
-            raise LowBitError(f"the artifact has {layers} layers, the GPTModel {config.num_layers}; {_SAME_CONFIG}")
+        layers = blocks if part is None else part.fingerprint.get("num_hidden_layers", blocks)
+        if layers != blocks:
+            raise LowBitError(f"the artifact has {layers} layers, the GPTModel {blocks}; {_SAME_CONFIG}")
     if checkpoint is None:
         return
     prefix = find_prefix(checkpoint.linears)
