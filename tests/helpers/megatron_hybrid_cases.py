@@ -1,4 +1,4 @@
-"""HybridModels, in which a block of a GPTModel is two layers: what workers of a RankPool run for test_megatron_hybrid.py.
+"""HybridModels, in which a block of a GPTModel is two layers: what ranks run for test_megatron_hybrid.py.
 
 Before megatron-core 0.18 the class is MambaModel.
 """

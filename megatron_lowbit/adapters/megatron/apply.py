@@ -9,8 +9,9 @@ into them (load_state_dict, with or without a distributed checkpoint), and round
 what the recipe says of each layer. (b) works on any GPTModel, whether or not it was built by (a), and is the way to
 an artifact with reassembly, correction and communication plans. `megatron_lowbit.remove` undoes (b).
 
-Experts, embeddings, the output layer and linears of other kinds (multi-latent attention) stay as they are, and read
-norms as they were; weights of theirs in the artifact are left, with a warning.
+Experts, embeddings and the output layer stay as they are, and read norms as they were; weights of theirs in the
+artifact are left, with a warning. A model with other linears that are not known is refused: it would be quantized only
+in part.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from megatron_lowbit.adapters.megatron.layout import (
     split_rows,
 )
 from megatron_lowbit.adapters.megatron.replacements import Replacements
+from megatron_lowbit.adapters.megatron.whole import check_model
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
 from megatron_lowbit.io.fingerprint import Fingerprint
@@ -115,7 +117,8 @@ def apply_to_megatron(
 
     Raises:
         LowBitError: the artifact is of another model or of other shapes (the message names the first tensor), damaged,
-            or without a plan for this number of ranks or this layer; or the number of ranks splits its shard groups.
+            or without a plan for this number of ranks or this layer; or the number of ranks splits its shard groups; or
+            the model has linears of kinds that are not known.
             Nothing is replaced then.
 
     Example, on each of two ranks, where Megatron's parallel groups are initialized:
@@ -138,6 +141,7 @@ def apply_to_megatron(
     reducers = patching.Reducers.of(artifact, size, comm_mode, chunks[0].pg_collection.tp)
     for chunk in chunks:
         check_shapes(chunk, artifact)
+        check_model(chunk)
         check_untied(chunk, artifact)
         if artifact.checkpoint is not None and artifact.checkpoint.scheme.weight_bits < 16:
             training.check_replaceable(find_linears(chunk).values())

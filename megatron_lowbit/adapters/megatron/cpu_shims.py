@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_lowbit.adapters.megatron.attention import causal_attention
 
-
 _ALL = (-1, -1)  # of a window: no limit
 
 

@@ -34,7 +34,6 @@ from megatron_lowbit.adapters import megatron
 from megatron_lowbit.adapters.megatron import cpu_shims, versions
 from megatron_lowbit.adapters.megatron.layout import layout_of
 from megatron_lowbit.config import LowBitError
-from megatron_lowbit.runtime.distributed import world_size
 
 Batching = Literal["static", "dynamic"]
 OnToken = Callable[[int, int], None]

@@ -15,13 +15,13 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import megatron_lowbit.adapters.megatron.core  # noqa: F401, I001 (says what to install where that is missing)
 import megatron.core
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
 from torch import Tensor
 
+import megatron_lowbit.adapters.megatron.core  # noqa: F401 (says what to install where that is missing)
 from megatron_lowbit.runtime.launcher_env import env_rank
 
 try:
