@@ -8,6 +8,7 @@ engines()       around the inference engines: that, and events and paged attenti
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -69,6 +70,7 @@ def engines() -> Iterator[None]:
         (attention, "is_fa_min_version", lambda version: True),
         (attention, "flash_attn_varlen_func", paged_attention),
         (attention, "flash_attn_with_kvcache", paged_decode),
+        (threading.Thread, "run", _thread_run),  # a server's engine runs in one, and a mode holds in one thread alone
     ]
     before = [(owner, name, getattr(owner, name, None)) for owner, name, _ in replaced]
     for owner, name, value in replaced:
@@ -79,6 +81,14 @@ def engines() -> Iterator[None]:
     finally:
         for owner, name, value in before:
             setattr(owner, name, value)
+
+
+_own_thread_run = threading.Thread.run
+
+
+def _thread_run(thread: threading.Thread) -> None:
+    with _CudaIsCpu():
+        _own_thread_run(thread)
 
 
 class _CudaIsCpu(TorchFunctionMode):
