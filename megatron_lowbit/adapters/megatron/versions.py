@@ -71,6 +71,7 @@ def dynamic_wrapper(kind: type, model: Any, max_requests: int, length: int, buff
         options = InferenceConfig(
             max_sequence_length=max(length, max_requests),
             buffer_size_gb=buffer_gb,
+            max_tokens=max(length, DynamicInferenceContext.DEFAULT_MAX_TOKENS),  # a whole prompt in one step
             pg_collection=model.pg_collection,
         )
         context = DynamicInferenceContext(model.config, options)
