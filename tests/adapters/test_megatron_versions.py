@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import megatron_version_cases as cases
 import pytest
+import torch
 from commands import needs_megatron
 
 pytestmark = needs_megatron
@@ -30,3 +32,20 @@ def test_a_version_never_tried_is_named(version, rank, warned, caplog, monkeypat
         versions.warn_untried(version)
     assert len(caplog.messages) == warned
     assert all(version in line and "0.16, 0.17, 0.18, 0.19, 0.20" in line for line in caplog.messages)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
+def test_threads_of_a_server_find_the_stand_in():
+    """Megatron's servers step their engine in a thread; afterwards "cuda" is refused there again."""
+    from megatron_lowbit.adapters.megatron import cpu_shims
+
+    def made() -> str:
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                return str(pool.submit(torch.zeros, 1, device="cuda").result().device)
+            except (AssertionError, RuntimeError):
+                return "refused"
+
+    with cpu_shims.engines():
+        assert made() == "cpu"
+    assert made() == "refused"
