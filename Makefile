@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export DS_BUILD_OPS := 0
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo test test-quick test-all test-gpu test-slurm slurm-packages check bench clean
+.PHONY: help demo test test-quick test-all test-gpu test-megatron test-slurm slurm-packages check bench clean
 
 demo: $(VENV)/.run ## the whole pipeline on the embedded model, two ranks, no network
 	$(BIN)/megatron-lowbit demo
@@ -33,6 +33,17 @@ test-all: $(VENV)/.test ## the slow tests too; MINUTES=50 begins none of them la
 
 test-gpu: $(VENV)/.test ## the tests of a GPU, on the first of this machine; without one they are skipped and say so
 	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest -rs -m gpu tests/kernels tests/launch
+
+VERSION ?= 0.19.2
+TESTS ?= tests/adapters/test_megatron*.py
+test-megatron: $(VENV)/.test $(VENV)/megatron-core-$(VERSION) ## Megatron's tests on another VERSION=0.19.2 of it
+	PYTHONPATH=$(abspath $(VENV)/megatron-core-$(VERSION)) $(PYTEST) $(TESTS)
+
+# Beside the installed version and whatever Python it asks for: newer ones ask for 3.12, and run on 3.11.
+$(VENV)/megatron-core-%: | $(VENV)/bin/python
+	rm -rf $@.part
+	$(BIN)/python -m pip install --quiet --ignore-requires-python --no-deps --target $@.part megatron-core==$*
+	mv $@.part $@
 
 test-slurm: slurm-packages $(VENV)/.test ## jobs on a real Slurm of two nodes, on this machine; installs it with apt as root
 	$(BIN)/python -m pytest -m "slow or not slow" -s -rs tests/launch/test_slurm.py tests/launch/test_slurm_jobs.py

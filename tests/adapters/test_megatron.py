@@ -12,6 +12,7 @@ import tiny_models
 import torch
 from closeness import assert_equal_but_for_flips
 from commands import needs_megatron, run_here
+from megatron_artifacts import gather_artifact
 from tiny_models import build, make_artifact
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -19,9 +20,7 @@ from transformers import AutoModelForCausalLM
 import megatron_lowbit as lowbit
 from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.artifact import Artifact
-from megatron_lowbit.comm.build_plan import build_plan
-from megatron_lowbit.comm.calibration import calibrate
-from megatron_lowbit.config import CommConfig, WeightsConfig
+from megatron_lowbit.config import WeightsConfig
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.round_to_nearest import quantize_model
 
@@ -229,20 +228,6 @@ def test_everything_that_qllm_makes(pool_of, qllm, size, sequence_parallel):
         torch.testing.assert_close(results["unpatched"], unpatched, rtol=0, atol=1e-5 * unpatched.abs().max().item())
         assert_equal_but_for_flips(results["patched"], expected, windows=3 / 8, flip=0.5)
     assert (expected - unpatched).norm() > 0.1 * unpatched.norm()
-
-
-def gather_artifact(sizes: tuple[int, ...]) -> Artifact:
-    """W4A8, and plans with ranges for the all-gather of sequence parallelism."""
-    model = build("llama")
-    linears = huggingface.find_linears(model)
-    sites, readers = huggingface.row_parallel_sites(model), huggingface.first_readers(linears)
-    print_of_model = huggingface.fingerprint(model)
-    stats = calibrate(model, sites, tiny_models.batches(), sizes, print_of_model, gamma=0.25, inputs=readers)
-    config = CommConfig(preset="paper", gather=True, bf16_fraction=1 / 16)
-    weights = quantize_model(
-        model, {name: m for name, (_, m) in linears.items()}, WeightsConfig(scheme="W4A8"), print_of_model
-    )
-    return Artifact(weights, {size: build_plan(stats, size, config) for size in sizes})
 
 
 @pytest.mark.parametrize("size", (2, 4))

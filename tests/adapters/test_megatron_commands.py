@@ -14,7 +14,6 @@ from commands import (
     COMMAND,
     EVALUATION,
     free_port,
-    megatron_generates,
     needs_deepspeed,
     needs_megatron,
     run_here,
@@ -208,8 +207,8 @@ def generation(artifact, tmp_path_factory) -> tuple[list[str], list[list[int]]]:
 @pytest.mark.parametrize(
     "engine",
     [
-        pytest.param(["engine=megatron", "max_batch=3"], marks=megatron_generates),
-        pytest.param(["engine=megatron", "batching=static"], marks=megatron_generates),
+        ["engine=megatron", "max_batch=3"],
+        ["engine=megatron", "batching=static"],
         pytest.param(["engine=deepspeed"], marks=needs_deepspeed),
     ],
     ids=["dynamic", "static", "deepspeed"],
@@ -323,9 +322,7 @@ def test_bad_input(case, folder, tmp_path, capsys):
     assert_refused(only_line(capsys.readouterr().err), said, tmp_path / "output")
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=megatron_generates if "batching" in case else ()) for case in RANKS_CASES]
-)
+@pytest.mark.parametrize("case", RANKS_CASES)
 def test_bad_input_of_ranks(ranks, case, folder, tmp_path):
     command, said = RANKS_CASES[case]
     arguments = [argument.format(folder=folder) for argument in [*command, "engine=megatron"]]

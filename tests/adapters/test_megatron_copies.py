@@ -8,7 +8,7 @@ import dataclasses
 import megatron_copies_cases as cases
 import pytest
 import torch
-from commands import megatron_generates, needs_megatron
+from commands import needs_megatron
 from reassembled_models import reassembled
 from tiny_models import build, make_artifact
 
@@ -51,7 +51,6 @@ def test_remove_from_one_leaves_the_other(pool_of, size, sequence_parallel, firs
         assert results["apart"] and results["names"] and not results["traces"]
 
 
-@megatron_generates
 def test_a_copy_generates_by_its_own_attention(one_rank):
     """The dynamic engine quantizes K and V on their way into its cache, and Q on its way out."""
     prompts = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16]]

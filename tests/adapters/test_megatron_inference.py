@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import megatron_inference_cases as cases
 import pytest
 import torch
-from commands import megatron_generates, needs_megatron
+from commands import needs_megatron
 from megatron_artifacts import quantize_embedded
 from tiny_models import VOCAB, build, embedded_folder, make_artifact
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import megatron_lowbit as lowbit
 from megatron_lowbit.artifact import Artifact
 
-pytestmark = [needs_megatron, megatron_generates]
+pytestmark = needs_megatron
 
 TINY = cases.TINY
 STATIC, DYNAMIC = {"batching": "static"}, {"batching": "dynamic"}

@@ -19,7 +19,6 @@ LEFT = {
     "nothing": (),
     "class of its own": (),
     "forward of its own": (),
-    "linear of another kind": ("gate_proj", "up_proj"),
     "experts": ("gate_proj", "up_proj", "down_proj"),
 }
 NORMS = {f"decoder.layers.{layer}.{norm}" for layer in (0, 1) for norm in ("input_layernorm", "pre_mlp_layernorm")}
@@ -51,6 +50,14 @@ def test_whoever_else_reads_it_gets_the_plain_norm(pool_of, kind, size, sequence
         which = f"{left[0]}, and {len(left) - 1} more" if left else ""
         said = [f"the artifact has quantized weights that find no linear to replace: {which}"] if left else []
         assert results["said"] == said
+
+
+@pytest.mark.parametrize("kind", cases.UNKNOWN)
+def test_a_model_is_never_quantized_in_part(two_ranks, kind):
+    """Nothing is replaced, and the linears that would be left are named: of a block, and beside them."""
+    for line, same in two_ranks.run(cases.refused, kind, make_artifact(build("llama"), "W4A8", (2,))):
+        assert cases.UNKNOWN[kind] in line and "only in part" in line and "\n" not in line
+        assert same
 
 
 @pytest.mark.parametrize("merge", (True, False))

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,10 +31,6 @@ CALIBRATION, EVALUATION = SMALL_TEXT[:4], SMALL_TEXT[4:]
 # Not importorskip: that would import it here, and it takes seconds.
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs megatron-lowbit[deepspeed]")
 needs_megatron = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron-lowbit[megatron]")
-megatron_generates = pytest.mark.skipif(
-    find_spec("megatron") is not None and version("megatron-core").split(".")[:2] != ["0", "16"],
-    reason="generation runs on the inference engines of megatron-core 0.16",
-)
 COMMAND = [sys.executable, "-m", "megatron_lowbit.launch"]
 
 

@@ -6,11 +6,17 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import tiny_models
 from commands import CALIBRATION, run_here
 
+from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.artifact import Artifact
+from megatron_lowbit.comm.build_plan import build_plan
+from megatron_lowbit.comm.calibration import calibrate
+from megatron_lowbit.config import CommConfig, WeightsConfig
 from megatron_lowbit.quant.affine import LowRank
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
+from megatron_lowbit.quant.round_to_nearest import quantize_model
 
 
 def quantize_embedded(folder: Path, **changes: object) -> Path:
@@ -31,6 +37,20 @@ def quantize_embedded(folder: Path, **changes: object) -> Path:
     }
     assert run_here("quantize", *(f"{key}={value}" for key, value in (settings | changes).items()), *CALIBRATION) == 0
     return folder
+
+
+def gather_artifact(sizes: tuple[int, ...], scheme: str = "W4A8") -> Artifact:
+    """A tiny llama's weights, and plans with ranges for the all-gather of sequence parallelism; a sixteenth of the
+    features travels in bfloat16."""
+    model = tiny_models.build("llama")
+    linears = huggingface.find_linears(model)
+    sites, readers = huggingface.row_parallel_sites(model), huggingface.first_readers(linears)
+    print_of_model = huggingface.fingerprint(model)
+    stats = calibrate(model, sites, tiny_models.batches(), sizes, print_of_model, gamma=0.25, inputs=readers)
+    config = CommConfig(preset="paper", gather=True, bf16_fraction=1 / 16)
+    modules = {name: module for name, (_, module) in linears.items()}
+    weights = quantize_model(model, modules, WeightsConfig(scheme=scheme), print_of_model)
+    return Artifact(weights, {size: build_plan(stats, size, config) for size in sizes})
 
 
 def in_some_blocks(artifact: Artifact) -> Artifact:

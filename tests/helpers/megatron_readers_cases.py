@@ -10,9 +10,10 @@ from typing import Any
 
 import tiny_models
 import torch
-from megatron_cases import gpt_model, kinds, logits
+from megatron_cases import gpt_model, kinds, logits, module_ids
 from megatron_checkpoint_cases import writers
 from megatron_groups import parallel
+from megatron_model_cases import said
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -53,6 +54,8 @@ def with_other_reader(kind: str, hf: PreTrainedModel, sequence_parallel: bool) -
         mlp.forward = types.MethodType(gated, mlp)
     elif kind == "linear of another kind":
         mlp.linear_fc1 = OtherLinear(mlp.linear_fc1)
+    elif kind == "linear beside them":
+        mlp.gate = nn.Linear(4, 4)
     return model
 
 
@@ -116,6 +119,21 @@ def applied(
         lowbit.remove(model)
         results["removed"] = logits(model)
         return results
+
+
+# {kind: what is said of it}
+UNKNOWN = {
+    "linear of another kind": "decoder.layers.1.mlp.linear_fc1 (OtherLinear)",
+    "linear beside them": "decoder.layers.1.mlp.gate (Linear)",
+}
+
+
+def refused(rank: int, size: int, kind: str, artifact: Artifact) -> tuple[str, bool]:
+    """What apply_to_megatron says, and whether the model is as before."""
+    with parallel(size):
+        model = with_other_reader(kind, tiny_models.build("llama"), False)
+        before = module_ids(model)
+        return said(lambda: lowbit.apply_to_megatron(model, artifact)), module_ids(model) == before
 
 
 def saved(rank: int, size: int, kind: str, artifact: Artifact, folder: Path) -> tuple[bool, bool]:

@@ -7,7 +7,9 @@ elements, and LayerNormLinear holds the norm's gain.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from megatron_cases import gpt_model, kinds, logits, module_ids
 from megatron_groups import parallel
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 
 import megatron_lowbit as lowbit
@@ -70,8 +73,55 @@ class TERowParallelLinear(_Linear):
         return self.returned(reduce(y, group=self._tp_group))
 
 
-def with_transformer_engine(model: Any, fused: bool) -> Any:
-    """The same GPTModel as a Transformer Engine spec builds it; fused: the norms are inside the linears."""
+class InferenceColumnParallelLinear(TEColumnParallelLinear):
+    """Of transformer_impl="inference_optimized": no biases, and collectives of torch.distributed, no gradient."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        assert not self.bias.numel(), "inference_optimized has no biases"
+        self.tp_group, self.tp_size = self._tp_group, self._tp_group.size()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        if self.tp_size > 1:
+            shard = x.contiguous()
+            x = shard.new_empty(shard.shape[0] * self.tp_size, *shard.shape[1:])
+            dist.all_gather_into_tensor(x, shard, group=self.tp_group)
+        return x @ self.weight.t(), None
+
+
+class InferenceLayerNormColumnParallelLinear(TELayerNormColumnParallelLinear):
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        assert not self.bias.numel(), "inference_optimized has no biases"
+        self.tp_group, self.tp_size = self._tp_group, self._tp_group.size()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        normed = F.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps)
+        return InferenceColumnParallelLinear.forward(self, normed)  # type: ignore[arg-type]
+
+
+class InferenceRowParallelLinear(TERowParallelLinear):
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        assert not self.bias.numel(), "inference_optimized has no biases"
+        self.tp_group, self.tp_size = self._tp_group, self._tp_group.size()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        y = x @ self.weight.t()
+        if self.tp_size == 1:
+            return y, None
+        shard = y.new_empty(y.shape[0] // self.tp_size, *y.shape[1:])
+        dist.reduce_scatter_tensor(shard, y, group=self.tp_group)
+        return shard, None
+
+
+def with_transformer_engine(model: Any, fused: bool, prefix: str = "TE") -> Any:
+    """The same GPTModel as a Transformer Engine spec builds it; fused: the norms are inside the linears. prefix: TE, or
+    Inference."""
+    column, fused_column, row = (
+        globals()[f"{prefix}{name}"]
+        for name in ("ColumnParallelLinear", "LayerNormColumnParallelLinear", "RowParallelLinear")
+    )
     from megatron.core.transformer.identity_op import IdentityOp
 
     for layer in model.decoder.layers:
@@ -81,38 +131,50 @@ def with_transformer_engine(model: Any, fused: bool) -> Any:
         ]
         for norm, owner, name in columns:
             if fused:
-                setattr(owner, name, TELayerNormColumnParallelLinear(getattr(owner, name), getattr(layer, norm)))
+                setattr(owner, name, fused_column(getattr(owner, name), getattr(layer, norm)))
                 setattr(layer, norm, IdentityOp())
             else:
-                setattr(owner, name, TEColumnParallelLinear(getattr(owner, name)))
+                setattr(owner, name, column(getattr(owner, name)))
         for owner, name in ((layer.self_attention, "linear_proj"), (layer.mlp, "linear_fc2")):
-            setattr(owner, name, TERowParallelLinear(getattr(owner, name)))
+            setattr(owner, name, row(getattr(owner, name)))
     return model
 
 
 # A GPTModel that is built from a rewritten spec of Transformer Engine's: it holds the norms inside its linears
 
 
-def low_bit_spec(config: Any, scheme: str) -> Any:
-    """lowbit_spec of a block of Transformer Engine's linears, as if the package were installed."""
+def low_bit_spec(config: Any, scheme: str, prefix: str = "TE") -> Any:
+    """lowbit_spec of a block of Transformer Engine's linears, as if the package were installed. prefix: TE, or
+    Inference."""
     from megatron.core.extensions import transformer_engine as te
+    from megatron.core.tensor_parallel import inference_layers
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.identity_op import IdentityOp
 
     from megatron_lowbit.adapters.megatron import spec as megatron_spec
 
+    library = te if prefix == "TE" else inference_layers
     names = {
-        id(ColumnParallelLinear): te.TELayerNormColumnParallelLinear,
-        id(RowParallelLinear): te.TERowParallelLinear,
+        id(ColumnParallelLinear): getattr(library, f"{prefix}LayerNormColumnParallelLinear"),
+        id(RowParallelLinear): getattr(library, f"{prefix}RowParallelLinear"),
     }
-    installed, te.HAVE_TE = te.HAVE_TE, True
-    try:
+    with transformer_engine_installed():
         layer, count = megatron_spec._rewrite(megatron_spec.llama_spec(), names)
         assert count == 4
         inside = dataclasses.replace(layer.submodules, input_layernorm=IdentityOp, pre_mlp_layernorm=IdentityOp)
         return megatron_spec.block_spec(
             config, megatron_spec.lowbit_spec(dataclasses.replace(layer, submodules=inside), scheme)
         )
+
+
+@contextlib.contextmanager
+def transformer_engine_installed() -> Iterator[None]:
+    """As far as specs can tell: without the package its classes' names are there, and nothing in them works."""
+    from megatron.core.extensions import transformer_engine as te
+
+    installed, te.HAVE_TE = te.HAVE_TE, True
+    try:
+        yield
     finally:
         te.HAVE_TE = installed
 
@@ -128,7 +190,7 @@ def by_inner_names(state: dict[str, Any]) -> dict[str, Any]:
     return {inner_name(name): tensor for name, tensor in state.items()}
 
 
-def loaded_into_specs(rank: int, size: int, scheme: str, sequence_parallel: bool) -> dict[str, Any]:
+def loaded_into_specs(rank: int, size: int, scheme: str, sequence_parallel: bool, prefix: str = "TE") -> dict[str, Any]:
     """Return, of models that are packed on load with the norms inside and outside: logits, kinds, and the keys that
     Megatron's checkpoints have before and after the load."""
     from megatron_checkpoint_cases import keys_of
@@ -139,7 +201,7 @@ def loaded_into_specs(rank: int, size: int, scheme: str, sequence_parallel: bool
 
         hf = tiny_models.build("llama")
         config = megatron_model.transformer_config(hf.config, sequence_parallel=sequence_parallel)
-        specs = {"inside": low_bit_spec(config, scheme), "outside": lowbit_spec(block_spec(config), scheme)}
+        specs = {"inside": low_bit_spec(config, scheme, prefix), "outside": lowbit_spec(block_spec(config), scheme)}
         state = gpt_model(hf, sequence_parallel).state_dict()
         results: dict[str, Any] = {"plain": logits(gpt_model(hf, sequence_parallel))}
         for where, spec in specs.items():
@@ -186,7 +248,13 @@ def embedded_model(sequence_parallel: bool) -> Any:
 
 
 def compared(
-    rank: int, size: int, architecture: str, sequence_parallel: bool, fused: bool, artifacts: dict[str, Artifact | Path]
+    rank: int,
+    size: int,
+    architecture: str,
+    sequence_parallel: bool,
+    fused: bool,
+    artifacts: dict[str, Artifact | Path],
+    prefix: str = "TE",
 ) -> dict[str, Any]:
     """Logits of a model with Transformer Engine's classes and of one with Megatron's own: {name: (the one, the
     other)}."""
@@ -197,7 +265,7 @@ def compared(
             hf = tiny_models.build(architecture)
             models = [gpt_model(hf, sequence_parallel) for _ in range(2)]
         vocab = 1024 if architecture == "embedded" else tiny_models.VOCAB
-        engine, local = with_transformer_engine(models[0], fused), models[1]
+        engine, local = with_transformer_engine(models[0], fused, prefix), models[1]
         before = module_ids(engine)
         results: dict[str, Any] = {"unpatched": (logits(engine, vocab), logits(local, vocab)), "kinds": {}}
         for name, artifact in artifacts.items():

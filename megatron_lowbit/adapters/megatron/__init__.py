@@ -3,7 +3,7 @@
 Megatron-LM finds a spec by this module and its name: --spec megatron_lowbit.adapters.megatron llama_lowbit_spec
 """
 
-from megatron_lowbit.adapters.megatron.apply import apply_to_megatron, core_version, fingerprint
+from megatron_lowbit.adapters.megatron.apply import apply_to_megatron, fingerprint
 from megatron_lowbit.adapters.megatron.layout import find_linears, layout_of, model_chunks, split_rows
 from megatron_lowbit.adapters.megatron.spec import (
     block_spec,
@@ -14,6 +14,7 @@ from megatron_lowbit.adapters.megatron.spec import (
     lowbit_spec,
     qwen3_lowbit_spec,
 )
+from megatron_lowbit.adapters.megatron.versions import core_version
 
 __all__ = [
     "apply_to_megatron",

@@ -9,15 +9,15 @@ into them (load_state_dict, with or without a distributed checkpoint), and round
 what the recipe says of each layer. (b) works on any GPTModel, whether or not it was built by (a), and is the way to
 an artifact with reassembly, correction and communication plans. `megatron_lowbit.remove` undoes (b).
 
-Experts, embeddings, the output layer and linears of other kinds (multi-latent attention) stay as they are, and read
-norms as they were; weights of theirs in the artifact are left, with a warning.
+Experts, embeddings and the output layer stay as they are, and read norms as they were; weights of theirs in the
+artifact are left, with a warning. A model with other linears that are not known is refused: it would be quantized only
+in part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.adapters import patching
-from megatron_lowbit.adapters.megatron import attention, core, training
+from megatron_lowbit.adapters.megatron import attention, training
 from megatron_lowbit.adapters.megatron.layers import weight_rows
 from megatron_lowbit.adapters.megatron.layout import (
     NORMS,
@@ -34,10 +34,13 @@ from megatron_lowbit.adapters.megatron.layout import (
     layout_of,
     model_chunks,
     norm_name,
+    num_blocks,
+    numbered_layers,
     parts,
     split_rows,
 )
 from megatron_lowbit.adapters.megatron.replacements import Replacements
+from megatron_lowbit.adapters.megatron.whole import check_model
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
 from megatron_lowbit.io.fingerprint import Fingerprint
@@ -46,10 +49,6 @@ from megatron_lowbit.quant.input_clipping import Clips, attention_clips
 from megatron_lowbit.runtime.distributed import group_rank, world_size
 
 _SAME_CONFIG = "build the model with the config that was quantized"
-
-
-def core_version() -> str:
-    return metadata.version(core.DISTRIBUTION)
 
 
 def fingerprint(model: Any, names: Iterable[str]) -> Fingerprint:
@@ -83,7 +82,7 @@ def _shape_fields(model: Any) -> dict[str, Any]:
     return {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_hidden_size,
-        "num_hidden_layers": config.num_layers,
+        "num_hidden_layers": num_blocks(model),
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_query_groups or config.num_attention_heads,
         "head_dim": config.kv_channels,
@@ -118,7 +117,8 @@ def apply_to_megatron(
 
     Raises:
         LowBitError: the artifact is of another model or of other shapes (the message names the first tensor), damaged,
-            or without a plan for this number of ranks or this layer; or the number of ranks splits its shard groups.
+            or without a plan for this number of ranks or this layer; or the number of ranks splits its shard groups; or
+            the model has linears of kinds that are not known.
             Nothing is replaced then.
 
     Example, on each of two ranks, where Megatron's parallel groups are initialized:
@@ -141,6 +141,7 @@ def apply_to_megatron(
     reducers = patching.Reducers.of(artifact, size, comm_mode, chunks[0].pg_collection.tp)
     for chunk in chunks:
         check_shapes(chunk, artifact)
+        check_model(chunk)
         check_untied(chunk, artifact)
         if artifact.checkpoint is not None and artifact.checkpoint.scheme.weight_bits < 16:
             training.check_replaceable(find_linears(chunk).values())
@@ -184,7 +185,7 @@ def check_untied(model: Any, artifact: Artifact) -> None:
 def warn_unreplaced(model: Any, checkpoint: LowBitCheckpoint) -> None:
     """Warn of linears in this stage's layers that the checkpoint has quantized and the model keeps as they are."""
     prefix, linears = find_prefix(checkpoint.linears), find_linears(model)
-    here = tuple(f"{prefix}.{layer.layer_number - 1}." for layer in model.decoder.layers)
+    here = tuple(f"{prefix}.{block}." for _, block, _ in numbered_layers(model))
     taken = {name for layer, role in linears for name in parts(prefix, layer, role, checkpoint.linears)}
     patching.warn_unreplaced(model, checkpoint, [n for n in checkpoint.linears if n in taken or not n.startswith(here)])
 
@@ -197,12 +198,12 @@ def _completed(model: Any, expected: Fingerprint) -> Fingerprint:
 
 def check_shapes(model: Any, artifact: Artifact) -> None:
     """Raise LowBitError where a linear of the model and the artifact's differ in shape, naming the first."""
-    config, layout = model.config, layout_of(model)
+    blocks, layout = num_blocks(model), layout_of(model)
     checkpoint = artifact.checkpoint
     for part in (checkpoint, *artifact.plans.values()):
-        layers = config.num_layers if part is None else part.fingerprint.get("num_hidden_layers", config.num_layers)
-        if layers != config.num_layers:
-            raise LowBitError(f"the artifact has {layers} layers, the GPTModel {config.num_layers}; {_SAME_CONFIG}")
+        layers = blocks if part is None else part.fingerprint.get("num_hidden_layers", blocks)
+        if layers != blocks:
+            raise LowBitError(f"the artifact has {layers} layers, the GPTModel {blocks}; {_SAME_CONFIG}")
     if checkpoint is None:
         return
     prefix = find_prefix(checkpoint.linears)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_lowbit.adapters import patching
+from megatron_lowbit.adapters.megatron.layout import numbered_layers
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.kernels import hadamard
 from megatron_lowbit.quant.affine import fake_quantize
@@ -75,14 +76,13 @@ def quantize(
 ) -> None:
     """Have the self-attention of every layer of a GPTModel quantize Q, K and V; undone by `remove`.
 
-    clips(layer): what is left of the ends of their ranges, in the layer of that number in the whole model.
+    clips(block): what is left of the ends of their ranges, in the block of that number in the whole model.
     rotated: whether Q and K are first multiplied by the Hadamard matrix of a head (R3 of qllm/rotation.py).
     """
     if act_bits == 16:
         return
-    layers: Any = model.decoder.layers  # type: ignore[union-attr]
-    found = [(getattr(layer, "self_attention", None), layer.layer_number - 1) for layer in layers]
-    modules = [(attention, clips(layer)) for attention, layer in found if hasattr(attention, "linear_qkv")]
+    found = [(getattr(layer, "self_attention", None), block) for _, block, layer in numbered_layers(model)]
+    modules = [(attention, clips(block)) for attention, block in found if hasattr(attention, "linear_qkv")]
     patching.undo_with(model, Quantized(modules, act_bits, rotated))
 
 

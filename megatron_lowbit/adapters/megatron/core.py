@@ -2,6 +2,4 @@
 
 from megatron_lowbit.runtime.metrics import require
 
-DISTRIBUTION = "megatron-core"
-
 require("megatron.core", "megatron")

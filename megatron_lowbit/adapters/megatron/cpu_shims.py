@@ -8,6 +8,7 @@ engines()       around the inference engines: that, and events and paged attenti
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from megatron_lowbit.adapters.megatron.attention import causal_attention
+
+_ALL = (-1, -1)  # of a window: no limit
 
 
 def enable() -> None:
@@ -47,21 +50,27 @@ def engines() -> Iterator[None]:
     import megatron.core.inference.communication_utils as communication_utils
     import megatron.core.inference.contexts.dynamic_context as dynamic_context
     import megatron.core.inference.engines.dynamic_engine as dynamic_engine
+    import megatron.core.inference.text_generation_controllers.text_generation_controller as controller
     import megatron.core.transformer.attention as attention
 
     nothing = lambda *args, **kwargs: None  # noqa: E731
     replaced = [
         (torch.cuda, "Event", _Event),
+        (torch.cuda, "Stream", _Stream),
+        (torch.cuda, "stream", contextlib.nullcontext),
         (torch.cuda, "memory_stats", lambda *args, **kwargs: {}),
         (torch.cuda.nvtx, "range_push", nothing),
         (torch.cuda.nvtx, "range_pop", nothing),
         (dynamic_engine, "range_push", nothing),
         (dynamic_engine, "range_pop", nothing),
+        (controller, "range_push", nothing),
+        (controller, "range_pop", nothing),
         (communication_utils, "_is_cuda", nothing),
         (dynamic_context, "triton_append_key_value_cache", None),
         (attention, "is_fa_min_version", lambda version: True),
         (attention, "flash_attn_varlen_func", paged_attention),
         (attention, "flash_attn_with_kvcache", paged_decode),
+        (threading.Thread, "run", _thread_run),  # a server's engine runs in one, and a mode holds in one thread alone
     ]
     before = [(owner, name, getattr(owner, name, None)) for owner, name, _ in replaced]
     for owner, name, value in replaced:
@@ -74,17 +83,35 @@ def engines() -> Iterator[None]:
             setattr(owner, name, value)
 
 
+_own_thread_run = threading.Thread.run
+
+
+def _thread_run(thread: threading.Thread) -> None:
+    with _CudaIsCpu():
+        _own_thread_run(thread)
+
+
 class _CudaIsCpu(TorchFunctionMode):
     """device="cuda" is the CPU, x.cuda() is x, and memory is not pinned."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if function is torch.Tensor.cuda:
+        if function in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = "cpu"
         kwargs.pop("pin_memory", None)
         return function(*args, **kwargs)
+
+
+class _Stream:
+    """A torch.cuda.Stream with nothing in it."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
 
 
 class _Event:
@@ -125,9 +152,12 @@ def paged_attention(
     softmax_scale: float,
     causal: bool,
     block_table: Tensor,
+    window_size: tuple[int, int] = _ALL,
+    return_attn_probs: bool = False,
 ) -> Tensor:
     """Stand in for flash_attn_varlen_func over a paged cache: q [tokens, heads, d] of several requests, one after the
     other."""
+    assert window_size == _ALL and not return_attn_probs, "GPTModels here have no sliding windows and no sinks"
     output = torch.zeros_like(q)
     for request in range(len(cu_seqlens_q) - 1):
         first, last = int(cu_seqlens_q[request]), int(cu_seqlens_q[request + 1])
@@ -144,12 +174,16 @@ def paged_decode(
     cache_seqlens: Tensor,
     causal: bool,
     block_table: Tensor,
-    num_splits: int,
+    num_splits: int = 0,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = _ALL,
 ) -> Tensor:
     """Stand in for flash_attn_with_kvcache over a paged cache: q [requests, 1, heads, d]."""
+    assert window_size == _ALL, "GPTModels here have no sliding windows"
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     output = torch.zeros_like(q)
     for request, length in enumerate(cache_seqlens.tolist()):
         if length:
             blocks = block_table[request]
-            output[request] = _attend(q[request], k_cache, v_cache, blocks, length, q.shape[-1] ** -0.5)
+            output[request] = _attend(q[request], k_cache, v_cache, blocks, length, scale)
     return output

@@ -19,10 +19,8 @@ from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.engines import static_engine
-from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
 from megatron.core.inference.engines.static_engine import StaticInferenceEngine
 from megatron.core.inference.inference_request import InferenceRequest
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
@@ -33,18 +31,9 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 from torch import Tensor
 
 from megatron_lowbit.adapters import megatron
-from megatron_lowbit.adapters.megatron import cpu_shims
+from megatron_lowbit.adapters.megatron import cpu_shims, versions
 from megatron_lowbit.adapters.megatron.layout import layout_of
 from megatron_lowbit.config import LowBitError
-from megatron_lowbit.runtime.distributed import world_size
-
-try:
-    from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
-except ImportError:
-    raise LowBitError(
-        f"generation runs on the inference engines of megatron-core 0.16, which {megatron.core_version()} has changed; "
-        "use engine=deepspeed or huggingface, or install megatron-core 0.16"
-    ) from None
 
 Batching = Literal["static", "dynamic"]
 OnToken = Callable[[int, int], None]
@@ -102,7 +91,7 @@ def generate(
     run = _static if batching == "static" else _dynamic
     ends = [] if end_id is None else [end_id] if isinstance(end_id, int) else list(end_id)
     try:
-        with cpu_shims.engines(), torch.inference_mode(), _quiet():
+        with cpu_shims.engines(), versions.engine_runs(), torch.inference_mode(), _quiet():
             return run(model, requests, ends, temperature, max_batch, seed, on_token, on_step)
     finally:
         _free_buffers()
@@ -135,20 +124,6 @@ class _SteppingWrapper(GPTInferenceWrapper):
         return super().run_one_forward_step(*args, **kwargs)
 
 
-def _wrapper_config(model: Any, max_batch: int, length: int) -> InferenceWrapperConfig:
-    ranks = world_size(model.pg_collection.tp)
-    vocab = model.vocab_size
-    assert vocab % ranks == 0, "GPTModel shares its vocabulary equally"
-    return InferenceWrapperConfig(
-        hidden_size=model.config.hidden_size,
-        params_dtype=model.config.params_dtype,
-        inference_batch_times_seqlen_threshold=-1,
-        padded_vocab_size=vocab,
-        inference_max_requests=max_batch,
-        inference_max_seq_length=length,
-    )
-
-
 def _sampling(temperature: float, new_tokens: int) -> SamplingParams:
     options: dict[str, Any] = {"top_k": 1} if temperature == 0 else {"temperature": temperature, "top_k": 0}
     return SamplingParams(**options, num_tokens_to_generate=new_tokens, termination_id=_NO_TOKEN)
@@ -160,12 +135,10 @@ class _DynamicController(TextGenerationController):
     ends: Tensor
 
     def _dynamic_step_context_bookkeeping(self) -> Any:
-        context = self.inference_wrapped_model.inference_context
-        running = slice(context.paused_request_count, context.total_request_count)
-        end_of_each = self._request_metadata["termination_id"][running]
-        sampled = self._sampled_tokens_cuda[: len(end_of_each)]
-        ended = torch.isin(sampled, self.ends)
-        end_of_each[ended] = sampled[ended].to(end_of_each.dtype)  # the token that Megatron compares this one with
+        end_of_each = versions.ends_of_running(self)
+        sampled = self._sampled_tokens_cuda[: len(end_of_each)].to(end_of_each)
+        ended = torch.isin(sampled, self.ends.to(sampled))
+        end_of_each[ended] = sampled[ended]  # the token that Megatron compares this one with
         return super()._dynamic_step_context_bookkeeping()
 
 
@@ -180,16 +153,13 @@ def _dynamic(
     on_step: Callable[[], None],
 ) -> list[list[int]]:
     length = max(len(request.prompt) + request.max_new_tokens for request in requests)
-    config = _wrapper_config(model, max_batch, length)
-    context = DynamicInferenceContext.from_config(
-        config, model, max_batch, buffer_size_gb=_buffer_gb(model, length, max_batch), num_cuda_graphs=None
-    )
-    wrapper = _SteppingWrapper(model, config, context)
+    cache_gb = _buffer_gb(model, length, max_batch)
+    wrapper: Any = versions.dynamic_wrapper(_SteppingWrapper, model, max_batch, length, cache_gb)
     wrapper.on_step = on_step
     controller = _DynamicController(wrapper, _NoTokenizer(model.vocab_size))
     controller.ends = torch.tensor(ends, device=torch.cuda.current_device(), dtype=torch.int64)
     controller.sampling_rng.manual_seed(seed)
-    engine = DynamicInferenceEngine(controller, context, enable_cuda_graph=False, random_seed=seed)
+    engine = versions.dynamic_engine(controller, seed)
     generated: list[list[int]] = [[] for _ in requests]
     waiting, idle = list(enumerate(requests)), 0
     while waiting or engine.has_unfinished_requests():
@@ -279,8 +249,8 @@ def _static(
                     generated[number].append(token)
                     on_token(number, token)
 
-        config = _wrapper_config(model, len(batch), max(len(requests[number].prompt) for number in batch) + size)
-        wrapper = _SteppingWrapper(model, config, StaticInferenceContext.from_config(config))
+        length = max(len(requests[number].prompt) for number in batch) + size
+        wrapper: Any = versions.static_wrapper(_SteppingWrapper, model, len(batch), length)
         wrapper.on_step = on_step
         controller = _StreamingController(wrapper, _NoTokenizer(model.vocab_size))
         controller.on_tokens = on_tokens

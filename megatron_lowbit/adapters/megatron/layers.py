@@ -75,6 +75,11 @@ class _LowBitLayer:
 
     def _full_precision(self, gated: bool = False) -> None:
         """Set the state before anything is quantized."""
+        if getattr(self.config, "inference_fuse_tp_communication", False):
+            raise LowBitError(
+                "inference_fuse_tp_communication=True reduces, norms and gathers in one kernel of full precision, of "
+                "which there is no low-bit one; set it to False"
+            )
         self.low_bit, self.recipe, self.plans, self.row_sums = None, self.default_recipe, {}, None
         self.gated, self.grouped, self.attention_bits, self.stores_reassembly = gated, False, 16, False
         self.held, self.rotated = False, None

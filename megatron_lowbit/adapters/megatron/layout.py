@@ -9,6 +9,9 @@
     pre_mlp_layernorm               post_attention_layernorm
     self_attention.{q,k}_layernorm  self_attn.{q,k}_norm
 
+A HybridModel (MambaModel, before 0.18) of the pattern "*-*-" writes a block as two layers: 2i has the attention and
+its norm, 2i + 1 the MLP and its norm.
+
 A fused linear is the rows of its parts, one below the other, in another order: W_megatron = cat(parts)[order]. The same
 index serves weights, biases, packed rows, scales and zero points; rank r of N holds the r-th of N equal pieces of it.
 """
@@ -122,6 +125,36 @@ def model_chunks(model: Any) -> list[Any]:
     return [model]
 
 
+def is_hybrid(model: Any) -> bool:
+    """Tell whether a model is a HybridModel (MambaModel), whose layers hold attention or an MLP, not both."""
+    return hasattr(model.decoder, "layer_type_list")
+
+
+def numbered_layers(model: Any) -> list[tuple[int, int, Any]]:
+    """Return (index here, block in the whole Hugging Face model, from 0; layer) of the layers of a pipeline stage.
+
+    Raises LowBitError for a HybridModel of other layers than attention and MLP in turn.
+    """
+    layers = list(model.decoder.layers)
+    if not is_hybrid(model):
+        return [(index, layer.layer_number - 1, layer) for index, layer in enumerate(layers)]
+    pattern = "".join(str(kind) for kind in model.decoder.layer_type_list)
+    numbers = [layer.layer_number - 1 for layer in layers]
+    if pattern != "".join("*-"[number % 2] for number in numbers):
+        raise LowBitError(f'the HybridModel has layers "{pattern}"; only attention and MLP in turn, "*-*-", are known')
+    return [(index, number // 2, layer) for index, (number, layer) in enumerate(zip(numbers, layers, strict=True))]
+
+
+def num_blocks(model: Any) -> int:
+    """Return the number of blocks of the whole Hugging Face model, over all pipeline stages."""
+    return model.config.num_layers // (2 if is_hybrid(model) else 1)
+
+
+def final_norm(model: Any) -> str:
+    """Return the name of the norm after the last layer, which the last pipeline stage has."""
+    return "decoder.final_norm" if is_hybrid(model) else "decoder.final_layernorm"
+
+
 def layout_of(model: Any) -> Layout:
     """Return the shapes of a GPTModel's layers."""
     config = model.config
@@ -136,16 +169,16 @@ def layout_of(model: Any) -> Layout:
 
 
 def find_linears(model: Any) -> dict[tuple[int, Role], tuple[str, Any]]:
-    """Return {(layer in the whole model, from 0; role): (path, module)} of a GPTModel's tensor-parallel linears."""
+    """Return {(block in the whole model, from 0; role): (path, module)} of a GPTModel's tensor-parallel linears."""
     found: dict[tuple[int, Role], tuple[str, Any]] = {}
-    for index, layer in enumerate(model.decoder.layers):
+    for index, block, layer in numbered_layers(model):
         for role, path in PATHS.items():
             module: Any = layer
             for name in path.split("."):
                 module = getattr(module, name, None)
             kinds = {kind.__name__ for kind in type(module).__mro__}
             if kinds & _HOSTS and not getattr(module, "is_expert", False):
-                found[layer.layer_number - 1, role] = (f"decoder.layers.{index}.{path}", module)
+                found[block, role] = (f"decoder.layers.{index}.{path}", module)
     if not found:
         raise LowBitError("the model has no tensor-parallel linears that megatron_lowbit knows")
     return found

@@ -28,7 +28,16 @@ from megatron_lowbit.adapters.huggingface.skeleton import skeleton
 from megatron_lowbit.adapters.megatron import cpu_shims
 from megatron_lowbit.adapters.megatron.apply import check_shapes, refuse_head
 from megatron_lowbit.adapters.megatron.layers import full_weight
-from megatron_lowbit.adapters.megatron.layout import COLUMN, NORMS, Layout, find_prefix, norm_name, parts
+from megatron_lowbit.adapters.megatron.layout import (
+    COLUMN,
+    NORMS,
+    Layout,
+    final_norm,
+    find_prefix,
+    norm_name,
+    numbered_layers,
+    parts,
+)
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
 from megatron_lowbit.io.hf_names import ModelWeights
@@ -284,7 +293,7 @@ def _load(model: Any, known: Collection[str], read: Read, hf_config: Any, linear
     if model.pre_process:
         words("embedding.word_embeddings.weight", embedding)
     if model.post_process:
-        put("decoder.final_layernorm.weight", read(f"{base}.norm.weight", (hidden,)))
+        put(f"{final_norm(model)}.weight", read(f"{base}.norm.weight", (hidden,)))
         if model.output_layer.weight is not None:
             words("output_layer.weight", embedding if tied else _HEAD)
         _mask_padding(model, vocab)
@@ -304,13 +313,13 @@ def _load(model: Any, known: Collection[str], read: Read, hf_config: Any, linear
             ]
             whole = torch.cat(biases)
             put(f"{path}.bias", whole[layout.rank_rows(role, rank)] if role in COLUMN else whole)
-    for index, layer in enumerate(model.decoder.layers):
+    for index, block, _ in numbered_layers(model):
         for norm in NORMS:
             name = f"decoder.layers.{index}.{norm}.weight"
             if name in pending:
                 shape = tuple(model.get_parameter(name).shape)
-                put(name, read(f"{norm_name(prefix, layer.layer_number - 1, norm)}.weight", shape))
-        _load_te_norms(index, layer.layer_number - 1, prefix, pending, put, read, hidden)
+                put(name, read(f"{norm_name(prefix, block, norm)}.weight", shape))
+        _load_te_norms(index, block, prefix, pending, put, read, hidden)
     if pending:
         raise LowBitError(f"the GPTModel has {sorted(pending)[0]}, which this model has no weight for")
     for path, module in megatron.find_linears(model).values():
@@ -403,7 +412,7 @@ def _export(model: Any, hf_config: Any) -> dict[str, Tensor]:
     if model.pre_process:
         state[f"{base}.embed_tokens.weight"] = gather(model.embedding.word_embeddings.weight, 0)[: hf_config.vocab_size]
     if model.post_process:
-        state[f"{base}.norm.weight"] = gather(model.decoder.final_layernorm.weight, None)
+        state[f"{base}.norm.weight"] = gather(model.get_parameter(f"{final_norm(model)}.weight"), None)
         if model.output_layer.weight is not None and not hf_config.tie_word_embeddings:
             state[_HEAD] = gather(model.output_layer.weight, 0)[: hf_config.vocab_size]
     for (layer, role), (_, module) in megatron.find_linears(model).items():
@@ -420,7 +429,7 @@ def _export(model: Any, hf_config: Any) -> dict[str, Tensor]:
                 whole = gather(tensor, 1 if leaf == "weight" else None)
             sizes = layout.part_rows(role) if len(names) > 1 else (whole.shape[0],)
             state |= {f"{name}.{leaf}": piece.clone() for name, piece in zip(names, whole.split(sizes), strict=True)}
-    for layer in model.decoder.layers:
+    for _, block, layer in numbered_layers(model):
         for norm, (_, reader) in NORMS.items():
             found: Any = layer
             for name in norm.split("."):
@@ -430,7 +439,7 @@ def _export(model: Any, hf_config: Any) -> dict[str, Tensor]:
                 owner = layer.self_attention if reader == "linear_qkv" else layer.mlp
                 weight = getattr(getattr(owner, reader, None), "layer_norm_weight", None)
             if weight is not None:
-                state[f"{norm_name(prefix, layer.layer_number - 1, norm)}.weight"] = gather(weight, None)
+                state[f"{norm_name(prefix, block, norm)}.weight"] = gather(weight, None)
     return state
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -24,10 +25,12 @@ from megatron_lowbit.adapters.megatron.layout import (
     COLUMN,
     NORMS,
     Role,
+    final_norm,
     find_linears,
     find_prefix,
     layout_of,
     norm_name,
+    numbered_layers,
     parts,
 )
 from megatron_lowbit.adapters.megatron.norms import LowBitNorm
@@ -153,7 +156,7 @@ class Replacements:
         base = self.prefix.rpartition(".")[0]
         places = {"embedding.word_embeddings": f"{base}.embed_tokens.weight"} if self.model.pre_process else {}
         if self.model.post_process:
-            places |= {"decoder.final_layernorm": f"{base}.norm.weight", "output_layer": "lm_head.weight"}
+            places |= {final_norm(self.model): f"{base}.norm.weight", "output_layer": "lm_head.weight"}
         for path, name in places.items():
             host, stored = self.model.get_submodule(path), checkpoint.tensors.get(name)
             if stored is None:
@@ -206,14 +209,13 @@ class Replacements:
         for norm, (leaf, reader) in NORMS.items():
             norms: dict[str, nn.Module] = {}
             changed = any_layer(checkpoint.reassembly, f".{leaf}")
-            for index, layer in enumerate(self.model.decoder.layers):
+            for index, number, layer in numbered_layers(self.model):
                 module: Any = layer
                 for name in norm.split("."):
                     module = getattr(module, name, None)
                 weight = getattr(module, "weight", None)
                 if not isinstance(weight, Tensor) or weight.ndim != 1:  # Transformer Engine's linear holds it
                     continue
-                number = layer.layer_number - 1
                 hf_name = norm_name(self.prefix, number, norm)
                 stored = checkpoint.tensors.get(f"{hf_name}.weight")
                 stored = weight.data if stored is None else stored.to(weight.device, weight.dtype)
@@ -236,7 +238,7 @@ def reads_alone(model: nn.Module, path: str) -> bool:
     """
     owner_path = path.rpartition(".")[0]
     owner, layer = (model.get_submodule(name) for name in (owner_path, owner_path.rpartition(".")[0]))
-    known = type(layer) is TransformerLayer and type(owner) in (SelfAttention, MLP)
+    known = type(layer) in (TransformerLayer, MLPLayer) and type(owner) in (SelfAttention, MLP)
     return known and not any("forward" in vars(module) for module in (owner, layer))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import inference_layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -23,6 +24,7 @@ from megatron_lowbit.adapters.megatron.layers import (
 )
 from megatron_lowbit.adapters.megatron.norms import RMSNorm
 from megatron_lowbit.adapters.megatron.round_on_load import check_equal_bits
+from megatron_lowbit.adapters.megatron.whole import check_spec, is_moe
 from megatron_lowbit.config import LowBitError, WeightsConfig
 
 
@@ -33,7 +35,7 @@ def lowbit_spec(spec: Any, weights: WeightsConfig | str | None = None) -> Any:
     The walk goes through nested specs, dataclasses, lists, dicts and functools.partial. weights: what a loaded
     checkpoint is rounded to, as a scheme's name or a `weights` section; None leaves that to the recipe or to
     apply_to_megatron. Raises LowBitError for a spec with Transformer Engine's layers where that is not installed,
-    and for one without tensor-parallel linears.
+    for one without tensor-parallel linears, and for one with such that are not known, which it names.
     """
     config = WeightsConfig(scheme=weights) if isinstance(weights, str) else weights
     for key in ("lm_head_bits", "rotation", "clipping", "rounding"):
@@ -45,19 +47,21 @@ def lowbit_spec(spec: Any, weights: WeightsConfig | str | None = None) -> Any:
     rewritten, count = _rewrite(spec, table)
     if count == 0:
         raise LowBitError("the spec names no ColumnParallelLinear or RowParallelLinear; give a GPT layer's spec")
+    check_spec(rewritten)
     return rewritten
 
 
 def _replacements() -> list[tuple[Any, type]]:
     """Return (class of the host, ours). Transformer Engine's names are there, as mocks, even where the package is
     not."""
-    return [
-        (ColumnParallelLinear, LowBitColumnParallelLinear),
-        (RowParallelLinear, LowBitRowParallelLinear),
-        (te.TEColumnParallelLinear, LowBitColumnParallelLinear),
-        (te.TELayerNormColumnParallelLinear, LowBitLayerNormColumnParallelLinear),
-        (te.TERowParallelLinear, LowBitRowParallelLinear),
-    ]
+    pairs = [(ColumnParallelLinear, LowBitColumnParallelLinear), (RowParallelLinear, LowBitRowParallelLinear)]
+    for low_bit in (LowBitColumnParallelLinear, LowBitLayerNormColumnParallelLinear, LowBitRowParallelLinear):
+        name = low_bit.__name__.removeprefix("LowBit")
+        pairs.append((getattr(te, f"TE{name}"), low_bit))
+        optimized = getattr(inference_layers, f"Inference{name}", None)  # 0.16 has two of the three
+        if optimized is not None:
+            pairs.append((optimized, low_bit))
+    return pairs
 
 
 def _configured(low_bit: type, config: WeightsConfig | None) -> type:
@@ -86,7 +90,7 @@ def _rewrite(node: Any, table: Mapping[int, Any]) -> tuple[Any, int]:
         items = [_rewrite(value, table) for value in node]
         return type(node)(value for value, _ in items), sum(count for _, count in items)
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        if _is_moe(node):  # experts stay as they are
+        if is_moe(node):  # experts stay as they are
             return node, 0
         changed, total = {}, 0
         for field in dataclasses.fields(node):
@@ -95,10 +99,6 @@ def _rewrite(node: Any, table: Mapping[int, Any]) -> tuple[Any, int]:
                 changed[field.name], total = value, total + count
         return (dataclasses.replace(node, **changed) if changed else node), total
     return node, 0
-
-
-def _is_moe(node: Any) -> bool:
-    return type(node).__name__ == "MoESubmodules"
 
 
 def _check_te(host: Any) -> None:
