@@ -21,6 +21,7 @@ STAGES = {
     "quantize": "quantize the weights; writes a LowBitCheckpoint (and CommPlans, given calibration.data)",
     "evaluate": "perplexity, KL divergence, SQNR and bytes on the wire",
     "generate": "continue prompts",
+    "convert": "Hugging Face folder or artifact to a checkpoint that Megatron-LM's scripts load, and back",
     "parity": "one artifact on every engine and tensor-parallel size: logits and tokens compared",
     "slurm": "stages as jobs of a Slurm cluster: `slurm render FILE` writes the scripts, `slurm submit` sends them",
     "benchmark": "time patched against unpatched; `benchmark collectives|kernels|linear|model|gpu`: these alone",

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from megatron_lowbit.config import (
     CalibrateConfig,
+    ConvertConfig,
     DemoConfig,
     EvaluateConfig,
     GenerateConfig,
@@ -42,6 +43,7 @@ CONFIGS: dict[str, type[StageConfig]] = {
     "quantize": QuantizeConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
+    "convert": ConvertConfig,
     "parity": ParityConfig,
     "benchmark": BenchmarkConfig,
 }

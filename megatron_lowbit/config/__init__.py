@@ -26,6 +26,7 @@ from megatron_lowbit.config.sections import (
 )
 from megatron_lowbit.config.stages import (
     CalibrateConfig,
+    ConvertConfig,
     DemoConfig,
     EvaluateConfig,
     GenerateConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "CalibrationConfig",
     "CommConfig",
     "CommMode",
+    "ConvertConfig",
     "CorrectionConfig",
     "DemoConfig",
     "EngineName",

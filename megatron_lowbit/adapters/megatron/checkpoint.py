@@ -14,7 +14,7 @@ import io
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -52,13 +52,15 @@ from megatron_lowbit.runtime.distributed import all_gather_values, on_rank_zero
 from megatron_lowbit.temporary import beside, remove, remove_dead
 
 
-def save_checkpoint(model: Any, folder: str | Path, tokenizer: str | None = None, spec: str | None = None) -> None:
+def save_checkpoint(
+    model: Any, folder: str | Path, spec: str | None = None, describe: Callable[[Path], None] | None = None
+) -> None:
     """Write a torch_dist checkpoint; a collective call. The folder is there when it is whole, or not at all.
 
     Megatron-LM's scripts take it by --load, with --use-checkpoint-args or the options that scripts.OPTIONS lists.
-    tokenizer: of Hugging Face, a folder or hub id; spec: the name of the ready spec that a script is to build; these
-    two are only written down. Raises LowBitError where the folder exists, and where a rank's inputs end inside a
-    packed byte.
+    spec: the name of the ready spec that a script is to build, which is only written down. describe: puts config and
+    tokenizer of the Hugging Face model into the folder, on rank 0. Raises LowBitError where the folder exists, and
+    where a rank's inputs end inside a packed byte.
     """
     whole = Path(folder)
 
@@ -73,7 +75,7 @@ def save_checkpoint(model: Any, folder: str | Path, tokenizer: str | None = None
     by_layer = not _alike(model)
     state = _sharded(model, by_layer)  # what it refuses leaves no folder behind
     first = megatron.model_chunks(model)[0]
-    arguments = scripts.model_arguments(first, tokenizer)
+    arguments = scripts.model_arguments(first, None if describe is None else str(whole.resolve()))
     state |= {
         "args": scripts.as_namespace(arguments, spec, first),
         "checkpoint_version": scripts.CHECKPOINT_VERSION,
@@ -86,6 +88,8 @@ def save_checkpoint(model: Any, folder: str | Path, tokenizer: str | None = None
             metadata = {"non_homogeneous_layers": by_layer}
             dist_checkpointing.save(state, str(partial / scripts.RELEASE), content_metadata=metadata)
         if dist.get_rank() == 0:
+            if describe is not None:
+                describe(partial)
             (partial / scripts.OPTIONS).write_text(scripts.as_options(arguments, spec), encoding="utf-8")
             (partial / scripts.TRACKER).write_text(scripts.RELEASE, encoding="utf-8")
     except BaseException:  # a full disk, say: nothing of it is left, and other ranks are not waited for
