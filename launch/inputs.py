@@ -51,8 +51,8 @@ def check_inputs(name: str, config: StageConfig) -> None:
     checkpoint = getattr(config, "checkpoint", None)
     if checkpoint is not None and not os.path.isfile(os.path.join(checkpoint, "latest_checkpointed_iteration.txt")):
         raise LowBitError(
-            f"checkpoint={shown(checkpoint)} holds no latest_checkpointed_iteration.txt; name the folder that --save of "
-            "a Megatron-LM script, or convert, wrote"
+            f"checkpoint={shown(checkpoint)} holds no latest_checkpointed_iteration.txt; name the folder that --save "
+            "of a Megatron-LM script, or convert, wrote"
         )
     if config.model is not None:
         model_name(config.model)

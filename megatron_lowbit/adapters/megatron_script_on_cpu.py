@@ -49,6 +49,9 @@ def _no_gpu() -> Iterator[None]:
     with cpu_shims.engines():
         cuda: Any = torch.cuda
         cuda.is_available = lambda: True
+        cuda.get_device_properties = lambda *args: types.SimpleNamespace(
+            major=9, minor=0, name="CPU", total_memory=2**33
+        )
         cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         for name in ("set_device", "reset_peak_memory_stats", "empty_cache", "set_rng_state"):
             setattr(cuda, name, nothing)
