@@ -13,8 +13,9 @@ import os
 import runpy
 import sys
 import types
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def _no_gpu() -> Iterator[None]:
 
     from megatron_lowbit.adapters.megatron import cpu_shims
 
+    torch._dynamo.config.disable = True  # the compiler asks the GPU, too
     cpu_shims.enable()
     kernels: Any = types.ModuleType("megatron.legacy.fused_kernels")  # of CUDA, compiled when a script starts
     kernels.load = lambda args: None
@@ -48,14 +50,42 @@ def _no_gpu() -> Iterator[None]:
     nothing = lambda *args, **kwargs: None  # noqa: E731
     with cpu_shims.engines():
         cuda: Any = torch.cuda
-        cuda.is_available = lambda: True
-        cuda.get_device_properties = lambda *args: types.SimpleNamespace(
-            major=9, minor=0, name="CPU", total_memory=2**33
-        )
-        cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        for name in ("set_device", "reset_peak_memory_stats", "empty_cache", "set_rng_state"):
-            setattr(cuda, name, nothing)
+        answers = {
+            "is_available": lambda: True,
+            "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            "get_device_properties": lambda *args: types.SimpleNamespace(major=9, minor=0, total_memory=2**33),
+            "get_device_capability": lambda *args: (9, 0),
+            "get_rng_state": lambda *args: torch.get_rng_state(),
+            "Stream": _Stream,
+            "current_stream": _Stream,
+            "default_stream": _Stream,
+            "stream": nullcontext,
+            **{name: getattr(torch, name) for name in ("LongTensor", "IntTensor", "FloatTensor")},
+            **dict.fromkeys(("memory_allocated", "memory_reserved"), lambda *args: 0),
+            **dict.fromkeys(("max_memory_allocated", "max_memory_reserved"), lambda *args: 0),
+            **dict.fromkeys(("set_device", "set_stream", "empty_cache", "set_rng_state", "manual_seed"), nothing),
+            "reset_peak_memory_stats": nothing,
+            "memory_stats": lambda *args: defaultdict(int),
+        }
+        for name, answer in answers.items():
+            setattr(cuda, name, answer)
         yield
+
+
+class _Stream:
+    """A stream of a device that does all at once."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.cuda_stream = 0
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
 
 
 if __name__ == "__main__":
