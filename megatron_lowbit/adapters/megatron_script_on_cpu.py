@@ -39,10 +39,11 @@ def main(argv: list[str]) -> None:
 def _no_gpu() -> Iterator[None]:
     """Let what the scripts ask of a GPU succeed."""
     import torch
+    from torch._dynamo import config as compiler
 
+    compiler.disable = True  # it asks the GPU, too; before Megatron is imported, which compiles functions then
     from megatron_lowbit.adapters.megatron import cpu_shims
 
-    torch._dynamo.config.disable = True  # the compiler asks the GPU, too
     cpu_shims.enable()
     kernels: Any = types.ModuleType("megatron.legacy.fused_kernels")  # of CUDA, compiled when a script starts
     kernels.load = lambda args: None
