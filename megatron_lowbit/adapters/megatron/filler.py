@@ -33,7 +33,7 @@ from megatron_lowbit.adapters.megatron import scripts
 from megatron_lowbit.adapters.megatron.apply import apply_to_megatron, refuse_head
 from megatron_lowbit.adapters.megatron.layout import find_linears
 from megatron_lowbit.artifact import Artifact
-from megatron_lowbit.config import LowBitError
+from megatron_lowbit.config import LowBitError, one_line
 
 ENVIRONMENT = "MEGATRON_LOWBIT_ARTIFACT"
 logger = logging.getLogger("megatron_lowbit")
@@ -48,7 +48,7 @@ class Filler:
 
     folder: Path | None = None
     _read: dict[Path, Artifact] = field(default_factory=dict, repr=False)
-    _checked: tuple[int, int] | None = field(default=None, repr=False)
+    _checked: Any = field(default=None, repr=False)
 
     def __deepcopy__(self, memo: Any) -> Filler:
         return self  # copies of a spec share what has been read
@@ -66,9 +66,9 @@ class Filler:
     def check(self, config: Any) -> None:
         """Raise LowBitError where the artifact is not of a model of this TransformerConfig."""
         artifact = self.artifact()
-        if artifact is not None and self._checked != (id(config), id(artifact)):
+        if artifact is not None and self._checked is not config:  # the layers of a model share it
             check_config(artifact, config)
-            self._checked = id(config), id(artifact)
+            self._checked = config
 
     def fill(self, model: Any) -> None:
         """Fill the model, or arrange that it is filled when its checkpoint has been loaded."""
@@ -100,7 +100,7 @@ class Filler:
 def check_config(artifact: Artifact, config: Any) -> None:
     """Raise LowBitError, naming the script's option, where a TransformerConfig differs from the artifact's model."""
     refuse_head(artifact)
-    expected, shapes = {}, _shapes(artifact)
+    shapes = _shapes(artifact)
     options = {
         "num_hidden_layers": ("--num-layers", config.num_layers),
         "hidden_size": ("--hidden-size", config.hidden_size),
@@ -110,10 +110,9 @@ def check_config(artifact: Artifact, config: Any) -> None:
         "head_dim": ("--kv-channels", config.kv_channels),
     }
     for key, (option, here) in options.items():
-        expected[option] = shapes.get(key, here)
-        if here != expected[option]:
+        if here != shapes.get(key, here):
             raise LowBitError(
-                f"{option} {here} differs from the artifact's {expected[option]} ({_name(artifact)}); "
+                f"{option} {here} differs from the artifact's {shapes[key]} ({_name(artifact)}); "
                 "build the model that was quantized"
             )
     huggingface.check_divides(_heads(config), config.tensor_model_parallel_size, "tp", share_kv_heads=True)
@@ -164,9 +163,7 @@ def hf_config_of(artifact: Artifact) -> Any:
     try:
         whole = AutoConfig.from_pretrained(artifact.folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise LowBitError(
-            f"{str(artifact.folder)!r} holds no config.json of a model ({error}); quantize it again"
-        ) from None
+        raise LowBitError(f"{str(artifact.folder)!r} has no readable config.json: {one_line(error)}") from None
     config = getattr(whole, "text_config", None) or whole
     untie_(config, checkpoint.tensors)
     if checkpoint.rotation is not None and checkpoint.rotation.residual:
