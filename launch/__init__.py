@@ -22,6 +22,7 @@ STAGES = {
     "evaluate": "perplexity, KL divergence, SQNR and bytes on the wire",
     "generate": "continue prompts",
     "export": "an artifact as a model folder that transformers loads without this package",
+    "convert": "Hugging Face folder or artifact to a checkpoint that Megatron-LM's scripts load, and back",
     "parity": "one artifact on every engine and tensor-parallel size: logits and tokens compared",
     "slurm": "stages as jobs of a Slurm cluster: `slurm render FILE` writes the scripts, `slurm submit` sends them",
     "benchmark": "time patched against unpatched; `benchmark collectives|kernels|linear|model|gpu`: these alone",

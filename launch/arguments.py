@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from megatron_lowbit.config import (
     CalibrateConfig,
+    ConvertConfig,
     DemoConfig,
     EvaluateConfig,
     ExportConfig,
@@ -44,6 +45,7 @@ CONFIGS: dict[str, type[StageConfig]] = {
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
     "export": ExportConfig,
+    "convert": ConvertConfig,
     "parity": ParityConfig,
     "benchmark": BenchmarkConfig,
 }

@@ -17,7 +17,7 @@ from megatron_lowbit.io.texts import check_source
 from megatron_lowbit.runtime.launcher_env import launched
 
 PACKAGES = {"deepspeed": "deepspeed", "megatron": "megatron.core", "wandb": "wandb"}  # by the extra that installs them
-NEED_A_MODEL = ("calibrate", "evaluate", "generate", "quantize")
+NEED_A_MODEL = ("calibrate", "convert", "evaluate", "generate", "quantize")
 
 
 def check_inputs(name: str, config: StageConfig) -> None:
@@ -48,8 +48,17 @@ def check_inputs(name: str, config: StageConfig) -> None:
             )
     if launched():
         return
+    checkpoint = getattr(config, "checkpoint", None)
+    if checkpoint is not None and not os.path.isfile(os.path.join(checkpoint, "latest_checkpointed_iteration.txt")):
+        raise LowBitError(
+            f"checkpoint={shown(checkpoint)} holds no latest_checkpointed_iteration.txt; name the folder that --save "
+            "of a Megatron-LM script, or convert, wrote"
+        )
     if config.model is not None:
         model_name(config.model)
+    elif checkpoint is not None:
+        if not os.path.isfile(os.path.join(checkpoint, "config.json")):
+            raise LowBitError(f"{shown(checkpoint)} holds no config.json: give its Hugging Face folder as model=...")
     elif config.artifact is None and name in NEED_A_MODEL and not getattr(config, "architecture", None):
         raise LowBitError("model is not set; name a folder, a hub id or `embedded`")
     if config.artifact is not None:

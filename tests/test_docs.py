@@ -37,6 +37,8 @@ def in_the_root(monkeypatch):
 def text(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     (folder / "prompts.txt").write_text("Once\nupon\n")
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("release")
     (folder / "text.txt").write_text("def read_lines(path):\n    return path\n" * 400)
     return folder
 
@@ -48,6 +50,7 @@ def small(words: list[str], artifact: Path, text: Path, output: Path) -> list[st
         "MODEL": "embedded",
         "TEXT": str(text / "text.txt"),
         "artifact": str(artifact),
+        "CHECKPOINT": str(text / "checkpoint"),
         "prompts.txt": str(text / "prompts.txt"),
     }
     filled = []

@@ -70,11 +70,20 @@ class StageJob(Resources):
 
     command: str | None = None
     """stage of megatron-lowbit; none: the entry's own name"""
+    script: str | None = None
+    """a Python script instead of a stage, such as Megatron-LM's pretrain_gpt.py or your own for DeepSpeed; it takes the
+    entry's arguments alone, and launcher=torchrun or deepspeed tells it its rank"""
     arguments: tuple[str, ...] = ()
     """as on the command line: --config FILE (beside the pipeline file, or else in the working folder),
     key.path=value"""
     array: tuple[tuple[str, ...], ...] = ()
     """a job array: further arguments, one list per task; the next stage's task i follows task i if it has as many"""
+
+    @model_validator(mode="after")
+    def _is_one_thing(self) -> StageJob:
+        if self.script is not None and self.command is not None:
+            raise ValueError(f"command={self.command} and script={self.script} are two things to run; give one")
+        return self
 
 
 class SlurmConfig(Resources):
@@ -83,7 +92,7 @@ class SlurmConfig(Resources):
     stages: dict[str, StageJob] = {}
     """{NAME: job} in the order they run; each starts when the one before has succeeded"""
     arguments: tuple[str, ...] = ()
-    """arguments of every stage, before its own"""
+    """arguments of every stage, before its own; not of scripts"""
     job_name: str = Field("lowbit", pattern=r"^[\w.+-]+$")
     """jobs are named job_name-stage"""
     partition: str | None = None

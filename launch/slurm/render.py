@@ -28,14 +28,15 @@ from megatron_lowbit.launch.layout import check_own, check_world, own_ranks
 from megatron_lowbit.launch.slurm.config import SlurmConfig, StageJob
 
 VARIABLE = re.compile(r"\{\{(\w+)\}\}")
-# What each task of a job runs, in a shell that knows its node; the stage's module and arguments follow.
+# What each task of a job runs, in a shell that knows its node; the stage's module, or a script, and arguments follow.
 LAUNCH = {
-    "srun": "{python} -m",
+    "srun": "{python}{module}",
     "torchrun": "{python} -m megatron_lowbit.launch.torchrun --nnodes {nodes} --nproc-per-node {tasks} "
-    '--node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m',
+    '--node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"{module}',
     "deepspeed": '{python} -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --no_ssh --node_rank "$SLURM_NODEID" '
-    '--no_local_rank --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --module',
+    '--no_local_rank --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"{module}',
 }
+MODULE = {"srun": " -m", "torchrun": " -m", "deepspeed": " --module"}  # before a module; a script's path needs nothing
 
 
 def main(argv: list[str]) -> int:
@@ -162,13 +163,19 @@ def _with_defaults(job: StageJob, config: SlurmConfig) -> StageJob:
 def _script(name: str, job: StageJob, config: SlurmConfig, template: str) -> str:
     assert job.nodes and job.tasks_per_node and job.cpus_per_task and job.launcher
     command = job.command or name
-    for extra in job.array or ((),):
-        _check_stage(name, command, [*config.arguments, *job.arguments, *extra], job.nodes, job.tasks_per_node)
+    if job.script is not None:
+        title, arguments = job.script, [job.script, *job.arguments]
+        if job.launcher == "srun":
+            raise LowBitError(f"stages.{name}: script={job.script} needs launcher=torchrun or launcher=deepspeed")
+    else:
+        title, arguments = f"megatron-lowbit {command}", [f"megatron_lowbit.launch.{command}", *config.arguments]
+        arguments += job.arguments
+        for extra in job.array or ((),):
+            _check_stage(name, command, [*config.arguments, *job.arguments, *extra], job.nodes, job.tasks_per_node)
     per_rank = job.launcher == "srun"
     folder = Path(config.output_dir).absolute()
-    arguments = [f"megatron_lowbit.launch.{command}", *config.arguments, *job.arguments]
     variables = {
-        "title": f"megatron-lowbit {command}: {job.nodes} x {job.tasks_per_node} ranks, started by {job.launcher}",
+        "title": f"{title}: {job.nodes} x {job.tasks_per_node} ranks, started by {job.launcher}",
         "job_name": f"{config.job_name}-{name}",
         "nodes": job.nodes,
         "cpus_per_task": job.cpus_per_task,
@@ -185,7 +192,12 @@ def _script(name: str, job: StageJob, config: SlurmConfig, template: str) -> str
         "prepare": _prepare(job, folder),
         "wait": config.wait,
         "container": _container(config),
-        "launch": LAUNCH[job.launcher].format(python=config.python, nodes=job.nodes, tasks=job.tasks_per_node),
+        "launch": LAUNCH[job.launcher].format(
+            python=config.python,
+            nodes=job.nodes,
+            tasks=job.tasks_per_node,
+            module=MODULE[job.launcher] if job.script is None else "",
+        ),
     }
     return fill(template, {**config.variables, **variables}, config.template or "stage.sbatch")
 

@@ -26,6 +26,7 @@ from megatron_lowbit.config.sections import (
 )
 from megatron_lowbit.config.stages import (
     CalibrateConfig,
+    ConvertConfig,
     DemoConfig,
     EvaluateConfig,
     ExportConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "CalibrationConfig",
     "CommConfig",
     "CommMode",
+    "ConvertConfig",
     "CorrectionConfig",
     "DemoConfig",
     "EngineName",

@@ -127,6 +127,20 @@ class ParityConfig(StageConfig):
     """run one engine at one size here and write what it computes, for the parity run that started it"""
 
 
+class ConvertConfig(StageConfig):
+    engine: EngineName = "megatron"
+    output_dir: str = "runs/convert"
+    checkpoint: str | None = None
+    """folder that a Megatron-LM script's --save, or convert, wrote in full precision: it becomes a Hugging Face folder,
+    with config and tokenizer of `model` or of its own; none: model or artifact becomes such a checkpoint"""
+
+    @model_validator(mode="after")
+    def _on_megatron(self) -> ConvertConfig:
+        if self.engine != "megatron":
+            raise ValueError(f"engine={self.engine} has no effect: convert builds Megatron's model; leave it out")
+        return self
+
+
 class EvaluateConfig(StageConfig):
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

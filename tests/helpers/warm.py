@@ -186,6 +186,8 @@ def _run(request: dict, streams: list[int], executable: str) -> NoReturn:
         if PARENT in os.environ:  # a fork's parent is the server; the client watches the one that is meant
             os.environ[PARENT] = str(os.getppid())
         sys.stdin, sys.executable = os.fdopen(0), executable
+        # Not a daemon, as any process of a user's is not: Megatron writes checkpoints from processes of its own.
+        multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
         _main(request["arguments"])
         code = 0
     except SystemExit as leaving:

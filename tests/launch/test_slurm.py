@@ -235,6 +235,17 @@ def test_arrays(tmp_path):
     assert 'submit two --dependency=aftercorr:"$job"\nsubmit three --dependency=afterok:"$job"\n' in chain
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_script_of_ones_own(tmp_path, launcher):
+    """In place of a stage's module; with its own arguments, and not those of all stages."""
+    train = {"script": "/opt/Megatron LM/pretrain_gpt.py", "arguments": ["--spec", "a b"], "launcher": launcher}
+    keys = {"stages": {"train": train}, "arguments": ["model=embedded"], "nodes": 2}
+    text = script(tmp_path, name="train.sbatch", **keys)
+    checked(tmp_path / "o")
+    assert "stage=('/opt/Megatron LM/pretrain_gpt.py' --spec 'a b')\n" in text and "model=embedded" not in text
+    assert '"$MASTER_PORT" "$@"' in text and "--module" not in text and directives(text)["ntasks-per-node"] == "1"
+
+
 def test_a_template_of_ones_own(tmp_path):
     (tmp_path / "mine.sbatch").write_text(
         "#!/bin/sh\n#SBATCH -N {{nodes}}\n{{setup}}\n\necho {{greeting}} ${HOME} {{stage}}\n"
@@ -261,6 +272,16 @@ BAD = {
     ),
     "unset variable": (["time=none"], {}, "{{time}} in line 7 of stage.sbatch is not set; set time=..."),
     "no stages": ([], {"stages": {}}, "name at least one"),
+    "a script by srun": (
+        [],
+        {"stages": {"train": {"script": "pretrain_gpt.py"}}},
+        "stages.train: script=pretrain_gpt.py needs launcher=torchrun or launcher=deepspeed",
+    ),
+    "a script and a stage": (
+        [],
+        {"stages": {"train": {"script": "pretrain_gpt.py", "command": "evaluate"}}},
+        "command=evaluate and script=pretrain_gpt.py are two things to run",
+    ),
     "no such stage": ([], {"stages": {"evaluat": {}}}, "unknown stage 'evaluat'"),
     "time": (["time=soon"], {}, "time='soon'"),
     "launcher": (["launcher=torchrn"], {}, "did you mean 'torchrun'?"),

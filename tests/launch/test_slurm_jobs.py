@@ -288,3 +288,25 @@ def test_chain(chain, whole, record):
     rows = {row["name"]: row for row in json.loads((chain.folder / "evaluation" / "evaluate.json").read_text())["rows"]}
     assert {row["tp"] for row in rows.values()} == {2} and len(rows) > 1
     record("deepspeed, srun, torchrun", " → ".join(stages), "none", "completed", "-", "identical")
+
+
+SCRIPT = """
+import os, pathlib, sys
+rank = "-".join(os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+folder = pathlib.Path(sys.argv[1])
+(folder / rank).write_text(os.environ["MEGATRON_LOWBIT_ARTIFACT"] + " " + " ".join(sys.argv[2:4]))
+"""
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=SLOW)])
+def test_a_script_of_ones_own(lab, tmp_path, launcher):
+    """A script that no command of ours is in learns its rank on two nodes, and the artifact from the environment."""
+    (tmp_path / "pretrain.py").write_text(SCRIPT)
+    (tmp_path / "ranks").mkdir()
+    arguments = [str(tmp_path / "ranks"), "--spec", "two words"]
+    job = {"script": str(tmp_path / "pretrain.py"), "arguments": arguments, "launcher": launcher}
+    setup = ["export MASTER_ADDR=127.0.0.1", "export MEGATRON_LOWBIT_ARTIFACT=some/folder"]
+    jobs = Jobs(lab, tmp_path / "jobs", {"train": job}, setup=setup).submit()
+    assert jobs.ended("train") == ("COMPLETED", "0")
+    found = {file.name: file.read_text() for file in (tmp_path / "ranks").iterdir()}
+    assert found == dict.fromkeys(["0-2-0", "1-2-0"], "some/folder --spec two words")

@@ -14,10 +14,10 @@ import io
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import dist_checkpointing
@@ -28,7 +28,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_lowbit.adapters import megatron, patching
-from megatron_lowbit.adapters.megatron import attention, training
+from megatron_lowbit.adapters.megatron import attention, scripts, training
 from megatron_lowbit.adapters.megatron.apply import UNTIE
 from megatron_lowbit.adapters.megatron.layers import (
     LowBitColumnParallelLinear,
@@ -52,10 +52,15 @@ from megatron_lowbit.runtime.distributed import all_gather_values, on_rank_zero
 from megatron_lowbit.temporary import beside, remove, remove_dead
 
 
-def save_checkpoint(model: Any, folder: str | Path) -> None:
+def save_checkpoint(
+    model: Any, folder: str | Path, spec: str | None = None, describe: Callable[[Path], None] | None = None
+) -> None:
     """Write a torch_dist checkpoint; a collective call. The folder is there when it is whole, or not at all.
 
-    Raises LowBitError where it exists, and where a rank's inputs end inside a packed byte.
+    Megatron-LM's scripts take it by --load, with --use-checkpoint-args or the options that scripts.OPTIONS lists.
+    spec: the name of the ready spec that a script is to build, which is only written down. describe: puts config and
+    tokenizer of the Hugging Face model into the folder, on rank 0. Raises LowBitError where the folder exists, and
+    where a rank's inputs end inside a packed byte.
     """
     whole = Path(folder)
 
@@ -64,14 +69,29 @@ def save_checkpoint(model: Any, folder: str | Path) -> None:
             raise LowBitError(f"{str(whole)!r} exists; choose another folder for the checkpoint")
         remove_dead([whole.parent], prefix=f".{whole.name}.")
         folder = beside(whole)
-        folder.mkdir(parents=True)
+        (folder / scripts.RELEASE).mkdir(parents=True)
         return str(folder)
 
-    state = _sharded(model, not _alike(model))  # what it refuses leaves no folder behind
+    by_layer = not _alike(model)
+    state = _sharded(model, by_layer)  # what it refuses leaves no folder behind
+    first = megatron.model_chunks(model)[0]
+    arguments = scripts.model_arguments(first, None if describe is None else str(whole.resolve()))
+    state |= {
+        "args": scripts.as_namespace(arguments, spec, first),
+        "checkpoint_version": scripts.CHECKPOINT_VERSION,
+        "iteration": 0,
+    }
     partial = Path(on_rank_zero(prepare))
     try:
         with _quiet():
-            dist_checkpointing.save(state, str(partial))
+            # Megatron's scripts ask for the tensors by the metadata that they find here.
+            metadata = {"non_homogeneous_layers": by_layer}
+            dist_checkpointing.save(state, str(partial / scripts.RELEASE), content_metadata=metadata)
+        if dist.get_rank() == 0:
+            if describe is not None:
+                describe(partial)
+            (partial / scripts.OPTIONS).write_text(scripts.as_options(arguments, spec), encoding="utf-8")
+            (partial / scripts.TRACKER).write_text(scripts.RELEASE, encoding="utf-8")
     except BaseException:  # a full disk, say: nothing of it is left, and other ranks are not waited for
         if dist.get_rank() == 0:
             remove(partial)
@@ -83,11 +103,14 @@ def save_checkpoint(model: Any, folder: str | Path) -> None:
 def load_checkpoint(model: Any, folder: str | Path) -> Any:
     """Load a torch_dist checkpoint, saved at whatever parallel size; a collective call. Returns the model.
 
-    A low-bit checkpoint makes the model's layers low-bit; a full-precision one is rounded on the way in where the model
-    was built with a scheme (lowbit_spec). Raises LowBitError, with the model as it was, for a checkpoint of other
-    shapes and for a tp that splits a shard group or a packed byte.
+    folder: of save_checkpoint, of a script's --save (its latest iteration), or of one iteration. A low-bit checkpoint
+    makes the model's layers low-bit; a full-precision one is rounded on the way in where the model was built with a
+    scheme (lowbit_spec). Raises LowBitError, with the model as it was, for a checkpoint of other shapes and for a tp
+    that splits a shard group or a packed byte.
     """
     folder = Path(folder)
+    if (folder / scripts.TRACKER).is_file():
+        folder = scripts.checkpoint_folder(folder)
     if not _is_checkpoint(folder):
         raise LowBitError(f"{str(folder)!r} is no distributed checkpoint; write one with save_checkpoint")
     chunks = megatron.model_chunks(model)
@@ -161,15 +184,27 @@ def _sharded(model: Any, by_layer: bool) -> dict[str, Any]:
     return {f"model{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)}
 
 
+def stored_kind(folder: str | Path) -> Literal["full precision", "plans", "packed weights"]:
+    """Tell what the linears of a torch_dist checkpoint hold; plans: full precision, with low-bit communication."""
+    found = _metadata(folder)
+    if any(key.endswith(".lowbit") for key in found):
+        return "packed weights"
+    return "plans" if any(".plan_tp" in key for key in found) else "full precision"
+
+
+def _metadata(folder: str | Path) -> dict[str, ShardedTensor]:
+    with _quiet():
+        return dist_checkpointing.load_tensors_metadata(str(folder))
+
+
 def shape_like(model: Any, folder: str | Path) -> Any:
     """Make the layers of a model low-bit and of the shapes that a distributed checkpoint holds, with nothing in them.
 
     Nothing happens for a checkpoint in full precision. Afterwards the checkpoint loads as Megatron loads any.
     """
-    with _quiet():
-        found = dist_checkpointing.load_tensors_metadata(str(folder))
-    if not any(key.endswith(".lowbit") or ".plan_tp" in key for key in found):
+    if stored_kind(folder) == "full precision":
         return model
+    found = _metadata(folder)
     shapes = {key: tuple(tensor.global_shape) for key, tensor in found.items()}
     described = _described(folder, [key for key in shapes if key.endswith(".lowbit")], shapes)
     chunks = megatron.model_chunks(model)
@@ -197,7 +232,8 @@ def _described(folder: str | Path, keys: list[str], shapes: dict[str, tuple[int,
         for key in keys
     }
     with _quiet():
-        return dist_checkpointing.load(wanted, str(folder))
+        found = dist_checkpointing.load(wanted, str(folder))  # and all that is not sharded: a script's args
+    return {key: found[key] for key in keys}
 
 
 def _rotates(modules: Mapping[str, nn.Module]) -> bool:
@@ -360,4 +396,4 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-__all__ = ["load_checkpoint", "save_checkpoint", "shape_like"]
+__all__ = ["load_checkpoint", "save_checkpoint", "shape_like", "stored_kind"]

@@ -140,7 +140,7 @@ def context_length(hf_config: Any) -> int:
     return min(context, window) if window and getattr(hf_config, "use_sliding_window", True) else context
 
 
-def _rotary(hf_config: Any) -> dict[str, Any]:
+def rotary(hf_config: Any) -> dict[str, Any]:
     """Return GPTModel's arguments for the rotary embedding."""
     rope = dict(getattr(hf_config, "rope_parameters", None) or {})
     kind = rope.get("rope_type", "default")
@@ -186,7 +186,7 @@ def build(hf_config: Any, dtype: torch.dtype = torch.float32, sequence_parallel:
             position_embedding_type="rope",
             share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
             parallel_output=True,
-            **_rotary(hf_config),
+            **rotary(hf_config),
         )
     if model.post_process:
         _mask_padding(model, hf_config.vocab_size)

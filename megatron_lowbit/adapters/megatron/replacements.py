@@ -34,6 +34,7 @@ from megatron_lowbit.adapters.megatron.layout import (
     parts,
 )
 from megatron_lowbit.adapters.megatron.norms import LowBitNorm
+from megatron_lowbit.adapters.megatron.spec_layer import SpecLayer
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.codec import Codec
 from megatron_lowbit.config import LowBitError
@@ -238,7 +239,7 @@ def reads_alone(model: nn.Module, path: str) -> bool:
     """
     owner_path = path.rpartition(".")[0]
     owner, layer = (model.get_submodule(name) for name in (owner_path, owner_path.rpartition(".")[0]))
-    known = type(layer) in (TransformerLayer, MLPLayer) and type(owner) in (SelfAttention, MLP)
+    known = type(layer) in (TransformerLayer, MLPLayer, SpecLayer) and type(owner) in (SelfAttention, MLP)
     return known and not any("forward" in vars(module) for module in (owner, layer))
 
 

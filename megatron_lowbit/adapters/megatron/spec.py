@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron.core.extensions import transformer_engine as te
@@ -16,7 +17,9 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 
+from megatron_lowbit.adapters.megatron import scripts
 from megatron_lowbit.adapters.megatron.attention import SdpaAttention
+from megatron_lowbit.adapters.megatron.filler import Filler
 from megatron_lowbit.adapters.megatron.layers import (
     LowBitColumnParallelLinear,
     LowBitLayerNormColumnParallelLinear,
@@ -24,6 +27,7 @@ from megatron_lowbit.adapters.megatron.layers import (
 )
 from megatron_lowbit.adapters.megatron.norms import RMSNorm
 from megatron_lowbit.adapters.megatron.round_on_load import check_equal_bits
+from megatron_lowbit.adapters.megatron.spec_layer import SpecLayer
 from megatron_lowbit.adapters.megatron.whole import check_spec, is_moe
 from megatron_lowbit.config import LowBitError, WeightsConfig
 
@@ -136,7 +140,55 @@ def block_spec(config: Any, layer: Any = None) -> Any:
     return TransformerBlockSubmodules([layer or llama_spec(config.qk_layernorm)] * layers, layer_norm=RMSNorm)
 
 
-llama_lowbit_spec = lowbit_spec(llama_spec(), "W4A8")
-llama_w4a16_spec = lowbit_spec(llama_spec(), "W4A16")
-llama_w4a4_spec = lowbit_spec(llama_spec(), "W4A4")
-qwen3_lowbit_spec = lowbit_spec(llama_spec(qk_layernorm=True), "W4A8")
+def artifact_spec(artifact: str | Path | None = None, spec: Any = None) -> Any:
+    """Return a layer's spec whose GPTModel takes in an artifact by itself.
+
+    artifact: its folder; None: what the environment variable MEGATRON_LOWBIT_ARTIFACT names when the model is built, or
+    nothing. spec: of one layer; None: llama_lowbit_spec. Building a GPTModel raises LowBitError for an artifact of
+    another architecture, before the first layer is there.
+    """
+    layer = llama_lowbit_spec if spec is None else spec
+    filler = Filler(None if artifact is None else Path(artifact))
+    return dataclasses.replace(layer, module=SpecLayer, params={**layer.params, "filler": filler})
+
+
+class StageLayers(Sequence):
+    """The same layer's spec, as often as this pipeline stage of a Megatron-LM script has layers.
+
+    A block's spec lists its layers, but a ready object for `--spec` is made before anything knows how many there will
+    be: the list looks at the script's arguments when the block is built.
+    """
+
+    def __init__(self, layer: Any):
+        self.layer = layer
+
+    def __len__(self) -> int:
+        args = scripts.script_arguments()
+        if args is None:
+            raise LowBitError("a ready block spec is for --spec of Megatron-LM's scripts; elsewhere call block_spec")
+        from megatron.training.arguments import core_transformer_config_from_args
+
+        config = core_transformer_config_from_args(args)
+        stages = range(config.virtual_pipeline_model_parallel_size or 1)
+        counts = {get_num_layers_to_build(config, vp_stage=stage) for stage in stages}
+        if len(counts) > 1:
+            raise LowBitError("a ready block spec needs virtual pipeline stages of equal size; use llama_lowbit_spec")
+        return counts.pop()
+
+    def __getitem__(self, index: Any) -> Any:
+        return ([self.layer] * len(self))[index]
+
+
+def ready_block(layer: Any) -> Any:
+    """Return the spec of a block of these layers, with a final norm that takes sequence parallelism, for `--spec`."""
+    return TransformerBlockSubmodules(StageLayers(layer), layer_norm=RMSNorm)
+
+
+llama_lowbit_spec = artifact_spec(spec=lowbit_spec(llama_spec(), "W4A8"))
+llama_w4a16_spec = artifact_spec(spec=lowbit_spec(llama_spec(), "W4A16"))
+llama_w4a4_spec = artifact_spec(spec=lowbit_spec(llama_spec(), "W4A4"))
+qwen3_lowbit_spec = artifact_spec(spec=lowbit_spec(llama_spec(qk_layernorm=True), "W4A8"))
+llama_lowbit_block_spec = ready_block(llama_lowbit_spec)
+llama_w4a16_block_spec = ready_block(llama_w4a16_spec)
+llama_w4a4_block_spec = ready_block(llama_w4a4_spec)
+qwen3_lowbit_block_spec = ready_block(qwen3_lowbit_spec)

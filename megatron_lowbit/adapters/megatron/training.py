@@ -18,7 +18,6 @@ To have packed weights elsewhere, call .eval() before the checkpoint is loaded.
 from __future__ import annotations
 
 import logging
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -28,6 +27,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
+from megatron_lowbit.adapters.megatron import scripts
 from megatron_lowbit.config import LowBitError
 
 logger = logging.getLogger("megatron_lowbit")
@@ -42,14 +42,9 @@ def is_held(weight: Tensor | None) -> bool:
 
 def is_trained(layer: Any) -> bool:
     """Tell whether the full-precision weight of a layer is trained, by the signs that the module's docstring lists."""
-    weight = layer.weight
-    return is_held(weight) or (weight.requires_grad and layer.training and not _in_inference_script())
-
-
-def _in_inference_script() -> bool:
-    """Tell whether this process has Megatron's command line arguments, and they ask for no training."""
-    args = getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
-    return args is not None and not (getattr(args, "train_iters", None) or getattr(args, "train_samples", None))
+    weight, args = layer.weight, scripts.script_arguments()
+    in_inference_script = args is not None and not scripts.trains(args)
+    return is_held(weight) or (weight.requires_grad and layer.training and not in_inference_script)
 
 
 def check_replaceable(linears: Iterable[tuple[str, Any]]) -> None:

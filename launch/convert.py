@@ -1,0 +1,147 @@
+"""megatron-lowbit convert: a Hugging Face folder or an artifact to a checkpoint of Megatron-LM's scripts, and back.
+
+    model= and/or artifact=     -> <output_dir>/megatron      a torch_dist checkpoint for --load, at any TP and PP
+    checkpoint=, full precision -> <output_dir>/huggingface   the model in full precision
+
+A checkpoint holds the same tensors at every tp and pp; more ranks only share the memory. Config and tokenizer lie
+beside what is written, so that a checkpoint of ours needs no model= on the way back.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lowbit.artifact import Artifact
+from megatron_lowbit.config import ConvertConfig, LowBitError, one_line
+from megatron_lowbit.launch.engines.start import start_engine
+from megatron_lowbit.launch.generation import copy_generation_config
+from megatron_lowbit.launch.inputs import model_name
+from megatron_lowbit.launch.loading import compute_dtype, read_config, read_tokenizer, source_of
+from megatron_lowbit.launch.runner import run_stage
+from megatron_lowbit.runtime.distributed import on_rank_zero
+from megatron_lowbit.runtime.launcher_env import env_rank
+from megatron_lowbit.runtime.metrics import MetricLogger
+from megatron_lowbit.runtime.rendezvous import join
+from megatron_lowbit.temporary import beside, remove, remove_dead
+
+CONFIG = ConvertConfig
+
+
+def run(config: ConvertConfig, logger: MetricLogger) -> dict[str, Any]:
+    row = to_megatron(config) if config.checkpoint is None else from_megatron(config, config.checkpoint)
+    if env_rank() == 0:
+        print(f"wrote {row['folder']}: {row['holds']}")
+    return {"rows": [row]}
+
+
+def to_megatron(config: ConvertConfig) -> dict[str, Any]:
+    """Write <output_dir>/megatron; returns the row of the results."""
+    from megatron_lowbit.adapters.megatron import scripts
+    from megatron_lowbit.adapters.megatron.checkpoint import save_checkpoint
+
+    target = new_folder(config, "megatron")
+    artifact = None if config.artifact is None else Artifact.load(config.artifact)
+    source = source_of(config, None if artifact is None else artifact.checkpoint)
+    hf_config = read_config(source)
+    scripts.check_rotary(getattr(hf_config, "text_config", None) or hf_config)
+    engine = start_engine(as_stored(config, hf_config))
+    if artifact is not None:
+        engine.apply(artifact)
+    spec = None
+    if artifact is not None:
+        spec = f"{'qwen3' if engine.model.config.qk_layernorm else 'llama'}_lowbit_block_spec"
+    save_checkpoint(engine.model, target, spec, lambda folder: describe(engine, source, folder))
+    holds = "full precision" if artifact is None else f"{source}, low-bit"
+    return {"name": "megatron", "folder": str(target), "holds": holds, "spec": spec}
+
+
+def as_stored(config: ConvertConfig, hf_config: Any) -> ConvertConfig:
+    """Return the config with the dtype in which the model's weights are stored, where none is given.
+
+    What neither bfloat16 nor float32 holds as it is becomes float32.
+    """
+    if config.dtype != "auto":
+        return config
+    stored = getattr(hf_config, "dtype", None)
+    return config.model_copy(update={"dtype": "bfloat16" if stored == torch.bfloat16 else "float32"})
+
+
+def describe(engine: Any, source: str, folder: Path) -> None:
+    """Put config, generation config and tokenizer into a folder."""
+    engine.hf_config.save_pretrained(folder)
+    engine.tokenizer.save_pretrained(folder)
+    copy_generation_config(source, folder)
+
+
+def from_megatron(config: ConvertConfig, checkpoint: str) -> dict[str, Any]:
+    """Write <output_dir>/huggingface; returns the row of the results."""
+    from megatron_lowbit.adapters.megatron import model as megatron_model
+    from megatron_lowbit.adapters.megatron.checkpoint import load_checkpoint, stored_kind
+    from megatron_lowbit.adapters.megatron.scripts import checkpoint_folder
+    from megatron_lowbit.adapters.patching import remove as remove_artifact
+
+    stored, source = checkpoint_folder(checkpoint), config.model or checkpoint
+    target = new_folder(config, "huggingface")
+    source = model_name(source)
+    hf_config, tokenizer = read_config(source), read_tokenizer(source)
+    join()
+    megatron_model.initialize(config.tp, config.pp, config.seed % 2**31)
+    kind = stored_kind(stored)
+    if kind == "packed weights":
+        raise LowBitError(
+            f"{checkpoint!r} holds packed weights, of which no full-precision model can be made; "
+            "use the artifact that it was converted from"
+        )
+    text_config = getattr(hf_config, "text_config", None) or hf_config
+    model = megatron_model.build(text_config, compute_dtype(as_stored(config, hf_config)))
+    remove_artifact(load_checkpoint(model, stored))
+    whole = megatron_model.to_huggingface(model, text_config)
+
+    def save(folder: Path) -> None:
+        assert whole is not None, "rank 0 has the whole model"
+        whole.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        copy_generation_config(source, folder)
+
+    write_folder(target, save)
+    return {"name": "huggingface", "folder": str(target), "holds": "full precision", "spec": None}
+
+
+def new_folder(config: ConvertConfig, name: str) -> Path:
+    """Return a folder of output_dir that is not there yet. Raises LowBitError where it is."""
+    folder = Path(config.output_dir) / name
+
+    def check() -> None:
+        if folder.exists():
+            raise LowBitError(f"{str(folder)!r} exists; choose another output_dir, or delete it")
+
+    on_rank_zero(check)
+    return folder
+
+
+def write_folder(target: Path, save: Callable[[Path], None]) -> None:
+    """Have rank 0 write a folder, which is there when it is whole, or not at all."""
+
+    def write() -> None:
+        remove_dead([target.parent], prefix=f".{target.name}.")
+        partial = beside(target)
+        try:
+            partial.mkdir(parents=True)
+            save(partial)
+            os.replace(partial, target)
+        except OSError as error:
+            raise LowBitError(f"cannot write {str(target)!r}: {one_line(error)}") from None
+        finally:
+            remove(partial)
+
+    on_rank_zero(write)
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage("convert", sys.argv[1:]))
