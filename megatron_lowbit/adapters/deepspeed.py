@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_lowbit.adapters import arguments, patching, readers, rotated, saving
 from megatron_lowbit.adapters.deepspeed_guard import COMPILED, asks_for_compiled_collectives
@@ -26,9 +26,7 @@ from megatron_lowbit.adapters.deepspeed_layers import (
     ShardedLinears,
     cuts_across,
     held,
-    is_row,
     module_of,
-    own_rows,
     sharded_layers,
     shares,
     tp_group,
@@ -41,7 +39,7 @@ from megatron_lowbit.adapters.zero3 import SpreadShard, gathered, is_spread, is_
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.reducers import HybridReducer
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError, one_line
-from megatron_lowbit.io.fingerprint import Fingerprint, bit_sum, fingerprint_of, row_bit_sums
+from megatron_lowbit.io.fingerprint import Fingerprint, bit_sum, fingerprint_of
 from megatron_lowbit.layers.linear import QuantRowParallelLinear
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.runtime.distributed import group_rank, world_size
@@ -99,17 +97,10 @@ def fingerprint(engine: Any, head: str | None = None) -> Fingerprint:
     whole: dict[str, Any] = {name: linear for name, (_, linear) in linears.whole.items()}
     whole |= {name: m for name, m in model.named_modules() if name == head and name not in linears.heads}
     sharded = {**linears.columns, **linears.rows, **{name: m for name, m in linears.heads.items() if name == head}}
-    sums = {name: _shard_sum(layer) for name, layer in sharded.items()}
+    sums = {name: bit_sum(gathered(layer.weight).detach()) for name, layer in sharded.items()}
     for name, linear in whole.items():  # of what all ranks hold, the first one's counts
         sums[name] = bit_sum(gathered(linear.weight).detach()) * (group_rank(group) == 0)
     return fingerprint_of(sums, huggingface.model_config(model), group)
-
-
-def _shard_sum(layer: Any) -> Tensor:
-    weight = gathered(layer.weight).detach()
-    if is_row(layer):
-        return bit_sum(weight)
-    return row_bit_sums(weight)[own_rows(layer).to(weight.device)].sum()
 
 
 def _is_consecutive(layer: Any) -> bool:
@@ -147,8 +138,8 @@ def check_shares(model: Any, linears: ShardedLinears, size: int) -> None:
     for name, layer in {**linears.columns, **linears.rows}.items():
         if cuts_across(layer):
             raise LowBitError(
-                f"{name}: its shape in tensor_parallel.partition_config cuts a column-parallel linear along its inputs, "
-                "or a row-parallel one along its outputs; give the other partition_dim"
+                f"{name}: its shape in tensor_parallel.partition_config cuts a column-parallel linear along inputs, "
+                "or a row-parallel one along outputs; give the other partition_dim"
             )
     for name, layer in linears.rows.items():
         if len(set(shares(layer))) > 1:  # first in the words of the model's config
@@ -216,6 +207,7 @@ def apply_to_deepspeed(
     artifact = arguments.load_artifact("apply_to_deepspeed", artifact)
     import_deepspeed()
     model: Any = module_of(engine)
+    patching.remove(model)
     if not sharded_layers(model) and model is engine:
         raise LowBitError(
             f"apply_to_deepspeed: DeepSpeed has not sharded this {type(model).__name__}; call it with what "
@@ -226,16 +218,15 @@ def apply_to_deepspeed(
     if not sharded_layers(model):
         huggingface.apply_to_huggingface(model, artifact, 1, comm_mode)
         return engine
-    patching.remove(engine)
     group = tp_group(model)
     rank, size = group_rank(group), world_size(group)
+    linears = tp_linears(model)
+    check_shares(model, linears, size)
     reducers = patching.Reducers.of(artifact, size, comm_mode, group)
     checkpoint = artifact.checkpoint
     head = None if checkpoint is None else checkpoint.head
     here = fingerprint(model, None if head is None else head.name)
     patching.check_same_model(artifact, reducers.plan, lambda _: here)
-    linears = tp_linears(model)
-    check_shares(model, linears, size)
     if linears.unknown:
         listed = ", ".join(f"{kind} (first: {name})" for kind, name in sorted(linears.unknown.items()))
         warnings.warn(f"tensor-parallel layers left in full precision: {listed}", stacklevel=2)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from megatron_lowbit.adapters import patching
 from megatron_lowbit.adapters.huggingface import apply as huggingface
 
 _COLUMNS = (
@@ -65,9 +66,11 @@ def sharded_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def tp_group(engine: Any) -> dist.ProcessGroup | None:
-    """Return the tensor-parallel group, which the layers themselves hold; None for a single rank."""
-    groups = (layer.mp_group for layer in sharded_layers(module_of(engine)).values())
-    group = next((group for group in groups if group is not None), None)
+    """Return the tensor-parallel group, which the layers hold, also those that low-bit ones have replaced; None for a
+    single rank."""
+    model = module_of(engine)
+    layers = (*sharded_layers(model).values(), *patching.original_modules(model).values())
+    group = next((layer.mp_group for layer in layers if getattr(layer, "mp_group", None) is not None), None)
     return group if group is not None and dist.get_world_size(group) > 1 else None
 
 
@@ -140,10 +143,3 @@ def cuts_across(layer: Any) -> bool:
 def shares(layer: Any) -> list[int]:
     """Return how many inputs of a row-parallel layer each rank holds."""
     return [len(held(layer, rank)) for rank in range(layer.tp_world_size)]
-
-
-def own_rows(layer: Any) -> Tensor:
-    """Return which of this rank's rows no lower rank holds too, bool [rows]: some fused layouts give each rank all of K
-    and V."""
-    mine, lower = held(layer), [held(layer, rank) for rank in range(layer.tp_index)]
-    return ~torch.isin(mine, torch.cat(lower)) if lower else torch.ones(len(mine), dtype=torch.bool)
