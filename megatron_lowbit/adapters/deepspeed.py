@@ -207,7 +207,6 @@ def apply_to_deepspeed(
     artifact = arguments.load_artifact("apply_to_deepspeed", artifact)
     import_deepspeed()
     model: Any = module_of(engine)
-    patching.remove(model)
     if not sharded_layers(model) and model is engine:
         raise LowBitError(
             f"apply_to_deepspeed: DeepSpeed has not sharded this {type(model).__name__}; call it with what "
@@ -215,6 +214,7 @@ def apply_to_deepspeed(
             "apply_to_huggingface for a whole model"
         )
     check_host(engine, artifact)
+    patching.remove(engine)
     if not sharded_layers(model):
         huggingface.apply_to_huggingface(model, artifact, 1, comm_mode)
         return engine

@@ -59,18 +59,17 @@ def module_of(engine: Any) -> nn.Module:
 
 
 def sharded_layers(model: nn.Module) -> dict[str, Any]:
-    """Return {fqn: module} of all that AutoTP has put into a model."""
+    """Return {fqn: module} of all that AutoTP has put into a model, also of what low-bit modules have replaced."""
     from deepspeed.module_inject import layers
 
-    return {name: m for name, m in model.named_modules() if isinstance(m, layers.TensorParallel_Layer)}
+    modules = {**dict(model.named_modules()), **patching.original_modules(model)}
+    return {name: module for name, module in modules.items() if isinstance(module, layers.TensorParallel_Layer)}
 
 
 def tp_group(engine: Any) -> dist.ProcessGroup | None:
-    """Return the tensor-parallel group, which the layers hold, also those that low-bit ones have replaced; None for a
-    single rank."""
-    model = module_of(engine)
-    layers = (*sharded_layers(model).values(), *patching.original_modules(model).values())
-    group = next((layer.mp_group for layer in layers if getattr(layer, "mp_group", None) is not None), None)
+    """Return the tensor-parallel group, which the layers themselves hold; None for a single rank."""
+    groups = (layer.mp_group for layer in sharded_layers(module_of(engine)).values())
+    group = next((group for group in groups if group is not None), None)
     return group if group is not None and dist.get_world_size(group) > 1 else None
 
 

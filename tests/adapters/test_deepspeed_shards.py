@@ -185,6 +185,8 @@ def test_refusals_of_initialize(two, tmp_path):
     parts = WAYS["initialize, inputs in parts"][3]
     family = cases.build("llama")
     for_parts = saved(tmp_path / "parts", family, "W4A8", (2,))
+    equal_heads = {"num_key_value_heads": 4}  # as the preset assumes
+    phi3 = saved(tmp_path / "phi3", cases.build("phi3", **equal_heads), "none", (2,))
     refused = [
         ("tiny llama", compiled, [(plans, None, "engine")], "compiler pass 'autotp'"),
         ("tiny llama", trained, [(weights, None, "engine"), (weights, None, "module")], "optimizer holds the weights"),
@@ -192,12 +194,11 @@ def test_refusals_of_initialize(two, tmp_path):
         ("tiny llama", {"stage": 3}, [(plans, None, "module")], "ZeRO stage 3 spreads"),
         ("llama", parts, [(for_parts, None, "engine")], "no ranges for their sums"),
         ("llama", across, [(for_parts, None, "engine")], "give the other partition_dim"),
-        ("phi3", {"preset_model": "phi3"}, [(plans, None, "engine")], "Phi3ForCausalLM does not run as DeepSpeed"),
+        ("phi3", {"preset_model": "phi3"}, [(phi3, None, "engine")], "Phi3ForCausalLM does not run as DeepSpeed"),
     ]
-    phi3 = saved(tmp_path / "phi3", cases.build("phi3"), "none", (2,))
     for name, settings, given, words in refused:
-        given = [(phi3 if name == "phi3" else folder, mode, what) for folder, mode, what in given]
-        for said in two.run(cases.refusal, name, {}, "initialize", settings, given):
+        changes = equal_heads if name == "phi3" else {}
+        for said in two.run(cases.refusal, name, changes, "initialize", settings, given):
             assert all(words in line and len(line.splitlines()) == 1 for line in said), (name, said)
 
 
@@ -216,11 +217,11 @@ def test_what_init_inference_cannot_shard(two_ranks, tmp_path):
 
 
 def test_a_head_of_each_ranks_own_vocabulary(two, tmp_path):
-    model, ids = cases.build("gemma3_text"), tiny_models.token_ids(2, 20)
+    model, ids = cases.build("starcoder2"), tiny_models.token_ids(2, 20)
     artifact = tiny_models.make_artifact(model, "W4A8")
     checkpoint = quantize_head(model, artifact.checkpoint, 8, first_tokens(ids, ids > 0))
     folder = tiny_models.save_artifact(dataclasses.replace(artifact, checkpoint=checkpoint), tmp_path)
-    for (said,) in two.run(cases.refusal, "gemma3_text", {}, "initialize", {}, [(folder, None, "engine")]):
+    for (said,) in two.run(cases.refusal, "starcoder2", {}, "initialize", {}, [(folder, None, "engine")]):
         assert "vocab_parallel_lm_head=false" in said and len(said.splitlines()) == 1
 
 
