@@ -104,8 +104,8 @@ def fingerprint(engine: Any, head: str | None = None) -> Fingerprint:
 
 
 def _is_consecutive(layer: Any) -> bool:
-    inputs = torch.arange(layer._orig_weight_shape[1])
-    return torch.equal(held(layer), inputs.chunk(layer.tp_world_size)[layer.tp_index])
+    equal = torch.arange(layer._orig_weight_shape[1]).chunk(layer.tp_world_size)
+    return all(torch.equal(held(layer, rank), share) for rank, share in enumerate(equal))
 
 
 def check_host(engine: Any, artifact: Artifact) -> None:
