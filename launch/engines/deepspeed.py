@@ -45,8 +45,9 @@ class DeepSpeedEngine(Engine):
 
         if self.group is None:
             return huggingface.first_readers(huggingface.find_linears(self.module))
+        linears = deepspeed.tp_linears(self.model)
         return huggingface.first_readers(
-            {name: ("column", m) for name, m in deepspeed.tp_linears(self.model)[0].items()}
+            {**{name: ("column", layer) for name, layer in linears.columns.items()}, **linears.whole}
         )
 
     def fingerprint(self) -> Fingerprint:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from megatron_lowbit.adapters import arguments, readers, rotated, training
+from megatron_lowbit.adapters.zero3 import gathered, is_spread, without_hooks
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.autotune import measure_costs
 from megatron_lowbit.comm.collectives.base import Traffic
@@ -36,6 +37,7 @@ from megatron_lowbit.layers.linear import (
     check_fits,
 )
 from megatron_lowbit.layers.reassembled_norm import ReassembledNorm
+from megatron_lowbit.quant.affine import whole_slices
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.input_clipping import WHOLE
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
@@ -266,23 +268,37 @@ def column_parallel(
     size: int,
     bias: Tensor | None,
     plan: ReassemblyPlan | None = None,
+    held: Tensor | None = None,
 ) -> nn.Module:
     """Return rank `rank`'s quantized replacement of a column-parallel linear; `bias` is the rank's own, already
     sharded.
 
-    plan: of the norm before it, where that norm leaves the reassembly to the linear (see plain_norms).
+    plan: of the norm before it, where that norm leaves the reassembly to the linear (see plain_norms). held: int64,
+    the outputs of the whole linear that the rank has, in order; None: its equal, consecutive share.
     """
-    weight = _quantized(checkpoint, name).shard_out(rank, size)
-    low_rank = checkpoint.low_rank.get(name)
-    low_rank = None if low_rank is None else low_rank.shard_out(rank, size)
+    weight, low_rank = _quantized(checkpoint, name), checkpoint.low_rank.get(name)
+    weight = weight.shard_out(rank, size) if held is None else weight.take_out(held)
+    if low_rank is not None:
+        low_rank = low_rank.shard_out(rank, size) if held is None else low_rank.take_out(held)
     plan = checkpoint.reassembly.get(name, plan)
-    bias = rotated.bias_of(checkpoint, name, bias, rank, size)
+    bias = rotated.bias_of(checkpoint, name, bias, rank, size, held)
     clip = checkpoint.clipping.get(name, WHOLE)
     return QuantLinear(weight, bias, checkpoint.scheme.act_bits, 1, plan, low_rank, clip=clip)
 
 
-def row_shard(checkpoint: LowBitCheckpoint | None, name: str, rank: int, size: int, dense: Tensor) -> nn.Module:
-    """Return rank `rank`'s matrix product of a row-parallel linear: quantized, or on its own `dense` weight."""
+def row_shard(
+    checkpoint: LowBitCheckpoint | None,
+    name: str,
+    rank: int,
+    size: int,
+    dense: Tensor,
+    held: Tensor | None = None,
+) -> nn.Module:
+    """Return rank `rank`'s matrix product of a row-parallel linear: quantized, or on its own `dense` weight.
+
+    held: int64, the inputs of the whole linear that the rank has, in order; None: its equal, consecutive share. Raises
+    LowBitError where these split what is quantized together.
+    """
     if checkpoint is None or checkpoint.scheme.weight_bits == 16:
         return DenseShard(dense)
     weight = _quantized(checkpoint, name)
@@ -295,30 +311,41 @@ def row_shard(checkpoint: LowBitCheckpoint | None, name: str, rank: int, size: i
             f"{name}: {groups} activation shard groups do not divide among tp={size}; "
             f"quantize with weights.shard_groups={groups_for(size, widths)}"
         )
-    return QuantLinear(
-        weight.shard_in(rank, size),
-        None,
-        checkpoint.scheme.act_bits,
-        max(groups // size, 1),
-        None if plan is None else plan.shard(rank, size),
-        None if low_rank is None else low_rank.shard_in(rank, size),
-        rotates,
-        checkpoint.clipping.get(name, WHOLE),
-    )
+    if held is None:
+        weight = weight.shard_in(rank, size)
+        low_rank = None if low_rank is None else low_rank.shard_in(rank, size)
+        plan = None if plan is None else plan.shard(rank, size)
+    else:
+        together = weight.in_features // groups if checkpoint.scheme.act_bits < 16 or rotates else 1
+        if plan is not None or whole_slices(held, together) is None:
+            raise LowBitError(
+                f"{name}: its ranks hold inputs that are no neighbours, and the artifact quantizes neighbours "
+                "together; quantize with a scheme of 16-bit activations and without reassembly"
+            )
+        weight = weight.take_in(held)
+        low_rank = None if low_rank is None else low_rank.take_in(held)
+    clip = checkpoint.clipping.get(name, WHOLE)
+    return QuantLinear(weight, None, checkpoint.scheme.act_bits, max(groups // size, 1), plan, low_rank, rotates, clip)
 
 
 def norms_and_columns(
-    model: nn.Module, checkpoint: LowBitCheckpoint, columns: Mapping[str, Any], rank: int, size: int
+    model: nn.Module,
+    checkpoint: LowBitCheckpoint,
+    columns: Mapping[str, Any],
+    rank: int,
+    size: int,
+    held: Mapping[str, Tensor] | None = None,
 ) -> dict[str, nn.Module]:
     """Return {fqn: replacement} of the norms that change, and of `columns`, the column-parallel linears (this rank's
     shards).
 
-    Reassembly is carried out by the norm, or by the linears that read it where something else reads it too.
+    Reassembly is carried out by the norm, or by the linears that read it where something else reads it too. held: {fqn:
+    outputs that this rank has} of the linears that are not in equal, consecutive shares.
     """
-    plain = plain_norms(model, checkpoint, columns)
+    plain, held = plain_norms(model, checkpoint, columns), held or {}
     own = {name: checkpoint.reassembly[norm] for norm, names in plain.items() for name in names}
     linears = {
-        name: column_parallel(checkpoint, name, rank, size, module.bias, own.get(name))
+        name: column_parallel(checkpoint, name, rank, size, gathered(module.bias), own.get(name), held.get(name))
         for name, module in columns.items()
     }
     return {**linears, **norms(model, checkpoint, plain)}
@@ -380,7 +407,7 @@ def norms(model: nn.Module, checkpoint: LowBitCheckpoint, plain: Collection[str]
         norm = modules.get(fqn)
         if leaf != "weight" or tensor.ndim != 1 or norm is None or not fqn.startswith(blocks):
             continue
-        current: Any = norm.weight
+        current: Any = gathered(norm.weight)
         if tensor.shape != current.shape or not tensor.is_floating_point():
             raise LowBitError(
                 f"the checkpoint's {name} is {tensor.dtype} {list(tensor.shape)}, the model's {list(current.shape)}: "
@@ -392,7 +419,7 @@ def norms(model: nn.Module, checkpoint: LowBitCheckpoint, plain: Collection[str]
         plan = None if fqn in plain else checkpoint.reassembly.get(fqn)
         if plan is None and torch.equal(stored, current.data):
             continue
-        replacement = copy.deepcopy(norm)
+        replacement = copy.deepcopy(norm) if current is norm.weight else without_hooks(rotated.shallow_copy(norm))
         replacement.weight = nn.Parameter(stored)
         replacement.requires_grad_(False)  # the linears that read it are frozen too
         replacements[fqn] = replacement if plan is None else ReassembledNorm(replacement, plan)
@@ -426,7 +453,9 @@ def _move_to_cpu(original: nn.Module, replacement: nn.Module) -> None:
     used = {t.untyped_storage().data_ptr() for t in chain(replacement.parameters(), replacement.buffers())}
     for module in original.modules():
         for parameter in module._parameters.values():
-            if parameter is not None and parameter.untyped_storage().data_ptr() not in used:
+            if parameter is None or is_spread(parameter):
+                continue
+            if parameter.untyped_storage().data_ptr() not in used:
                 parameter.data = parameter.data.to("cpu")
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.untyped_storage().data_ptr() not in used:

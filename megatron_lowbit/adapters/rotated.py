@@ -9,20 +9,31 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from megatron_lowbit.adapters.zero3 import gathered, is_spread, without_hooks
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 
 def bias_of(
-    checkpoint: LowBitCheckpoint | None, name: str, bias: Tensor | None, rank: int = 0, size: int = 1
+    checkpoint: LowBitCheckpoint | None,
+    name: str,
+    bias: Tensor | None,
+    rank: int = 0,
+    size: int = 1,
+    held: Tensor | None = None,
 ) -> Tensor | None:
-    """Return rank `rank`'s share of the bias of a linear: the model's own `bias`, or a rotated checkpoint's."""
+    """Return rank `rank`'s share of the bias of a linear: the model's own `bias`, or a rotated checkpoint's.
+
+    held: int64, the outputs that the rank has; None: its equal, consecutive share.
+    """
     if bias is None or checkpoint is None or checkpoint.rotation is None:
         return bias
     stored = checkpoint.tensors.get(f"{name}.bias")
-    if stored is None or len(stored) != len(bias) * size:
-        raise LowBitError(f"the checkpoint has no bias [{len(bias) * size}] for {name}; quantize this model again")
-    return nn.Parameter(stored.chunk(size)[rank].to(bias.device, bias.dtype), bias.requires_grad)
+    outputs = len(checkpoint.linears[name].packed_weight)
+    if stored is None or len(stored) != outputs:
+        raise LowBitError(f"the checkpoint has no bias [{outputs}] for {name}; quantize this model again")
+    mine = stored.chunk(size)[rank] if held is None else stored.index_select(0, held.to(stored.device))
+    return nn.Parameter(mine.to(bias.device, bias.dtype), bias.requires_grad)
 
 
 def rest_of(
@@ -39,7 +50,8 @@ def rest_of(
     modules = dict(model.named_modules())
     for name, stored in checkpoint.tensors.items():
         fqn, _, leaf = name.rpartition(".")
-        current = None if fqn not in modules or fqn in replaced else modules[fqn]._parameters.get(leaf)
+        parameter = None if fqn not in modules or fqn in replaced else modules[fqn]._parameters.get(leaf)
+        current = gathered(parameter)
         if current is None:
             continue
         stored = _share(stored, current.shape, rank, size)
@@ -51,7 +63,11 @@ def rest_of(
         mine = stored.to(current.device, current.dtype)
         if torch.equal(mine, current.data):
             continue
-        put(replacements.setdefault(fqn, shallow_copy(modules[fqn])), leaf, mine)
+        replacement = replacements.setdefault(fqn, shallow_copy(modules[fqn]))
+        if is_spread(parameter):
+            replacement = without_hooks(replacement)
+            replacement._parameters = {name: gathered(value) for name, value in replacement._parameters.items()}
+        put(replacement, leaf, mine)
     return replacements
 
 

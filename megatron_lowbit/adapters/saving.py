@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from megatron_lowbit.adapters import deepspeed_saving, patching
+from megatron_lowbit.adapters import deepspeed_guard, patching
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.plan import remove_plans
 from megatron_lowbit.config import LowBitError, one_line
@@ -40,7 +40,7 @@ def save_as_artifact(model: Any, artifact: Artifact, fingerprint: Callable[[Any]
     fingerprint: of the whole model, without patch; None where every rank holds a share of it: then the first writes.
     """
     object.__setattr__(model, "save_pretrained", ArtifactSaver(model, artifact, fingerprint))
-    deepspeed_saving.refuse_16bit_models()
+    deepspeed_guard.guard_engines()
 
 
 class ArtifactSaver:
@@ -55,7 +55,7 @@ class ArtifactSaver:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        deepspeed_saving.refuse_16bit_models()  # a new process has not patched anything
+        deepspeed_guard.guard_engines()  # a new process has not patched anything
 
     def __call__(
         self,

@@ -213,6 +213,13 @@ class QuantizedWeight:
         )
         return QuantizedWeight(packed, scale, zero, self.num_bits, self.in_features)
 
+    def take_out(self, outputs: Tensor) -> QuantizedWeight:
+        """Return the weight of some output channels, int64 [n], in their order."""
+        packed, scale, zero = (
+            t.index_select(0, outputs.to(t.device)) for t in (self.packed_weight, self.scale, self.zero_point)
+        )
+        return QuantizedWeight(packed, scale, zero, self.num_bits, self.in_features)
+
     def shard_in(self, rank: int, size: int) -> QuantizedWeight:
         """Return rank `rank`'s share of the input features (row-parallel).
 
@@ -227,11 +234,22 @@ class QuantizedWeight:
             raise LowBitError(
                 f"{groups} weight groups do not divide among {size} ranks; choose another weights.group_size"
             )
-        packed = pack_bits(self.codes().chunk(size, dim=1)[rank].contiguous(), self.num_bits)
+        return self.take_in(torch.arange(self.in_features).chunk(size)[rank])
+
+    def take_in(self, inputs: Tensor) -> QuantizedWeight:
+        """Return the weight of some input features, int64 [n], in their order; those of a group of scales together.
+
+        Raises LowBitError where they split a group.
+        """
+        groups = self.scale.shape[1]
+        packed = pack_bits(self.codes().index_select(1, inputs.to(self.packed_weight.device)), self.num_bits)
         scale, zero = self.scale, self.zero_point
         if groups > 1:
-            scale, zero = (t.chunk(size, dim=1)[rank].contiguous() for t in (scale, zero))
-        return QuantizedWeight(packed, scale, zero, self.num_bits, self.in_features // size)
+            taken = whole_slices(inputs, self.in_features // groups)
+            if taken is None:
+                raise LowBitError("the inputs split a group of weight scales; choose another weights.group_size")
+            scale, zero = (t.index_select(1, taken.to(t.device)) for t in (scale, zero))
+        return QuantizedWeight(packed, scale, zero, self.num_bits, len(inputs))
 
 
 @dataclass(frozen=True)
@@ -252,8 +270,24 @@ class LowRank:
     def shard_out(self, rank: int, size: int) -> LowRank:
         return LowRank(self.lora_a, self.lora_b.chunk(size)[rank].contiguous())
 
+    def take_out(self, outputs: Tensor) -> LowRank:
+        return LowRank(self.lora_a, self.lora_b.index_select(0, outputs.to(self.lora_b.device)))
+
     def shard_in(self, rank: int, size: int) -> LowRank:
         return LowRank(self.lora_a.chunk(size, dim=1)[rank].contiguous(), self.lora_b)
+
+    def take_in(self, inputs: Tensor) -> LowRank:
+        return LowRank(self.lora_a.index_select(1, inputs.to(self.lora_a.device)), self.lora_b)
+
+
+def whole_slices(index: Tensor, width: int) -> Tensor | None:
+    """Return which slices of `width` consecutive numbers, each from a multiple of it, an index int64 [n] is made of:
+    int64 [n / width]; None where it is not made of such slices."""
+    if len(index) % width:
+        return None
+    slices = index[::width] // width
+    made = (slices[:, None] * width + torch.arange(width, device=index.device)).flatten()
+    return slices if torch.equal(made, index) else None
 
 
 class Float32QParams(nn.Module):

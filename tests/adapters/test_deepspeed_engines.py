@@ -65,7 +65,7 @@ def test_slips_are_one_line(two_ranks, tmp_path):
     for swapped, twice, model, mode in two_ranks.run(deepspeed_cases.arguments, folder):
         assert swapped.startswith("apply_to_deepspeed takes a DeepSpeed engine first") and "swap" in swapped
         assert twice.startswith("apply_to_deepspeed takes the model first") and "swap" in twice
-        assert "not LlamaForCausalLM" in model and "apply_to_huggingface" in model
+        assert "has not sharded this LlamaForCausalLM" in model and "apply_to_huggingface" in model
         assert mode.startswith("comm_mode='twoshot' is not one of") and mode.endswith("did you mean 'two_shot'?")
         assert not any("\n" in message for message in (swapped, twice, model, mode))
 

@@ -120,7 +120,7 @@ def arguments(rank: int, size: int, folder: Path) -> list[str]:
     slips = [
         lambda: lowbit.apply_to_deepspeed(folder, engine),
         lambda: lowbit.apply_to_deepspeed(engine, engine),
-        lambda: lowbit.apply_to_deepspeed(engine.module, folder),
+        lambda: lowbit.apply_to_deepspeed(tiny_models.build("llama"), folder),
         lambda: lowbit.apply_to_deepspeed(engine, folder, "twoshot"),
     ]
     return [message_of(slip) for slip in slips]

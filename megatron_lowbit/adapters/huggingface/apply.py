@@ -48,7 +48,18 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def find_linears(model: nn.Module) -> dict[str, tuple[Kind, nn.Linear]]:
-    """Return {fqn: (kind, linear)} of the tensor-parallel linears in all blocks, in order."""
+    """Return {fqn: (kind, linear)} of the tensor-parallel linears in all blocks, in order; at least one is
+    row-parallel."""
+    found = linears_in_blocks(model)
+    if not any(kind == "row" for kind, _ in found.values()):
+        raise LowBitError(
+            f"{type(model).__name__}: no row-parallel nn.Linear in its decoder blocks; not a supported model"
+        )
+    return found
+
+
+def linears_in_blocks(model: nn.Module) -> dict[str, tuple[Kind, nn.Linear]]:
+    """As find_linears, of a model that may have no such nn.Linear, or that a host has sharded in part."""
     if hasattr(getattr(model, "base_model", None), "_rescale_layers"):  # RWKV
         raise LowBitError(f"{type(model).__name__} rescales its own weights while it runs; not a supported model")
     hidden, columns = model_config(model).hidden_size, _columns(model)
@@ -70,10 +81,6 @@ def find_linears(model: nn.Module) -> dict[str, tuple[Kind, nn.Linear]]:
                     found[f"{path}.{name}"] = ("row", linear)
                 elif linear.in_features == hidden:
                     found[f"{path}.{name}"] = ("column", linear)
-    if not any(kind == "row" for kind, _ in found.values()):
-        raise LowBitError(
-            f"{type(model).__name__}: no row-parallel nn.Linear in its decoder blocks; not a supported model"
-        )
     return found
 
 

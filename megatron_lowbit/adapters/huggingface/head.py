@@ -72,9 +72,8 @@ def head_modules(model: nn.Module, head: QuantizedHead) -> dict[str, nn.Module]:
     for name in (head.name, *([] if head.embedding is None else [head.embedding])):
         if name not in modules:
             raise LowBitError(f"the model has no {name}, which the artifact has quantized; quantize this model again")
-        here = list(modules[name].weight.shape)
-        if type(modules[name]) not in (nn.Linear, nn.Embedding):  # DeepSpeed's share has fewer columns
-            here[1] = there[1]
+        # DeepSpeed's share has fewer rows or columns.
+        here = list(getattr(modules[name], "_orig_weight_shape", modules[name].weight.shape))
         if here != there:
             raise LowBitError(
                 f"{name} is {here} in the model and {there} in the artifact, which belongs to another model; quantize "
