@@ -101,7 +101,7 @@ def from_megatron(config: ConvertConfig, checkpoint: str) -> dict[str, Any]:
     text_config = getattr(hf_config, "text_config", None) or hf_config
     model = megatron_model.build(text_config, compute_dtype(as_stored(config, hf_config)))
     remove_artifact(load_checkpoint(model, stored))
-    whole = megatron_model.to_huggingface(model, text_config)
+    whole: Any = megatron_model.to_huggingface(model, text_config)
 
     def save(folder: Path) -> None:
         assert whole is not None, "rank 0 has the whole model"

@@ -159,7 +159,7 @@ def hf_config_of(artifact: Artifact) -> Any:
     from megatron_lowbit.adapters.megatron.model import untie_
 
     checkpoint = artifact.checkpoint
-    assert checkpoint is not None
+    assert checkpoint is not None and artifact.folder is not None
     try:
         whole = AutoConfig.from_pretrained(artifact.folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
