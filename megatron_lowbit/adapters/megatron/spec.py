@@ -54,7 +54,10 @@ def lowbit_spec(spec: Any, weights: WeightsConfig | str | None = None) -> Any:
 def _replacements() -> list[tuple[Any, type]]:
     """Return (class of the host, ours). Transformer Engine's names are there, as mocks, even where the package is
     not."""
-    pairs = [(ColumnParallelLinear, LowBitColumnParallelLinear), (RowParallelLinear, LowBitRowParallelLinear)]
+    pairs: list[tuple[Any, type]] = [
+        (ColumnParallelLinear, LowBitColumnParallelLinear),
+        (RowParallelLinear, LowBitRowParallelLinear),
+    ]
     for low_bit in (LowBitColumnParallelLinear, LowBitLayerNormColumnParallelLinear, LowBitRowParallelLinear):
         name = low_bit.__name__.removeprefix("LowBit")
         pairs.append((getattr(te, f"TE{name}"), low_bit))
