@@ -175,24 +175,29 @@ class Rotation:
 class InputRotation:
     """A forward pre-hook of a row-parallel linear: x H of each of this rank's `groups` slices of its input (R4)."""
 
-    def __init__(self, linear: nn.Module, groups: int):
+    def __init__(self, linear: Any, groups: int):
         self.groups = groups
-        self._handle = linear.register_forward_pre_hook(self)
+        self._attach(linear)
 
     @staticmethod
     def of(linear: nn.Module) -> InputRotation | None:
         """Return the rotation of a linear's input; None: it is not rotated."""
-        return next((hook for hook in linear._forward_pre_hooks.values() if isinstance(hook, InputRotation)), None)
+        return getattr(linear, "input_rotation", None)
 
     def undo(self, linear: ShardedLinear) -> None:
         """Have the linear read its input as it is: (x H) (W H)^T = x W^T."""
         self._handle.remove()
+        linear.input_rotation = None
         linear.hp_weights = [hadamard(w.double(), 1).to(w.dtype) for w in linear.hp_weights]
 
     def redo(self, linear: ShardedLinear, weights: list[Tensor]) -> None:
         """Take an `undo` back; weights: what the linear had before it."""
-        self._handle = linear.register_forward_pre_hook(self)
+        self._attach(linear)
         linear.hp_weights = weights
+
+    def _attach(self, linear: Any) -> None:
+        self._handle = linear.register_forward_pre_hook(self)
+        linear.input_rotation = self
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (hadamard(args[0], self.groups),)

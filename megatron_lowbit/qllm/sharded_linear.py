@@ -73,6 +73,7 @@ class ShardedLinear(nn.Module):
         self.range = InputRange(16)  # quantizes the input; shared by the linears that read the same
         self.plans: list[ReassemblyPlan] | None = None  # of each shard's inputs (row), or one of all inputs (column)
         self.reducer: VirtualReducer | None = None
+        self.input_rotation: Any = None  # the hook that rotates the input of all shards (rotation.py)
         self.observer: Callable[[Sequence[Tensor]], None] | None = None  # sees the partial sums of all shards (row)
         self.lora_shared: nn.Parameter | None = None
         self.lora_shards: nn.ParameterList | None = None
