@@ -58,7 +58,7 @@ def find_linears(model: nn.Module) -> dict[str, tuple[Kind, nn.Linear]]:
 
 
 def linears_in_blocks(model: nn.Module) -> dict[str, tuple[Kind, nn.Linear]]:
-    """As find_linears, of a model that may have no such nn.Linear, or that a host has sharded in part."""
+    """Return what find_linears does, of a model that may have no such nn.Linear, or that a host has sharded in part."""
     if hasattr(getattr(model, "base_model", None), "_rescale_layers"):  # RWKV
         raise LowBitError(f"{type(model).__name__} rescales its own weights while it runs; not a supported model")
     hidden, columns = model_config(model).hidden_size, _columns(model)
