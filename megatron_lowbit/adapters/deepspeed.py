@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch import nn
 
 from megatron_lowbit.adapters import arguments, patching, readers, rotated, saving
@@ -38,7 +39,7 @@ from megatron_lowbit.adapters.huggingface.experts import expert_modules, with_ex
 from megatron_lowbit.adapters.huggingface.head import head_modules
 from megatron_lowbit.adapters.zero3 import SpreadShard, gathered, is_spread, is_zero3
 from megatron_lowbit.artifact import Artifact
-from megatron_lowbit.comm.reducers import HybridReducer
+from megatron_lowbit.comm.reducers import HybridReducer, OverRanks
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError, one_line
 from megatron_lowbit.io.fingerprint import Fingerprint, bit_sum, fingerprint_of
 from megatron_lowbit.layers.linear import QuantRowParallelLinear
@@ -237,6 +238,8 @@ def apply_to_deepspeed(
     replacements: dict[str, nn.Module] = {}
     if checkpoint is not None and quantized:
         replacements = quantized_columns(model, linears, checkpoint, rank, size)
+        for name in linears.columns.keys() & replacements.keys() if group is not None else ():
+            replacements[name].register_forward_pre_hook(SummedGradient(group))
         for name, (kind, linear) in linears.whole.items():
             if kind == "row" and name in checkpoint.linears:
                 shard = patching.row_shard(checkpoint, name, 0, 1, linear.weight)
@@ -260,6 +263,37 @@ def apply_to_deepspeed(
     if checkpoint is not None and quantized:
         quantize_attention(model, checkpoint, huggingface.model_config(model))
     return engine
+
+
+class SummedGradient(OverRanks):
+    """A forward pre-hook of a column-parallel linear: the gradient of its input is the sum of the ranks' parts.
+
+    Megatron's copy_to_tensor_model_parallel_region, which DeepSpeed's own LinearLayer has inside.
+    """
+
+    def __init__(self, tp_group: dist.ProcessGroup):
+        super().__init__()
+        self.tp_group = tp_group
+
+    def forward(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not torch.is_grad_enabled() or not args[0].requires_grad:
+            return None
+        return (_CopyToRanks.apply(args[0], self.tp_group), *args[1:])
+
+
+class _CopyToRanks(torch.autograd.Function):
+    """Forward the identity, backward the all-reduce."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:  # type: ignore[override]
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):  # type: ignore[override]
+        total = grad.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 def quantized_columns(

@@ -229,3 +229,19 @@ def test_the_compiler_pass_after_the_patch(two, tmp_path):
     plans = saved(tmp_path, tiny_models.build("llama"), "none", (2,))
     for said in two.run(cases.compiled_after, plans):
         assert "compiler pass 'autotp'" in said and len(said.splitlines()) == 1
+
+
+def test_gradients_are_the_whole_model_s(two_ranks, tmp_path):
+    """Each rank's column-parallel outputs give a part of the gradient of what they read: the ranks sum it."""
+    model = tiny_models.build("llama")
+    folder = tiny_models.save_artifact(tiny_models.make_artifact(model, "W4A16"), tmp_path)
+    lowbit.apply_to_huggingface(model, folder)
+    ids = tiny_models.token_ids(length=12)
+    model(input_ids=ids, labels=ids).loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and "lm_head" not in name}
+    for found in two_ranks.run(cases.gradients, folder):
+        assert expected.keys() <= found.keys() and len(expected) == 1 + 2 * 2 + 1, "embedding, norms"
+        for name, grad in expected.items():
+            # float32 sums of a few hundred products, in another order
+            atol = 1e-5 * float(grad.abs().max())
+            torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=atol, msg=lambda m, name=name: f"{name}: {m}")

@@ -187,3 +187,13 @@ def compiled_after(rank: int, size: int, folder: Path) -> str:
     engine = engine_of("initialize", tiny_models.build("llama"), size, {"compile": compiled})
     lowbit.apply_to_deepspeed(engine.module, folder, EVERY_SITE)
     return message_of(lambda: engine.compile(backend="eager"))
+
+
+def gradients(rank: int, size: int, folder: Path) -> dict[str, Tensor]:
+    """Gradients of all that a patched engine's loss can train on this rank."""
+    engine = engine_of("initialize", build("tiny llama"), size, {"autotp_size": size})
+    module = lowbit.apply_to_deepspeed(engine, folder, "native").module
+    module.requires_grad_(True)
+    ids = tiny_models.token_ids(length=12)
+    module(input_ids=ids, labels=ids).loss.backward()
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
