@@ -60,8 +60,10 @@ class RoundingCosts:
 
         A file of other settings, or a damaged one, is made anew.
         """
-        keys = ("dtype", "seed", "inject_outliers", "inject_at")
-        keys += ("weights.symmetric", "weights.zero_point", "weights.group_size")
+        keys = (
+            *("dtype", "seed", "inject_outliers", "inject_at"),
+            *("weights.symmetric", "weights.zero_point", "weights.group_size"),
+        )
         given = defaults(self.config)
         named = {
             "state": STATE,

@@ -15,8 +15,8 @@ from megatron_lowbit.qllm.clip_inputs import RATIOS
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.input_clipping import as_clip
 
-LEARNED = ["weights.clipping=learned", "weights.rounding=gptq", "weights.zero_point=real", "correction.batch_size=2"]
-UNTRAINED = ["weights.clipping=mse", "weights.rounding=gptq", "correction.mode=none"]
+LEARNED = ["weights.clipping=learned", "weights.rounding=gptq", "correction.batch_size=2"]
+UNTRAINED = ["weights.clipping=mse", "weights.rounding=gptq", "weights.zero_point=real", "correction.mode=none"]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_what_is_stored(learned, untrained):
     linears."""
     checkpoint = LowBitCheckpoint.load(learned)
     assert tensors_and_clipping(learned)[1]["format"] == 6
-    assert has_real_zero_points(checkpoint) and not has_real_zero_points(LowBitCheckpoint.load(untrained))
+    assert has_real_zero_points(LowBitCheckpoint.load(untrained)) and not has_real_zero_points(checkpoint)
     heads = {f"model.layers.{layer}.self_attn:{name}" for layer in range(2) for name in "qkv"}
     assert set(checkpoint.clipping) == {*checkpoint.linears, *heads}
     assert len(set(checkpoint.clipping.values())) == 2 * (4 + 3), "linears of one input share its ratios"
