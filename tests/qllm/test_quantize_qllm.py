@@ -191,7 +191,7 @@ MODES = {
     "attention in full precision": ["weights.attention=false"],
     "groups of weights": ["weights.group_size=16", "weights.symmetric=true"],
     "clipped": ["weights.clipping=mse", "weights.rounding=gptq", "correction.mode=none"],
-    "clipped, real zero points": ["weights.clipping=mse", "weights.zero_point=real", "weights.group_size=16"],
+    "real zero points": ["weights.zero_point=real", "weights.group_size=16"],
     "trained ranges": ["weights.clipping=learned"],
     "gptq after training": ["weights.rounding=gptq"],
     "gptq beside a branch": ["weights.rounding=gptq", "correction.mode=branch"],
