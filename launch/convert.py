@@ -74,6 +74,7 @@ def as_stored(config: ConvertConfig, hf_config: Any) -> ConvertConfig:
 
 def describe(engine: Any, source: str, folder: Path) -> None:
     """Put config, generation config and tokenizer into a folder."""
+    engine.hf_config.dtype = next(engine.module.parameters()).dtype  # skeletons of it had others
     engine.hf_config.save_pretrained(folder)
     engine.tokenizer.save_pretrained(folder)
     copy_generation_config(source, folder)

@@ -35,18 +35,18 @@ def test_there_and_back(full, tmp_path):
         assert (checkpoint / name).is_file() and (tmp_path / "huggingface" / name).is_file()
 
 
-def test_a_low_bit_checkpoint_has_no_full_precision(embedded_artifact, tmp_path, capsys):
+def test_a_low_bit_checkpoint_has_no_full_precision(embedded_artifact, tmp_path, capfd):
     """It says how it is loaded, and becomes no Hugging Face folder."""
     assert run_here("convert", f"artifact={embedded_artifact}", f"output_dir={tmp_path}") == 0
     options = (tmp_path / "megatron" / "megatron_arguments.txt").read_text()
     assert "--spec megatron_lowbit.adapters.megatron llama_lowbit_block_spec\n" in options
-    capsys.readouterr()
+    capfd.readouterr()
     back = ["convert", f"checkpoint={tmp_path / 'megatron'}", f"output_dir={tmp_path / 'back'}"]
     assert run_here(*back) == 2
-    assert "packed weights" in capsys.readouterr().err and not (tmp_path / "back" / "huggingface").exists()
+    assert "packed weights" in capfd.readouterr().err and not (tmp_path / "back" / "huggingface").exists()
 
 
-def test_bad_input(full, tmp_path, capsys):
+def test_bad_input(full, tmp_path, capfd):
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "latest_checkpointed_iteration.txt").write_text("3")
     before = sorted(full.rglob("*"))
@@ -59,6 +59,6 @@ def test_bad_input(full, tmp_path, capsys):
     ]:
         given = [*argv] if any(word.startswith("output_dir") for word in argv) else [*argv, f"output_dir={tmp_path}"]
         assert run_here("convert", *given) == 2, argv
-        said = capsys.readouterr().err
+        said = capfd.readouterr().err
         assert all(part in said for part in parts) and said.count("\n") == 1, (argv, said)
     assert sorted(full.rglob("*")) == before
