@@ -233,7 +233,7 @@ class LowBitCheckpoint:
             if extensions and meta["format"] != EXTENDED:
                 raise ValueError(f"{extensions[0]} in format {meta['format']}")
             if meta["format"] == EXTENDED and not extensions:
-                raise ValueError(f"format {EXTENDED} has none of {', '.join(_EXTENSIONS)}")
+                raise ValueError(f"format {EXTENDED} lacks {' and '.join(_EXTENSIONS)}")
             if (scheme.weight_bits == PER_LINEAR) != ("allocation" in meta):
                 raise ValueError(f"scheme {meta['scheme']} {'with' if 'allocation' in meta else 'without'} allocation")
             if "allocation" in meta:
