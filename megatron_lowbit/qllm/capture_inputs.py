@@ -17,7 +17,7 @@ from megatron_lowbit.comm.observers import as_windows
 OwnerForward = Callable[[Tensor], Tensor]
 
 
-class StopForward(Exception):
+class _StopForward(Exception):
     """End a block's forward where its rest would be computed for nobody."""
 
 
@@ -50,22 +50,26 @@ def captured_inputs(
         yield as_windows(x, mask), mask, owner_forward
 
 
-def _input_of(module: nn.Module, forward: Callable[[], Any]) -> Tensor:
-    """Run `forward` until `module` is called, and return its first argument."""
-    seen: list[Tensor] = []
+def arguments_of(module: nn.Module, forward: Callable[[], Any]) -> tuple[Any, ...]:
+    """Run `forward` until `module` is called, and return the arguments of that call, those with names last."""
+    seen: list[tuple[Any, ...]] = []
 
-    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
-        raise StopForward
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((*args, *kwargs.values()))
+        raise _StopForward
 
-    handle = module.register_forward_pre_hook(stop)
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         forward()
-    except StopForward:
+    except _StopForward:
         pass
     finally:
         handle.remove()
     return seen.pop()
+
+
+def _input_of(module: nn.Module, forward: Callable[[], Any]) -> Tensor:
+    return arguments_of(module, forward)[0]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import distributed as dist
 from megatron_lowbit.adapters.huggingface.experts import expert_weight, find_experts, projections, without_weights
 from megatron_lowbit.config import LowBitError, WeightsConfig
 from megatron_lowbit.layers.experts import QuantExperts
-from megatron_lowbit.qllm.capture_inputs import StopForward
+from megatron_lowbit.qllm.capture_inputs import arguments_of
 from megatron_lowbit.qllm.input_sums import gram, squares
 from megatron_lowbit.qllm.sharded_linear import prepare
 from megatron_lowbit.quant.affine import QuantizedWeight, Scheme
@@ -114,27 +114,9 @@ def routed_windows(
     """Yield (what the experts read [tokens, hidden], the experts of each token int64 [tokens, k]) of every window of
     all ranks, in order; -1 in place of the experts of padding."""
     for forward, mask in forwards:
-        x, choices = _call_of(experts, forward)[:2]
+        x, choices = arguments_of(experts, forward)[:2]
         choices = choices.masked_fill(~mask.reshape(-1, 1).to(choices.device), -1)
         windows = zip(x.view(len(mask), -1, x.shape[-1]), choices.view(len(mask), -1, choices.shape[-1]), strict=True)
         for mine in windows:
             # Window i was on rank i % ranks.
             yield from zip(*(all_gather_stack(part.contiguous(), dp_group) for part in mine), strict=True)
-
-
-def _call_of(module: nn.Module, forward: Callable[[], Any]) -> tuple[Any, ...]:
-    """Run `forward` until `module` is called, and return its arguments."""
-    seen: list[tuple[Any, ...]] = []
-
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((*args, *kwargs.values()))
-        raise StopForward
-
-    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        forward()
-    except StopForward:
-        pass
-    finally:
-        handle.remove()
-    return seen.pop()

@@ -118,7 +118,7 @@ def logits(engine: Any) -> Tensor:
 def artifacts(
     rank: int, size: int, family: str, changes: dict[str, Any], entry: str, settings: dict[str, Any], folders: Any
 ) -> dict[str, Any]:
-    """Of one sharded model: logits as it is, with each of {name: (folder or None, comm_mode)} in turn, and removed."""
+    """Logits of one sharded model: as it is, with each of {name: (folder or None, comm_mode)} in turn, and removed."""
     engine = engine_of(entry, build(family, **changes), size, settings)
     results: dict[str, Any] = {"host kinds": kinds(engine.module), "host": logits(engine), "warnings": []}
     for name, (folder, mode) in folders.items():

@@ -74,7 +74,7 @@ class TERowParallelLinear(_Linear):
 
 
 class InferenceColumnParallelLinear(TEColumnParallelLinear):
-    """Of transformer_impl="inference_optimized": no biases, and collectives of torch.distributed, no gradient."""
+    """A layer of transformer_impl="inference_optimized": no biases; torch.distributed's collectives, no gradient."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
