@@ -238,8 +238,9 @@ def apply_to_deepspeed(
     replacements: dict[str, nn.Module] = {}
     if checkpoint is not None and quantized:
         replacements = quantized_columns(model, linears, checkpoint, rank, size)
-        for name in linears.columns.keys() & replacements.keys() if group is not None else ():
-            replacements[name].register_forward_pre_hook(SummedGradient(group))
+        if group is not None:
+            for name in linears.columns.keys() & replacements.keys():
+                replacements[name].register_forward_pre_hook(SummedGradient(group))
         for name, (kind, linear) in linears.whole.items():
             if kind == "row" and name in checkpoint.linears:
                 shard = patching.row_shard(checkpoint, name, 0, 1, linear.weight)
