@@ -45,6 +45,8 @@ def check_model(model: Any) -> None:
     for index, _, layer in numbered_layers(model):
         kept = [f"{path}." for path, module in layer.named_modules() if isinstance(module, BaseMoELayer)]
         for path, module in layer.named_modules():
+            if id(module) in known:
+                kept.append(f"{path}.")  # what is inside a linear of ours that was packed on load is part of it
             if id(module) in known or isinstance(module, IdentityOp) or path.startswith(tuple(kept)):
                 continue
             if path in PATHS.values() or isinstance(module, nn.Linear) or is_parallel(type(module)):
