@@ -7,12 +7,17 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from commands import free_port, needs_megatron, run_here
+from tiny_models import embedded_folder
 
+import megatron_lowbit as lowbit
 from megatron_lowbit.adapters import megatron_script_on_cpu
 
 ROOT = os.environ.get("MEGATRON_LM")
@@ -30,8 +35,12 @@ ON_CPU = """
 """
 TRAINING = """
     --mock-data --tokenizer-type NullTokenizer --vocab-size 1023 --seq-length 64 --global-batch-size 2 --lr 1e-4
-    --lr-decay-style constant --eval-iters 0 --log-interval 1 --num-workers 0 --save-interval 100
-    --no-create-attention-mask-in-dataloader
+    --lr-decay-style constant --eval-iters 0 --eval-interval 100 --log-interval 1 --num-workers 0 --save-interval 100
+    --no-create-attention-mask-in-dataloader --no-save-rng --no-load-rng
+"""
+DYNAMIC = """
+    --inference-dynamic-batching-buffer-size-gb 0.01 --inference-dynamic-batching-max-requests 4
+    --inference-dynamic-batching-block-size 64
 """
 PROMPTS = ["def read_lines(path):", "import os"]
 
@@ -46,9 +55,12 @@ def test_a_script_needs_its_repository(monkeypatch, tmp_path, argv):
 def run_script(name: str, *arguments: object, ranks: int = 1, **environment: str) -> str:
     """Run a script on its ranks; returns what rank 0 has printed."""
     assert ROOT is not None
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # its makefile asks python3 where pybind11 is
-    shared = {**os.environ, **environment, "PATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "megatron_lowbit.adapters.megatron_script_on_cpu", f"{ROOT}/{name}"]
+    # Its makefile asks python3 where pybind11 is, and a python3-config, which may be another's, for the suffix.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment |= {"PATH": path, "MAKEFLAGS": f"LIBEXT={sysconfig.get_config_var('EXT_SUFFIX')}"}
+    shared = {**os.environ, **environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    (script,) = Path(ROOT).glob(f"examples/inference/**/{name}" if "inference" in name else name)
+    command = [sys.executable, "-m", "megatron_lowbit.adapters.megatron_script_on_cpu", str(script)]
     running = []
     for rank in range(ranks):
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
@@ -81,35 +93,54 @@ def checkpoints(artifact, tmp_path_factory) -> dict[str, Path]:
     return {name: root / name / "megatron" for name in ("full", "low")}
 
 
+def continued(artifact: Path, virtual_tp: int) -> dict[str, list[int]]:
+    """{prompt: 16 tokens}, greedily, by transformers. Megatron's engines take <s> from in front of every prompt."""
+    folder = embedded_folder()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    lowbit.apply_to_huggingface(model, artifact, virtual_tp=virtual_tp)
+    found = {}
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        whole = model.generate(ids, max_new_tokens=16, min_new_tokens=16, do_sample=False)
+        found[prompt] = whole[0, ids.shape[1] :].tolist()
+    return found
+
+
 class TestScripts:
     pytestmark = real
 
     @pytest.mark.parametrize(("loaded", "tp"), [("full", 1), ("low", 2)])
-    def test_static_inference(self, artifact, checkpoints, tmp_path, loaded, tp):
-        """The tokens of `generate engine=megatron`, from the environment's artifact or from a converted one."""
-        (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-        ours = ["engine=megatron", f"tp={tp}", "batching=static", "max_new_tokens=16", f"output_dir={tmp_path}"]
-        assert run_here("generate", f"artifact={artifact}", f"prompts={tmp_path / 'prompts.txt'}", *ours) == 0
-        rows = json.loads((tmp_path / "generate.json").read_text())["rows"]
+    @pytest.mark.parametrize("batching", ["static", "dynamic"])
+    def test_inference(self, artifact, checkpoints, tmp_path, batching, loaded, tp):
+        """From the environment's artifact or from a converted one."""
         spec = [] if loaded == "low" else ["--spec", "megatron_lowbit.adapters.megatron", "llama_lowbit_spec"]
         environment = {} if loaded == "low" else {"MEGATRON_LOWBIT_ARTIFACT": str(artifact)}
         folder = checkpoints[loaded]
         sizes = ["--tensor-model-parallel-size", tp, "--num-tokens-to-generate", 16, "--inference-max-seq-length", 64]
         given = [*options(folder), *spec, *sizes, "--load", folder, "--top_k", 1, "--prompts", *PROMPTS]
-        script = "examples/inference/gpt/gpt_static_inference.py"
+        given += DYNAMIC.split() if batching == "dynamic" else []
+        script = f"gpt_{batching}_inference.py"
         run_script(script, *given, "--output-path", tmp_path / "text.json", ranks=tp, **environment)
         found = json.loads((tmp_path / "text.json").read_text())
-        texts = {result["input_prompt"]: result["generated_tokens"] for result in found.values()}
-        assert texts == {row["prompt"]: row["tokens"] for row in rows}
+        results = [result for result in found.values() if isinstance(result, dict)]
+        texts = {result["input_prompt"]: result["generated_tokens"] for result in results}
+        assert texts == continued(artifact, tp)
 
-    def test_train_save_and_resume(self, checkpoints, tmp_path):
-        """Through the rounding, on Megatron's mock data; the second run goes on where the first has saved."""
+    @pytest.mark.parametrize(("tp", "optimizer"), [(1, []), (2, []), (1, ["--use-distributed-optimizer"])])
+    def test_train_save_and_resume(self, checkpoints, tmp_path, tp, optimizer):
+        """Through the rounding, on Megatron's mock data; the second run goes on where the first has saved.
+
+        Without Apex or Transformer Engine the state of Megatron's distributed optimizer is saved, but never loaded.
+        """
         folder = checkpoints["full"]
         shape = options(folder)
         shape = shape[: shape.index("--tokenizer-type")]
         given = [*shape, "--spec", "megatron_lowbit.adapters.megatron", "llama_lowbit_spec", *TRAINING.split()]
-        given += ["--save", tmp_path]
-        first = run_script("pretrain_gpt.py", *given, "--train-iters", 2)
+        given += [*optimizer, "--tensor-model-parallel-size", tp, "--save", tmp_path, "--train-iters", 3]
+        first = run_script("pretrain_gpt.py", *given, "--exit-interval", 2, ranks=tp)
         assert "rounded in every forward pass" in first and (tmp_path / "iter_0000002").is_dir()
-        second = run_script("pretrain_gpt.py", *given, "--train-iters", 3, "--load", tmp_path)
+        if optimizer:
+            return
+        second = run_script("pretrain_gpt.py", *given, "--load", tmp_path, ranks=tp)
         assert "successfully loaded checkpoint" in second and (tmp_path / "iter_0000003").is_dir()

@@ -92,12 +92,14 @@ def _thread_run(thread: threading.Thread) -> None:
 
 
 class _CudaIsCpu(TorchFunctionMode):
-    """device="cuda" is the CPU, x.cuda() is x, and memory is not pinned."""
+    """device="cuda" is the CPU, x.cuda() is x, memory is not pinned, and x.type() is named as optimizers insist."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if function in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
+        if function is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return str(function(*args)).replace("torch.", "torch.cuda.", 1)
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = "cpu"
         kwargs.pop("pin_memory", None)
