@@ -106,6 +106,11 @@ class MetricLogger:
             name = re.sub(r"[^\w.-]", "-", f"{folder}-{kind}")
             self._run.artifact(name, kind, paths, {"run": self.run_id, "stage": self.stage})
 
+    def page(self, file: Path) -> None:
+        """Show a page of this run, with all its pictures and tables, in W&B."""
+        if self._run is not None:
+            self._run.page(file)
+
     def summary(self, **values: Any) -> None:
         if self._run is not None:
             self._run.summary(**values)

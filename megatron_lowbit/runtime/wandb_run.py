@@ -70,6 +70,10 @@ class WandbRun:
         others'."""
         self._queue.put(partial(self._artifact, name, kind, [file.absolute() for file in files], metadata))
 
+    def page(self, file: Path) -> None:
+        """Log an HTML file as a panel of the run. It has no step of its own: it goes with the last record."""
+        self._queue.put(partial(self._page, file.absolute()))
+
     def close(self, exit_code: int) -> None:
         """End the run, waiting no more than CLOSE_SECONDS."""
         self._queue.put(partial(self._finish, exit_code))
@@ -173,6 +177,12 @@ class WandbRun:
         for file in files:
             artifact.add_reference(file.as_uri(), name=file.name, checksum=file.suffix == ".json")
         self._run.log_artifact(artifact)
+
+    def _page(self, file: Path) -> None:
+        import wandb
+
+        # With inject=True wandb would add a style sheet from the network.
+        self._run.log({"report": wandb.Html(file.read_text(encoding="utf-8"), inject=False)})
 
     def _finish(self, exit_code: int) -> None:
         if exit_code == 99:  # the scheduler will start it again
