@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from megatron_lowbit.launch.bench.collectives_rank import size_text
 from megatron_lowbit.launch.page import plots
 from megatron_lowbit.launch.page.figure import Figure, Section
 from megatron_lowbit.launch.page.quality import LINES
@@ -97,7 +98,8 @@ def _collectives(
                 _add(ideal, name, size, best)
         mine = [line for line, (_, row) in zip(table, rows, strict=True) if figure_of(row, "ranks") == ranks]
         x, y = "bytes of the bf16 tensor", "seconds (dashed: bytes / rate)" if ideal else "seconds"
-        picture = partial(plots.lines, f"c{ranks}", series, x, y, log_x=True, log_y=True, ideal=ideal)
+        ticks = {size: size_text(int(size)) for sizes, _ in series.values() for size in sizes}
+        picture = partial(plots.lines, f"c{ranks}", series, x, y, log_x=True, log_y=True, ideal=ideal, ticks=ticks)
         figures.append(Figure(f"All-reduce over {ranks} ranks", says, columns, mine, picture if series else None))
     return figures
 

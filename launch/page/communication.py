@@ -48,8 +48,8 @@ def _ranges(run: Run, of: str, number: int, budget: int) -> list[Figure]:
     cells, shared = _cells([row for _, row in rows], budget)
     table = [[name, *map(_rounded, row)] for (name, _), row in zip(rows, cells, strict=True)]
     says = (
-        f"The width of each feature's calibrated range, a row for each of a site's {size} ranks: bright columns are features that are "
-        "wide on every rank, and a few of them would cost all others precision if they shared a format. "
+        f"The width of each feature's calibrated range, a row for each of a site's {size} ranks. A bright column is a "
+        "feature that is wide on every rank: in few bits such features lose most, so plans give them more. "
         f"{_cell_note(shared)}"
     )
     columns = ["site and rank", *(str(place * shared) for place in range(len(cells[0])))]

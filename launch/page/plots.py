@@ -76,10 +76,11 @@ def draw(number: str, size: tuple[float, float], fill: Callable[[Any], None]) ->
 def _themed(svg: str) -> str:
     """Return the <svg> element alone, with the page's colours and no names that another picture has too."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r' id="[a-z]+[A-Za-z]*_[0-9_]+"', "", svg)  # axes_1, patch_2: nothing refers to them
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))  # axes_1 and patch_2 are in every picture, and are not
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, variable)
-    return re.sub(r'(<svg[^>]*?) height="[^"]*"([^>]*?) width="[^"]*"', r"\1\2", svg) if "height=" in svg[:500] else svg
+    return svg
 
 
 def lines(
@@ -91,11 +92,15 @@ def lines(
     log_x: bool = False,
     log_y: bool = False,
     names: Sequence[str] | None = None,
+    ticks: Mapping[float, str] | None = None,
     ideal: Series | None = None,
     joined: bool = True,
 ) -> str:
-    """Draw a line per series. names: of x = 0, 1, ...; ideal: further lines, thin and dashed, in their series' colour;
-    joined: whether the points are."""
+    """Draw a line per series.
+
+    log_x, log_y: a logarithmic scale, for values of more than a decade. names: of x = 0, 1, ...; ticks: {x: its text};
+    ideal: further lines, thin and dashed, in their series' colour; joined: whether the points are.
+    """
 
     def fill(axes: Any) -> None:
         for place, (name, (x, y)) in enumerate(series.items()):
@@ -103,11 +108,12 @@ def lines(
             axes.plot(x, y, label=name, **look)
             if ideal and name in ideal:
                 axes.plot(*ideal[name], "--", linewidth=1, color=look["color"])
-        for log, scale, axis in ((log_x, axes.set_xscale, axes.xaxis), (log_y, axes.set_yscale, axes.yaxis)):
-            if log:
-                scale("log")
-                axis.set_major_formatter(_plain)
-                axis.set_minor_formatter(import_module("matplotlib.ticker").LogFormatter(minor_thresholds=(1.5, 0.8)))
+        curves = [*series.values(), *(ideal or {}).values()]
+        _scale(axes.xaxis, axes.set_xscale, [value for x, _ in curves for value in x], log_x)
+        _scale(axes.yaxis, axes.set_yscale, [value for _, y in curves for value in y], log_y)
+        if ticks:
+            axes.set_xticks(list(ticks), list(ticks.values()))
+            axes.set_xticks([], minor=True)
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.grid(axis="both", linewidth=0.5)
         if names:
@@ -184,9 +190,21 @@ def heat_map(
     return draw(number, (WIDTH, min(8.0, max(2.0, 0.6 + 0.16 * len(names)))), fill)
 
 
+def _scale(axis: Any, set_scale: Callable[[str], None], values: Sequence[float], log: bool) -> None:
+    """Choose an axis's scale and ticks for what is drawn along it."""
+    ticker = import_module("matplotlib.ticker")
+    if log and min(values, default=0) > 0 and max(values) > 10 * min(values):
+        set_scale("log")
+        axis.set_major_formatter(_plain)
+        axis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
+        axis.set_minor_formatter(_plain)
+    elif all(isinstance(value, int) for value in values):
+        axis.set_major_locator(ticker.MaxNLocator(integer=True))
+
+
 def _plain(value: float, place: int | None = None) -> str:
     """Return a tick of a logarithmic scale; matplotlib's own is a formula."""
-    return f"{value:g}"
+    return f"{value:g}" if 1e-4 <= abs(value) < 1e6 else f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-")
 
 
 def _look(place: int, joined: bool) -> dict[str, Any]:

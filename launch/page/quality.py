@@ -15,6 +15,7 @@ MEASURES = {
     "kl": "KL divergence from full precision, nats per token, lower is better",
     "accuracy": "accuracy, higher is better",
 }
+TITLES = {"perplexity": "Perplexity", "kl": "KL divergence", "accuracy": "Accuracy"}
 BITS = {"bits_per_value": "bits on the wire per value", "bytes_per_token": "bytes on the wire per token"}
 LINES = 6  # series of a line plot; more are a heat map
 
@@ -55,12 +56,11 @@ def _measures(rows: Named, several: bool) -> list[Figure]:
         columns = ["run", "name", measure, f"{measure}_stderr", *(keys if measure == "perplexity" else [])]
         table = [[run, name, *(figure_of(row, key) for key in columns[2:])] for run, name, row in having]
         says = (
-            f"Each point is one way to run the model; the bar is its standard error over the windows of text. "
-            f"Where bars overlap, a difference in {measure} may be chance."
+            "Each point is one way to run the model; the bar is its standard error over the windows of text. "
+            "Where bars overlap, a difference may be chance."
         )
-        title = {"perplexity": "Perplexity", "kl": "KL divergence", "accuracy": "Accuracy"}[measure]
         picture = partial(plots.points, f"m{measure}", labels(having, several), values, errors, label)
-        figures.append(Figure(title, says, columns, table, picture))
+        figures.append(Figure(TITLES[measure], says, columns, table, picture))
     return figures
 
 
@@ -81,8 +81,8 @@ def _against_bits(rows: Named, several: bool) -> list[Figure]:
             says = "Further left is less to send; the best ways are on the edge towards few bits and good quality."
             number = f"b{measure}{bits}"
             picture = partial(plots.lines, number, series, bits_label, label, log_x=True, joined=False)
-            title = f"{measure} against {bits_label}"
-            figures.append(Figure(title[0].upper() + title[1:], says, ["run", "name", bits, measure], table, picture))
+            title = f"{TITLES[measure]} against {bits_label}"
+            figures.append(Figure(title, says, ["run", "name", bits, measure], table, picture))
             break  # bytes follow from bits
     return figures
 
