@@ -26,6 +26,7 @@ from megatron_lowbit.config import NOTICED, LowBitError, StageConfig, one_line
 from megatron_lowbit.io.files import ensure_writable, write_json, write_text
 from megatron_lowbit.launch.arguments import BAD_INPUT, fail, parse
 from megatron_lowbit.launch.bench.netlab import FIRST_HOST, network, no_namespaces
+from megatron_lowbit.launch.ending import tell_ending
 from megatron_lowbit.launch.inputs import check_inputs
 from megatron_lowbit.launch.layout import check_layout, world_of
 from megatron_lowbit.launch.report import PAGE
@@ -115,7 +116,9 @@ def run_rank(name: str, stage: Any, config: StageConfig) -> int:
     _quiet()
     code = 1
     try:
-        perform(name, stage, config)
+        record = perform(name, stage, config)
+        if env_rank() == 0:
+            tell_ending(name, config, record)
         code = 0
     except PeerError:
         code = BAD_INPUT

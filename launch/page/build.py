@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,9 @@ def page_of(runs: Sequence[Run]) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     found = [section for room in SECTIONS if (section := room.section(runs)) is not None]
-    plots = find_spec("matplotlib") is not None
+    plots = _draws()
     names = ", ".join(run.name for run in runs)
-    title = f"Comparison of {names}" if len(runs) > 1 else f"{' and '.join(runs[0].stages) or 'artifact'}: {names}"
+    title = f"Comparison of {names}" if len(runs) > 1 else f"{names}: {', '.join(runs[0].stages) or 'artifact'}"
     return environment.get_template("page.html.jinja").render(
         title=title,
         sections=found,
@@ -53,6 +53,15 @@ def page_of(runs: Sequence[Run]) -> str:
         picture=_picture if plots else lambda figure: "",
         install="" if plots else NO_PLOTS,
     )
+
+
+def _draws() -> bool:
+    """Return whether pictures can be drawn; without them the page has the tables."""
+    try:
+        import_module("matplotlib")
+    except ImportError:
+        return False
+    return True
 
 
 def _picture(figure: Figure) -> Markup | str:

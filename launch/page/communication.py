@@ -152,8 +152,8 @@ def _saturation(runs: Sequence[Run]) -> list[Figure]:
         table.append([run, name, *counts, figure_of(row, "nonfinite_tokens"), sites or "none"])
     columns = ["run", "name", "values", "saturated", "saturated_share", "nonfinite_tokens", "fell back to bf16"]
     says = (
-        "Values beyond their calibrated range are cut off. A site where many are falls back to bf16: then its text is "
-        "unlike the calibration text, and calibrating again on such text helps."
+        "Values beyond their calibrated range are cut off. A site where many are falls back to bf16. Then the "
+        "text is unlike the calibration text, and calibrating on such text helps."
     )
     by = [(run, name, row) for run, name, row in rows if numbers_of(row, "saturated_sites")]
     percent = [

@@ -52,6 +52,7 @@ _STYLE: dict[str, Any] = {
 }
 WIDTH = 7.2  # inches of a picture; the page scales it
 ROW = 0.2  # inches of a row of text
+LONGEST = 40  # characters of a name
 TICKS = 40  # names beside a picture, at most
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # {name: (x, y)}
 
@@ -105,7 +106,7 @@ def lines(
     def fill(axes: Any) -> None:
         for place, (name, (x, y)) in enumerate(series.items()):
             look = _look(place, joined)
-            axes.plot(x, y, label=name, **look)
+            axes.plot(x, y, label=_short(name), **look)
             if ideal and name in ideal:
                 axes.plot(*ideal[name], "--", linewidth=1, color=look["color"])
         curves = [*series.values(), *(ideal or {}).values()]
@@ -118,11 +119,11 @@ def lines(
         axes.grid(axis="both", linewidth=0.5)
         if names:
             step = math.ceil(len(names) / TICKS)
-            axes.set_xticks(range(0, len(names), step), names[::step], rotation=90)
+            axes.set_xticks(range(0, len(names), step), [*map(_short, names[::step])], rotation=90)
         if len(series) > 1:
             _legend(axes, len(series))
 
-    longest = max((len(name) for name in names), default=0) if names else 0
+    longest = max((len(_short(name)) for name in names), default=0) if names else 0
     return draw(number, (WIDTH, 3.2 + 0.06 * longest + _legend_height(len(series))), fill)
 
 
@@ -136,7 +137,7 @@ def bars(number: str, names: Sequence[str], groups: Mapping[str, Sequence[float]
             at = places if stacked else [p - 0.4 + share * (place + 0.5) for p in places]
             look = {"color": SERIES[place % len(SERIES)], "edgecolor": PAPER, "linewidth": 0.5}
             hatch = ("", "////", "....", "xxxx")[place // len(SERIES) % 4]
-            axes.barh(at, values, share, left=start if stacked else None, label=name, hatch=hatch, **look)
+            axes.barh(at, values, share, left=start if stacked else None, label=_short(name), hatch=hatch, **look)
             start = [a + b for a, b in zip(start, values, strict=True)]
         _rows(axes, names)
         axes.set_xlabel(label)
@@ -199,7 +200,7 @@ def _scale(axis: Any, set_scale: Callable[[str], None], values: Sequence[float],
         axis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
         axis.set_minor_formatter(_plain)
     elif all(isinstance(value, int) for value in values):
-        axis.set_major_locator(ticker.MaxNLocator(integer=True))
+        axis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _plain(value: float, place: int | None = None) -> str:
@@ -213,10 +214,15 @@ def _look(place: int, joined: bool) -> dict[str, Any]:
     return {"color": SERIES[which], "marker": MARKERS[which], "linestyle": line}
 
 
+def _short(name: str) -> str:
+    """Return a name that leaves room for the picture; the table has the whole."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST // 3]}…{name[-(2 * LONGEST // 3) :]}"
+
+
 def _rows(axes: Any, names: Sequence[str], upside_down: bool = True) -> None:
     named = [place for place, name in enumerate(names) if name]
     ticks = named[:: math.ceil(len(named) / TICKS) or 1]
-    axes.set_yticks(ticks, [names[place] for place in ticks])
+    axes.set_yticks(ticks, [_short(names[place]) for place in ticks])
     if upside_down:  # the first on top
         axes.set_ylim(len(names) - 0.5, -0.5)
 

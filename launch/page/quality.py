@@ -11,9 +11,9 @@ from megatron_lowbit.launch.page.figure import Figure, Section
 from megatron_lowbit.launch.page.runs import Run, figure_of, numbers_of
 
 MEASURES = {
-    "perplexity": "perplexity, lower is better",
-    "kl": "KL divergence from full precision, nats per token, lower is better",
-    "accuracy": "accuracy, higher is better",
+    "perplexity": "perplexity (lower is better)",
+    "kl": "KL in nats per token (lower is better)",
+    "accuracy": "accuracy (higher is better)",
 }
 TITLES = {"perplexity": "Perplexity", "kl": "KL divergence", "accuracy": "Accuracy"}
 BITS = {"bits_per_value": "bits on the wire per value", "bytes_per_token": "bytes on the wire per token"}
