@@ -53,7 +53,7 @@ def _main(argv: list[str] | None) -> int:
         print("usage: megatron-lowbit STAGE [options] [key.path=value ...]\n")
         for name, what in STAGES.items():
             print(textwrap.fill(what, 80, initial_indent=f"  {name:{width}}  ", subsequent_indent=" " * (width + 4)))
-        print("\nmegatron-lowbit STAGE --help lists the stage's keys; megatron-lowbit --version tells the version")
+        print("\nmegatron-lowbit STAGE --help lists the stage's keys; --version tells the version")
         return 0
     if argv[0] in VERSION:
         print(f"megatron-lowbit {version()}")

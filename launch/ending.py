@@ -10,13 +10,14 @@ from typing import Any
 from megatron_lowbit.config import StageConfig
 from megatron_lowbit.launch.help import WIDTH
 from megatron_lowbit.launch.report import PAGE
+from megatron_lowbit.runtime.say import say
 
 
 def tell_ending(stage: str, config: StageConfig, record: dict[str, Any]) -> None:
     """Print what a stage wrote, the seconds it took, and the command that comes next, if one does."""
     folder = Path(config.output_dir)
     page = f" and {PAGE}" if (folder / PAGE).exists() else ""
-    print(f"wrote {stage}.json{page} to {folder} in {duration(record['seconds'])}", file=sys.stderr)
+    say(f"wrote {stage}.json{page} to {folder} in {duration(record['seconds'])}", file=sys.stderr)
     if command := _next(stage, config):
         print(f"next: {wrap_command(command)}", file=sys.stderr)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.launch import STAGES
 from megatron_lowbit.launch.arguments import Parser, fail
+from megatron_lowbit.runtime.say import say
 
 PAGE = "report.html"
 COMPARISON = "comparison.html"
@@ -26,5 +27,5 @@ def main(argv: list[str]) -> int:
         size = write_page(args.runs, output)
     except LowBitError as error:
         return fail(str(error))
-    print(f"wrote {output}, {size / 1e3:,.0f} kB: open it in a browser")
+    say(f"wrote {output}, {size / 1e3:,.0f} kB: open it in a browser")
     return 0

@@ -18,6 +18,7 @@ from torch import distributed as dist
 from megatron_lowbit.adapters import patching
 from megatron_lowbit.launch.engines.base import Engine
 from megatron_lowbit.runtime.distributed import device
+from megatron_lowbit.runtime.say import say
 
 NAMED = 3  # sites in a line
 
@@ -75,4 +76,4 @@ def saturation_line(row: Mapping[str, Any]) -> str | None:
 def print_saturation(rows: Iterable[Mapping[str, Any]], file: Any = None) -> None:
     """Print a line for every row that encoded something. file: standard output."""
     for line in filter(None, map(saturation_line, rows)):
-        print(line, file=file, flush=True)
+        say(line, file=file)

@@ -31,6 +31,7 @@ from megatron_lowbit.launch.bench.arguments import parse_gpu
 from megatron_lowbit.launch.bench.config import BenchmarkGpuConfig
 from megatron_lowbit.launch.tables import Justify, number, print_table
 from megatron_lowbit.runtime.metrics import MetricLogger
+from megatron_lowbit.runtime.say import say
 
 CONFIG = BenchmarkGpuConfig
 SECTIONS = {  # {name: rows of it}, in the order they run
@@ -72,7 +73,7 @@ def run(config: BenchmarkGpuConfig, logger: MetricLogger) -> dict[str, Any]:
                 break
     print_rows(rows, torch.cuda.get_device_name())
     if unfinished:
-        print(f"not all of {', '.join(unfinished)} in {config.seconds:g} seconds")
+        say(f"not all of {', '.join(unfinished)} in {config.seconds:g} seconds")
     wrong = [f"{row['section']} {row['name']}" for row in rows if row.get("right") is False]
     return {"rows": rows, "device": torch.cuda.get_device_name(), "unfinished": unfinished, "wrong": wrong}
 
