@@ -30,7 +30,7 @@ from megatron_lowbit.launch.bench import gpu_block, gpu_checks, gpu_linears
 from megatron_lowbit.launch.bench.arguments import parse_gpu
 from megatron_lowbit.launch.bench.config import BenchmarkGpuConfig
 from megatron_lowbit.launch.tables import Justify, number, print_table
-from megatron_lowbit.runtime.metrics import MetricLogger
+from megatron_lowbit.runtime.metrics import MetricLogger, progress
 from megatron_lowbit.runtime.say import say
 
 CONFIG = BenchmarkGpuConfig
@@ -64,7 +64,7 @@ def run(config: BenchmarkGpuConfig, logger: MetricLogger) -> dict[str, Any]:
     end = time.perf_counter() + config.seconds
     rows: list[dict[str, Any]] = []
     unfinished: list[str] = []
-    for section, of in SECTIONS.items():
+    for section, of in progress(SECTIONS.items(), len(SECTIONS), "checking and timing"):
         for row in of(config):
             rows.append({"section": section, **row})
             logger.log(**{key: value for key, value in rows[-1].items() if not isinstance(value, list)})
