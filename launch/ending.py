@@ -19,7 +19,7 @@ def tell_ending(stage: str, config: StageConfig, record: dict[str, Any]) -> None
     page = f" and {PAGE}" if (folder / PAGE).exists() else ""
     say(f"wrote {stage}.json{page} to {folder} in {duration(record['seconds'])}", file=sys.stderr)
     if command := _next(stage, config):
-        print(f"next: {wrap_command(command)}", file=sys.stderr)
+        say_next(command)
 
 
 def duration(seconds: float) -> str:
@@ -39,6 +39,11 @@ def wrap_command(words: list[str]) -> str:
             line = "   "
         line = f"{line} {word}"
     return "\n".join([*lines, line]).removeprefix("next: ")
+
+
+def say_next(words: list[str]) -> None:
+    """Print the command that comes next."""
+    print(f"next: {wrap_command(words)}", file=sys.stderr)
 
 
 def _next(stage: str, config: StageConfig) -> list[str]:

@@ -211,7 +211,8 @@ def _plain(value: float, place: int | None = None) -> str:
 def _look(place: int, joined: bool) -> dict[str, Any]:
     turn, which = divmod(place, len(SERIES))
     line = DASHES[turn % len(DASHES)] if joined else "none"
-    return {"color": SERIES[which], "marker": MARKERS[which], "linestyle": line}
+    marker = MARKERS[(which + turn) % len(MARKERS)]  # so that a colour that comes again has another
+    return {"color": SERIES[which], "marker": marker, "linestyle": line}
 
 
 def _short(name: str) -> str:
