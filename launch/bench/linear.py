@@ -277,10 +277,11 @@ def print_rows(
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    milliseconds = 1e3 * row["median_seconds"]
     return (
         str(row["tokens"]),
         row["way"],
-        f"{1e3 * row['median_seconds']:.3g}",
+        f"{milliseconds:.3g}" if milliseconds < 1000 else f"{milliseconds:.0f}",
         number(row["ratio"], ".2f"),
         number(row["packed_ratio"], ".2f"),
         number(row["gops"], ",.0f"),

@@ -175,5 +175,5 @@ def test_benchmark_linear(capsys):
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("|", "#"))]
     assert max(map(len, table)) <= 80 and "### 152064x18944, 128 threads" in table
     assert [cell.strip() for cell in table[-1].split("|")[1:-1]] == [
-        *("16384", "W4A8 x8 rotated", "123", "12.34", "12.34", "9,999", "100 %", "123.4")
+        *("16384", "W4A8 x8 rotated", "123456", "12.34", "12.34", "9,999", "100 %", "123.4")
     ]
