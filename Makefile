@@ -15,7 +15,7 @@ demo: $(VENV)/.run ## the whole pipeline on the embedded model, two ranks, no ne
 	$(BIN)/megatron-lowbit demo
 
 help: ## this list
-	@awk -F ':.* ## ' '/^[a-z-]+:.* ## / {printf "make %-15s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.* ## ' '/^[a-z-]+:.* ## / {printf "make %-17s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 bench: $(VENV)/.run ## timings (BENCHMARKS.md)
 	$(BIN)/megatron-lowbit benchmark

@@ -27,8 +27,8 @@ def write_page(folders: Sequence[str | Path], output: str | Path) -> int:
     folders: output_dirs. Returns the bytes. Raises LowBitError for a folder without results or with damaged ones, for
     a page of more than LARGEST bytes, and for a file that cannot be written; then nothing is.
     """
-    page = page_of(read_runs(list(folders)))
-    size = len(page.encode())
+    page = page_of(read_runs(list(folders))).encode("ascii", "xmlcharrefreplace").decode()  # in any locale
+    size = len(page)
     if size > LARGEST:
         raise LowBitError(f"the page of {len(folders)} runs has {size / 1e6:.1f} MB, and 5 MB at most; name fewer runs")
     write_text(output, page)

@@ -110,6 +110,14 @@ def test_tables_of_every_layer(whole):
     assert any(key.startswith("reassembly/plot") for key in charts), charts
 
 
+def test_the_page_is_a_panel(whole):
+    (file,) = files(whole)
+    last = read_file(file).history[-1]
+    assert last["report._type"] == "html-file"
+    page = file.parent / "files" / last["report.path"]
+    assert page.read_text() == (whole / "report.html").read_text(), "without a style sheet from the network"
+
+
 def test_artifacts_are_references(whole):
     artifacts = read_file(files(whole)[0]).artifacts
     for kind, stems in {"checkpoint": {"lowbit"}, "plans": {"calibration", "comm_plan_tp2"}}.items():
