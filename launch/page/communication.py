@@ -172,7 +172,7 @@ def _cells(rows: list[Tensor], budget: int) -> tuple[list[list[float]], int]:
     budget: cells of the whole map; rows of different widths are filled up with their smallest value.
     """
     widest = max(len(row) for row in rows)
-    columns = max(8, min(COLUMNS, budget // len(rows)))
+    columns = max(1, min(COLUMNS, budget // len(rows)))
     shared = ceil(widest / columns)
     cells = []
     for row in rows:

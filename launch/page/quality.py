@@ -24,7 +24,12 @@ Named = list[tuple[str, str, dict[str, Any]]]  # (run, row's name, row)
 
 def section(runs: Sequence[Run]) -> Section | None:
     rows = _rows(runs)
-    figures = [*_measures(rows, len(runs) > 1), *_against_bits(rows, len(runs) > 1), *_sites(rows, len(runs) > 1)]
+    figures = [
+        *_measures(rows, len(runs) > 1),
+        *_tasks(rows),
+        *_against_bits(rows, len(runs) > 1),
+        *_sites(rows, len(runs) > 1),
+    ]
     return Section("Quality", figures) if figures else None
 
 
@@ -46,14 +51,14 @@ def _rows(runs: Sequence[Run]) -> Named:
 def _measures(rows: Named, several: bool) -> list[Figure]:
     """Return a figure for each measure that some row has: the values with their standard errors."""
     figures = []
-    keys = ["tokens", "sqnr_db", *BITS]
+    beside = {"perplexity": ["tokens", "sqnr_db", *BITS], "accuracy": ["accuracy_kept_percent"]}
     for measure, label in MEASURES.items():
         having = [item for item in rows if figure_of(item[2], measure) is not None]
         if not having:
             continue
         values = [figure_of(row, measure) or 0.0 for _, _, row in having]
         errors = [figure_of(row, f"{measure}_stderr") or 0.0 for _, _, row in having]
-        columns = ["run", "name", measure, f"{measure}_stderr", *(keys if measure == "perplexity" else [])]
+        columns = ["run", "name", measure, f"{measure}_stderr", *beside.get(measure, [])]
         table = [[run, name, *(figure_of(row, key) for key in columns[2:])] for run, name, row in having]
         says = (
             "Each point is one way to run the model; the bar is its standard error over the windows of text. "
@@ -62,6 +67,20 @@ def _measures(rows: Named, several: bool) -> list[Figure]:
         picture = partial(plots.points, f"m{measure}", labels(having, several), values, errors, label)
         figures.append(Figure(TITLES[measure], says, columns, table, picture))
     return figures
+
+
+def _tasks(rows: Named) -> list[Figure]:
+    """Return the accuracy of every task."""
+    table = [
+        [run, name, task, *(figure_of(found, key) for key in ("accuracy", "stderr", "n"))]
+        for run, name, row in rows
+        if isinstance(row.get("tasks"), dict)
+        for task, found in row["tasks"].items()
+        if isinstance(found, dict)
+    ]
+    says = "The share of questions of each task that are answered right, with its standard error, and their number."
+    columns = ["run", "name", "task", "accuracy", "stderr", "questions"]
+    return [Figure("Accuracy by task", says, columns, table)] if table else []
 
 
 def _against_bits(rows: Named, several: bool) -> list[Figure]:

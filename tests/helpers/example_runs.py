@@ -73,6 +73,8 @@ def evaluated(folder: Path, layers: int = 2, rows: int = 3) -> None:
             **{"bits_per_value": 4.0 + n, "bytes_per_token": 800.0, "sqnr_db": 20.0, "tokens": 1000},
             **{"values": 1000, "saturated": 10, "saturated_share": 0.01, "nonfinite_tokens": 0},
             **{"bf16_sites": sites[:n], "saturated_sites": dict.fromkeys(sites, 0.01)},
+            **{"accuracy": 0.5, "accuracy_stderr": 0.02, "accuracy_kept_percent": 98.5},
+            **{"tasks": {"piqa": {"accuracy": 0.5, "stderr": 0.02, "measure": "acc", "n": 600}}},
             **{"evaluate_seconds": 1.0, "sites": {site: 20.0 + place for place, site in enumerate(sites)}},
         }
         for n in range(rows)

@@ -87,6 +87,8 @@ def test_tables_hold_what_the_results_say(tmp_path):
     first, *rows = page.tables["Perplexity"]
     assert first[:4] == ["run", "name", "perplexity", "perplexity_stderr"]
     assert [row[:4] for row in rows[:2]] == [["run", "full precision", "10", "0.5"], ["run", f"{TRAP} 0", "11", "0.5"]]
+    assert page.tables["Accuracy"][1] == ["run", f"{TRAP} 0", "0.5", "0.02", "98.5"]
+    assert page.tables["Accuracy by task"][1] == ["run", f"{TRAP} 0", "piqa", "0.5", "0.02", "600"]
     _, *searched = page.tables["Threshold search"]
     assert [row[1:] for row in searched[:3]] == [["0", "1"], ["2", "0.7"], ["4", "0.5"]]
     _, *outliers = page.tables["Outlier channels before and after reassembly"]
