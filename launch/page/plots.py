@@ -53,7 +53,7 @@ _STYLE: dict[str, Any] = {
 WIDTH = 7.2  # inches of a picture; the page scales it
 ROW = 0.2  # inches of a row of text
 LONGEST = 40  # characters of a name
-TICKS = 40  # names beside a picture, at most
+TICKS = 32  # names beside a picture, at most
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # {name: (x, y)}
 
 
