@@ -53,7 +53,7 @@ return worst.sort((a, b) => a[0] - b[0]).slice(0, 3).concat([[worst.length, "tex
 def page(tmp_path_factory) -> Path:
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("page")
-    runs = [whole_run(folder / "one"), whole_run(folder / "two")]
+    runs = [whole_run(folder / "one", layers=8), whole_run(folder / "two", layers=8)]  # more rows than a table shows
     write_page(runs, folder / "page.html")
     return folder / "page.html"
 
