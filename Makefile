@@ -9,13 +9,13 @@ BIN := $(VENV)/bin
 export DS_BUILD_OPS := 0
 export PYTHONSAFEPATH := 1
 
-.PHONY: help demo test test-quick test-all test-gpu test-megatron test-slurm slurm-packages check bench clean
+.PHONY: help demo test test-quick test-all test-gpu test-megatron test-slurm slurm-packages browser-packages check bench clean
 
 demo: $(VENV)/.run ## the whole pipeline on the embedded model, two ranks, no network
 	$(BIN)/megatron-lowbit demo
 
 help: ## this list
-	@awk -F ':.* ## ' '/^[a-z-]+:.* ## / {printf "make %-15s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.* ## ' '/^[a-z-]+:.* ## / {printf "make %-17s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 bench: $(VENV)/.run ## timings (BENCHMARKS.md)
 	$(BIN)/megatron-lowbit benchmark
@@ -59,6 +59,17 @@ slurm-packages: ## install Slurm, where that is possible
 	install="apt-get update -qq; apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES)"; \
 	if said=$$(timeout 300 sh -c "$$install" 2>&1 </dev/null); then echo "installed $(SLURM_PACKAGES)"; \
 	else echo "no Slurm: apt-get: $$(echo "$$said" | tail -n 1)"; fi
+
+# Never fails either: without a browser the page's tests are skipped, and say why.
+BROWSER_PACKAGES := chromium chromium-driver
+browser-packages: export DEBIAN_FRONTEND := noninteractive
+browser-packages: ## install a headless Chromium for the tests of report.html, where that is possible
+	@if command -v chromium && command -v chromedriver; then exit; fi >/dev/null; \
+	if ! command -v apt-get >/dev/null; then echo "no browser: there is no apt-get here"; exit; fi; \
+	if [ "$$(id -u)" != 0 ]; then echo "no browser: only root can install $(BROWSER_PACKAGES)"; exit; fi; \
+	install="apt-get update -qq; apt-get install -y -qq --no-install-recommends $(BROWSER_PACKAGES)"; \
+	if said=$$(timeout 600 sh -c "$$install" 2>&1 </dev/null); then echo "installed $(BROWSER_PACKAGES)"; \
+	else echo "no browser: apt-get: $$(echo "$$said" | tail -n 1)"; fi
 
 check: $(VENV)/.test ## ruff and mypy
 	$(BIN)/ruff check .

@@ -24,9 +24,11 @@ STAGES = {
     "export": "an artifact as a model folder that transformers loads without this package",
     "convert": "Hugging Face folder or artifact to a checkpoint that Megatron-LM's scripts load, and back",
     "parity": "one artifact on every engine and tensor-parallel size: logits and tokens compared",
+    "report": "one HTML page of a run, or of several side by side: `report RUN [RUN ...] [--output FILE]`",
     "slurm": "stages as jobs of a Slurm cluster: `slurm render FILE` writes the scripts, `slurm submit` sends them",
     "benchmark": "time patched against unpatched; `benchmark collectives|kernels|linear|model|gpu`: these alone",
 }
+WITHOUT_CONFIG = ("report", "slurm")  # they run no model, and read their arguments themselves
 WHOLE_TEXTS = ("calibrate", "quantize", "evaluate")  # no decode steps: a thread that is woken late costs nothing
 BENCHMARKS = ("collectives", "kernels", "linear", "model", "gpu")  # kinds of `benchmark` that are one process
 
@@ -51,7 +53,7 @@ def _main(argv: list[str] | None) -> int:
         print("usage: megatron-lowbit STAGE [options] [key.path=value ...]\n")
         for name, what in STAGES.items():
             print(textwrap.fill(what, 80, initial_indent=f"  {name:{width}}  ", subsequent_indent=" " * (width + 4)))
-        print("\nmegatron-lowbit STAGE --help lists the stage's keys; megatron-lowbit --version tells the version")
+        print("\nmegatron-lowbit STAGE --help lists the stage's keys; --version tells the version")
         return 0
     if argv[0] in VERSION:
         print(f"megatron-lowbit {version()}")
@@ -65,6 +67,10 @@ def _main(argv: list[str] | None) -> int:
         from megatron_lowbit.launch.slurm import render as slurm
 
         return slurm.main(argv[1:])
+    if argv[0] == "report":
+        from megatron_lowbit.launch import report
+
+        return report.main(argv[1:])
     from megatron_lowbit.config import shown
     from megatron_lowbit.launch.arguments import check_arguments, fail
 
@@ -101,7 +107,7 @@ def _on_the_way() -> None:
     """Check a stage's arguments before `python -m megatron_lowbit.launch.STAGE` imports its module, and torch."""
     module = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
     stage = module.removeprefix(f"{__name__}.")
-    if stage in STAGES and stage != "slurm" and module != stage:
+    if stage in STAGES and stage not in WITHOUT_CONFIG and module != stage:
         from megatron_lowbit.launch.arguments import check_arguments
 
         code = check_arguments(stage, sys.argv[1:])

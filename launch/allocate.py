@@ -31,6 +31,7 @@ from megatron_lowbit.quant.weight_bits import CANDIDATES, Allocation, choose_bit
 from megatron_lowbit.runtime.distributed import PreemptionCheck, device, on_rank_zero
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger, progress
+from megatron_lowbit.runtime.say import say
 
 WINDOWS, LENGTH = 16, 512  # of calibration.data: its first windows, and their first tokens
 FILE = "weight_bits.json"
@@ -79,7 +80,7 @@ class RoundingCosts:
                 self.done, self.groups, self.sizes = found["windows"], found["groups"], found["sizes"]
                 self.sums = found["costs"]
         if 0 < self.done < len(self.text.ids):
-            print(f"continuing after {self.done} of the {len(self.text.ids)} windows")
+            say(f"continuing after {self.done} of the {len(self.text.ids)} windows")
         return self.done
 
     def add(self) -> None:
@@ -163,5 +164,5 @@ def tell_bits(checkpoint: LowBitCheckpoint) -> None:
     total = sum(len(w.packed_weight) * w.in_features for w in checkpoint.linears.values())
     mean = 8 * checkpoint.ideal_bytes() / total
     kl = f"rounding them is estimated to cost a KL of {allocation.kl:.5f} nats per token"
-    print(f"{mean:.3f} bits per weight, {allocation.budget:g} at most; {kl}")
+    say(f"{mean:.3f} bits per weight, {allocation.budget:g} at most; {kl}")
     print_table(("bits", "linears", "weights", "bytes of codes"), rows)

@@ -84,16 +84,18 @@ def _report_to_torchrun(line: str) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reads a command's arguments; a slip is a LowBitError, and --help ends with the keys of the command's config."""
+    """Reads a command's arguments; a slip is a LowBitError, and --help ends with the keys of the command's config, if
+    it has one."""
 
-    def __init__(self, *, prog: str, description: str, config: type[BaseModel], unused: Collection[str] = ()):
+    def __init__(self, *, prog: str, description: str, config: type[BaseModel] | None, unused: Collection[str] = ()):
         super().__init__(
             prog=prog, description=description, formatter_class=partial(argparse.HelpFormatter, width=WIDTH)
         )
         self.config, self.unused = config, unused
 
     def format_help(self) -> str:
-        return f"{super().format_help()}\n{explain_keys(self.config(), self.unused)}"
+        keys = "" if self.config is None else f"\n{explain_keys(self.config(), self.unused)}"
+        return f"{super().format_help()}{keys}"
 
     def error(self, message: str) -> NoReturn:
         shown = message if len(message) <= 500 else f"{message[:480]} ..."

@@ -21,6 +21,7 @@ from megatron_lowbit.quant.tp_sizes import default_tp_sizes
 from megatron_lowbit.runtime.distributed import on_rank_zero
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger
+from megatron_lowbit.runtime.say import say
 
 CONFIG = CalibrateConfig
 
@@ -77,7 +78,7 @@ def write_plans(
         plan = build_plan(stats, size, config.comm, config.seed)
         on_rank_zero(partial(plan.save, folder))
         if env_rank() == 0:
-            print(f"wrote the plan for tp_size {size}: {len(plan.sites)} sites, {plan.label}")
+            say(f"wrote the plan for tp_size {size}: {len(plan.sites)} sites, {plan.label}")
         table = []
         for name, site in plan.sites.items():
             r = stats.ranges[size][name]

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_lowbit.config import QuantizeConfig
 from megatron_lowbit.quant.tp_sizes import USUAL_GROUPS, default_shard_groups, default_tp_sizes
 from megatron_lowbit.runtime.launcher_env import env_rank
+from megatron_lowbit.runtime.say import say
 
 
 def with_choices(config: QuantizeConfig, text_config: Any, widths: Iterable[int]) -> QuantizeConfig:
@@ -25,4 +26,4 @@ def with_choices(config: QuantizeConfig, text_config: Any, widths: Iterable[int]
 def tell_shard_groups(groups: int) -> None:
     """Print, on rank 0, how many shard groups were chosen, where it is not the usual number."""
     if groups != USUAL_GROUPS and env_rank() == 0:
-        print(f"weights.shard_groups={groups}, chosen for the model's heads and widths")
+        say(f"weights.shard_groups={groups}, chosen for the model's heads and widths")

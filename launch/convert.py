@@ -28,6 +28,7 @@ from megatron_lowbit.runtime.distributed import on_rank_zero
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger
 from megatron_lowbit.runtime.rendezvous import join
+from megatron_lowbit.runtime.say import say
 from megatron_lowbit.temporary import beside, remove, remove_dead
 
 CONFIG = ConvertConfig
@@ -36,7 +37,7 @@ CONFIG = ConvertConfig
 def run(config: ConvertConfig, logger: MetricLogger) -> dict[str, Any]:
     row = to_megatron(config) if config.checkpoint is None else from_megatron(config, config.checkpoint)
     if env_rank() == 0:
-        print(f"wrote {row['folder']}: {row['holds']}")
+        say(f"wrote {row['folder']}: {row['holds']}")
     return {"rows": [row]}
 
 

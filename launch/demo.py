@@ -70,7 +70,6 @@ def run(config: DemoConfig, logger: MetricLogger) -> dict[str, Any]:
         print_rows(rows, f"{config.model}, {config.engine}, tp={size}")
         for title in ("full precision", name):
             print(f"\n--- {title} ---\n{config.prompt}{text[title]}")
-        print(f"\nresults: {Path(config.output_dir) / 'demo.json'}")
     return {"rows": rows, "text": text}
 
 

@@ -24,6 +24,7 @@ from megatron_lowbit.launch.loading import load_model, read_config, read_tokeniz
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.runtime.metrics import MetricLogger
+from megatron_lowbit.runtime.say import say
 from megatron_lowbit.temporary import beside, remove
 
 CONFIG = ExportConfig
@@ -52,7 +53,7 @@ def run(config: ExportConfig, logger: MetricLogger) -> dict[str, Any]:
         write = _compressed(config, hf_config, checkpoint, dtype)
     written = _in_place(output, write, tokenizer, folder)
     size = sum(file.stat().st_size for file in written)
-    print(f"wrote {config.format} in {', '.join(sorted(file.name for file in written))}: {size:,} bytes in {output}")
+    say(f"wrote {config.format} in {', '.join(sorted(file.name for file in written))}: {size:,} bytes in {output}")
     row = {"name": config.format, "scheme": checkpoint.scheme_name, "linears": len(checkpoint.linears), "bytes": size}
     return {"rows": [row]}
 

@@ -10,6 +10,7 @@ from torch import nn
 from megatron_lowbit.adapters.huggingface.apply import decoder_blocks, find_linears, model_config
 from megatron_lowbit.adapters.huggingface.experts import replaced_tensors
 from megatron_lowbit.runtime.launcher_env import env_rank
+from megatron_lowbit.runtime.say import say
 
 
 def tell_full_precision(model: Any, experts: str) -> None:
@@ -19,7 +20,7 @@ def tell_full_precision(model: Any, experts: str) -> None:
     """
     parts = left_out(model, experts)
     if parts and env_rank() == 0:
-        print(f"in full precision stay {'; '.join(parts)}")
+        say(f"in full precision stay {'; '.join(parts)}")
 
 
 def left_out(model: Any, experts: str = "none") -> list[str]:

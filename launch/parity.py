@@ -36,7 +36,7 @@ from megatron_lowbit.launch.tables import Justify, print_table
 from megatron_lowbit.runtime import preemption
 from megatron_lowbit.runtime.distributed import on_rank_zero
 from megatron_lowbit.runtime.launcher_env import without_launch
-from megatron_lowbit.runtime.metrics import MetricLogger
+from megatron_lowbit.runtime.metrics import MetricLogger, progress
 from megatron_lowbit.runtime.preemption import REQUEUE, Preempted
 
 CONFIG = ParityConfig
@@ -51,18 +51,21 @@ def run(config: ParityConfig, logger: MetricLogger) -> dict[str, Any]:
         return {"rows": write_outcomes(config)}
     artifact = Artifact.load(config.artifact or "")
     sizes = sorted({1, *config.tp_sizes})
-    references = {size: outcomes_of(config, "huggingface", size) for size in sizes}
+    runs = [("huggingface", size) for size in sizes]  # the references
+    runs += [(engine, size) for engine in config.engines if engine != "huggingface" for size in sizes]
+    references: dict[int, dict[str, Outcome]] = {}
     rows: list[dict[str, Any]] = []
-    for engine in config.engines:
-        for size in sizes:
-            found = references[size] if engine == "huggingface" else outcomes_of(config, engine, size)
-            for mode, outcome in found.items():
-                reference = references[size if mode in SAME_SIZE else 1][mode]
-                about: dict[str, Any] = {"name": name_of(artifact, mode), "engine": engine, "tp": size}
-                figures, saturation = compare(outcome, reference), saturation_of(config, engine, size, mode)
-                rows.append({**about, **figures, **saturation})
-                logger.log(**about, **figures, **logged(saturation))
-    rows.sort(key=lambda row: row["name"] != "full precision")
+    for engine, size in progress(runs, len(runs), "running the engines"):
+        found = outcomes_of(config, engine, size)
+        if engine == "huggingface":
+            references[size] = found
+        for mode, outcome in found.items() if engine in config.engines else ():
+            reference = references[size if mode in SAME_SIZE else 1][mode]
+            about: dict[str, Any] = {"name": name_of(artifact, mode), "engine": engine, "tp": size}
+            figures, saturation = compare(outcome, reference), saturation_of(config, engine, size, mode)
+            rows.append({**about, **figures, **saturation})
+            logger.log(**about, **figures, **logged(saturation))
+    rows.sort(key=lambda row: (row["name"] != "full precision", config.engines.index(row["engine"])))
     print_rows(rows)
     return {"rows": rows}
 

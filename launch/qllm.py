@@ -31,6 +31,7 @@ from megatron_lowbit.quant.tp_sizes import groups_for
 from megatron_lowbit.runtime.distributed import device, on_rank_zero, seed_everything
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger
+from megatron_lowbit.runtime.say import say
 
 
 def quantize_qllm(
@@ -158,7 +159,7 @@ def fitting_sizes(sizes: Iterable[int], shards: dict[int, int], given: bool) -> 
             if given:
                 raise
             if env_rank() == 0:
-                print(f"left out: {error}")
+                say(f"left out: {error}")
     return fitting
 
 

@@ -35,6 +35,7 @@ from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.runtime.distributed import on_rank_zero
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger
+from megatron_lowbit.runtime.say import say
 
 CONFIG = QuantizeConfig
 
@@ -105,7 +106,7 @@ def size_row(checkpoint: LowBitCheckpoint, folder: str, logger: MetricLogger) ->
         attention = "" if checkpoint.attention_bits == 16 else f", Q, K and V in {checkpoint.attention_bits} bits"
         head = "" if checkpoint.head is None else f", {checkpoint.head}"
         experts = "" if checkpoint.experts is None else f", experts in {checkpoint.experts.scheme}"
-        print(
+        say(
             f"wrote {len(checkpoint.linears)} linears in {checkpoint.scheme_name}{attention}{head}{experts}, "
             f"{checkpoint.nbytes():,} bytes (linears {linears:,}, {ratio:.3f} of bits x parameters / 8)"
         )
@@ -137,7 +138,7 @@ def check_shard_groups(engine: Engine, checkpoint: LowBitCheckpoint, sizes: list
     shards = {width: activation_groups(width, checkpoint.shard_groups) for width in widths}
     for width, groups in shards.items():
         if groups != checkpoint.shard_groups and env_rank() == 0:
-            print(f"inputs of width {width} get {groups} shard groups, not {checkpoint.shard_groups}: it divides them")
+            say(f"inputs of width {width} get {groups} shard groups, not {checkpoint.shard_groups}: it divides them")
     return fitting_sizes(sizes, shards, given)
 
 

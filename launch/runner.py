@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ from megatron_lowbit.config import NOTICED, LowBitError, StageConfig, one_line
 from megatron_lowbit.io.files import ensure_writable, write_json, write_text
 from megatron_lowbit.launch.arguments import BAD_INPUT, fail, parse
 from megatron_lowbit.launch.bench.netlab import FIRST_HOST, network, no_namespaces
+from megatron_lowbit.launch.ending import tell_ending
 from megatron_lowbit.launch.inputs import check_inputs
 from megatron_lowbit.launch.layout import check_layout, world_of
+from megatron_lowbit.launch.report import PAGE
 from megatron_lowbit.runtime import launcher_env, preemption, presence
 from megatron_lowbit.runtime.distributed import PeerError, on_every_rank, on_rank_zero
 from megatron_lowbit.runtime.folder_lock import FolderLock
@@ -72,6 +75,8 @@ def perform(name: str, stage: Any, config: StageConfig) -> dict[str, Any]:
             about = {"data": logger.data, "seconds": seconds, "environment": environment()}
             record = {"config": resolved, **record, **about}
             write_json(output / f"{name}.json", record)
+            if page := make_page(output):
+                logger.page(page)
             logger.summary(seconds=seconds, rows=record["rows"])
         code = 0
     except (PeerError, LowBitError):
@@ -91,12 +96,29 @@ def perform(name: str, stage: Any, config: StageConfig) -> dict[str, Any]:
     return record
 
 
+def make_page(output: Path) -> Path | None:
+    """Write the page of a folder; what is wrong is told and no more: the stage's results are there."""
+    page = output / PAGE
+    try:
+        from megatron_lowbit.launch.page.build import write_page
+
+        write_page([output], page)
+        return page
+    except LowBitError as error:  # of another stage's results in this folder
+        print(f"megatron-lowbit: no {PAGE}: {error}", file=sys.stderr)
+    except Exception as error:
+        warnings.warn(f"no {PAGE}: {type(error).__name__}: {error}", stacklevel=2)  # which the tests take for an error
+    return None
+
+
 def run_rank(name: str, stage: Any, config: StageConfig) -> int:
     """Run a stage on one rank, from the first import to the exit code."""
     _quiet()
     code = 1
     try:
-        perform(name, stage, config)
+        record = perform(name, stage, config)
+        if env_rank() == 0:
+            tell_ending(name, config, record)
         code = 0
     except PeerError:
         code = BAD_INPUT

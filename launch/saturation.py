@@ -4,6 +4,7 @@ values               that low-bit formats have encoded, on all ranks
 saturated            those of them that lay beyond their calibrated range, or were NaN; saturated_share: of all
 nonfinite_tokens     that held NaN or Inf on some rank, and came out as NaN; one on each rank that held it
 bf16_sites           names of the sites that fell back to bf16 (drift.py)
+saturated_sites      {site: saturated_share of its own values}
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import distributed as dist
 from megatron_lowbit.adapters import patching
 from megatron_lowbit.launch.engines.base import Engine
 from megatron_lowbit.runtime.distributed import device
+from megatron_lowbit.runtime.say import say
 
 NAMED = 3  # sites in a line
 
@@ -25,11 +27,16 @@ def measure_saturation(engine: Engine) -> dict[str, Any]:
     """Gather the figures of the low-bit modules that are in place, of all their ranks. A collective call."""
     sites, names = patching.saturation(engine.model), engine.site_names()
     counts = [(site.values, site.saturated, site.nonfinite) for site in sites.values()]
-    total = torch.tensor([[0, 0, 0], *counts], device=device()).sum(0)
-    for group in (engine.group, engine.pp_group):
-        if group is not None:
-            dist.all_reduce(total, group=group)
+    own = torch.tensor([[0, 0, 0], *counts], device=device())
+    if engine.group is not None:  # its ranks have the same sites, those of other pipeline stages have others
+        dist.all_reduce(own, group=engine.group)
+    total = own.sum(0)
+    if engine.pp_group is not None:
+        dist.all_reduce(total, group=engine.pp_group)
     values, saturated, nonfinite = total.tolist()
+    shares = {
+        names.get(name, name): beyond / of for name, (of, beyond, _) in zip(sites, own[1:].tolist(), strict=True) if of
+    }
     return {
         "values": values,
         "saturated": saturated,
@@ -38,6 +45,7 @@ def measure_saturation(engine: Engine) -> dict[str, Any]:
         "bf16_sites": sorted(
             engine.all_stages({names.get(name, name): 1.0 for name, site in sites.items() if site.bf16})
         ),
+        "saturated_sites": engine.all_stages(shares),
     }
 
 
@@ -68,4 +76,4 @@ def saturation_line(row: Mapping[str, Any]) -> str | None:
 def print_saturation(rows: Iterable[Mapping[str, Any]], file: Any = None) -> None:
     """Print a line for every row that encoded something. file: standard output."""
     for line in filter(None, map(saturation_line, rows)):
-        print(line, file=file, flush=True)
+        say(line, file=file)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_lowbit.comm.plan import CommPlan, _plan_sizes
+from megatron_lowbit.comm.plan import CommPlan, plan_sizes
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.io.tensors import short_repr
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
@@ -74,7 +74,7 @@ class Artifact:
                     "is lost; run that command again, or delete what is there"
                 )
         checkpoint = LowBitCheckpoint.load(folder) if (folder / "lowbit.json").exists() else None
-        sizes = _plan_sizes(folder)
+        sizes = plan_sizes(folder)
         if checkpoint is None and not sizes:
             raise LowBitError(
                 f"{str(folder)!r} holds no lowbit.json and no comm_plan_tp*.json; run calibrate or quantize"

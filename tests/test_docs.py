@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import CALIBRATION, EVALUATION, needs_deepspeed, run_here
+from example_runs import evaluated
 from pages import MANUAL, ROOT, Command, commands, links, python_blocks
 
 import megatron_lowbit
@@ -81,6 +82,13 @@ def test_a_command_parses(command: Command, embedded_artifact, text, tmp_path, c
     if stage == "slurm":
         assert argv[0] in ("render", "submit")
         assert render.main(["render", *argv[1:], f"output_dir={tmp_path}"]) == 0
+        return
+    if stage == "report":
+        runs = [f"{tmp_path}/{word}" for word in argv if word.startswith("runs/")]
+        for run in map(Path, runs):
+            run.mkdir(parents=True)
+            evaluated(run)
+        assert run_here("report", *runs, *(["--output", tmp_path / "page.html"] if "--output" in argv else [])) == 0
         return
     if stage == "benchmark" and argv and argv[0] in BENCHMARKS:
         PARSERS[argv[0]](argv[1:])

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = ("deepspeed", "deepspeed,megatron,wandb", "all", "deepspeed,megatron,wandb,test")
-DATA = (".py", ".typed", ".cpp", ".h", ".json", ".safetensors", ".sh", ".sbatch")
+DATA = (".py", ".typed", ".cpp", ".h", ".json", ".safetensors", ".sh", ".sbatch", ".css", ".jinja")
 
 
 def package_files() -> set[str]:
@@ -51,6 +51,7 @@ def test_the_wheel_holds_every_file(built):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == package_files()
     assert {"megatron_lowbit/slurm/stage.sbatch", "megatron_lowbit/kernels/csrc/hybrid.cpp"} <= names
+    assert {"megatron_lowbit/launch/page/page.html.jinja", "megatron_lowbit/launch/page/page.css"} <= names
 
 
 IMPORT = """

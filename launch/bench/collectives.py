@@ -43,6 +43,7 @@ from megatron_lowbit.launch.tables import print_table
 from megatron_lowbit.runtime.distributed import PreemptionCheck
 from megatron_lowbit.runtime.metrics import MetricLogger, progress, require
 from megatron_lowbit.runtime.rendezvous import on_loopback
+from megatron_lowbit.runtime.say import say
 from megatron_lowbit.temporary import scratch_folder
 
 CONFIG = BenchmarkCollectivesConfig
@@ -185,7 +186,7 @@ def print_choices(config: BenchmarkCollectivesConfig) -> None:
     for ranks in config.ranks:
         costs = CostTable.load(cost_file(config, ranks))
         choices = ", ".join(f"{size_text(size)} {costs.choose(size)}" for size in config.sizes)
-        print(f"auto at tp={ranks}: {choices}    (comm.cost_table={cost_file(config, ranks)})")
+        say(f"auto at tp={ranks}: {choices}    (comm.cost_table={cost_file(config, ranks)})")
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -30,7 +30,8 @@ from megatron_lowbit.launch.bench import gpu_block, gpu_checks, gpu_linears
 from megatron_lowbit.launch.bench.arguments import parse_gpu
 from megatron_lowbit.launch.bench.config import BenchmarkGpuConfig
 from megatron_lowbit.launch.tables import Justify, number, print_table
-from megatron_lowbit.runtime.metrics import MetricLogger
+from megatron_lowbit.runtime.metrics import MetricLogger, progress
+from megatron_lowbit.runtime.say import say
 
 CONFIG = BenchmarkGpuConfig
 SECTIONS = {  # {name: rows of it}, in the order they run
@@ -63,7 +64,7 @@ def run(config: BenchmarkGpuConfig, logger: MetricLogger) -> dict[str, Any]:
     end = time.perf_counter() + config.seconds
     rows: list[dict[str, Any]] = []
     unfinished: list[str] = []
-    for section, of in SECTIONS.items():
+    for section, of in progress(SECTIONS.items(), len(SECTIONS), "checking and timing"):
         for row in of(config):
             rows.append({"section": section, **row})
             logger.log(**{key: value for key, value in rows[-1].items() if not isinstance(value, list)})
@@ -72,7 +73,7 @@ def run(config: BenchmarkGpuConfig, logger: MetricLogger) -> dict[str, Any]:
                 break
     print_rows(rows, torch.cuda.get_device_name())
     if unfinished:
-        print(f"not all of {', '.join(unfinished)} in {config.seconds:g} seconds")
+        say(f"not all of {', '.join(unfinished)} in {config.seconds:g} seconds")
     wrong = [f"{row['section']} {row['name']}" for row in rows if row.get("right") is False]
     return {"rows": rows, "device": torch.cuda.get_device_name(), "unfinished": unfinished, "wrong": wrong}
 

@@ -32,7 +32,7 @@ from megatron_lowbit.launch.arguments import fail
 from megatron_lowbit.launch.bench.arguments import parse_kernels
 from megatron_lowbit.launch.bench.config import BenchmarkKernelsConfig
 from megatron_lowbit.launch.tables import Justify, print_table
-from megatron_lowbit.runtime.metrics import MetricLogger
+from megatron_lowbit.runtime.metrics import MetricLogger, progress
 
 CONFIG = BenchmarkKernelsConfig
 SHARES = {  # of the features, by bits
@@ -64,7 +64,8 @@ def run(config: BenchmarkKernelsConfig, logger: MetricLogger) -> dict[str, Any]:
     x = torch.randn(config.tokens, config.features).bfloat16()
     there = torch.empty_like(x)
     rows = []
-    for format, op, ranks, ours, reference, arguments in cases(config, x):
+    count = len(SHARES) * (1 + 2 * len(config.ranks)) + 4
+    for format, op, ranks, ours, reference, arguments in progress(cases(config, x), count, "timing"):
         torch._dynamo.reset()
         ways: dict[str, Callable[[], Any]] = {
             "kernel": partial(ours, *arguments),

@@ -35,12 +35,13 @@ from megatron_lowbit.launch.bench.arguments import parse_linear
 from megatron_lowbit.launch.bench.config import BenchmarkLinearConfig
 from megatron_lowbit.launch.bench.linear_ways import BASELINE, Way, baseline, ours, peer, reason
 from megatron_lowbit.launch.bench.peak import measure_peaks
-from megatron_lowbit.launch.bench.report import circumstances, clock, heading, markdown
+from megatron_lowbit.launch.bench.report import circumstances, clock, markdown, print_heading
 from megatron_lowbit.launch.bench.shapes import all_shapes
 from megatron_lowbit.launch.tables import Justify, number
 from megatron_lowbit.quant.affine import QuantizedWeight, Scheme
 from megatron_lowbit.runtime.distributed import PreemptionCheck
 from megatron_lowbit.runtime.metrics import MetricLogger, progress
+from megatron_lowbit.runtime.say import say
 
 CONFIG = BenchmarkLinearConfig
 CHECKED = 64  # tokens, at least, whose results are compared with the reference op's, where there are as many
@@ -250,40 +251,43 @@ def print_rows(
     peaks: dict[str, dict[str, float]],
     about: dict[str, Any],
 ) -> None:
-    print(heading("Linears against F.linear in bf16", about))
+    print_heading("Linears against F.linear in bf16", about)
     best = [f"{name} {rate / 1e9:,.0f} GOP/s" for kind in peaks.values() for name, rate in kind.items()]
-    print(f"Peaks of a core: {', '.join(best) or about.get('no_peaks', 'none is known for this processor')}\n")
+    say(f"Peaks of a core: {', '.join(best) or about.get('no_peaks', 'none is known for this processor')}")
     columns: dict[str, Justify] = {
-        "shape": "left",
         "tokens": "right",
-        "threads": "right",
         "way": "left",
         "ms": "right",
         "x bf16": "right",
-        "x packed": "right",
+        "x pack": "right",
         "GOP/s": "right",
-        "of peak": "right",
+        "peak": "right",
         "GB/s": "right",
     }
-    timed = [row for row in rows if "ratio" in row]
-    cells = [
-        (
-            f"{row['outputs']}x{row['inputs']}",
-            str(row["tokens"]),
-            str(row["threads"]),
-            row["way"],
-            f"{1e3 * row['median_seconds']:.3g}",
-            number(row["ratio"], ".2f"),
-            number(row["packed_ratio"], ".2f"),
-            number(row["gops"], ",.0f"),
-            "-" if row["peak_share"] is None else f"{100 * row['peak_share']:.0f} %",
-            number(row["gb_per_second"], ".1f"),
-        )
-        for row in timed
-    ]
-    print(markdown(columns, cells))
+    tables: dict[str, list[tuple[str, ...]]] = {}
+    for row in rows:
+        if "ratio" in row:
+            threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+            tables.setdefault(f"{row['outputs']}x{row['inputs']}, {threads}", []).append(_cells(row))
+    for title, cells in tables.items():
+        print(f"\n### {title}\n\n{markdown(columns, cells)}")
     for line in notes(rows):
-        print(f"\n{line}")
+        print()
+        say(line)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    milliseconds = 1e3 * row["median_seconds"]
+    return (
+        str(row["tokens"]),
+        row["way"],
+        f"{milliseconds:.3g}" if milliseconds < 1000 else f"{milliseconds:.0f}",
+        number(row["ratio"], ".2f"),
+        number(row["packed_ratio"], ".2f"),
+        number(row["gops"], ",.0f"),
+        "-" if row["peak_share"] is None else f"{100 * row['peak_share']:.0f} %",
+        number(row["gb_per_second"], ".1f"),
+    )
 
 
 def notes(rows: list[dict[str, Any]]) -> list[str]:
@@ -295,6 +299,7 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"Bit for bit the reference op's: {', '.join(exact)}."] if exact else []
     if near:
         lines.append(f"As near to it as sums in float32: {', '.join(near)}.")
+    lines.append("x bf16, x pack: speed-up against F.linear, and against oneDNN with a prepacked weight.")
     lines.append("Times are CPU time with one thread, time that passes with more; medians of interleaved rounds.")
     if warm := sorted({f"{row['outputs']}x{row['inputs']}" for row in timed if not row["cold"]}):
         lines.append(f"A cache may have held weights of {', '.join(warm)}: raise weights, and memory_share.")

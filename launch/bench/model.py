@@ -38,7 +38,7 @@ from megatron_lowbit.launch.arguments import fail
 from megatron_lowbit.launch.bench.arguments import parse_model
 from megatron_lowbit.launch.bench.config import RANDOM_LLAMA, BenchmarkModelConfig
 from megatron_lowbit.launch.bench.model_process import Settings, load, timed_passes, token_ids
-from megatron_lowbit.launch.bench.report import circumstances, clock, heading, markdown
+from megatron_lowbit.launch.bench.report import circumstances, clock, markdown, print_heading
 from megatron_lowbit.launch.engines.prepare import round_weights
 from megatron_lowbit.launch.inputs import model_name
 from megatron_lowbit.launch.loading import load_model
@@ -47,6 +47,7 @@ from megatron_lowbit.quant.affine import Scheme
 from megatron_lowbit.quant.head import first_tokens
 from megatron_lowbit.runtime.distributed import PreemptionCheck, seed_everything
 from megatron_lowbit.runtime.metrics import MetricLogger, progress
+from megatron_lowbit.runtime.say import say
 from megatron_lowbit.temporary import scratch_folder
 
 CONFIG = BenchmarkModelConfig
@@ -201,7 +202,8 @@ def print_rows(
 ) -> None:
     scheme = config.weights.scheme
     threads = f"{config.threads} thread{'s' if config.threads > 1 else ''}"
-    print(heading(f"Models in {scheme} against bf16, {threads}", about))
+    print_heading(f"Models in {scheme} against bf16, {threads}", about)
+    print()
     columns: dict[str, Justify] = {"model": "left", "what": "left", "bf16": "right", scheme: "right", "ratio": "right"}
     cells = []
     for row in rows:
@@ -212,15 +214,22 @@ def print_rows(
         model = f"{row['model']}, {row['parameters'] / 1e6:,.0f}M"
         cells.append((model, f"{what}, {'tokens/s' if rate else 'MiB'}", *figures, ratio))
     print(markdown(columns, cells))
-    for name, same in checks.items():
-        print(
-            f"\nThe logits of {name} in {scheme} are bit for bit those of the reference op: {'yes' if same else 'no'}."
-        )
-    for row in rows:
-        if "rotation_share" in row:
-            print(f"\nRotating online takes {row['rotation_share']:.1%} of {row['model']}'s {row['what']}.")
+    notes = [
+        f"The logits of {name} in {scheme} are bit for bit those of the reference op: {'yes' if same else 'no'}."
+        for name, same in checks.items()
+    ]
+    notes += [
+        f"Rotating online takes {row['rotation_share']:.1%} of {row['model']}'s {row['what']}."
+        for row in rows
+        if "rotation_share" in row
+    ]
     measure = "CPU time" if config.threads == 1 else "time that passes"
-    print(f"\nTimes are {measure}; medians of {config.repeats} interleaved rounds. Memory is that of a process alone.")
+    notes.append(
+        f"Times are {measure}; medians of {config.repeats} interleaved rounds. Memory is that of a process alone."
+    )
+    for note in notes:
+        print()
+        say(note)
 
 
 def figure(value: float | None, rate: bool) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_lowbit.launch.tables import Justify
 from megatron_lowbit.runtime.metrics import environment
+from megatron_lowbit.runtime.say import say
 
 
 def markdown(columns: Mapping[str, Justify], rows: Iterable[Sequence[str]]) -> str:
@@ -35,12 +36,13 @@ def circumstances() -> dict[str, Any]:
     return {"date": time.strftime("%Y-%m-%d"), "commit": commit, "load": load}
 
 
-def heading(title: str, about: Mapping[str, Any]) -> str:
-    """Return the title, and a line with the machine, the date, the commit and the load."""
+def print_heading(title: str, about: Mapping[str, Any]) -> None:
+    """Print the title, and a line with the machine, the date, the commit and the load."""
     here = environment()
     machine, commit = here["machine"], (about["commit"] or "no commit")[:9]
     parts = [f"{machine['processor']}, {machine['cores']} cores", about["date"], commit, f"load {about['load']}"]
-    return f"## {title}\n\n{', '.join([*parts, 'torch ' + here['versions']['torch']])}\n"
+    print(f"## {title}\n")
+    say(", ".join([*parts, "torch " + here["versions"]["torch"]]))
 
 
 def clock(threads: int) -> Any:

@@ -30,6 +30,7 @@ from megatron_lowbit.layers.linear import activation_groups
 from megatron_lowbit.quant.affine import Scheme
 from megatron_lowbit.quant.tp_sizes import groups_for, widths_of
 from megatron_lowbit.runtime.launcher_env import env_rank
+from megatron_lowbit.runtime.say import say
 
 
 def dry_run(config: QuantizeConfig) -> dict[str, Any]:
@@ -200,10 +201,10 @@ def _print(rows: list[dict[str, Any]], totals: dict[str, Any], config: QuantizeC
         )
     print_table(columns, cells, f"{config.model or 'model'}, {config.weights.scheme}, tp={config.tp}, dp={config.dp}")
     gib = 2**30
-    print(f"{totals['groups']} groups of {totals['blocks_per_group']} blocks")
+    say(f"{totals['groups']} groups of {totals['blocks_per_group']} blocks")
     packed, rest = totals["packed_bytes_per_rank"] / gib, totals["other_bytes"] / gib
-    print(f"packed linears per rank: {packed:.2f} GiB; all else: {rest:.2f} GiB")
-    print(
+    say(f"packed linears per rank: {packed:.2f} GiB; all else: {rest:.2f} GiB")
+    say(
         f"on the device while a group is quantized: {totals['group_weight_bytes_per_rank'] / gib:.2f} GiB of weights; "
         f"each of four activation files: {totals['stream_bytes_per_rank'] / gib:.2f} GiB"
     )
@@ -241,12 +242,12 @@ def _print_stages(totals: dict[str, Any], config: QuantizeConfig) -> None:
         for key, what in RESOURCES.items()
         if rates[key] is not None
     ]
-    print(f"rates per rank: {', '.join(known)}")
+    say(f"rates per rank: {', '.join(known)}")
     if rates["network"] is None and config.tp * config.dp > 1:
-        print("the network's seconds are left out: give rates.network in bytes per second")
+        say("the network's seconds are left out: give rates.network in bytes per second")
     by_resource = {key: sum(stage["seconds"].get(key, 0.0) for stage in totals["stages"].values()) for key in RESOURCES}
     most, total = max(by_resource, key=lambda key: by_resource[key]), totals["estimated_seconds"]
-    print(
+    say(
         f"estimated time: {total:,.0f} s, {totals['estimated_seconds_per_group']:,.1f} s per group; "
         f"{by_resource[most] / total:.0%} of it is {RESOURCES[most]}"
     )

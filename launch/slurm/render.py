@@ -24,6 +24,7 @@ from typing import Any
 from megatron_lowbit.config import LowBitError, load_config, old_name, shown
 from megatron_lowbit.launch import STAGES
 from megatron_lowbit.launch.arguments import CONFIGS, Parser, fail, parse
+from megatron_lowbit.launch.ending import say_next
 from megatron_lowbit.launch.layout import check_own, check_world, own_ranks
 from megatron_lowbit.launch.slurm.config import SlurmConfig, StageJob
 
@@ -59,6 +60,8 @@ def main(argv: list[str]) -> int:
             print(f"wrote {folder / name}")
         if args.action == "submit":
             _submit(folder)
+        else:
+            say_next(["bash", str(folder / "chain.sh")])
         return 0
     except LowBitError as error:
         return fail(str(error))

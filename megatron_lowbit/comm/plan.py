@@ -302,7 +302,7 @@ class CommPlan:
         """
         stem = Path(folder) / f"comm_plan_tp{tp_size}"
         if not stem.with_suffix(".json").exists():
-            found = _plan_sizes(Path(folder))
+            found = plan_sizes(Path(folder))
             have = f"it has plans for tp_size {found}" if found else "it has none"
             raise LowBitError(
                 f"{str(folder)!r} has no communication plan for tp_size {tp_size} ({have}); "
@@ -336,7 +336,7 @@ def remove_plans(folder: str | Path) -> None:
             discard(file)
 
 
-def _plan_sizes(folder: Path) -> list[int]:
+def plan_sizes(folder: Path) -> list[int]:
     """Return the tensor-parallel sizes that the folder has plans for."""
     found = (re.fullmatch(r"comm_plan_tp(\d+)", path.stem) for path in folder.glob("comm_plan_tp*.json"))
     return sorted(int(match.group(1)) for match in found if match)

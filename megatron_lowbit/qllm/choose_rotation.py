@@ -35,6 +35,7 @@ from megatron_lowbit.qllm.trace_blocks import BlockCall
 from megatron_lowbit.qllm.turns import Dense, ResidualRotation, Turn
 from megatron_lowbit.quant.online_rotation import OnlineRotation, RotationKind
 from megatron_lowbit.runtime.launcher_env import env_rank
+from megatron_lowbit.runtime.say import say
 
 # Relative to what a block adds to its input, or to the logits. Blocks compute in float64 with weights of float32 here,
 # what surrounds them in float32, norms in float32 everywhere: rounding makes some 1e-6 of it.
@@ -82,7 +83,7 @@ class Rotator:
         host.rotate_rest(self.rotation)
         if env_rank() == 0:
             for line in self._left_out:
-                print(f"rotation: {line}")
+                say(f"rotation: {line}")
         if rest is None and not any(b.value or b.inputs or b.owner for b in blocks):
             raise LowBitError("weights.rotation finds nothing in this model to rotate; set weights.rotation=none")
 

@@ -64,6 +64,7 @@ from megatron_lowbit.runtime.distributed import (
 )
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger, peak_memory, progress
+from megatron_lowbit.runtime.say import say
 
 
 @dataclass
@@ -176,7 +177,7 @@ class BlockwiseQuantizer:
         assert self.source.rotator is not None
         if not self.source.rotator.learnable:
             if env_rank() == 0:
-                print("rotation: neither the residual stream nor V is rotated, so there is nothing to learn")
+                say("rotation: neither the residual stream nor V is rotated, so there is nothing to learn")
             return
         if (checksum := self.rotation) is None:
             arguments = (self.source, self.share, self.state.folder, self.config, self.attention_bits, self.logger.log)
@@ -261,7 +262,7 @@ class BlockwiseQuantizer:
             self.parts, self.bit_sums, self.checksums = found["parts"], found["bit_sums"], found["files"]
             self.ranges = on_every_rank(lambda: self.state.ranges(found))
             if env_rank() == 0:
-                print(f"continuing after {found['done']} of the block groups")
+                say(f"continuing after {found['done']} of the block groups")
         return found["done"]
 
     def _save_state(self, done: int, part: CheckpointPart, sums: dict[str, int], streams: list[HiddenStream]) -> None:

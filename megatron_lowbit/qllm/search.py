@@ -33,6 +33,8 @@ from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 
 Forwards = Callable[[], Iterator[tuple[Callable[[], Any], Tensor]]]
 Errors = tuple[float, float] | None  # of the choice, and of no reassembly; None: not scored
+Tried = list[tuple[int, float]]  # (channels added, squared error) of every candidate
+WIDEST = 8  # channels whose largest |x| is kept, before and after reassembly
 
 
 class Choice(NamedTuple):
@@ -76,11 +78,11 @@ class Search:
         candidates = [candidate_plans(s, g, self.config.reassembly) for s, g in zip(stats, grams, strict=True)]
         errors: Errors
         if group.kind == "column":
-            plan, errors = self._best_for_columns(group, linears, candidates[0])
+            plan, errors, tried = self._best_for_columns(group, linears, candidates[0])
             plans = [plan]
         else:
-            plans, errors = self._best_for_rows(group, linears[0], candidates)
-        description = describe(plans, [s.max_abs for s in stats], errors)
+            plans, errors, tried = self._best_for_rows(group, linears[0], candidates)
+        description = describe(plans, [s.max_abs for s in stats], errors, tried)
         return Choice(plans, description, None if errors is None else errors[0])
 
     def _channel_stats(self, group: InputGroup, linear: ShardedLinear) -> list[ChannelStats]:
@@ -119,9 +121,9 @@ class Search:
 
     def _best_for_columns(
         self, group: InputGroup, linears: Sequence[ShardedLinear], plans: list[ReassemblyPlan]
-    ) -> tuple[ReassemblyPlan, Errors]:
+    ) -> tuple[ReassemblyPlan, Errors, Tried]:
         if len(plans) == 1:
-            return plans[0], None
+            return plans[0], None, []
         owner = self.block.get_submodule(group.owner)
         weights = [[self._candidate_weights(linear, [plan]) for linear in linears] for plan in plans]
         errors = torch.zeros(len(plans), dtype=torch.float64)
@@ -132,13 +134,14 @@ class Search:
                     output = owner_forward(prepare(x, plan, self.scheme.act_bits))
                 errors[number] += (output[mask] - target).float().square().sum(dtype=torch.float64).cpu()
         best = self._smallest(errors)
-        return plans[best], (errors[best].item(), errors[0].item()) if plans[0].is_identity else None
+        tried = [(added_by(plan), error) for plan, error in zip(plans, errors.tolist(), strict=True)]
+        return plans[best], (errors[best].item(), errors[0].item()) if plans[0].is_identity else None, tried
 
     def _best_for_rows(
         self, group: InputGroup, linear: ShardedLinear, plans: list[list[ReassemblyPlan]]
-    ) -> tuple[list[ReassemblyPlan], Errors]:
+    ) -> tuple[list[ReassemblyPlan], Errors, Tried]:
         if self.config.reassembly.mode == "fixed":
-            return [candidates[0] for candidates in plans], None
+            return [candidates[0] for candidates in plans], None, []
         low = torch.stack([w.amin(1, keepdim=True) for w in linear.hp_weights]).amin(0)
         high = torch.stack([w.amax(1, keepdim=True) for w in linear.hp_weights]).amax(0)
         if self.tp_group is not None:
@@ -159,13 +162,15 @@ class Search:
                     errors[s][number] += (output - target).float().square().sum(dtype=torch.float64).cpu()
         chosen = [candidates[self._smallest(e, tp=False)] for candidates, e in zip(plans, errors, strict=True)]
         none = [ReassemblyPlan.identity(plan.in_features).to(plan.src_idx.device) for plan in chosen]
-        better, errors_together = self._better_together(group, linear, chosen, none)
-        return chosen if better else none, errors_together
+        better, together, of_none = self._better_together(group, linear, chosen, none)
+        # The joint error is known of two candidates: of the shards' choices together, and of none.
+        tried = [(sum(map(added_by, chosen)), together), (0, of_none)]
+        return (chosen, (together, of_none), tried) if better else (none, (of_none, of_none), tried)
 
     def _better_together(
         self, group: InputGroup, linear: ShardedLinear, chosen: list[ReassemblyPlan], none: list[ReassemblyPlan]
-    ) -> tuple[bool, Errors]:
-        """Tell whether the sum over shards, as deployed, is nearer with `chosen` than with `none`; and the errors."""
+    ) -> tuple[bool, float, float]:
+        """Tell whether the sum over shards, as deployed, is nearer with `chosen` than with `none`; and both errors."""
         errors = torch.zeros(2, dtype=torch.float64)
         weights = [self._candidate_weights(linear, plans) for plans in (chosen, none)]
         for x, mask, _ in self._inputs(group):
@@ -176,7 +181,7 @@ class Search:
                 output = self._sum(prepared, weights[number])
                 errors[number] += (output - target).float().square().sum(dtype=torch.float64).cpu()
         better = self._smallest(errors, tp=False) == 0 and bool(errors[0] < errors[1])
-        return better, (errors[0 if better else 1].item(), errors[1].item())
+        return better, errors[0].item(), errors[1].item()
 
     def _sum(self, slices: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         parts = [F.linear(x_s, w.to(x_s.dtype)) for x_s, w in zip(slices, weights, strict=True)]
@@ -213,15 +218,24 @@ class Search:
         return captured_inputs(self.block, group, self.forwards())
 
 
-def describe(plans: Sequence[ReassemblyPlan], max_abs: Sequence[Tensor], errors: Errors) -> dict[str, Any]:
+def added_by(plan: ReassemblyPlan) -> int:
+    """Return the channels that a plan adds by splitting."""
+    return int((torch.bincount(plan.src_idx, minlength=plan.in_features) - 1).sum())
+
+
+def describe(
+    plans: Sequence[ReassemblyPlan], max_abs: Sequence[Tensor], errors: Errors, tried: Tried
+) -> dict[str, Any]:
     """Return what one input's plans do, over all its shards.
 
     max_abs: of every plan's channels, float32 [channels]. Keys: threshold (the largest theta that splits so; None:
     nothing is split), splits (the largest T), added (channels), expansion (added / width), error (relative to that of
-    no reassembly; None: not scored).
+    no reassembly; None: not scored), search ([added, error relative to that of no reassembly] of every candidate, by
+    what it adds), widest_before and widest_after (the largest |x| of the WIDEST channels, descending; after, of a
+    merged channel, the mean of its channels' largest, which it cannot exceed), median_before (of all channels).
     """
     counts = [torch.bincount(plan.src_idx, minlength=plan.in_features) for plan in plans]
-    added = sum(int((count - 1).sum()) for count in counts)
+    added = sum(map(added_by, plans))
     thresholds = [(m / count).max().item() for m, count in zip(max_abs, counts, strict=True) if (count > 1).any()]
     return {
         "threshold": max(thresholds, default=None),
@@ -229,7 +243,17 @@ def describe(plans: Sequence[ReassemblyPlan], max_abs: Sequence[Tensor], errors:
         "added": added,
         "expansion": added / sum(plan.in_features for plan in plans),
         "error": None if errors is None else errors[0] / errors[1] if errors[1] else 1.0,
+        "search": [[count, error / errors[1]] for count, error in sorted(tried)] if errors and errors[1] else [],
+        "widest_before": _widest(max_abs),
+        "widest_after": _widest([plan.activations(m) for plan, m in zip(plans, max_abs, strict=True)]),
+        "median_before": torch.cat(list(max_abs)).median().item(),
     }
+
+
+def _widest(max_abs: Sequence[Tensor]) -> list[float]:
+    """Return the largest values of all shards, to four digits: they are looked at, not computed with."""
+    values = torch.cat(list(max_abs))
+    return [float(f"{value:.4g}") for value in values.topk(min(WIDEST, len(values))).values.tolist()]
 
 
 def word(rotated: bool, reassembled: bool) -> str:

@@ -31,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.io.files import parse_json
 from megatron_lowbit.runtime.launcher_env import env_world_size
+from megatron_lowbit.runtime.say import say
 from megatron_lowbit.runtime.wandb_run import WandbRun
 
 T = TypeVar("T")
@@ -95,9 +96,7 @@ class MetricLogger:
         how = what.get(about["read_as"], f"column {about['column']}")
         left = f", {about['left_out']} rows left out by the template" if about["left_out"] else ""
         few = f" (fewer than {key}.samples={about['wanted']})" if about["windows"] < about["wanted"] else ""
-        print(
-            f"{key}.data={about['source']}: {how}, {about['windows']} windows{few}{left}; it begins {about['first']!r}"
-        )
+        say(f"{key}.data={about['source']}: {how}, {about['windows']} windows{few}{left}; it begins {about['first']!r}")
 
     def artifact(self, kind: str, files: Iterable[str | Path]) -> None:
         """Tell W&B of files that were written: references, not copies."""
@@ -105,6 +104,11 @@ class MetricLogger:
             folder = paths[0].absolute().parent.name
             name = re.sub(r"[^\w.-]", "-", f"{folder}-{kind}")
             self._run.artifact(name, kind, paths, {"run": self.run_id, "stage": self.stage})
+
+    def page(self, file: Path) -> None:
+        """Show a page of this run, with all its pictures and tables, in W&B."""
+        if self._run is not None:
+            self._run.page(file)
 
     def summary(self, **values: Any) -> None:
         if self._run is not None:

@@ -51,6 +51,7 @@ class WandbRun:
     ):
         self.mode, self.folder, self.run_id, self.stage = mode, folder.absolute(), run_id, stage
         self._run: Any = None
+        self._step: int | None = None  # of the last record
         self._warned = False  # that something went wrong
         self._queue: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
         os.environ.setdefault("WANDB_SILENT", "true")
@@ -69,6 +70,10 @@ class WandbRun:
         """Log references to files, which stay where they are. Only JSON is read for its checksum; it holds the
         others'."""
         self._queue.put(partial(self._artifact, name, kind, [file.absolute() for file in files], metadata))
+
+    def page(self, file: Path) -> None:
+        """Log an HTML file as a panel of the run. It has no step of its own: it goes with the last record's."""
+        self._queue.put(partial(self._page, file.absolute()))
 
     def close(self, exit_code: int) -> None:
         """End the run, waiting no more than CLOSE_SECONDS."""
@@ -165,6 +170,7 @@ class WandbRun:
         else:
             values = {key: value for key, value in record.items() if key not in ("stage", "run", "step", "time")}
         self._run.log({**values, "step": step}, step=step)
+        self._step = step
 
     def _artifact(self, name: str, kind: str, files: Sequence[Path], metadata: dict[str, Any]) -> None:
         import wandb
@@ -173,6 +179,12 @@ class WandbRun:
         for file in files:
             artifact.add_reference(file.as_uri(), name=file.name, checksum=file.suffix == ".json")
         self._run.log_artifact(artifact)
+
+    def _page(self, file: Path) -> None:
+        import wandb
+
+        # With inject=True wandb would add a style sheet from the network.
+        self._run.log({"report": wandb.Html(str(file), inject=False)}, step=self._step)
 
     def _finish(self, exit_code: int) -> None:
         if exit_code == 99:  # the scheduler will start it again

@@ -230,6 +230,9 @@ def test_a_plan_eight_times_too_small_is_met_at_the_first_call(calibrated, tmp_p
     assert unguarded["perplexity"] > 1.5 * guarded["perplexity"], "the plan does harm"
     assert guarded["bf16_sites"] and not unguarded["bf16_sites"]
     assert unguarded["saturated_share"] > 0.1 and rows["bf16"]["saturated_share"] is None
+    shares = unguarded["saturated_sites"]  # all sites encode as many values
+    assert shares.keys() == unguarded["sites"].keys() and rows["bf16"]["saturated_sites"] == {}
+    assert sum(shares.values()) / len(shares) == pytest.approx(unguarded["saturated_share"])
     metrics = [json.loads(line) for line in (tmp_path / "guarded" / "metrics.jsonl").read_text().splitlines()]
     assert [m["bf16_sites"] for m in metrics if "bf16_sites" in m] == [len(guarded["bf16_sites"])]
 

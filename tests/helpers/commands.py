@@ -34,10 +34,13 @@ needs_megatron = pytest.mark.skipif(find_spec("megatron") is None, reason="needs
 COMMAND = [sys.executable, "-m", "megatron_lowbit.launch"]
 
 
-def run_here(*argv: object) -> int:
-    """`megatron-lowbit ARGV` in this process, its ranks in warm ones; its exit code."""
+def run_here(*argv: object, pictures: bool = False) -> int:
+    """`megatron-lowbit ARGV` in this process, its ranks in warm ones; its exit code. pictures: whether its report.html
+    is to have them, which takes half a second."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", warm.python())
+        if not pictures:
+            patch.setitem(sys.modules, "matplotlib", None)  # importing it now fails
         return main([str(argument) for argument in argv])
 
 

@@ -226,8 +226,10 @@ def _main(arguments: list[str]) -> None:
     else:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    sys.modules["matplotlib"] = None  # type: ignore[assignment]  # pictures take half a second of every stage
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*found in sys.modules", category=RuntimeWarning)
+        warnings.filterwarnings("error", message="no report.html")  # as in pyproject.toml
         if script:
             runpy.run_path(module, run_name="__main__")
         else:

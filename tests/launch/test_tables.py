@@ -10,7 +10,7 @@ import pytest
 
 from megatron_lowbit.config import EvaluateConfig, ParityConfig, QuantizeConfig, load_config
 from megatron_lowbit.launch import benchmark, generate, parity
-from megatron_lowbit.launch.bench import collectives, kernels
+from megatron_lowbit.launch.bench import collectives, kernels, linear
 from megatron_lowbit.launch.bench.config import BenchmarkCollectivesConfig, BenchmarkKernelsConfig
 from megatron_lowbit.launch.dry_run import report as dry_run
 from megatron_lowbit.launch.rows import print_rows
@@ -164,3 +164,16 @@ def test_one_answer_is_streamed(capsys):
     assert capsys.readouterr().out == "ab"
     streams.end()
     assert capsys.readouterr().out == "\n"
+
+
+def test_benchmark_linear(capsys):
+    """Its Markdown; a sentence is one line in a pipe, and wraps on a terminal (test_ending.py)."""
+    row = {"outputs": 152064, "inputs": 18944, "threads": 128, "tokens": 16384, "way": "W4A8 x8 rotated", "cold": True}
+    row |= {"median_seconds": 123.456, "ratio": 12.34, "packed_ratio": 12.34, "gops": 9999.0, "peak_share": 1.0}
+    about = {"date": "2026-01-01", "commit": None, "load": 1.0}
+    linear.print_rows([row | {"gb_per_second": 123.4}], {}, about)
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("|", "#"))]
+    assert max(map(len, table)) <= 80 and "### 152064x18944, 128 threads" in table
+    assert [cell.strip() for cell in table[-1].split("|")[1:-1]] == [
+        *("16384", "W4A8 x8 rotated", "123456", "12.34", "12.34", "9,999", "100 %", "123.4")
+    ]

@@ -19,6 +19,7 @@ from megatron_lowbit.qllm.reassembly import (
     squared_distances,
     threshold_for,
 )
+from megatron_lowbit.qllm.search import describe
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 
 
@@ -361,3 +362,18 @@ def test_our_distance_beats_the_official_score():
         official.append(errors[1])
     assert sum(ours) < sum(official)
     assert sum(a < b for a, b in zip(ours, official, strict=True)) >= 22, list(zip(ours, official, strict=True))
+
+
+def test_what_is_told_of_an_input():
+    """Channels 0 and 5 are cut into three and two, three others are merged; two shards of the same."""
+    max_abs = torch.tensor([9.0, 1.0, 1.5, 2.0, 2.5, 6.0, 1.0, 1.0, 2.0, 1.5])
+    plan = build_plan(max_abs, 3.0, torch.ones(10, 10, dtype=torch.float64))
+    about = describe([plan, plan], [max_abs, max_abs], (3.0, 4.0), [(6, 3.0), (0, 4.0)])
+    assert (about["threshold"], about["splits"], about["added"], about["error"]) == (3.0, 3, 6, 0.75)
+    assert about["search"] == [[0, 1.0], [6, 0.75]]
+    assert about["widest_before"] == [9.0, 9.0, 6.0, 6.0, 2.5, 2.5, 2.0, 2.0]
+    assert about["widest_after"][:6] == [3.0] * 6, "nine in three, six in two"
+    assert about["median_before"] == 1.5
+    none = ReassemblyPlan.identity(10)
+    assert describe([none], [max_abs], None, [])["search"] == []
+    assert describe([none], [max_abs], None, [])["widest_after"] == [9.0, 6.0, 2.5, 2.0, 2.0, 1.5, 1.5, 1.0]

@@ -103,11 +103,23 @@ def test_tables_of_every_layer(whole):
         assert expansion == pytest.approx(number / (172 if layer.endswith("down_proj") else 64), abs=0.02)
         assert chosen == ("reassemble" if number else "none")
         assert 0 < error <= 1, "more error than without reassembly was chosen"
+    for name, about in [item for group in row["groups"] for item in group["layers"].items()]:
+        counts, errors = zip(*about["search"], strict=True)
+        assert counts[0] == 0 and 1.0 in errors and about["error"] == min(errors), name
+        assert about["widest_before"][0] >= about["median_before"] > 0, name
     assert [row[:2] for row in tables["correction"]["rows"]] == [
         [group, epoch] for group in range(3) for epoch in (0, 1)
     ]
     charts = {key for entry in read_file(files(whole)[0]).history for key in entry}
     assert any(key.startswith("reassembly/plot") for key in charts), charts
+
+
+def test_the_page_is_a_panel(whole):
+    (file,) = files(whole)
+    last = read_file(file).history[-1]
+    assert last["report._type"] == "html-file"
+    page = file.parent / "files" / last["report.path"]
+    assert page.read_text() == (whole / "report.html").read_text(), "without a style sheet from the network"
 
 
 def test_artifacts_are_references(whole):
