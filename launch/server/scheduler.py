@@ -76,12 +76,13 @@ class Scheduler:
                 if not job.over:
                     job.fail(failure)
             self.waiting.clear()
+            self._changed.notify()
 
     def plan(self) -> dict[str, Any]:
         """Return what the next step does: {"add": [[number, ids, whether to score them]], "drop": [numbers],
-        "measure": whether it is time to}."""
+        "measure": whether it is time to, "stop": whether it is the last}."""
         with self._changed:
-            if not self.waiting and not self.running:
+            if not self.waiting and not self.running and self._closed is None:
                 self._changed.wait(IDLE)
             self.beat = now = time.monotonic()
             for job in (*self.waiting, *self.running.values()):
@@ -106,7 +107,7 @@ class Scheduler:
             measure = now - self._measured > MEASURE_EVERY
             if measure:
                 self._measured = now
-            return {"add": add, "drop": drop, "measure": measure}
+            return {"add": add, "drop": drop, "measure": measure, "stop": self._closed is not None}
 
     def score(self, number: int, logits: Tensor) -> bool:
         """Tell the log-probabilities of a prompt; returns whether its sequence is over with that."""
@@ -132,15 +133,16 @@ class Scheduler:
 
 
 def run_batches(engine: Engine, batch: Any, scheduler: Scheduler | None) -> None:
-    """Run the sequences that rank 0's scheduler has, until a signal asks to stop; every rank calls it."""
+    """Run the sequences that rank 0's scheduler has, until it is closed or a signal asks to stop; every rank calls
+    it."""
     stop = PreemptionCheck()
     while stop.step() != stop.STOP:
         plan = on_rank_zero(lambda: scheduler.plan())  # type: ignore[union-attr]
-        add, drop = [], list(plan["drop"])
-        for number, ids, scored in plan["add"]:
-            if not scored or not _score(engine, scheduler, number, ids):
-                add.append((number, ids))
-        batch.advance(add, drop, partial(_sample, scheduler))
+        if plan["stop"]:
+            break
+        scored = {number for number, ids, score in plan["add"] if score and _score(engine, scheduler, number, ids)}
+        add = [(number, ids) for number, ids, _ in plan["add"] if number not in scored]
+        batch.advance(add, plan["drop"], partial(_sample, scheduler))
         if plan["measure"]:
             seen = measure_saturation(engine)
             if scheduler is not None:
