@@ -44,10 +44,10 @@ def served_here(*keys: str, key: str | None = None) -> Iterator[tuple[Server, Te
 
 
 @contextmanager
-def served_there(*argv: object, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """(process, url) of a whole command, warm, once it serves."""
-    command = [warm.python(), "-m", "megatron_lowbit.launch.serve", "port=0", *argv]
-    with started(*command, **environment) as process:
+def served_there(*argv: object, python: str | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """(process, url) of a whole command once it serves; warm, unless `python` is given."""
+    command = [python or warm.python(), "-m", "megatron_lowbit.launch.serve", "port=0", *argv]
+    with started(*command) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         found = re.search(r" on (http://\S+)/v1,", line)
