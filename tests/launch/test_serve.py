@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from malformed import malformed
 from serving import complete, is_error, served_here, streamed, text_of, wait_until
 from tiny_models import embedded_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -264,45 +265,12 @@ def test_wrong_bodies(client):
     assert is_error(client.get("/v1/completions"), 405) and is_error(client.post("/nowhere"), 404)
 
 
-def malformed(random_: random.Random) -> bytes:
-    """A body with at least one thing wrong in it."""
-    junk = [None, True, -1, 1e999, 2**70, "", "\0", [], {}, [[]], [{}], [None], "x" * 5000, {"a": [1]}, -0.5, [1, "a"]]
-    body = {"model": "embedded", "prompt": "def", "max_tokens": 2, "temperature": 0.5, "top_p": 1.0, "n": 1}
-    wrong = {
-        "model": [value for value in junk if value is not None] + [None],
-        "prompt": [value for value in junk if value not in ("\0", "x" * 5000)],
-        "max_tokens": ["1", 1.5, -1, 2**70, [], {}, True, 10**6],
-        "temperature": ["a", -1, 3, 1e999, [], {}, True],
-        "top_p": ["a", -1, 3, 1e999, [], {}, True],
-        "n": ["a", 0, 99, 1.5, [], {}, True, 2**70],
-        "stop": [1, "", [1], [""], {}, True, ["a"] * 50],
-        "seed": ["a", 1.5, 2**64, [], {}, True],
-        "logprobs": ["a", -1, 100, 1.5, [], {}, True],
-        "stream": ["a", 1, [], {}],
-        "echo": ["a", 1, [], {}],
-        "logit_bias": [{"5": 1}, [], 1, "a", True],
-        "stream_options": [1, "a", [], {"a": 1}, {"include_usage": 1}],
-        "".join(random_.choices("abcxyz_\u00e9\u65e5", k=6)): junk,
-    }
-    for key in random_.sample(sorted(wrong), random_.randint(1, 3)):
-        body[key] = random_.choice(wrong[key])
-    text = json.dumps(body).replace("Infinity", "1e999").encode()
-    if random_.random() < 0.3:  # and what is no JSON at all
-        place = random_.randrange(1, len(text))
-        text = (
-            text[:place]
-            if random_.random() < 0.5
-            else text[:place] + bytes([random_.randrange(1, 32)]) + b'"' + text[place:]
-        )
-    return text
-
-
 def test_malformed_requests(served):
     """All are refused in OpenAI's shape, none ends the server."""
     server, client = served
     random_ = random.Random(0)
     for number in range(400):
-        body = malformed(random_)
+        body = malformed(random_, "embedded")
         path = random_.choice(["/v1/completions", "/v1/completions", "/v1/chat/completions"])
         answer = client.post(path, content=body)
         assert is_error(answer), (number, path, body[:500], answer.status_code, answer.text[:500])
