@@ -142,15 +142,16 @@ def run_batches(engine: Engine, batch: Any, scheduler: Scheduler | None) -> None
             break
         scored = {number for number, ids, score in plan["add"] if score and _score(engine, scheduler, number, ids)}
         add = [(number, ids) for number, ids, _ in plan["add"] if number not in scored]
-        batch.advance(add, plan["drop"], partial(_sample, scheduler))
+        batch.advance(add, plan["drop"], partial(_sample, scheduler, engine.text_config.vocab_size))
         if plan["measure"]:
             seen = measure_saturation(engine)
             if scheduler is not None:
                 scheduler.saturation = seen
 
 
-def _sample(scheduler: Scheduler | None, numbers: list[int], logits: Tensor) -> list[int]:
-    return on_rank_zero(lambda: scheduler.sample(numbers, logits))  # type: ignore[union-attr]
+def _sample(scheduler: Scheduler | None, vocab: int, numbers: list[int], logits: Tensor) -> list[int]:
+    """Return rank 0's choice, on all ranks; logits may be padded beyond the vocabulary."""
+    return on_rank_zero(lambda: scheduler.sample(numbers, logits[:, :vocab]))  # type: ignore[union-attr]
 
 
 @torch.inference_mode()

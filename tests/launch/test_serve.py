@@ -223,6 +223,7 @@ WRONG = [
     ({"prompt": [True]}, 400, "give a string"),
     ({"prompt": None}, 400, "give a string"),
     ({"prompt": []}, 400, "give a string"),
+    ({"prompt": ["def"] * 161}, 400, "161 sequences in one request; this server takes 160"),
     ({"temperature": 2.5}, 400, "temperature"),
     ({"temperature": "0"}, 400, "temperature"),
     ({"top_p": -0.1}, 400, "top_p"),

@@ -50,8 +50,7 @@ class Batch:
         self.caches: dict[int, Cache] = {}
         self.last: dict[int, int] = {}  # {request: its newest token, which the model has not seen yet}
         self.device = next(model.parameters()).device
-        keep = "logits_to_keep" in inspect.signature(model.forward).parameters  # a few families do not know it
-        self._last: dict[str, int] = {"logits_to_keep": 1} if keep else {}
+        self._known = inspect.signature(model.forward).parameters.keys()  # a few families know no positions
         self.joined = self._can_join()
 
     def advance(self, add: Sequence[tuple[int, Sequence[int]]], drop: Sequence[int], sample: Sample) -> None:
@@ -90,7 +89,10 @@ class Batch:
         """Run tokens of one request behind the `past` tokens in its cache."""
         inputs = torch.tensor([ids], device=self.device)
         mask = torch.ones(1, past + len(ids), dtype=torch.int64, device=self.device)
-        out = self.model(input_ids=inputs, attention_mask=mask, past_key_values=cache, use_cache=True, **self._last)
+        positions = torch.arange(past, past + len(ids), device=self.device).unsqueeze(0)
+        extra = {"position_ids": positions, "logits_to_keep": 1}
+        known = {name: value for name, value in extra.items() if name in self._known}
+        out = self.model(input_ids=inputs, attention_mask=mask, past_key_values=cache, use_cache=True, **known)
         return out.logits[:, -1]
 
     @torch.inference_mode()
