@@ -13,7 +13,7 @@ from functools import partial
 import httpx
 import openai
 import pytest
-from commands import free_port, needs_deepspeed, ranks_of, run_here, run_there
+from commands import free_port, needs_deepspeed, needs_megatron, ranks_of, run_here, run_there
 from serving import at_once, complete, served_here, served_there, text_of, wait_until
 
 PROMPTS = ["def read_lines(path):", "import os", "class A:", "for i in range(", "return self", "x = [", "if not", "a"]
@@ -148,6 +148,26 @@ def test_two_ranks(embedded_artifact, expected, tmp_path):
         assert json.loads([line for line in failed if line][-1].removeprefix("data: "))["error"]["code"] == "stopped"
         said = process.stderr.read().splitlines()
         assert len(said) == 1 and said[0].startswith("megatron-lowbit: ") and "another rank" in said[0]
+
+
+@needs_megatron
+def test_megatron(embedded_artifact, expected, tmp_path):
+    """Its dynamic engine has more requests than places, some go in the middle, and an answer can be drawn."""
+    keys = [f"artifact={embedded_artifact}", "engine=megatron", "tp=2", f"output_dir={tmp_path}", "max_batch=8"]
+    want = expected("megatron", "tp=2")
+    with served_there(*keys) as (process, url):
+        check_tokens(url, "embedded", want)
+        with httpx.Client(timeout=60) as client:
+            with client.stream("POST", f"{url}/v1/completions", json=long_request()) as answer:
+                next(answer.iter_lines())
+            wait_until(partial(idle, client, url))
+            drawn = [complete(client, "def", url, max_tokens=9, temperature=1, seed=seed) for seed in (3, 3, 4)]
+            assert text_of(drawn[0]) == text_of(drawn[1]) != text_of(drawn[2])
+            whole = complete(client, PROMPTS[0], url, max_tokens=4, logprobs=1, echo=True)["choices"][0]
+            assert whole["text"] == PROMPTS[0] + want[PROMPTS[0]]["text"][: len(whole["text"]) - len(PROMPTS[0])]
+            assert None not in whole["logprobs"]["token_logprobs"][1:]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
 
 
 def test_a_port_in_use(tmp_path):
