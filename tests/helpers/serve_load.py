@@ -1,7 +1,7 @@
 """Many clients at a server for minutes, and thousands of malformed requests: `python tests/helpers/serve_load.py`.
 
 Every answer is compared with what `megatron-lowbit generate` says for the same prompt, so that one that was lost, cut
-short or mixed up with another client's is counted. Prints JSON.
+short or mixed up with another client's is counted. Prints a line of JSON for every figure, as it comes.
 """
 
 from __future__ import annotations
@@ -102,9 +102,17 @@ def memory(process: subprocess.Popen[str]) -> int:
     return sum(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
+class Told(dict[str, object]):
+    """Figures, each printed when it is there."""
+
+    def __setitem__(self, name: str, figure: object) -> None:
+        print(json.dumps({name: figure}), flush=True)
+        super().__setitem__(name, figure)
+
+
 def measure(keys: list[str], seconds: float, bad: int, count: int = 32) -> dict[str, object]:
     """Start a server with these keys, load it, and end it by killing its last rank, if there are several."""
-    command, found = [sys.executable, "-m", "megatron_lowbit.launch"], {}
+    command, found = [sys.executable, "-m", "megatron_lowbit.launch"], Told()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "prompts.txt").write_text("\n".join(PROMPTS))
         prompts = [f"prompts={folder}/prompts.txt", f"max_new_tokens={NEW}", f"output_dir={folder}/generate"]
@@ -138,4 +146,4 @@ if __name__ == "__main__":
     parser.add_argument("--malformed", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=32)
     given = parser.parse_args()
-    print(json.dumps(measure(given.keys, given.seconds, given.malformed, given.clients), indent=1))
+    measure(given.keys, given.seconds, given.malformed, given.clients)
