@@ -130,7 +130,9 @@ class Server:
         self._check_model(asked.model)
         most, count = self.scheduler.max_queue + self.scheduler.max_batch, len(asked.prompts) * (asked.n or 1)
         if count > most:
-            raise APIError(400, f"{count} sequences in one request; this server takes {most}", "invalid_value", "prompt")
+            raise APIError(
+                400, f"{count} sequences in one request; this server takes {most}", "invalid_value", "prompt"
+            )
         prompts = await asyncio.to_thread(lambda: [self._encode(prompt) for prompt in asked.prompts])
         room = min(self.engine.context - len(prompt) for prompt in prompts)
         new = min(DEFAULT_TOKENS, room) if asked.max_tokens is None else asked.max_tokens
