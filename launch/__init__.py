@@ -21,6 +21,7 @@ STAGES = {
     "quantize": "quantize the weights; writes a LowBitCheckpoint (and CommPlans, given calibration.data)",
     "evaluate": "perplexity, KL divergence, SQNR and bytes on the wire",
     "generate": "continue prompts",
+    "serve": "an HTTP server with OpenAI's interface: completions, chat, metrics",
     "export": "an artifact as a model folder that transformers loads without this package",
     "convert": "Hugging Face folder or artifact to a checkpoint that Megatron-LM's scripts load, and back",
     "parity": "one artifact on every engine and tensor-parallel size: logits and tokens compared",

@@ -27,6 +27,7 @@ from megatron_lowbit.config import (
     LowBitError,
     ParityConfig,
     QuantizeConfig,
+    ServeConfig,
     StageConfig,
     load_config,
 )
@@ -44,6 +45,7 @@ CONFIGS: dict[str, type[StageConfig]] = {
     "quantize": QuantizeConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
+    "serve": ServeConfig,
     "export": ExportConfig,
     "convert": ConvertConfig,
     "parity": ParityConfig,

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_lowbit.config import GenerateConfig, LowBitError, shown
 from megatron_lowbit.launch.engines.base import Engine, GenerateOptions
-from megatron_lowbit.launch.engines.prepare import check_head, prepare_artifact
+from megatron_lowbit.launch.engines.prepare import apply_prepared, check_head, prepare_artifact
 from megatron_lowbit.launch.engines.start import start_engine
 from megatron_lowbit.launch.inputs import read_prompts
 from megatron_lowbit.launch.rows import row_name
@@ -34,8 +34,7 @@ def run(config: GenerateConfig, logger: MetricLogger) -> dict[str, Any]:
     engine = start_engine(config, [config.weights])
     artifact = prepare_artifact(engine, config, logger)
     ids = [encode(engine, prompt) for prompt in prompts]
-    if artifact.checkpoint is not None or artifact.plans or (engine.tp_size > 1 and config.comm.mode is not None):
-        engine.apply(artifact, config.comm)
+    apply_prepared(engine, artifact, config.comm)
     text = Streams(engine.tokenizer, prompts) if env_rank() == 0 else None
 
     def on_token(number: int, token: int) -> None:

@@ -16,8 +16,9 @@ from megatron_lowbit.config import LowBitError, QuantizeConfig, StageConfig, one
 from megatron_lowbit.io.texts import check_source
 from megatron_lowbit.runtime.launcher_env import launched
 
-PACKAGES = {"deepspeed": "deepspeed", "megatron": "megatron.core", "wandb": "wandb"}  # by the extra that installs them
-NEED_A_MODEL = ("calibrate", "convert", "evaluate", "generate", "quantize")
+# By the extra that installs them.
+PACKAGES = {"deepspeed": "deepspeed", "megatron": "megatron.core", "serve": "uvicorn", "wandb": "wandb"}
+NEED_A_MODEL = ("calibrate", "convert", "evaluate", "generate", "quantize", "serve")
 
 
 def check_inputs(name: str, config: StageConfig) -> None:
@@ -27,6 +28,8 @@ def check_inputs(name: str, config: StageConfig) -> None:
             check_package(engine)
     if config.wandb != "off":
         check_package("wandb")
+    if name == "serve":
+        check_package("serve")
     if name == "parity":
         for key in ("model", "artifact", "prompts"):
             if getattr(config, key) is None:

@@ -125,7 +125,7 @@ def run_rank(name: str, stage: Any, config: StageConfig) -> int:
     except LowBitError as error:
         code = fail(str(error))
     except RuntimeError as error:
-        if not _of_a_collective(error):
+        if not of_a_collective(error):
             raise
         who = presence.suspects() or "another rank has ended"
         fail(f"a collective failed: {who}; see what it says ({one_line(error)})")
@@ -142,7 +142,8 @@ def run_rank(name: str, stage: Any, config: StageConfig) -> int:
     return code
 
 
-def _of_a_collective(error: RuntimeError) -> bool:
+def of_a_collective(error: RuntimeError) -> bool:
+    """Tell whether a collective has failed, as it does when another rank has ended."""
     from torch import distributed as dist
 
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)

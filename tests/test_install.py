@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("deepspeed", "deepspeed,megatron,wandb", "all", "deepspeed,megatron,wandb,test")
+EXTRAS = ("deepspeed", "deepspeed,megatron,wandb", "all", "deepspeed,megatron,wandb,test", "serve")
 DATA = (".py", ".typed", ".cpp", ".h", ".json", ".safetensors", ".sh", ".sbatch", ".css", ".jinja")
 
 

@@ -114,6 +114,33 @@ class Engine:
             generated.append(output[0, len(prompt) :].tolist())
         return generated
 
+    def batch(self, max_batch: int) -> Any:
+        """Return what runs requests in flight: an object with advance(add, drop, sample), as batching.py's."""
+        from megatron_lowbit.adapters.huggingface.batching import Batch
+
+        return Batch(self.module)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Return the tokens that end a text."""
+        config: Any = self.module.generation_config
+        return ids_of(config.eos_token_id)
+
+    def logits_processors(self, temperature: float, top_p: float, greedy: bool, prompt_length: int) -> Any:
+        """Return what changes logits before a token is chosen, as transformers' generate would for such a prompt: the
+        settings of the model's generation_config.json, but for temperature and top_p."""
+        module: Any = self.module
+        drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": module.generation_config.top_k}
+        asked = {"do_sample": False} if greedy else {**drawn, "top_k": drawn["top_k"] or 0}
+        config, _ = module._prepare_generation_config(None, **asked)
+        module._prepare_special_tokens(config, True, device=torch.device("cpu"))
+        return module._get_logits_processor(config, input_ids_seq_length=prompt_length, device="cpu")
+
+
+def ids_of(token: int | Sequence[int] | None) -> frozenset[int]:
+    """Return the ids of a config's field that holds one, several or none."""
+    return frozenset([] if token is None else [token] if isinstance(token, int) else token)
+
 
 class _TokenStreamer:
     """The streamer that transformers' generate calls with the prompt, then with every token."""

@@ -19,7 +19,7 @@ from megatron_lowbit.adapters.huggingface.skeleton import skeleton
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, StageConfig, WeightsConfig
 from megatron_lowbit.io.fingerprint import Fingerprint, fingerprint_fields
-from megatron_lowbit.launch.engines.base import Engine, GenerateOptions
+from megatron_lowbit.launch.engines.base import Engine, GenerateOptions, ids_of
 from megatron_lowbit.launch.engines.prepare import take_checkpoints
 from megatron_lowbit.launch.inputs import model_name
 from megatron_lowbit.launch.loading import compute_dtype, load_model, read_config, read_tokenizer, source_of
@@ -277,3 +277,20 @@ class MegatronEngine(Engine):
         requests = [Request(prompt, min(options.max_new_tokens, self.context - len(prompt))) for prompt in prompts]
         arguments = (options.temperature, options.batching, options.max_batch, options.seed, options.on_token)
         return generate(self.model, requests, self.end_id, *arguments, options.on_step)
+
+    def batch(self, max_batch: int) -> Any:
+        from megatron_lowbit.adapters.megatron.inference import DynamicBatch
+
+        return DynamicBatch(self.model, max_batch)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        return ids_of(self.end_id)
+
+    def logits_processors(self, temperature: float, top_p: float, greedy: bool, prompt_length: int) -> Any:
+        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+        if greedy:
+            return LogitsProcessorList()
+        warpers = [TemperatureLogitsWarper(temperature)] + ([TopPLogitsWarper(top_p)] if top_p < 1 else [])
+        return LogitsProcessorList(warpers)

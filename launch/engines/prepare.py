@@ -252,3 +252,9 @@ def prepare_artifact(engine: Engine, config: Any, logger: MetricLogger) -> Artif
     artifact = Artifact(checkpoint, plans)
     patching.choose_plan(artifact, engine.tp_size, comm.mode)  # a missing plan is told now, not after an evaluation
     return artifact
+
+
+def apply_prepared(engine: Engine, artifact: Artifact, comm: CommConfig) -> None:
+    """Apply what prepare_artifact returned, if there is anything to apply."""
+    if artifact.checkpoint is not None or artifact.plans or (engine.tp_size > 1 and comm.mode is not None):
+        engine.apply(artifact, comm)

@@ -33,6 +33,7 @@ from megatron_lowbit.config.stages import (
     GenerateConfig,
     ParityConfig,
     QuantizeConfig,
+    ServeConfig,
     StageConfig,
 )
 
@@ -61,6 +62,7 @@ __all__ = [
     "RotationConfig",
     "SchemeName",
     "Section",
+    "ServeConfig",
     "StageConfig",
     "WeightsConfig",
     "check_mode",

@@ -106,6 +106,23 @@ class GenerateConfig(StageConfig):
     """temperature of the sampling; 0: greedy"""
 
 
+class ServeConfig(StageConfig):
+    output_dir: str = "runs/serve"
+    calibration: CalibrationConfig = CalibrationConfig()
+    comm: CommConfig = CommConfig()
+    weights: WeightsConfig = WeightsConfig()
+    host: str = Field("127.0.0.1", min_length=1)
+    """address to listen at; 0.0.0.0 lets other machines in: set MEGATRON_LOWBIT_API_KEY then"""
+    port: int = Field(8000, ge=0, le=65535)
+    """port to listen at; 0: any free one, which the first line names"""
+    max_batch: int = Field(32, ge=1)
+    """sequences that are generated at once"""
+    max_queue: int = Field(128, ge=0)
+    """sequences that wait for their turn; a request beyond is answered 429"""
+    timeout: float = Field(600.0, gt=0, allow_inf_nan=False)
+    """seconds that a request may take, its wait included"""
+
+
 class ExportConfig(StageConfig):
     output_dir: str = "runs/export"
     format: Literal["huggingface", "compressed-tensors"] = "huggingface"

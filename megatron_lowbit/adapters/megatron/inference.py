@@ -5,6 +5,9 @@ batching).
 
 Prompts and results are token ids: Megatron's own tokenizing strips a leading BOS. All ranks call it with the same
 requests and gets the same tokens.
+
+A server's requests come and go: DynamicBatch keeps one DynamicInferenceEngine for them, and leaves the choice of tokens
+to its caller.
 """
 
 from __future__ import annotations
@@ -83,18 +86,29 @@ def generate(
             )
     if batching == "static" and model.config.sequence_parallel:
         raise LowBitError("static batching does not support sequence_parallel=true; use batching=dynamic")
-    groups, ranks = layout_of(model).num_groups, layout_of(model).tp_size
-    if batching == "dynamic" and groups % ranks:  # each rank's cache holds whole KV heads of its own
-        raise LowBitError(f"dynamic batching does not support {groups} KV heads on tp={ranks}; use batching=static")
+    if batching == "dynamic" and (refused := _shared_heads(model)):
+        raise LowBitError(f"{refused}; use batching=static")
     if not requests:
         return []
     run = _static if batching == "static" else _dynamic
     ends = [] if end_id is None else [end_id] if isinstance(end_id, int) else list(end_id)
     try:
-        with cpu_shims.engines(), versions.engine_runs(), torch.inference_mode(), _quiet():
+        with _engine_runs():
             return run(model, requests, ends, temperature, max_batch, seed, on_token, on_step)
     finally:
         _free_buffers()
+
+
+def _shared_heads(model: Any) -> str | None:
+    """Return why dynamic batching does not run on these ranks: each rank's cache holds whole KV heads of its own."""
+    groups, ranks = layout_of(model).num_groups, layout_of(model).tp_size
+    return f"dynamic batching does not support {groups} KV heads on tp={ranks}" if groups % ranks else None
+
+
+@contextlib.contextmanager
+def _engine_runs() -> Iterator[None]:
+    with cpu_shims.engines(), versions.engine_runs(), torch.inference_mode(), _quiet():
+        yield
 
 
 class _NoTokenizer:
@@ -140,6 +154,76 @@ class _DynamicController(TextGenerationController):
         ended = torch.isin(sampled, self.ends.to(sampled))
         end_of_each[ended] = sampled[ended]  # the token that Megatron compares this one with
         return super()._dynamic_step_context_bookkeeping()
+
+
+class _ServingController(TextGenerationController):
+    """Lets `sample` choose the tokens, and ends the requests that are over."""
+
+    sample: Callable[[list[int], Tensor], list[int]]
+    over: set[int]
+
+    def _numbers(self) -> list[int]:
+        context = self.inference_wrapped_model.inference_context
+        return context.request_ids[context.paused_request_count : context.total_request_count].tolist()
+
+    def _dynamic_step_sample_logits(self, *logits: Tensor) -> None:
+        numbers = self._numbers()
+        rows = versions.last_logits(self, *logits)
+        wanted = [place for place, number in enumerate(numbers) if number not in self.over]
+        tokens = [0] * len(numbers)
+        if wanted:
+            chosen = self.sample([numbers[place] for place in wanted], rows[wanted])
+            for place, token in zip(wanted, chosen, strict=True):
+                tokens[place] = token
+        self._sampled_tokens_cuda[: len(numbers)] = torch.tensor(tokens).to(self._sampled_tokens_cuda)
+
+    def _dynamic_step_context_bookkeeping(self) -> Any:
+        end_of_each = versions.ends_of_running(self)
+        for place, number in enumerate(self._numbers()):
+            if number in self.over:
+                end_of_each[place] = 0  # the token that it has been given, which Megatron compares this one with
+        return super()._dynamic_step_context_bookkeeping()
+
+
+class DynamicBatch:
+    """A server's requests in flight, by their numbers, on one DynamicInferenceEngine; every rank calls the same methods
+    with the same arguments.
+
+    max_batch: requests at once. Raises LowBitError for KV heads that ranks share, and for pipeline stages.
+    """
+
+    def __init__(self, model: Any, max_batch: int, seed: int = 0):
+        (model,) = megatron.model_chunks(model)
+        if refused := _shared_heads(model):
+            raise LowBitError(refused)
+        if model.config.pipeline_model_parallel_size > 1:
+            raise LowBitError("requests that come and go are not supported on pipeline stages; set pp=1")
+        self.length = model.max_sequence_length
+        with _engine_runs():
+            cache_gb = _buffer_gb(model, self.length, max_batch)
+            wrapper: Any = versions.dynamic_wrapper(GPTInferenceWrapper, model, max_batch, self.length, cache_gb)
+            self.controller = _ServingController(wrapper, _NoTokenizer(model.vocab_size))
+            self.engine = versions.dynamic_engine(self.controller, seed)
+        self.controller.over = set()
+
+    def advance(
+        self,
+        add: Sequence[tuple[int, Sequence[int]]],
+        drop: Sequence[int],
+        sample: Callable[[list[int], Tensor], list[int]],
+    ) -> None:
+        """Give every request one more token, after new ones, (number, prompt ids), came in and others were dropped.
+
+        sample(numbers, logits [requests, vocab]) returns their tokens, the same on all ranks. What is dropped leaves
+        Megatron's engine with its next step.
+        """
+        self.controller.sample = sample
+        with _engine_runs():
+            for number, ids in add:
+                self.engine.add_request(number, list(ids), _sampling(0.0, self.length - len(ids)))
+            self.controller.over = (self.controller.over | set(drop)) & set(self.engine.requests)
+            if self.engine.has_unfinished_requests():
+                self.engine.step_modern()
 
 
 def _dynamic(

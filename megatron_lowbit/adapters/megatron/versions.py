@@ -100,6 +100,17 @@ def ends_of_running(controller: Any) -> Tensor:
     return controller._request_metadata["termination_id"][context.paused_request_count : context.total_request_count]
 
 
+def last_logits(controller: Any, *logits: Tensor) -> Tensor:
+    """Return the logits [requests, vocab] that a dynamic engine's next tokens follow from. logits: what it handed over,
+    which newer ones keep instead."""
+    context = controller.inference_wrapped_model.inference_context
+    found = logits[0] if logits else controller._all_logits_cuda
+    running = context.total_request_count - context.paused_request_count
+    settings = context if hasattr(context, "materialize_only_last_token_logits") else context.config
+    rows = found.squeeze(0) if settings.materialize_only_last_token_logits else context.last_token_logits(found)
+    return rows[:running]
+
+
 @contextlib.contextmanager
 def engine_runs() -> Iterator[None]:
     """Let an inference engine run inside; afterwards the models of this process are again what they were."""
