@@ -10,14 +10,16 @@ Where there is a GPU the script runs as it is.
 from __future__ import annotations
 
 import os
-import runpy
 import sys
 import types
+import typing
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import typing_extensions
 
 
 def main(argv: list[str]) -> None:
@@ -32,7 +34,8 @@ def main(argv: list[str]) -> None:
 
         if not torch.cuda.is_available():
             stack.enter_context(_no_gpu())
-        runpy.run_path(argv[0], run_name="__main__")
+        # Not by runpy: its __main__ would be run again in every process that Megatron spawns, as on a GPU.
+        exec(compile(Path(argv[0]).read_bytes(), argv[0], "exec"), {"__name__": "__main__", "__file__": argv[0]})
 
 
 @contextmanager
@@ -40,6 +43,8 @@ def _no_gpu() -> Iterator[None]:
     """Let what the scripts ask of a GPU succeed."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # the compiler asks the GPU, too; read when a function is decorated
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists, for the sake of its CUDA streams
+    if not hasattr(typing, "override"):  # 0.19's scripts are of Python 3.12
+        setattr(typing, "override", typing_extensions.override)  # noqa: B010
     import torch
 
     from megatron_lowbit.adapters.megatron import cpu_shims
