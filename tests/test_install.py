@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = ("deepspeed", "deepspeed,megatron,wandb", "all", "deepspeed,megatron,wandb,test")
-DATA = (".py", ".typed", ".cpp", ".h", ".json", ".safetensors", ".sh", ".sbatch")
+DATA = (".py", ".typed", ".cpp", ".h", ".json", ".safetensors", ".sh", ".sbatch", ".yaml")
 
 
 def package_files() -> set[str]:

@@ -154,6 +154,9 @@ class EvaluateConfig(StageConfig):
     """send a share of the tokens in more bits and the others in fewer, and evaluate each (also --token-ablation)"""
     reassembly: ReassemblyConfig = ReassemblyConfig()
     correction: CorrectionConfig = CorrectionConfig()
+    dp: int = Field(1, ge=1)
+    """data-parallel copies of the model: each scores a share of a task's documents (not with engine=deepspeed); all
+    read the whole evaluation.data"""
 
     @model_validator(mode="before")
     @classmethod
@@ -179,3 +182,9 @@ class DemoConfig(StageConfig):
     """text the sample continues"""
     max_new_tokens: int = Field(48, ge=1)
     """tokens of the sample"""
+
+    @model_validator(mode="after")
+    def _without_tasks(self) -> DemoConfig:
+        if self.evaluation.tasks:
+            raise ValueError("evaluation.tasks has no effect: demo measures perplexity and KL; use evaluate")
+        return self
