@@ -10,6 +10,7 @@ accuracy            of the zero-shot tasks in evaluation.tasks (harness/), and i
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import Any
 
 from megatron_lowbit.config import EvaluateConfig
@@ -37,6 +38,9 @@ def run(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:
         from megatron_lowbit.launch.studies.wide_tokens import run_token_ablation
 
         return run_token_ablation(config, logger)
+    if config.experiment:
+        study = {"lowbit_comm": "lowbit_comm", "qllm": "qllm_table"}[config.experiment]
+        return import_module(f"megatron_lowbit.launch.studies.{study}").run(config, logger)
     check_unused(config)
     check_head(config)
     suite = suite_of(config, logger)

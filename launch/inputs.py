@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_lowbit.config import LOCAL_TASK, LowBitError, QuantizeConfig, StageConfig, one_line, shown
+from megatron_lowbit.io.gptq_text import PREFIX, parse_source
 from megatron_lowbit.io.texts import check_source
 from megatron_lowbit.runtime.launcher_env import launched
 
@@ -75,7 +76,8 @@ def check_inputs(name: str, config: StageConfig) -> None:
     for key in ("calibration", "evaluation"):
         section = getattr(config, key, None)
         if section is not None and section.data is not None:
-            check_source(section.data, key)
+            check = parse_source if section.data.startswith(PREFIX) else check_source
+            check(section.data, key)
         elif section is not None and key == {"calibrate": "calibration", "evaluate": "evaluation"}.get(name):
             raise LowBitError(no_data(key))
     if tasks:

@@ -58,11 +58,13 @@ def with_accuracy(
     engine: Engine,
     model: Mapping[str, Any] | None,
     applied: Mapping[str, Any] | None = None,
+    label: str | None = None,
 ) -> dict[str, Any]:
-    """Return the row with the tasks' accuracy of the engine as it is."""
+    """Return the row with the tasks' accuracy of the engine as it is. label: what the row is called among those whose
+    results are kept; None: its name."""
     if suite is None:
         return row
-    return {**row, **suite.measure(engine, row["name"], {**(model or {}), **(applied or {})})}
+    return {**row, **suite.measure(engine, label or row["name"], {**(model or {}), **(applied or {})})}
 
 
 def with_kept(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,7 +17,6 @@ import hashlib
 import json
 import logging
 import math
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -28,9 +27,9 @@ from unittest import mock
 from tqdm import tqdm
 
 from megatron_lowbit.config import LOCAL_TASK, EvaluateConfig, LowBitError, one_line, shown
-from megatron_lowbit.io.files import SEAL, read_json, seal_of, write_sealed
 from megatron_lowbit.launch.engines.base import Engine
 from megatron_lowbit.launch.harness import TASKS
+from megatron_lowbit.launch.kept import file_name, read_kept, write_kept
 from megatron_lowbit.runtime.distributed import on_every_rank, on_rank_zero
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger
@@ -67,18 +66,24 @@ class TaskSuite:
 
         lm = EngineLM(engine, self.section.batch_size)
         found: dict[str, Any] = {}
+        questions = self.digests()
         for name, loaded in self.loaded.items():
             about = {"model": dict(model), "limit": self.section.task_samples, "lm_eval": lm_eval.__version__}
-            about["questions"] = _digest(loaded["tasks"], self.section.task_samples)
-            file = self.folder / f"{_slug(row)}" / f"{_slug(name)}.json"
-            result = on_rank_zero(partial(_kept, file, about))
+            about["questions"] = questions[name]
+            file = self.folder / file_name(row) / f"{file_name(name)}.json"
+            result = on_rank_zero(partial(read_kept, file, about))
             if result is None:
                 with _bars():
                     raw = evaluate(lm, loaded, self.section.task_samples, bootstrap_iters=BOOTSTRAP, log_samples=False)
-                result = on_rank_zero(partial(_keep, file, about, name, raw))
+                # Of data-parallel copies, the first alone has the results.
+                result = on_rank_zero(partial(write_kept, file, about, None if raw is None else _found(name, raw)))
                 self._tell(row, name, result)
             found |= result
         return {**_mean(found), "tasks": found}
+
+    def digests(self) -> dict[str, str]:
+        """Return {name asked for: a digest of its questions and of how they are put}."""
+        return {name: _digest(loaded["tasks"], self.section.task_samples) for name, loaded in self.loaded.items()}
 
     def _tell(self, row: str, name: str, result: Mapping[str, Any]) -> None:
         for task, measured in result.items():
@@ -149,34 +154,13 @@ def _digest(tasks: Mapping[str, Any], limit: int | None) -> str:
     return found.hexdigest()
 
 
-def _slug(name: str) -> str:
-    """Return a file's name for a row or task; names that differ stay different."""
-    plain = re.sub(r"[^\w.+-]+", "-", name)
-    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-def _kept(file: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what an earlier run has found for the same settings; None for other ones, and for a damaged file."""
-    if not file.is_file():
-        return None
-    try:
-        record = read_json(file)
-    except LowBitError:
-        return None
-    if record.get(SEAL) != seal_of(record) or record.get("settings") != json.loads(json.dumps(about)):
-        return None
-    return record["tasks"]
-
-
-def _keep(file: Path, about: Mapping[str, Any], name: str, raw: Any) -> dict[str, Any]:
-    """Write and return what lm-eval has found: {task: accuracy, its standard error, n, all metrics, parts}."""
+def _found(name: str, raw: Any) -> dict[str, Any]:
+    """Return what lm-eval has found: {task: accuracy, its standard error, n, all metrics, parts}."""
     names = [name] if name in raw["results"] and "sample_len" in raw["results"][name] else sorted(raw["configs"])
     found = {task: _measured(raw["results"][task]) for task in names}
     parts = {task: _measured(raw["results"][task]) for task in sorted(raw["configs"]) if task not in found}
     if parts and names == [name]:
         found[name]["parts"] = parts
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_sealed(file, {"settings": dict(about), "tasks": found})
     return found
 
 

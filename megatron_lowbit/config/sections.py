@@ -67,7 +67,8 @@ class EvaluationConfig(FrozenConfig):
     """Text that perplexity and the KL divergence are measured on, and tasks that accuracy is."""
 
     data: str | None = None
-    """text that perplexity is measured on; same forms as calibration.data"""
+    """text that perplexity is measured on; same forms as calibration.data, and the papers' own texts and windows:
+    gptq:wikitext2, gptq:ptb:FILE, gptq:c4, each also with :FILE, all windows of 2,048 tokens unless said otherwise"""
     text_column: str | None = None
     """column of records to read, as calibration.text_column"""
     samples: int = Field(128, ge=1)
@@ -85,6 +86,11 @@ class EvaluationConfig(FrozenConfig):
     """documents of each task, the first ones (of a group: of each of its tasks); none: all"""
     task_data: str | None = None
     """folder with the questions of local_ tasks: piqa.jsonl, arc_easy.jsonl.gz, BLiMP.zip, ..."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_papers_do(cls, values: Any) -> Any:
+        return with_preset("evaluation", values)
 
     @model_validator(mode="after")
     def _for_tasks(self) -> EvaluationConfig:
