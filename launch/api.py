@@ -34,6 +34,7 @@ _COLUMNS: Mapping[str, Mapping[str, str]] = {
     "evaluate": {
         **{"name": "", "tp": "d", "perplexity": ".3f", "kl": ".5f"},
         **{"sqnr_db": ".1f", "bits_per_value": ".3f", "bytes_per_token": ",.0f"},
+        **{"accuracy": ".4f", "accuracy_kept_percent": ".1f"},
     },
     "generate": {"prompt": "", "text": "", "new_tokens": "d"},
 }

@@ -20,6 +20,7 @@ from megatron_lowbit.launch.layout import ranks_of
 from megatron_lowbit.launch.runner import leave_groups, quiet, start_ranks
 from megatron_lowbit.runtime import launcher_env
 from megatron_lowbit.runtime.launcher_env import launched
+from megatron_lowbit.runtime.preemption import REQUEUE, Preempted
 
 
 def main(argv: list[str]) -> int:
@@ -31,6 +32,9 @@ def main(argv: list[str]) -> int:
         code = _run(argv)
     except LowBitError as error:
         code = fail(str(error))
+    except Preempted as stop:
+        code = REQUEUE
+        print(f"megatron-lowbit: stopped by a signal: {stop}", file=sys.stderr, flush=True)
     finally:
         leave_groups(code)
     return code

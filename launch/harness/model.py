@@ -75,7 +75,7 @@ class EngineLM(HFLM):
         """Run the engine on token ids [windows, length], padded on the right, which causal attention does not see;
         returns logits [windows, length, vocab]."""
         if self.preemption is not None:
-            self.preemption.check("finished tasks are kept when it is run again")
+            self.preemption.check("evaluate keeps finished tasks, and goes on with the next when it is run again")
         with torch.no_grad():
             return self.engine(inps).logits
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import harness_cases
 import pytest
-from commands import needs_deepspeed, run_here, run_there
+from commands import needs_deepspeed, needs_megatron, run_here, run_there
 from harness_cases import requests
 from task_files import PARADIGMS, lines, questions, write_tasks
 from tiny_models import embedded_folder
@@ -105,9 +105,11 @@ def evaluate(data: Path, folder: Path, tasks: list[str], samples: int | None = 4
     return lowbit.evaluate("embedded", "stdlib:validation", None, folder, **values)
 
 
-@needs_deepspeed
-def test_two_ranks_have_the_scores_of_one(two_ranks, theirs):
-    values = {"model": "embedded", "engine": "deepspeed", "tp": 2, "dtype": "float32"}
+@pytest.mark.parametrize(
+    "engine", [pytest.param("deepspeed", marks=needs_deepspeed), pytest.param("megatron", marks=needs_megatron)]
+)
+def test_two_ranks_have_the_scores_of_one(two_ranks, theirs, engine):
+    values = {"model": "embedded", "engine": engine, "tp": 2, "dtype": "float32"}
     first, second = two_ranks.run(harness_cases.scored, PAIRS, values)
     assert first == second
     check_same(first, theirs.loglikelihood(requests("loglikelihood", *PAIRS)))
