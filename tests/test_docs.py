@@ -100,7 +100,9 @@ def test_a_command_parses(command: Command, embedded_artifact, text, tmp_path, c
         check_layout(stage, config, nproc)
     else:
         assert command.ranks in (None, own_ranks(stage, config) or world_of(config))
-    if all(find_spec(name) for name in ENGINES if name in getattr(config, "engines", (config.engine,))):
+    needed = [name for name in ENGINES if name in getattr(config, "engines", (config.engine,))]
+    needed += ["lm_eval"] if getattr(getattr(config, "evaluation", None), "tasks", ()) else []
+    if all(find_spec(name) for name in needed):
         check_inputs(stage, config)
 
 

@@ -147,6 +147,8 @@ def test_a_low_bit_row_and_what_of_it_is_kept(data, tmp_path, monkeypatch, capfd
     kept.write_text(kept.read_text().replace('"n": 4', '"n": 5'))
     assert evaluate(data, tmp_path, tasks, **options).rows[0]["tasks"] == full["tasks"]
     assert {row for row, _ in calls} == {"full"}
+    fewer = evaluate(data, tmp_path, tasks, 3, **options).rows
+    assert [found["n"] for row in fewer for found in row["tasks"].values()] == [3] * 4
 
 
 def count_calls(monkeypatch) -> list[tuple[str, int]]:
