@@ -19,7 +19,7 @@ from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import LowBitError, StageConfig, shown
 from megatron_lowbit.launch.arguments import CONFIGS
 from megatron_lowbit.launch.inputs import check_inputs
-from megatron_lowbit.launch.layout import check_layout, world_of
+from megatron_lowbit.launch.layout import check_layout, ranks_of
 from megatron_lowbit.launch.tables import number, table_text
 from megatron_lowbit.runtime import launcher_env
 from megatron_lowbit.runtime.distributed import on_rank_zero
@@ -34,6 +34,7 @@ _COLUMNS: Mapping[str, Mapping[str, str]] = {
     "evaluate": {
         **{"name": "", "tp": "d", "perplexity": ".3f", "kl": ".5f"},
         **{"sqnr_db": ".1f", "bits_per_value": ".3f", "bytes_per_token": ",.0f"},
+        **{"accuracy": ".4f", "accuracy_kept_percent": ".1f"},
     },
     "generate": {"prompt": "", "text": "", "new_tokens": "d"},
 }
@@ -135,7 +136,7 @@ def quantize(
         >>> result.rows[0]["name"]
         'W4A16'
     """
-    given = _nested(config)
+    given = nested(config)
     _put(given, "weights", scheme=scheme)
     _put(given, "calibration", data=data)
     with _folder_of(model, tokenizer) as folder:
@@ -176,7 +177,7 @@ def calibrate(
         >>> result.rows[0]["tp_size"]
         2
     """
-    given = _nested(config)
+    given = nested(config)
     _put(given, "calibration", data=data)
     if tp_sizes is not None:
         _put(given, "comm", tp_sizes=list(tp_sizes))
@@ -217,7 +218,7 @@ def evaluate(
         >>> result.rows[0]["name"], result.rows[0]["perplexity"] > 1
         ('full precision', True)
     """
-    given = _nested(config)
+    given = nested(config)
     _put(given, "evaluation", data=data)
     given |= {"artifact": None if artifact is None else str(artifact), "output_dir": str(output_dir)}
     with _folder_of(model, tokenizer) as folder:
@@ -252,7 +253,7 @@ def generate(
         >>> len(result.rows[0]["tokens"])
         4
     """
-    given = _nested(config)
+    given = nested(config)
     given |= {"prompt": prompt, "artifact": None if artifact is None else str(artifact)}
     given |= {"model": None if model is None else str(model), "output_dir": str(output_dir)}
     return _run("generate", given)
@@ -262,9 +263,9 @@ def _run(stage: str, values: dict[str, Any]) -> StageResult:
     """Run a stage on this rank with a config of these values."""
     launcher_env.adopt()
     config: StageConfig = CONFIGS[stage](**values)
-    own = check_layout(stage, config, None)
+    check_layout(stage, config, None)
     check_inputs(stage, config)
-    ranks = own or (1 if config.engine == "huggingface" else world_of(config))
+    ranks = ranks_of(stage, config)
     if ranks > 1 and not launched():
         raise LowBitError(
             f"{stage} with this config runs on {ranks} ranks: start the script with torchrun --nproc-per-node {ranks}, "
@@ -279,7 +280,7 @@ def _run(stage: str, values: dict[str, Any]) -> StageResult:
     return StageResult(stage, Path(config.output_dir), record["rows"], record if env_rank() == 0 else {})
 
 
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values with those of keys with dots in sections of their own."""
     nested: dict[str, Any] = {}
     for key, value in values.items():

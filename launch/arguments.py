@@ -124,12 +124,14 @@ def parse(name: str, config_class: type[StageConfig], argv: list[str]) -> tuple[
     ]
     for flag in flags:
         parser.add_argument(f"--{flag.replace('_', '-')}", action="store_true", help=f"same as {flag}=true")
+    if "experiment" in config_class.model_fields:
+        parser.add_argument("--experiment", help="lowbit_comm or qllm; same as experiment=...")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_intermixed_args(argv)
     named = [
         f"{key}={value}"
-        for key in ("model", "engine", "output_dir", "wandb")
-        if (value := getattr(args, key)) is not None
+        for key in ("model", "engine", "output_dir", "wandb", "experiment")
+        if (value := getattr(args, key, None)) is not None
     ]
     named += [f"{flag}=true" for flag in flags if getattr(args, flag)]
     return load_config(config_class, args.config, [*args.overrides, *named]), args.nproc

@@ -13,8 +13,7 @@ from megatron_lowbit.comm.plan import CalibrationStats
 from megatron_lowbit.config import CalibrateConfig, LowBitError
 from megatron_lowbit.launch.engines.base import Engine
 from megatron_lowbit.launch.engines.prepare import calibrate_engine
-from megatron_lowbit.launch.engines.start import start_engine
-from megatron_lowbit.launch.layout import calibrating_ranks
+from megatron_lowbit.launch.groups import start_copies
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.qllm.resume import State
 from megatron_lowbit.quant.tp_sizes import default_tp_sizes
@@ -27,14 +26,7 @@ CONFIG = CalibrateConfig
 
 
 def run(config: CalibrateConfig, logger: MetricLogger) -> dict[str, Any]:
-    dp_group = None
-    if calibrating_ranks(config) is not None:
-        from megatron_lowbit.launch.groups import start_groups
-
-        dp_group = start_groups(config)[1]
-    engine = start_engine(config)
-    if dp_group is not None:
-        engine.dp_group = dp_group
+    engine = start_copies(config)
     if not engine.full_precision:
         raise LowBitError("calibration needs the full-precision model; set model to its folder or hub id")
     sizes = usable_sizes(engine, config)

@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_lowbit.config import LowBitError, QuantizeConfig, StageConfig, one_line, shown
+from megatron_lowbit.config import LOCAL_TASK, LowBitError, QuantizeConfig, StageConfig, one_line, shown
+from megatron_lowbit.io.gptq_text import PREFIX, parse_source
 from megatron_lowbit.io.texts import check_source
 from megatron_lowbit.runtime.launcher_env import launched
 
 # By the extra that installs them.
-PACKAGES = {"deepspeed": "deepspeed", "megatron": "megatron.core", "serve": "uvicorn", "wandb": "wandb"}
+PACKAGES = {
+    "deepspeed": "deepspeed",
+    "eval": "lm_eval",
+    "megatron": "megatron.core",
+    "serve": "uvicorn",
+    "wandb": "wandb",
+}
 NEED_A_MODEL = ("calibrate", "convert", "evaluate", "generate", "quantize", "serve")
 
 
@@ -30,6 +38,9 @@ def check_inputs(name: str, config: StageConfig) -> None:
         check_package("wandb")
     if name == "serve":
         check_package("serve")
+    tasks = getattr(getattr(config, "evaluation", None), "tasks", ())
+    if tasks:
+        check_package("eval")
     if name == "parity":
         for key in ("model", "artifact", "prompts"):
             if getattr(config, key) is None:
@@ -69,9 +80,12 @@ def check_inputs(name: str, config: StageConfig) -> None:
     for key in ("calibration", "evaluation"):
         section = getattr(config, key, None)
         if section is not None and section.data is not None:
-            check_source(section.data, key)
+            check = parse_source if section.data.startswith(PREFIX) else check_source
+            check(section.data, key)
         elif section is not None and key == {"calibrate": "calibration", "evaluate": "evaluation"}.get(name):
             raise LowBitError(no_data(key))
+    if tasks:
+        check_tasks(tasks, config.evaluation.task_data)  # type: ignore[attr-defined]
     prompts = getattr(config, "prompts", None)
     if prompts is not None and (os.path.isfile(prompts) or not os.path.exists(prompts)):
         read_prompts(prompts)  # not a pipe, which can be read once
@@ -86,6 +100,15 @@ def check_package(extra: str) -> None:
         spec = None
     if spec is None or spec.origin is None:  # a folder of that name on the path is found as an empty package
         raise LowBitError(f"{module.replace('.', '-')} is not installed; pip install 'megatron-lowbit[{extra}]'")
+
+
+def check_tasks(tasks: Sequence[str], task_data: str | None) -> None:
+    """Raise LowBitError where local tasks have no folder to read."""
+    local = next((task for task in tasks if task.startswith(LOCAL_TASK)), None)
+    if local is not None and task_data is None:
+        raise LowBitError(f"evaluation.tasks: {shown(local)} reads files; name their folder as evaluation.task_data")
+    if task_data is not None and not os.path.isdir(task_data):
+        raise LowBitError(f"evaluation.task_data: folder {shown(task_data)} does not exist")
 
 
 def no_data(key: str) -> str:

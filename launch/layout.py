@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import math
 
-from megatron_lowbit.config import CalibrateConfig, LowBitError, ParityConfig, QuantizeConfig, StageConfig
+from megatron_lowbit.config import (
+    CalibrateConfig,
+    EvaluateConfig,
+    LowBitError,
+    ParityConfig,
+    QuantizeConfig,
+    StageConfig,
+)
 from megatron_lowbit.runtime import launcher_env
 from megatron_lowbit.runtime.launcher_env import env_world_size, launched
 
@@ -28,8 +35,8 @@ def check_layout(name: str, config: StageConfig, nproc: int | None) -> int | Non
 def own_ranks(name: str, config: StageConfig) -> int | None:
     """Return the number of processes of a stage that are not simply the tp x pp x dp ranks of its engine; None for all
     others."""
-    if name == "calibrate" and isinstance(config, CalibrateConfig):
-        return calibrating_ranks(config)
+    if name in ("calibrate", "evaluate") and isinstance(config, CalibrateConfig | EvaluateConfig):
+        return whole_copies(config)
     if name == "quantize" and isinstance(config, QuantizeConfig):
         if config.dry_run:
             return 1
@@ -40,11 +47,16 @@ def own_ranks(name: str, config: StageConfig) -> int | None:
     return None
 
 
-def calibrating_ranks(config: CalibrateConfig) -> int | None:
-    """Return the number of processes that share the windows, each with a whole model (engine=huggingface); None: as
-    every stage."""
+def whole_copies(config: CalibrateConfig | EvaluateConfig) -> int | None:
+    """Return the number of processes that share the windows or documents, each with a whole model
+    (engine=huggingface); None: as every stage."""
     alone = config.tp == config.pp == 1 and not config.sequence_parallel
     return config.dp if config.engine == "huggingface" and config.dp > 1 and alone else None
+
+
+def ranks_of(name: str, config: StageConfig) -> int:
+    """Return the number of processes that a stage runs in."""
+    return own_ranks(name, config) or (1 if config.engine == "huggingface" else world_of(config))
 
 
 def quantize_method(config: QuantizeConfig) -> str:
@@ -100,5 +112,5 @@ def _sizes(config: StageConfig) -> dict[str, int]:
 
 
 def world_of(config: StageConfig) -> int:
-    """Return the number of processes that a stage runs in."""
+    """Return the number of ranks that its engine asks for."""
     return math.prod(_sizes(config).values())

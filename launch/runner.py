@@ -51,7 +51,7 @@ def run_stage(name: str, argv: list[str]) -> int:
         if launched() or own == 1 or (own is None and config.engine == "huggingface"):
             return run_rank(name, stage, config)
         ensure_writable(config.output_dir)
-        return _start_ranks(name, argv, own or world_of(config), getattr(config, "rate", None))
+        return start_ranks(name, argv, own or world_of(config), getattr(config, "rate", None))
     except LowBitError as error:
         return fail(str(error))
 
@@ -113,7 +113,7 @@ def make_page(output: Path) -> Path | None:
 
 def run_rank(name: str, stage: Any, config: StageConfig) -> int:
     """Run a stage on one rank, from the first import to the exit code."""
-    _quiet()
+    quiet()
     code = 1
     try:
         record = perform(name, stage, config)
@@ -138,7 +138,7 @@ def run_rank(name: str, stage: Any, config: StageConfig) -> int:
             why = preemption.received[0].name if preemption.received else "another rank's signal"
             print(f"megatron-lowbit: stopped by {why}: {stop}", file=sys.stderr, flush=True)
     finally:
-        _leave_groups(code)
+        leave_groups(code)
     return code
 
 
@@ -149,7 +149,7 @@ def of_a_collective(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
-def _leave_groups(code: int) -> None:
+def leave_groups(code: int) -> None:
     """Leave the process groups: without this a rank ends with SIGABRT. Ranks meet first where all leave: after an error
     a peer may be gone."""
     from torch import distributed as dist
@@ -163,7 +163,7 @@ def _leave_groups(code: int) -> None:
             dist.destroy_process_group()
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Silence frameworks that announce themselves at length; errors still come through."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")  # what it falls back from
@@ -175,7 +175,7 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def _start_ranks(name: str, argv: list[str], size: int, rate: str | None = None) -> int:
+def start_ranks(name: str, argv: list[str], size: int, rate: str | None = None) -> int:
     """Run the stage in `size` processes on this machine; the first failure ends the others. Rank 0 speaks for all.
 
     rate: of the link between them (netlab.py), None for loopback.

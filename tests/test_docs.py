@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib
+import itertools
 import re
 import subprocess
 from importlib.util import find_spec
@@ -23,7 +24,7 @@ from megatron_lowbit.config import defaults
 from megatron_lowbit.launch import BENCHMARKS, STAGES, arguments
 from megatron_lowbit.launch.bench.arguments import PARSERS
 from megatron_lowbit.launch.inputs import check_inputs
-from megatron_lowbit.launch.layout import check_layout, own_ranks, world_of
+from megatron_lowbit.launch.layout import check_layout, own_ranks, ranks_of, world_of
 from megatron_lowbit.launch.slurm import render
 
 ENGINES = {"deepspeed": "deepspeed", "megatron": "megatron"}
@@ -50,6 +51,7 @@ def small(words: list[str], artifact: Path, text: Path, output: Path) -> list[st
         "DIR_OR_HUB_ID": "embedded",
         "MODEL": "embedded",
         "TEXT": str(text / "text.txt"),
+        "TASKS": str(text),
         "artifact": str(artifact),
         "CHECKPOINT": str(text / "checkpoint"),
         "prompts.txt": str(text / "prompts.txt"),
@@ -90,6 +92,14 @@ def test_a_command_parses(command: Command, embedded_artifact, text, tmp_path, c
             evaluated(run)
         assert run_here("report", *runs, *(["--output", tmp_path / "page.html"] if "--output" in argv else [])) == 0
         return
+    if stage == "lm_eval":
+        pytest.importorskip("lm_eval")
+        from megatron_lowbit.launch.harness.model import config_of
+
+        options = dict(itertools.pairwise(argv))
+        config = config_of(dict(pair.split("=") for pair in options["--model_args"].split(",")))
+        assert options["--model"] == "megatron_lowbit" and command.ranks in (None, ranks_of("evaluate", config))
+        return
     if stage == "benchmark" and argv and argv[0] in BENCHMARKS:
         PARSERS[argv[0]](argv[1:])
         return
@@ -98,7 +108,9 @@ def test_a_command_parses(command: Command, embedded_artifact, text, tmp_path, c
         check_layout(stage, config, nproc)
     else:
         assert command.ranks in (None, own_ranks(stage, config) or world_of(config))
-    if all(find_spec(name) for name in ENGINES if name in getattr(config, "engines", (config.engine,))):
+    needed = [name for name in ENGINES if name in getattr(config, "engines", (config.engine,))]
+    needed += ["lm_eval"] if getattr(getattr(config, "evaluation", None), "tasks", ()) else []
+    if all(find_spec(name) for name in needed):
         check_inputs(stage, config)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = ("deepspeed", "deepspeed,megatron,wandb", "all", "deepspeed,megatron,wandb,test", "serve")
-DATA = (".py", ".typed", ".cpp", ".h", ".json", ".safetensors", ".sh", ".sbatch", ".css", ".jinja")
+DATA = (".py", ".typed", ".cpp", ".h", ".json", ".safetensors", ".sh", ".sbatch", ".css", ".jinja", ".yaml")
 
 
 def package_files() -> set[str]:

@@ -89,23 +89,23 @@ def run_ablation(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]
     text = hashlib.sha256(calibration.ids.numpy().tobytes()).hexdigest()
     row, reference = full_precision_row(engine, windows, config.evaluation, logger)
     rows = [{**row, "name": "full"}]
-    weights = _weights(config, engine)
+    weights = deployed_weights(config, engine)
     for name, shard_groups in (("rtn", 1), ("rtn_grouped", weights.shard_groups)):
         began = time.perf_counter()
         checkpoint = round_weights(
             engine.model, weights.model_copy(update={"shard_groups": shard_groups}), None, config.seed
         )
         took = time.perf_counter() - began
-        rows.append(_row(engine, name, checkpoint, took, windows, config, reference, logger))
+        rows.append(artifact_row(engine, name, checkpoint, took, windows, config, reference, logger))
         engine.remove()
     for name, variant in variants(config).items():
         logger.labels = {"variant": name}
         folder = Path(config.output_dir) / "ablation" / name
         hierarchical = name == "adaptive_hierarchical"
         quantize = quantize_hierarchical if hierarchical else partial(quantize_qllm, plans=False)
-        checkpoint, seconds = _quantized(config, weights, variant, folder, text, partial(quantize, logger=logger))
+        checkpoint, seconds = quantized(config, weights, variant, folder, text, partial(quantize, logger=logger))
         with maps_of(folder, decoder_blocks(engine.model)[1]) if hierarchical else nullcontext():
-            rows.append(_row(engine, name, checkpoint, seconds, windows, config, reference, logger))
+            rows.append(artifact_row(engine, name, checkpoint, seconds, windows, config, reference, logger))
     logger.labels = {}
     print_ablation(rows, f"{config.model}, {config.weights.scheme}" + _injected(config))
     return {"rows": rows}
@@ -143,7 +143,7 @@ def variants(config: EvaluateConfig) -> dict[str, Variant]:
     }
 
 
-def _weights(config: EvaluateConfig, engine: Engine) -> WeightsConfig:
+def deployed_weights(config: EvaluateConfig, engine: Engine) -> WeightsConfig:
     """Return weights.*, with quantized attention (the paper's W4A4 includes it) unless it is set to false, and with
     the number of shard groups that the model gets."""
     quantizes = Scheme.parse(config.weights.scheme).act_bits < 16
@@ -153,7 +153,7 @@ def _weights(config: EvaluateConfig, engine: Engine) -> WeightsConfig:
     return config.weights.model_copy(update={"method": "qllm", "attention": wanted, "shard_groups": groups})
 
 
-def _quantized(
+def quantized(
     config: EvaluateConfig,
     weights: WeightsConfig,
     variant: Variant,
@@ -196,7 +196,7 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
 
 
-def _row(
+def artifact_row(
     engine: Engine,
     name: str,
     checkpoint: LowBitCheckpoint,

@@ -19,6 +19,7 @@ synthetic partial sums follow (synthetic.py).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_lowbit.adapters import patching
@@ -27,6 +28,7 @@ from megatron_lowbit.comm.build_plan import build_plan
 from megatron_lowbit.comm.plan import CalibrationStats
 from megatron_lowbit.config import CommConfig, EvaluateConfig, LowBitError, WeightsConfig
 from megatron_lowbit.launch.bench.peers import VirtualGroupInt4
+from megatron_lowbit.launch.engines.base import Engine
 from megatron_lowbit.launch.engines.prepare import calibrate_engine, load_windows
 from megatron_lowbit.launch.engines.start import start_engine
 from megatron_lowbit.launch.rows import applied_row, check_unused, explained, full_precision_row
@@ -65,31 +67,37 @@ def run_comm_ablation(config: EvaluateConfig, logger: MetricLogger) -> dict[str,
     ranks = [config.virtual_tp]
     stats = calibrate_engine(engine, config.calibration, ranks, logger, CLIPPED)
     row, reference = full_precision_row(engine, windows, config.evaluation, logger)
-    rows = [_completed(row, row["perplexity"])]
-    for name, make in makers(VARIANTS, stats, config).items():
-        engine.apply(Artifact(), "bf16")
-        for site, module in patching.row_parallel_modules(engine.model).items():
-            module.reducer = make(site)
-            module.reducer.set_site(site)
+    rows = [completed(row, row["perplexity"])]
+    for name, make in makers(VARIANTS, stats, config.virtual_tp, config.seed).items():
+        apply_reducers(engine, make)
         about = {"weights": "none", "communication": name}
         measured = applied_row(engine, name, about, windows, config.evaluation, reference, logger)
-        rows.append(_completed(measured, rows[0]["perplexity"]))
+        rows.append(completed(measured, rows[0]["perplexity"]))
     engine.remove()
 
     def make_synthetic(observed: CalibrationStats) -> dict[str, MakeReducer]:
-        return makers({name: VARIANTS[name] for name in ON_SYNTHETIC}, observed, config)
+        chosen = {name: VARIANTS[name] for name in ON_SYNTHETIC}
+        return makers(chosen, observed, config.virtual_tp, config.seed)
 
     for row in synthetic_rows(engine, make_synthetic, windows, config, logger):
-        rows.append(_completed(row, rows[0]["perplexity"]))
+        rows.append(completed(row, rows[0]["perplexity"]))
     rows = [{**row, "injected": config.inject_outliers} for row in rows]
     _print(rows, config)
     return {"rows": rows}
 
 
+def apply_reducers(engine: Engine, make: MakeReducer) -> None:
+    """Patch the full-precision engine so that each site's partial sums travel as its reducer has them."""
+    engine.apply(Artifact(), "bf16")
+    for site, module in patching.row_parallel_modules(engine.model).items():
+        module.reducer = make(site)
+        module.reducer.set_site(site)
+
+
 def makers(
-    variants: dict[str, CommConfig | int], stats: CalibrationStats, config: EvaluateConfig
+    variants: Mapping[str, CommConfig | int], stats: CalibrationStats, tp_size: int, seed: int
 ) -> dict[str, MakeReducer]:
-    """Return {variant: makes the reducer of a site}."""
+    """Return {variant: makes the reducer of a site} for tp_size virtual ranks."""
     reducers: dict[str, MakeReducer] = {}
     for name, comm in variants.items():
         if isinstance(comm, int):
@@ -97,8 +105,8 @@ def makers(
             continue
         plans = {}
         if comm.mode != "bf16":
-            plans[config.virtual_tp] = build_plan(stats, config.virtual_tp, comm, config.seed)
-        reducers[name] = patching.Reducers.of(Artifact(None, plans), config.virtual_tp, comm).virtual
+            plans[tp_size] = build_plan(stats, tp_size, comm, seed)
+        reducers[name] = patching.Reducers.of(Artifact(None, plans), tp_size, comm).virtual
     return reducers
 
 
@@ -118,7 +126,7 @@ def _check(config: EvaluateConfig) -> None:
             raise LowBitError(f"--comm-ablation compares communication of the full-precision model; leave {key} out")
 
 
-def _completed(row: dict[str, Any], perplexity: float) -> dict[str, Any]:
+def completed(row: dict[str, Any], perplexity: float) -> dict[str, Any]:
     """Return the row with the worst site and the change against the full-precision perplexity, in percent."""
     sites = row.get("sites") or {}
     worst = min(sites, key=sites.__getitem__, default=None)

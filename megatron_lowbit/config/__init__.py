@@ -10,6 +10,7 @@ from megatron_lowbit.config.fields import Key, Section, defaults, list_sections
 from megatron_lowbit.config.loading import load_config, old_name
 from megatron_lowbit.config.sections import (
     DRIFT_THRESHOLD,
+    LOCAL_TASK,
     PLAN_KEYS,
     CalibrationConfig,
     CommConfig,
@@ -39,6 +40,7 @@ from megatron_lowbit.config.stages import (
 
 __all__ = [
     "DRIFT_THRESHOLD",
+    "LOCAL_TASK",
     "NOTICED",
     "PLAN_KEYS",
     "CalibrateConfig",

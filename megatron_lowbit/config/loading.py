@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from megatron_lowbit.config.errors import LowBitError, explain, notice, one_line, shown
-from megatron_lowbit.config.presets import PRESETS
+from megatron_lowbit.config.presets import PRESETS, named_preset, preset_key
 from megatron_lowbit.config.sections import SchemeName
 from megatron_lowbit.plain_yaml import DEEPEST, LONGEST, parse_yaml
 
@@ -67,6 +67,8 @@ def old_name(file: str) -> tuple[str, str] | None:
 def _merged(stage: type[BaseModel], given: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Merge the stage's defaults, then a file's keys, then the overrides; not yet validated."""
     tree = stage().model_dump()  # a section that is given in part keeps the stage's other defaults
+    if "experiment" in tree and "experiment=qllm" in (*overrides, f"experiment={given.get('experiment')}"):
+        overrides = ["weights.preset=qllm", *overrides]
     _choose_preset(tree, given, overrides)
     _merge(tree, deepcopy(given))
     for override in overrides:
@@ -172,12 +174,12 @@ def _check_values(value: Any, key: str) -> None:
 
 def _choose_preset(tree: dict[str, Any], given: dict[str, Any], overrides: list[str]) -> None:
     """Put in the values of every preset, the last one named, before all that is given, which then wins."""
-    for section, presets in PRESETS.items():
-        values = given.get(section)
-        named = [str(values["preset"])] if isinstance(values, dict) and "preset" in values else []
+    for section in PRESETS:
+        values, naming = given.get(section), preset_key(section)
+        named = [str(values[naming])] if isinstance(values, dict) and naming in values else []
         pairs = (override.partition("=") for override in overrides)
-        named += [text.strip(" '\"") for key, _, text in pairs if key == f"{section}.preset"]
-        for of_section, keys in presets.get(named[-1], {}).items() if named and section in tree else ():
+        named += [text.strip(" '\"") for key, _, text in pairs if key == f"{section}.{naming}"]
+        for of_section, keys in named_preset(section, named[-1]).items() if named and section in tree else ():
             if of_section in tree:
                 tree[of_section] |= keys
 

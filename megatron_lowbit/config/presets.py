@@ -3,6 +3,8 @@
 comm.preset=paper       arXiv 2411.07942, where it differs from our defaults
 weights.preset=qllm     arXiv 2310.08041: its steps alone, trained as configs/llama*.yaml say
 weights.preset=best     what measures best (docs/qllm.md, "What each step gains")
+evaluation.data=gptq:   the windows that perplexities of papers are taken of (io/gptq_text.py)
+experiment=qllm         weights.preset=qllm, which its rows of that name have
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from pydantic import BaseModel
 
 Sections = Mapping[str, Mapping[str, Any]]  # {section: {key: value}}
 
-# {section that has the key `preset`: {preset: the keys it stands for, also those of other sections}}
+# {section: {preset: the keys it stands for, also those of other sections}}
 PRESETS: Mapping[str, Mapping[str, Sections]] = {
+    # More windows than any of these texts has.
+    "evaluation": {"gptq": {"evaluation": {"samples": 4096, "sequence_length": 2048}}},
     "comm": {"paper": {"comm": {"scale": "static", "allocation": "uniform"}}},
     "weights": {
         "qllm": {
@@ -37,8 +41,19 @@ PRESETS: Mapping[str, Mapping[str, Sections]] = {
 
 def preset_of(section: str, values: Any) -> Sections:
     """Return the keys of the preset that `values`, a section's values or model, name; none for another word."""
-    name = values.get("preset") if isinstance(values, Mapping) else getattr(values, "preset", None)
-    return PRESETS[section].get(name, {}) if isinstance(name, str) else {}
+    key = preset_key(section)
+    name = values.get(key) if isinstance(values, Mapping) else getattr(values, key, None)
+    return named_preset(section, name) if isinstance(name, str) else {}
+
+
+def preset_key(section: str) -> str:
+    """Return the key of a section that names a preset."""
+    return "data" if section == "evaluation" else "preset"
+
+
+def named_preset(section: str, name: str) -> Sections:
+    """Return the keys of a preset by the value of the key that names it: gptq of gptq:wikitext2; none for others."""
+    return PRESETS[section].get(name.partition(":")[0], {})
 
 
 def with_preset(section: str, values: Any) -> Any:
@@ -52,7 +67,9 @@ def with_presets(values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     filled = dict(values)
-    for section, keys in preset_of("weights", values.get("weights")).items():
+    if values.get("experiment") == "qllm" and isinstance(values.get("weights", {}), dict):
+        filled["weights"] = {"preset": "qllm", **values.get("weights", {})}
+    for section, keys in preset_of("weights", filled.get("weights")).items():
         given = values.get(section, {})
         given = given.model_dump(exclude_unset=True) if isinstance(given, BaseModel) else given
         if section != "weights" and isinstance(given, dict):  # that one fills itself

@@ -60,11 +60,15 @@ class CalibrationConfig(FrozenConfig):
     """weight of the newest window in the moving average of the ranges (arXiv 2411.07942)"""
 
 
+LOCAL_TASK = "local_"  # how the names of tasks begin that read evaluation.task_data
+
+
 class EvaluationConfig(FrozenConfig):
-    """Text that perplexity and the KL divergence are measured on."""
+    """Text that perplexity and the KL divergence are measured on, and tasks that accuracy is."""
 
     data: str | None = None
-    """text that perplexity is measured on; same forms as calibration.data"""
+    """text that perplexity is measured on; same forms as calibration.data, and the papers' own texts and windows:
+    gptq:wikitext2, gptq:ptb:FILE, gptq:c4, each also with :FILE, all windows of 2,048 tokens unless said otherwise"""
     text_column: str | None = None
     """column of records to read, as calibration.text_column"""
     samples: int = Field(128, ge=1)
@@ -75,6 +79,32 @@ class EvaluationConfig(FrozenConfig):
     """windows per forward pass"""
     kl_tokens: int = Field(8192, ge=0)
     """tokens whose full-precision log-probabilities are kept for the KL divergence"""
+    tasks: tuple[str, ...] = ()
+    """zero-shot tasks, scored by lm-eval: its own by name (arc_easy, piqa, ...), from the hub; names that begin with
+    local_ read files in evaluation.task_data"""
+    task_samples: int | None = Field(None, ge=1)
+    """documents of each task, the first ones (of a group: of each of its tasks); none: all"""
+    task_data: str | None = None
+    """folder with the questions of local_ tasks: piqa.jsonl, arc_easy.jsonl.gz, BLiMP.zip, ..."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_papers_do(cls, values: Any) -> Any:
+        return with_preset("evaluation", values)
+
+    @model_validator(mode="after")
+    def _for_tasks(self) -> EvaluationConfig:
+        twice = [task for task in self.tasks if self.tasks.count(task) > 1]
+        if twice:
+            raise ValueError(f"tasks names {shown(twice[0])} twice")
+        for key in ("task_samples", "task_data"):
+            if getattr(self, key) is not None and not self.tasks:
+                raise ValueError(f"{key}={shown(getattr(self, key))} has no effect without tasks")
+        if self.task_data is not None and not any(task.startswith(LOCAL_TASK) for task in self.tasks):
+            raise ValueError(
+                f"task_data={shown(self.task_data)} has no effect: only tasks named {LOCAL_TASK}... read it"
+            )
+        return self
 
 
 class WeightsConfig(FrozenConfig):

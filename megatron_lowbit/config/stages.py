@@ -169,8 +169,15 @@ class EvaluateConfig(StageConfig):
     """send the partial sums of virtual_tp ranks in every way we know, and evaluate each (also --comm-ablation)"""
     token_ablation: bool = False
     """send a share of the tokens in more bits and the others in fewer, and evaluate each (also --token-ablation)"""
+    experiment: Literal["lowbit_comm", "qllm"] | None = None
+    """a paper's tables, resumable row by row (also --experiment NAME). lowbit_comm: full precision, Int4, random and
+    chosen bf16 features at comm.tp_sizes ranks, and ours; qllm: rounding, weights.preset=qllm and best at W6A6, W4A8
+    and W4A4, or at weights.scheme alone"""
     reassembly: ReassemblyConfig = ReassemblyConfig()
     correction: CorrectionConfig = CorrectionConfig()
+    dp: int = Field(1, ge=1)
+    """data-parallel copies of the model: each scores a share of a task's documents (not with engine=deepspeed); all
+    read the whole evaluation.data"""
 
     @model_validator(mode="before")
     @classmethod
@@ -179,7 +186,7 @@ class EvaluateConfig(StageConfig):
 
     @model_validator(mode="after")
     def _one_table(self) -> EvaluateConfig:
-        asked = [key for key in ("ablation", "comm_ablation", "token_ablation") if getattr(self, key)]
+        asked = [key for key in ("ablation", "comm_ablation", "token_ablation", "experiment") if getattr(self, key)]
         if len(asked) > 1:
             raise ValueError(f"{asked[0]} and {asked[1]} are two tables; ask for one at a time")
         return self
@@ -196,3 +203,9 @@ class DemoConfig(StageConfig):
     """text the sample continues"""
     max_new_tokens: int = Field(48, ge=1)
     """tokens of the sample"""
+
+    @model_validator(mode="after")
+    def _without_tasks(self) -> DemoConfig:
+        if self.evaluation.tasks:
+            raise ValueError("evaluation.tasks has no effect: demo measures perplexity and KL; use evaluate")
+        return self

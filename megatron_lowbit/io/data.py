@@ -3,6 +3,7 @@
 A source is one of
 
     stdlib:train | stdlib:calibration | stdlib:validation    the Python standard library's own sources (embedded model)
+    gptq:wikitext2 | gptq:ptb:FILE | gptq:c4                 as the papers' perplexities are taken (gptq_text.py)
     a text file, a file of records, a dataset                as texts.py reads them
 
 A long text is tokenized whole and cut into windows of `sequence_length` (the protocol of GPTQ, QLLM and their peers),
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.config import LowBitError
+from megatron_lowbit.io.gptq_text import PREFIX, gptq_windows
 from megatron_lowbit.io.texts import Texts, read_texts
 
 # Modules that every Python from 3.11 on has. The embedded model is trained on all but the validation ones.
@@ -87,15 +89,21 @@ def token_windows(
     length = sequence_length or min(context, 2048)
     if length > context:
         raise LowBitError(f"{key}.sequence_length={length} is beyond the model's context of {context} tokens")
-    texts = _read(tokenizer, source, key, samples, samples * length * _CHARACTERS_PER_TOKEN, text_column)
-    windows = _windows(tokenizer, texts, samples, length, sequence_length is None, f"{key}.data={source!r}", key)
+    if source.startswith(PREFIX):
+        windows, rows, first = gptq_windows(tokenizer, source, length, key)
+        windows = [windows[number] for number in _spread(len(windows), samples)]
+        about = {"source": source, "read_as": "text", "column": None, "documents": rows, "left_out": 0, "first": first}
+    else:
+        texts = _read(tokenizer, source, key, samples, samples * length * _CHARACTERS_PER_TOKEN, text_column)
+        windows = _windows(tokenizer, texts, samples, length, sequence_length is None, f"{key}.data={source!r}", key)
+        about = texts.about
     longest = max(len(ids) for ids in windows)
     padded = torch.zeros(len(windows), longest, dtype=torch.int64)
     mask = torch.zeros(len(windows), longest, dtype=torch.bool)
     for row, ids in enumerate(windows):
         padded[row, : len(ids)] = torch.tensor(ids)
         mask[row, : len(ids)] = True
-    tell({**texts.about, "windows": len(windows), "wanted": samples})
+    tell({**about, "windows": len(windows), "wanted": samples})
     return Windows(padded, mask)
 
 
@@ -117,14 +125,18 @@ def _windows(
     count = len(body) // step
     if count == 0 and len(ids) > 1 and short:
         return [ids]
-    chosen = range(count) if count <= samples else [i * count // samples for i in range(samples)]
-    windows = [start + body[i * step : (i + 1) * step] for i in chosen]
+    windows = [start + body[i * step : (i + 1) * step] for i in _spread(count, samples)]
     if not windows or len(windows[0]) < 2:
         raise LowBitError(
             f"{what} is too short: {len(ids)} tokens, {length} are one window; give more text or "
             f"a smaller {key}.sequence_length"
         )
     return windows
+
+
+def _spread(count: int, samples: int) -> Sequence[int]:
+    """Return the numbers of `samples` windows of `count`, evenly spaced; of all where there are not more."""
+    return range(count) if count <= samples else [i * count // samples for i in range(samples)]
 
 
 def _read(tokenizer: Any, source: str, key: str, samples: int, characters: int, text_column: str | None) -> Texts:

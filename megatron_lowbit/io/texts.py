@@ -78,7 +78,7 @@ def read_texts(
     """
     check_source(source, key)
     try:
-        rows, read_as, apart = _rows(source, key)
+        rows, read_as, apart = read_rows(source, key)
         head, rows = _peek(rows, text_column)
         wrapped = records_inside(head[0]) if read_as == "json" and len(head) == 1 else None
         if wrapped is not None:
@@ -120,7 +120,7 @@ def check_source(source: str, key: str) -> None:
     if source.startswith("stdlib:") or os.path.isdir(source):
         return
     if not os.path.isfile(source):
-        if _format(path) in (*RECORDS, "txt"):
+        if format_of(path) in (*RECORDS, "txt"):
             raise LowBitError(f"{key}.data: file {shown(source)} does not exist")
         name = source.partition(":")[0]
         if not os.path.isdir(name) and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
@@ -142,7 +142,7 @@ def check_source(source: str, key: str) -> None:
         )
 
 
-def _format(path: Path) -> str:
+def format_of(path: Path) -> str:
     """Return the suffix that says what a file holds, without that of its compression."""
     suffixes = [suffix.lower().removeprefix(".") for suffix in path.suffixes]
     while suffixes and suffixes[-1] in _COMPRESSED:
@@ -150,14 +150,14 @@ def _format(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _rows(source: str, key: str) -> tuple[Iterable[dict[str, Any]], str, bool]:
+def read_rows(source: str, key: str) -> tuple[Iterable[dict[str, Any]], str, bool]:
     """Return (rows, what they are read as, whether each stays apart)."""
     import datasets
 
     datasets.disable_progress_bars()
     path = Path(source)
     if path.is_file():
-        kind = _format(path)
+        kind = format_of(path)
         options: dict[str, Any] = {"data_files": glob.escape(str(path)), "split": "train"}
         builder = RECORDS.get(kind, "text")
         if builder in ("json", "csv", "text"):

@@ -115,7 +115,7 @@ def ranks(tmp_path, monkeypatch):
 
     def starts() -> int:
         preemption.install()
-        return runner._start_ranks("evaluate", [], 2)
+        return runner.start_ranks("evaluate", [], 2)
 
     def pids() -> list[int]:
         wait_until(lambda: len([p for p in (tmp_path / "pids").iterdir() if p.read_text()]) == 2)
@@ -155,7 +155,7 @@ def test_terminated_with_ranks(tmp_path, monkeypatch):
 
     def starts() -> int:
         preemption.install()
-        return runner._start_ranks("evaluate", [], 2)
+        return runner.start_ranks("evaluate", [], 2)
 
     with forked(starts) as child:
         wait_until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
