@@ -92,7 +92,7 @@ def results(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if not path.is_file() or path.name == "metrics.jsonl" or path.suffix in (".yaml", ".png"):
+        if not path.is_file() or path.name == "metrics.jsonl" or path.suffix in (".yaml", ".png", ".html"):
             continue
         if path.suffix == ".json" and "environment" in (value := json.loads(path.read_text())):
             found[name] = timeless({key: value[key] for key in value if key not in ("environment", "config")})

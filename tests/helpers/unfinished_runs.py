@@ -55,7 +55,7 @@ def quantize(model: Path, output: Path, *more: str) -> list[str]:
 
 def artifact_files(folder: Path) -> dict[str, str]:
     """{file: sha256} of all that makes up the artifact; what tells of the run itself is left out."""
-    told = {"metrics.jsonl", "quantize.json", "quantize.yaml"}
+    told = {"metrics.jsonl", "quantize.json", "quantize.yaml", "report.html"}
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.iterdir()

@@ -118,7 +118,8 @@ def test_dry_run(name, tmp_path, no_network, capsys):
     assert total["group_weight_bytes_per_rank"] == 4 * (2 * 4 * weights + 9 * hidden * width)
     assert total["stream_bytes_per_rank"] == 128 * 2048 * hidden * 4  # float32 on a CPU
     assert total["estimated_seconds_per_group"] > 0 and total["rates"]["flops"] > 0
-    assert {file.name for file in tmp_path.iterdir()} <= {"metrics.jsonl", "quantize.json", "quantize.yaml"}
+    told = {"metrics.jsonl", "quantize.json", "quantize.yaml", "report.html"}
+    assert {file.name for file in tmp_path.iterdir()} <= told
     out = capsys.readouterr().out
     assert "mlp.down_proj" in out and f"{packed['mlp.down_proj']:,}" in out and f"{total['groups']} groups" in out
 

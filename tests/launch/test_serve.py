@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 import time
 
 import pytest
@@ -318,9 +319,15 @@ def test_queue_and_timeout(served, monkeypatch):
     scheduler = server.scheduler
     monkeypatch.setattr(scheduler, "max_batch", 1)
     monkeypatch.setattr(scheduler, "max_queue", 1)
-    body = {"model": "embedded", "prompt": "def", "max_tokens": 2, "n": 3}
+    body = {"model": "embedded", "prompt": "def", "max_tokens": 2}
+    assert is_error(client.post("/v1/completions", json={**body, "n": 3}), 400), "it would never fit"
+    long = {**body, "max_tokens": 100, "n": 2}
+    busy = threading.Thread(target=client.post, args=("/v1/completions",), kwargs={"json": long})
+    busy.start()
+    wait_until(lambda: scheduler.running and scheduler.waiting)
     answer = client.post("/v1/completions", json=body)
     assert is_error(answer, 429) and answer.headers["retry-after"] == "1"
+    busy.join()
     assert len(client.post("/v1/completions", json={**body, "n": 2}).json()["choices"]) == 2
     monkeypatch.setattr(server, "timeout", 0.0)
     answer = client.post("/v1/completions", json={**body, "n": 2})
