@@ -28,12 +28,20 @@ from megatron_lowbit.launch.api import nested
 from megatron_lowbit.launch.engines.base import Engine, GenerateOptions
 from megatron_lowbit.launch.engines.prepare import check_head, prepare_artifact
 from megatron_lowbit.launch.groups import start_copies
+from megatron_lowbit.launch.harness.plain import from_plain, to_plain
 from megatron_lowbit.launch.inputs import check_inputs
 from megatron_lowbit.launch.layout import check_layout, ranks_of
 from megatron_lowbit.launch.rows import check_unused
 from megatron_lowbit.launch.tokenizer import check_tokenizer
 from megatron_lowbit.runtime import launcher_env
-from megatron_lowbit.runtime.distributed import PreemptionCheck, all_gather_stack, device, group_rank, world_size
+from megatron_lowbit.runtime.distributed import (
+    PreemptionCheck,
+    all_gather_stack,
+    device,
+    gather_values,
+    group_rank,
+    world_size,
+)
 from megatron_lowbit.runtime.launcher_env import launched
 from megatron_lowbit.runtime.metrics import MetricLogger
 
@@ -126,12 +134,10 @@ class EngineLM(HFLM):
         return all_gather_stack(tensor.reshape(1), self.engine.dp_group).flatten()
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        group = self.engine.dp_group
-        if group is None:
+        if self.engine.dp_group is None:
             return [obj]
-        gathered = [None] * self.world_size if self.rank == dst else None
-        dist.gather_object(obj, gathered, dist.get_global_rank(group, dst), group)
-        return gathered
+        gathered = gather_values(to_plain(obj), self.engine.dp_group)
+        return None if gathered is None else [from_plain(value) for value in gathered]
 
     def barrier(self) -> None:
         if self.engine.dp_group is not None:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import harness_cases
+import numpy as np
 import pytest
 from commands import needs_deepspeed, needs_megatron, run_here, run_there
 from harness_cases import requests
@@ -258,3 +259,14 @@ def test_names_of_local_tasks_are_not_lm_eval_s():
     ours = TaskManager(include_path=str(TASKS), include_defaults=False).all_tasks
     assert sorted([*LOCAL, "local_blimp"]) == ours
     assert not theirs & {*ours, *PARADIGMS}, "a paradigm of that name would be lm-eval's task"
+
+
+def test_what_ranks_hand_on():
+    """lm-eval's dicts with tuples for keys, numpy's numbers, and what has no plain form, which it writes as text too."""
+    from megatron_lowbit.io.messages import decode, encode
+    from megatron_lowbit.launch.harness.plain import from_plain, to_plain
+
+    given = {"task": {("acc", "none"): [1.0, np.float64(0.5), np.bool_(True)], ("ppl", "none"): [(-1.5, 3)], 2: None}}
+    told = from_plain(decode(encode(to_plain(given))))
+    assert told == given and [type(v) for v in told["task"]["acc", "none"]] == [float, float, bool]
+    assert from_plain(to_plain([len])) == [str(len)]
