@@ -262,7 +262,7 @@ def test_names_of_local_tasks_are_not_lm_eval_s():
 
 
 def test_what_ranks_hand_on():
-    """lm-eval's dicts with tuples for keys, numpy's numbers, and what has no plain form, which it writes as text too."""
+    """lm-eval's dicts with tuples for keys, numpy's numbers; what has no plain form is text, as in its files."""
     from megatron_lowbit.io.messages import decode, encode
     from megatron_lowbit.launch.harness.plain import from_plain, to_plain
 
