@@ -304,6 +304,7 @@ def test_without_a_compiler_that_works(tmp_path):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_processes_that_start_at_once_build_one_library(tmp_path):
     results = [finish(process) for process in [start(tmp_path) for _ in range(3)]]
     assert {ran for ran, _, _ in results} == {"True"} and len({out for _, out, _ in results}) == 1

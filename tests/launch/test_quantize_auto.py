@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from commands import COMMAND, run_here, run_there
+from slow_cases import slow_but
 from tiny_models import save_model
 from unfinished_runs import artifact_files, killed_at
 
@@ -98,7 +99,7 @@ def test_both_methods_choose_the_same(rtn, qllm):
     assert (rtn / "quantization_recipe.yaml").read_bytes() == (qllm / "quantization_recipe.yaml").read_bytes()
 
 
-@pytest.mark.parametrize("ranks", ["tp=2", "dp=2"])
+@pytest.mark.parametrize("ranks", slow_but(["tp=2"], ["tp=2", "dp=2"]))
 def test_two_ranks_write_the_same_files(model, qllm, tmp_path, ranks):
     settings = [*QLLM, "correction.batch_size=2"] if ranks == "dp=2" else QLLM
     expected = qllm
@@ -110,7 +111,7 @@ def test_two_ranks_write_the_same_files(model, qllm, tmp_path, ranks):
     assert artifact_files(tmp_path / "two") == artifact_files(expected)
 
 
-@pytest.mark.parametrize("method", ["rtn", "qllm"])
+@pytest.mark.parametrize("method", slow_but(["rtn"], ["rtn", "qllm"]))
 def test_a_killed_run_continues(method, model, tmp_path, request, capsys):
     """Killed before the third window is written; the windows done are not estimated again."""
     settings = RTN if method == "rtn" else QLLM

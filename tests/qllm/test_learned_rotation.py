@@ -14,6 +14,7 @@ import torch
 import transformers
 from commands import run_here
 from quantize_runs import checksums, quantize
+from slow_cases import slow_but
 from torch import Tensor, nn
 
 from megatron_lowbit.config import LowBitError, QuantizeConfig, WeightsConfig
@@ -179,7 +180,10 @@ def test_ranks_that_share_biases_write_the_same_files(tmp_path):
     assert checksums(quantize(tmp_path / "many", f"model={model}", *SETTINGS, "tp=2")) == checksums(one)
 
 
-@pytest.mark.parametrize("killed_at", ["in the pass", "before the first group", "before the second group"])
+KILLED_AT = ["in the pass", "before the first group", "before the second group"]
+
+
+@pytest.mark.parametrize("killed_at", slow_but(["before the second group"], KILLED_AT))
 def test_a_killed_run_continues_to_the_same_files(killed_at, whole, tmp_path, monkeypatch, capsys):
     """What is learned is kept; a pass that is not at its end begins anew."""
     settings, calls = ["model=embedded", *SETTINGS, "correction.blocks_per_group=2"], []

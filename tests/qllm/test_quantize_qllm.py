@@ -10,6 +10,7 @@ import pytest
 import torch
 from commands import COMMAND, EVALUATION, needs_deepspeed, run_here, run_there
 from quantize_runs import quantize
+from slow_cases import slow_but
 
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import EvaluateConfig, load_config
@@ -206,7 +207,17 @@ MODES = {
 NOT_BIT_EQUAL = {"trained norms", "trained norms and a branch", "o_proj"}
 
 
-@pytest.mark.parametrize("mode", MODES)
+OFTEN = [
+    "branches of chosen ranks",
+    "clipped",
+    "real zero points",
+    "trained ranges",
+    "rotated",
+    "through communication",
+]
+
+
+@pytest.mark.parametrize("mode", slow_but(OFTEN, MODES))
 def test_what_is_deployed_is_what_was_trained(mode, tmp_path, monkeypatch):
     """The applied artifact's hidden states after all blocks are the pipeline's last quantized stream."""
     quantizers: list[BlockwiseQuantizer] = []
