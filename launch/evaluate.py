@@ -56,7 +56,7 @@ def run(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:
     if not (plain and rows):
         name = row_name(engine, artifact, config.comm.mode)
         row = low_bit_row(engine, name, artifact, config.comm, windows, config.evaluation, reference, logger)
-        rows.append(with_accuracy(row, suite, engine, model, applied(config)))
+        rows.append(with_accuracy(row, suite, engine, model, applied(config, artifact)))
     rows = with_kept(rows)
     if env_rank() == 0:
         print_rows(rows)

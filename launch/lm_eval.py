@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import sys
 
-from megatron_lowbit.config import LowBitError
-from megatron_lowbit.launch.arguments import fail
+from megatron_lowbit.config import LowBitError, one_line
+from megatron_lowbit.launch.arguments import BAD_INPUT, fail
 from megatron_lowbit.launch.harness import TASKS
 from megatron_lowbit.launch.inputs import check_package
 from megatron_lowbit.launch.layout import ranks_of
-from megatron_lowbit.launch.runner import leave_groups, quiet, start_ranks
+from megatron_lowbit.launch.runner import leave_groups, of_a_collective, quiet, start_ranks
 from megatron_lowbit.runtime import launcher_env
+from megatron_lowbit.runtime.distributed import PeerError
 from megatron_lowbit.runtime.launcher_env import launched
 from megatron_lowbit.runtime.preemption import REQUEUE, Preempted
 
@@ -30,8 +31,18 @@ def main(argv: list[str]) -> int:
         launcher_env.adopt()
         check_package("eval")
         code = _run(argv)
+    except PeerError:
+        code = BAD_INPUT
     except LowBitError as error:
         code = fail(str(error))
+    except ValueError as error:
+        if not str(error).startswith("Tasks not found"):
+            raise
+        code = fail(one_line(error))
+    except RuntimeError as error:
+        if not of_a_collective(error):
+            raise
+        code = fail(f"a collective failed: another rank has ended ({one_line(error)})")
     except Preempted as stop:
         code = REQUEUE
         print(f"megatron-lowbit: stopped by a signal: {stop}", file=sys.stderr, flush=True)

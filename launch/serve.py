@@ -131,14 +131,15 @@ class _Listener:
         )
         http = uvicorn.Server(options)
         thread = threading.Thread(target=http.run, args=([self.socket],), name="http", daemon=True)
-        thread.start()
-        self._tell(server)
         try:
+            thread.start()
+            self._tell(server)
             yield
         finally:
             server.scheduler.close(Failure(503, "stopped", "the server has been stopped"))
             http.should_exit = True
-            thread.join(2 * LEAVE)
+            if thread.ident is not None:
+                thread.join(2 * LEAVE)
 
     def _tell(self, server: Server) -> None:
         assert self.socket is not None

@@ -11,9 +11,11 @@ This module needs no lm-eval. Of a row with tasks,
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.agreement import digest
 from megatron_lowbit.config import EvaluateConfig
 from megatron_lowbit.io.files import sha256
@@ -44,12 +46,23 @@ def identity(engine: Engine, config: EvaluateConfig) -> dict[str, Any]:
     return {"fingerprint": f"{digest([engine.fingerprint()]):x}", **settings}
 
 
-def applied(config: EvaluateConfig) -> dict[str, Any]:
-    """Return what the logits of the low-bit model depend on besides: the artifact's files, or what it is made from."""
-    folder = config.artifact
-    files = on_rank_zero(lambda: {f.name: sha256(f) for f in sorted(Path(folder).glob("*.json"))} if folder else {})
-    sections = {key: getattr(config, key).model_dump(mode="json") for key in ("weights", "comm", "calibration")}
-    return {"artifact": files, **sections}
+def applied(config: EvaluateConfig, artifact: Artifact) -> dict[str, Any]:
+    """Return what the logits of the low-bit model depend on besides: its weights, or how they are rounded, and its
+    plans."""
+    weights = None if config.artifact is None else Path(config.artifact) / "lowbit.json"  # with its tensors' checksums
+    plans = [
+        part
+        for tp_size, plan in sorted(artifact.plans.items())
+        for site, sent in sorted(plan.sites.items())
+        for codec in (sent.first, sent.second)
+        if codec is not None
+        for part in (tp_size, site, *(getattr(codec, field.name) for field in fields(codec)))
+    ]
+    return {
+        "lowbit.json": on_rank_zero(lambda: sha256(weights) if weights is not None and weights.exists() else None),
+        "plans": f"{digest(plans):x}",
+        **{key: getattr(config, key).model_dump(mode="json") for key in ("weights", "comm")},
+    }
 
 
 def with_accuracy(

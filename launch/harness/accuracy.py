@@ -145,8 +145,8 @@ def _digest(tasks: Mapping[str, Any], limit: int | None) -> str:
     """Return a digest of the questions and of how they are put."""
     found = hashlib.sha256()
     for name, task in sorted(tasks.items()):
-        how = [str(getattr(task.config, key)) for key in ("doc_to_text", "doc_to_target", "doc_to_choice")]
-        found.update(json.dumps([name, str(task.VERSION), [h for h in how if " at 0x" not in h]]).encode())
+        how = {key: str(value) for key, value in task.dump_config().items() if " at 0x" not in str(value)}
+        found.update(json.dumps([name, str(task.VERSION), how], sort_keys=True).encode())
         for number, document in enumerate(task.eval_docs):
             if limit is not None and number >= limit:
                 break

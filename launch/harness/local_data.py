@@ -97,6 +97,12 @@ def _row(line: bytes, fields: Iterable[str], where: str) -> dict[str, Any]:
     if lacking:
         raise LowBitError(f"{where} lacks {lacking[0]!r}; every line is a JSON object with {', '.join(fields)}")
     choices = row.get("choices", row.get("context_options"))
+    texts = isinstance(choices, list) and all(isinstance(choice, str) and choice for choice in choices)
+    if not texts and (choices is not None or "gold" in fields):
+        raise LowBitError(f"{where}: its choices are no list of texts, but {shown(choices)}")
+    for field in set(fields) - {"choices", "context_options", "gold"}:
+        if not isinstance(row[field], str):
+            raise LowBitError(f"{where}: {field}={shown(row[field])} is no text")
     if "gold" in fields and not (type(row["gold"]) is int and 0 <= row["gold"] < len(choices)):
         raise LowBitError(f"{where}: gold={shown(row['gold'])} is not the number of one of {len(choices)} choices")
     return {field: row[field] for field in fields}

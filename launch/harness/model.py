@@ -98,7 +98,7 @@ class EngineLM(HFLM):
             what = f"a continuation of {len(continuation)} tokens ({shown(name[1]) if name else 'of a long text'})"
             if not 0 < len(continuation) <= self.max_length:
                 raise LowBitError(f"lm-eval cannot score {what}: it takes 1 to {self.max_length}, the model's context")
-            if max(max(context), max(continuation)) >= vocab:
+            if max([*context, *continuation]) >= vocab:
                 raise LowBitError(
                     f"lm-eval cannot score {what}: the tokenizer has tokens beyond the model's vocabulary of {vocab}; "
                     "use the model's own tokenizer"

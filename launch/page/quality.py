@@ -39,12 +39,19 @@ def labels(rows: Named, several: bool) -> list[str]:
 
 
 def _rows(runs: Sequence[Run]) -> Named:
-    """Return the rows that have measured a model."""
-    return [
+    """Return the rows that have measured a model; those of one name at several numbers of ranks are told apart."""
+    rows = [
         (run.name, str(row.get("name", stage)), row)
         for run in runs
         for stage, row in run.rows()
         if any(figure_of(row, measure) is not None for measure in MEASURES) or numbers_of(row, "sites")
+    ]
+    sizes: dict[tuple[str, str], set[float | None]] = {}
+    for run_name, name, row in rows:
+        sizes.setdefault((run_name, name), set()).add(figure_of(row, "tp"))
+    return [
+        (run_name, f"{name}, TP {row['tp']}" if "tp" in row and len(sizes[run_name, name]) > 1 else name, row)
+        for run_name, name, row in rows
     ]
 
 

@@ -83,13 +83,12 @@ class Answers:
         return {"content": [self._chat_token(f) for f in found]} if self.chat else self._completion_tokens(index, found)
 
     def _completion_tokens(self, index: int, found: Sequence[LogProb]) -> dict[str, Any]:
-        names = [self._name(f.token) for f in found]
         offsets = []
-        for name in names:
+        for each in found:  # special tokens are among the tokens, not in the text
             offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(name)
+            self._offsets[index] = offsets[-1] + len(self.tokenizer.decode([each.token], skip_special_tokens=True))
         return {
-            "tokens": names,
+            "tokens": [self._name(f.token) for f in found],
             "token_logprobs": [f.value for f in found],
             "top_logprobs": [None if f.value is None else self._top(f) for f in found],
             "text_offset": offsets,

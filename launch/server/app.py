@@ -250,7 +250,7 @@ class Server:
         emit: Callable[[Piece | Failure], None],
         deadline: float,
     ) -> Job:
-        sampling = asked.sampling(index)
+        sampling = asked.sampling(index % (asked.n or 1))
         processors = self.engine.logits_processors(sampling.temperature, sampling.top_p, sampling.greedy, len(prompt))
         sampler = Sampler(sampling, processors, prompt)
         text = Text(self.engine.tokenizer, asked.stops)
@@ -293,6 +293,9 @@ class Server:
             yield b"data: [DONE]\n\n"
         except APIError as error:  # the status has been sent: the error is an event, and no [DONE] follows
             yield _event(error.body())
+        except Exception:
+            logger.exception("a stream failed")
+            yield _event(error_body(500, "the server failed at this request; its log says why"))
         finally:
             self.scheduler.cancel(jobs)
 

@@ -17,6 +17,10 @@ COLDEST = 1e-5  # temperatures below this are greedy: logits divided by them wou
 _ROWS = 256  # of a prompt's logits in float32 at once
 
 
+class NotFinite(Exception):
+    """Logits that are no numbers: no token can be chosen, or scored."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """What a request says: greedy at temperature 0 or top_p 0. seed None: another text each time."""
@@ -43,12 +47,12 @@ class Sampler:
             self.generator.manual_seed(sampling.seed)
 
     def __call__(self, logits: Tensor) -> int:
-        """Return the token that follows, of float32 logits [vocab]. Raises RuntimeError where they are not finite."""
+        """Return the token that follows, of float32 logits [vocab]. Raises NotFinite where they are not finite."""
         scores = logits.unsqueeze(0)
         if self.processors:
             scores = self.processors(torch.tensor([self.ids]), scores)
         if not torch.isfinite(scores.max()):
-            raise RuntimeError("the logits are not finite")
+            raise NotFinite("the logits are not finite")
         if self.greedy:
             token = int(scores.argmax())
         else:
@@ -59,7 +63,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class LogProb:
-    """Of one token: its log-probability (None for a prompt's first), and the likeliest in its place, {token: ...}."""
+    """One token's log-probability (None for a prompt's first), and the likeliest in its place, {token: ...}."""
 
     token: int
     value: float | None
@@ -82,6 +86,8 @@ def prompt_log_probs(logits: Tensor, ids: Sequence[int], top: int) -> list[LogPr
 
 def _log_probs(logits: Tensor, targets: Sequence[int], top: int) -> list[LogProb]:
     logs = logits.log_softmax(-1).clamp_min(-9999.0)  # JSON has no infinity
+    if logs.isnan().any():
+        raise NotFinite("the logits are not finite")
     values = logs.gather(1, torch.tensor(targets, device=logs.device).unsqueeze(1)).flatten().tolist()
     best, tokens = (found.tolist() for found in logs.topk(min(top, logs.shape[1]), dim=1))
     tops = [dict(zip(t, b, strict=True)) for t, b in zip(tokens, best, strict=True)]

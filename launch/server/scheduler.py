@@ -10,12 +10,13 @@ is there, and a rank that has died is noticed.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +24,11 @@ from torch import Tensor
 from megatron_lowbit.launch.engines.base import Engine
 from megatron_lowbit.launch.saturation import measure_saturation
 from megatron_lowbit.launch.server.jobs import Failure, Job
+from megatron_lowbit.launch.server.sampling import NotFinite
 from megatron_lowbit.runtime.distributed import PreemptionCheck, on_rank_zero
+
+logger = logging.getLogger("megatron_lowbit")
+T = TypeVar("T")
 
 IDLE = 1.0  # seconds
 MEASURE_EVERY = 5.0  # seconds between looks at how well the ranges hold, on all ranks
@@ -113,7 +118,7 @@ class Scheduler:
         """Tell the log-probabilities of a prompt; returns whether its sequence is over with that."""
         job = self.running[number]
         if not job.over:
-            job.score(logits)
+            self._guard(job, lambda: job.score(logits))
         return job.over
 
     def sample(self, numbers: Sequence[int], logits: Tensor) -> list[int]:
@@ -121,15 +126,22 @@ class Scheduler:
         return [self._next(self.running[number], row) for number, row in zip(numbers, logits, strict=True)]
 
     def _next(self, job: Job, logits: Tensor) -> int:
-        if job.over:
-            return 0
-        try:
-            token = job.take(logits)
-        except RuntimeError as error:  # this sequence's own: logits that are not finite
-            job.fail(Failure(500, "server_error", f"no token could be chosen: {error}"))
+        token = None if job.over else self._guard(job, lambda: job.take(logits))
+        if token is None:
             return 0
         self.generated += 1
         return token
+
+    def _guard(self, job: Job, action: Callable[[], T]) -> T | None:
+        """Do something for one sequence; what goes wrong ends this sequence, and no other."""
+        try:
+            return action()
+        except NotFinite as error:
+            job.fail(Failure(500, "server_error", f"no token could be chosen: {error}"))
+        except Exception:  # whatever a tokenizer's code raises at these tokens
+            logger.exception("a sequence failed")
+            job.fail(Failure(500, "server_error", "the server failed at this request; its log says why"))
+        return None
 
 
 def run_batches(engine: Engine, batch: Any, scheduler: Scheduler | None) -> None:

@@ -52,12 +52,13 @@ def run(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:
     windows = load_windows(engine, config.evaluation, "evaluation", logger)
     calibration = load_windows(engine, config.calibration, "calibration", logger)
     model = identity(engine, config)
+    ranges = {"calibration": calibration.digest(), "ema_gamma": config.calibration.ema_gamma}
     shared = {
         "model": model,
         "evaluation": config.evaluation.model_dump(mode="json"),
-        "texts": [windows.digest(), calibration.digest()],
+        "text": windows.digest(),
         "questions": None if suite is None else suite.digests(),
-        "ema_gamma": config.calibration.ema_gamma,
+        **ranges,
     }
     folder = Path(config.output_dir) / "lowbit_comm"
     wanted: dict[tuple[int, str], tuple[Path, dict[str, Any]]] = {
@@ -86,7 +87,7 @@ def run(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:
                 apply_reducers(engine, make)
                 about = {"weights": "none", "communication": name}
                 row = applied_row(engine, name, about, windows, config.evaluation, reference, logger)
-                settings = {"tp_size": size, "comm": VARIANTS[name].model_dump(mode="json")}
+                settings = {"tp_size": size, "comm": VARIANTS[name].model_dump(mode="json"), **ranges}
                 row = with_accuracy({**row, "tp": size}, suite, engine, {**model, **settings}, label=f"tp{size} {name}")
                 full = found[1, "full precision"]["perplexity"]
                 found[size, name] = _keep(*wanted[size, name], completed(row, full))

@@ -56,7 +56,10 @@ def test_rows_of_lowbit_comm(comm):
         assert kl["ours"] < kl["hybrid 1/64"] and kl["hybrid 1/16"] < kl["int4"]
         assert kl["hybrid 1/256"] == kl["int4"], "floor(128 / 256) features"
     if "tasks" in found[0]:
-        assert all(row["accuracy_kept_percent"] is not None for row in found if found[0]["accuracy"])
+        assert found[0]["accuracy"] > 0
+        assert all(row["accuracy_kept_percent"] is not None for row in found)
+        kept = [*folder.glob("tasks/tp*/*.json")]
+        assert kept and all("ema_gamma" in file.read_text() for file in kept), "what ranges are of decides the logits"
 
 
 def test_a_row_is_what_evaluate_measures(comm, tmp_path):

@@ -140,7 +140,7 @@ def test_a_low_bit_row_and_what_of_it_is_kept(data, tmp_path, monkeypatch, capfd
     again = evaluate(data, tmp_path, tasks, **options)
     assert calls == [] and [row["tasks"] for row in again.rows] == [full["tasks"], low["tasks"]]
     assert "local_hellaswag" in capfd.readouterr().err
-    # Another scheme makes the low-bit row alone anew; a damaged file, other questions: that task alone.
+    # Another scheme, or other text to calibrate with, makes the low-bit row alone anew; a damaged file: its task alone.
     other = evaluate(data, tmp_path, tasks, **{**options, "weights": {"scheme": "W8A8"}})
     assert {row for row, _ in calls} == {"low"} and other.rows[0]["tasks"] == full["tasks"]
     calls.clear()
@@ -148,6 +148,10 @@ def test_a_low_bit_row_and_what_of_it_is_kept(data, tmp_path, monkeypatch, capfd
     kept.write_text(kept.read_text().replace('"n": 4', '"n": 5'))
     assert evaluate(data, tmp_path, tasks, **options).rows[0]["tasks"] == full["tasks"]
     assert {row for row, _ in calls} == {"full"}
+    calls.clear()
+    less = {**options, "calibration": {**options["calibration"], "samples": 1}}
+    assert evaluate(data, tmp_path, tasks, **less).rows[0]["tasks"] == full["tasks"]
+    assert {row for row, _ in calls} == {"low"}
     fewer = evaluate(data, tmp_path, tasks, 3, **options).rows
     assert [found["n"] for row in fewer for found in row["tasks"].values()] == [3] * 4
 
@@ -177,6 +181,8 @@ def count_calls(monkeypatch) -> list[tuple[str, int]]:
         ({"tasks": "[local_blimp]"}, "it needs BLiMP/adjunct_island.jsonl, BLiMP/adjunct_island.jsonl.gz or BLiMP.zip"),
         ({"tasks": "[local_piqa]"}, "piqa.jsonl, line 2 lacks 'gold'; every line is a JSON object with"),
         ({"tasks": "[local_arc_easy]"}, "line 1: gold=7 is not the number of one of 4 choices"),
+        ({"tasks": "[local_boolq]", "task_data": "odd"}, "boolq.jsonl, line 1: its choices are no list of texts, but "),
+        ({"tasks": "[local_piqa]", "task_data": "odd"}, "piqa.jsonl, line 1: query=3 is no text"),
         ({"tasks": "[local_arc_challenge]"}, "arc_challenge.jsonl, line 1 is no JSON"),
         ({"tasks": "[local_winogrande]"}, "winogrande.jsonl is empty"),
         ({"tasks": "[local_hellaswag]"}, "cannot read the questions of hellaswag"),
@@ -193,7 +199,12 @@ def test_bad_tasks_are_one_line(settings, says, tmp_path, capfd):
     (bad / "arc_challenge.jsonl").write_text("Question: no JSON\n")
     (bad / "winogrande.jsonl").write_text("")
     (bad / "hellaswag.jsonl.gz").write_bytes(b"no gzip")
+    (odd := tmp_path / "odd").mkdir()
+    (odd / "boolq.jsonl").write_text(lines([{**questions(1)[0], "choices": "ab"}]))
+    (odd / "piqa.jsonl").write_text(lines([{**questions(1)[0], "query": 3}]))
     given = {"task_data": str(bad), **settings}
+    if given["task_data"] == "odd":
+        given["task_data"] = str(odd)
     options = [f"evaluation.{key}={value}" for key, value in given.items() if value is not None]
     text = ["evaluation.data=stdlib:validation", "evaluation.samples=2", "evaluation.sequence_length=32"]
     assert run_here("evaluate", "model=embedded", *text, *options, f"output_dir={tmp_path / 'out'}") == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import json
 import re
 import sys
 import warnings
@@ -122,6 +123,19 @@ def test_the_csv_is_the_whole_table(tmp_path, monkeypatch):
     page = page_of(tmp_path / "run")
     assert len(page.tables["SQNR by site"]) == 1 + 2 and len(page.csv["sqnr-by-site.csv"]) == 1 + 3 * 4
     assert page.csv["sqnr-by-site.csv"][1] == ["run", f"{TRAP} 0", site_names(1)[0], "20.0"]
+
+
+def test_sizes_are_told_apart(tmp_path):
+    """Rows of one name at several numbers of ranks, as `--experiment lowbit_comm` has them."""
+    (tmp_path / "run").mkdir()
+    evaluated(tmp_path / "run")
+    file = tmp_path / "run" / "evaluate.json"
+    record = json.loads(file.read_text())
+    low = record["rows"][-1]
+    record["rows"] += [{**low, "tp": 4}, {**low, "tp": 8}]
+    file.write_text(json.dumps(record))
+    names = [row[1] for row in page_of(tmp_path / "run").tables["Perplexity"][1:]]
+    assert len(set(names)) == len(names) == len(record["rows"]) and names[-1].endswith(", TP 8")
 
 
 def test_several_runs_are_told_apart(tmp_path):

@@ -14,6 +14,7 @@ from serving import complete, is_error, served_here, streamed, text_of, wait_unt
 from tiny_models import embedded_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_lowbit.launch.server.answers import Answers
 from megatron_lowbit.launch.server.jobs import Failure
 from megatron_lowbit.launch.server.protocol import MAX_BODY
 from megatron_lowbit.launch.server.text import Text
@@ -82,7 +83,7 @@ def test_a_stream_is_the_answer(client):
 
 
 def test_logprobs(client, oracle):
-    """Of the prompt and of what follows, against transformers' logits; float32 in both, computed in other batches."""
+    """The prompt's and those of what follows, against transformers' logits; float32 in both, in other batches."""
     model, tokenizer = oracle
     answer = complete(client, PROMPTS[0], max_tokens=6, logprobs=3, echo=True)
     found = answer["choices"][0]["logprobs"]
@@ -96,7 +97,10 @@ def test_logprobs(client, oracle):
     best = logs[:-1].topk(3).values
     tops = torch.tensor([sorted(top.values(), reverse=True) for top in found["top_logprobs"][1:]])
     torch.testing.assert_close(tops, best, rtol=1e-4, atol=1e-4)
-    assert text_of(answer) == PROMPTS[0] + tokenizer.decode(expected(oracle, PROMPTS[0], 6), skip_special_tokens=True)
+    text = text_of(answer)
+    places = zip(found["text_offset"], ids, strict=True)
+    assert all(text[place:].startswith(tokenizer.decode([i], skip_special_tokens=True)) for place, i in places)
+    assert text == PROMPTS[0] + tokenizer.decode(expected(oracle, PROMPTS[0], 6), skip_special_tokens=True)
     scored = complete(client, PROMPTS[0], max_tokens=0, logprobs=3, echo=True)
     assert text_of(scored) == PROMPTS[0] and scored["usage"]["completion_tokens"] == 0
     assert scored["choices"][0]["logprobs"]["tokens"] == found["tokens"][:-6]
@@ -113,6 +117,8 @@ def test_seeds(client):
     three = draw(seed=7, n=3)
     assert three == draw(seed=7, n=3) and len(set(three)) == 3
     assert draw(seed=7) == three[:1] and draw(seed=8) == three[1:2], "each choice has a seed of its own"
+    twice = complete(client, [PROMPTS[1]] * 2, max_tokens=16, temperature=1.0, seed=7)["choices"]
+    assert [c["text"] for c in twice] == [three[0]] * 2, "whichever prompt of a request it is"
     assert draw(seed=9, temperature=0) == draw(seed=10, temperature=0) == draw(seed=9, top_p=0)
     assert draw() != draw()
 
@@ -201,9 +207,9 @@ def test_a_chat_is_as_long_as_the_context_lets_it(served, monkeypatch):
     server, client = served
     monkeypatch.setattr(server.engine.tokenizer, "chat_template", TEMPLATE)
     asked = {"model": "embedded", "messages": [{"role": "user", "content": "x = 1\n" * 30}], "temperature": 0}
+    monkeypatch.setattr(type(server.engine), "end_ids", [])
     answer = client.post("/v1/chat/completions", json=asked).json()
-    assert answer["choices"][0]["finish_reason"] in ("length", "stop")
-    assert answer["usage"]["total_tokens"] == 256 or answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["total_tokens"] == 256
 
 
 def test_models(client):
@@ -358,6 +364,35 @@ def test_logits_that_are_not_finite(served, monkeypatch):
     answer = client.post("/v1/completions", json={"model": "embedded", "prompt": ["def", "import"], "max_tokens": 4})
     assert answer.status_code == 500 and "not finite" in answer.json()["error"]["message"]
     monkeypatch.undo()
+    assert text_of(complete(client, "def", max_tokens=2))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("what", ["scores", "text", "answer"])
+def test_what_goes_wrong_ends_one_request(served, monkeypatch, what, stream):
+    """A prompt's logits that are no numbers, a tokenizer that raises, an answer that cannot be built: one error each,
+    and the next request is answered."""
+    server, client = served
+
+    def fail(*args, **options):
+        raise TypeError("of the tokenizer")
+
+    if what == "scores":
+        real = server.scheduler.score
+        monkeypatch.setattr(server.scheduler, "score", lambda n, logits: real(n, torch.full_like(logits, torch.nan)))
+    elif what == "text":
+        monkeypatch.setattr(Text, "put", fail)
+    else:
+        monkeypatch.setattr(Answers, "_name", fail)
+    body = {"model": "embedded", "prompt": "def", "max_tokens": 4, "logprobs": 2, "echo": True, "stream": stream}
+    answer = client.post("/v1/completions", json=body)
+    if stream:
+        *_, last = filter(None, answer.text.splitlines())
+        assert answer.status_code == 200 and set(json.loads(last.removeprefix("data: "))) == {"error"}
+    else:
+        assert is_error(answer, 500)
+    monkeypatch.undo()
+    wait_until(lambda: not server.scheduler.running)
     assert text_of(complete(client, "def", max_tokens=2))
 
 

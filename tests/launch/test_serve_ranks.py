@@ -102,7 +102,7 @@ def idle(client: httpx.Client, url: str) -> bool:
 
 
 def test_a_client_that_goes_frees_its_place(tmp_path):
-    """Of a stream, and of an answer in one: with one place and no queue, the next request is let in."""
+    """Whether it reads a stream or waits for an answer in one: with one place and no queue, the next is let in."""
     with served_there("model=embedded", "max_batch=1", "max_queue=0", f"output_dir={tmp_path}") as (process, url):
         for streams in (True, False):
             with (
