@@ -9,7 +9,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from megatron_lowbit.config import GenerateConfig, LowBitError, shown
@@ -20,6 +19,7 @@ from megatron_lowbit.launch.inputs import read_prompts
 from megatron_lowbit.launch.rows import row_name
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.launch.saturation import logged, measure_saturation, print_saturation
+from megatron_lowbit.launch.text import Text, continuation
 from megatron_lowbit.launch.tokenizer import check_tokenizer
 from megatron_lowbit.runtime.distributed import PreemptionCheck, on_rank_zero
 from megatron_lowbit.runtime.launcher_env import env_rank
@@ -35,7 +35,7 @@ def run(config: GenerateConfig, logger: MetricLogger) -> dict[str, Any]:
     artifact = prepare_artifact(engine, config, logger)
     ids = [encode(engine, prompt) for prompt in prompts]
     apply_prepared(engine, artifact, config.comm)
-    text = Streams(engine.tokenizer, prompts) if env_rank() == 0 else None
+    text = Streams(engine.tokenizer, prompts, ids) if env_rank() == 0 else None
 
     def on_token(number: int, token: int) -> None:
         if text is not None:
@@ -61,10 +61,16 @@ def run(config: GenerateConfig, logger: MetricLogger) -> dict[str, Any]:
     logger.log(new_tokens=tokens, seconds=seconds, **logged(saturation))
     if env_rank() == 0:
         print_saturation([saturation], sys.stderr)  # standard output is the text
-    decode = partial(engine.tokenizer.decode, skip_special_tokens=True)
     rows = [
-        {**saturation, "prompt": prompt, "text": decode(new), "tokens": new, "new_tokens": len(new), "seconds": seconds}
-        for prompt, new in zip(prompts, generated, strict=True)
+        {
+            **saturation,
+            "prompt": prompt,
+            "text": continuation(engine.tokenizer, encoded, new),
+            "tokens": new,
+            "new_tokens": len(new),
+            "seconds": seconds,
+        }
+        for prompt, encoded, new in zip(prompts, ids, generated, strict=True)
     ]
     return {"rows": rows}
 
@@ -100,36 +106,29 @@ class Streams:
     """Text on standard output: the answer to one prompt as its tokens come; of several prompts, when all are done, one
     line each, a JSON object with the prompt and its answer, in their order."""
 
-    def __init__(self, tokenizer: Any, prompts: Sequence[str]):
-        self.tokenizer, self.prompts = tokenizer, prompts
-        self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.printed = ""
+    def __init__(self, tokenizer: Any, prompts: Sequence[str], ids: Sequence[Sequence[int]]):
+        self.prompts = prompts
+        self.texts = [Text(tokenizer, encoded) for encoded in ids]
 
     def put(self, number: int, token: int) -> None:
-        self.tokens[number].append(token)
-        if len(self.prompts) > 1:
-            return
-        text = self._text(number)
-        if text.endswith("\ufffd"):  # half a character: the next token completes it
-            return
-        print(text[len(self.printed) :], end="", flush=True)
-        self.printed = text
+        new = self.texts[number].put(token)
+        if len(self.prompts) == 1:
+            print(new, end="", flush=True)
 
     def end(self) -> None:
-        if len(self.prompts) > 1:
-            for number, prompt in enumerate(self.prompts):
-                print(json.dumps({"prompt": prompt, "text": self._text(number)}, ensure_ascii=False))
-        else:
-            print(self._text(0)[len(self.printed) :])
-
-    def _text(self, number: int) -> str:
-        return self.tokenizer.decode(self.tokens[number], skip_special_tokens=True)
+        left = [text.end() for text in self.texts]
+        if len(self.prompts) == 1:
+            print(left[0])
+            return
+        for prompt, text in zip(self.prompts, self.texts, strict=True):
+            print(json.dumps({"prompt": prompt, "text": text.sent}, ensure_ascii=False))
 
 
 def continue_text(engine: Engine, prompt: str, max_new_tokens: int) -> str:
     """Return the greedy continuation of one prompt."""
-    (new,) = engine.generate([encode(engine, prompt)], GenerateOptions(max_new_tokens))
-    return engine.tokenizer.decode(new, skip_special_tokens=True)
+    ids = encode(engine, prompt)
+    (new,) = engine.generate([ids], GenerateOptions(max_new_tokens))
+    return continuation(engine.tokenizer, ids, new)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from megatron_lowbit.config import NOTICED, LowBitError, StageConfig, one_line
-from megatron_lowbit.io.files import ensure_writable, write_json, write_text
+from megatron_lowbit.io.files import discard, ensure_writable, write_json, write_text
 from megatron_lowbit.launch.arguments import BAD_INPUT, fail, parse
 from megatron_lowbit.launch.bench.netlab import FIRST_HOST, network, no_namespaces
 from megatron_lowbit.launch.ending import tell_ending
@@ -108,6 +108,7 @@ def make_page(output: Path) -> Path | None:
         print(f"megatron-lowbit: no {PAGE}: {error}", file=sys.stderr)
     except Exception as error:
         warnings.warn(f"no {PAGE}: {type(error).__name__}: {error}", stacklevel=2)  # which the tests take for an error
+    discard(page)  # of an earlier run: it does not tell of these results
     return None
 
 

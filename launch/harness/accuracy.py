@@ -30,7 +30,7 @@ from megatron_lowbit.config import LOCAL_TASK, EvaluateConfig, LowBitError, one_
 from megatron_lowbit.launch.engines.base import Engine
 from megatron_lowbit.launch.harness import TASKS
 from megatron_lowbit.launch.kept import file_name, read_kept, write_kept
-from megatron_lowbit.runtime.distributed import on_every_rank, on_rank_zero
+from megatron_lowbit.runtime.distributed import PreemptionCheck, on_every_rank, on_rank_zero
 from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.metrics import MetricLogger
 
@@ -48,6 +48,7 @@ class TaskSuite:
     def __init__(self, config: EvaluateConfig, logger: MetricLogger):
         self.section, self.logger = config.evaluation, logger
         self.folder = Path(config.output_dir) / "tasks"
+        self.stop = PreemptionCheck()
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.manager = on_every_rank(lambda: _manager(self.section.tasks, self.section.task_data))
         self.loaded: dict[str, dict[str, Any]] = {}  # {name asked for: what lm-eval has loaded}
@@ -64,10 +65,12 @@ class TaskSuite:
 
         from megatron_lowbit.launch.harness.model import EngineLM
 
-        lm = EngineLM(engine, self.section.batch_size)
+        # With copies, which come to different numbers of calls, ranks cannot ask each other at every one.
+        lm = EngineLM(engine, self.section.batch_size, self.stop if engine.dp_group is None else None)
         found: dict[str, Any] = {}
         questions = self.digests()
         for name, loaded in self.loaded.items():
+            self.stop.check("evaluate keeps finished tasks, and goes on with the next when it is run again")
             about = {"model": dict(model), "limit": self.section.task_samples, "lm_eval": lm_eval.__version__}
             about["questions"] = questions[name]
             file = self.folder / file_name(row) / f"{file_name(name)}.json"

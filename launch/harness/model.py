@@ -26,7 +26,7 @@ from torch import distributed as dist
 from megatron_lowbit.config import EvaluateConfig, LowBitError, shown
 from megatron_lowbit.launch.api import nested
 from megatron_lowbit.launch.engines.base import Engine, GenerateOptions
-from megatron_lowbit.launch.engines.prepare import check_head, prepare_artifact
+from megatron_lowbit.launch.engines.prepare import apply_prepared, check_head, prepare_artifact
 from megatron_lowbit.launch.groups import start_copies
 from megatron_lowbit.launch.harness.plain import from_plain, to_plain
 from megatron_lowbit.launch.inputs import check_inputs
@@ -48,7 +48,11 @@ from megatron_lowbit.runtime.metrics import MetricLogger
 NAME = "megatron_lowbit"
 BATCH_SIZE = 8
 GREEDY = ("do_sample", "temperature")  # of the settings of generation, those that engines have
-NO_EFFECT = ("ablation", "comm_ablation", "correction", "evaluation", "output_dir", "reassembly", "token_ablation")
+# Keys of evaluate that say what is measured, which lm-eval's own arguments do, and where it is written.
+NO_EFFECT = (
+    *("ablation", "comm_ablation", "correction", "evaluation"),
+    *("experiment", "output_dir", "reassembly", "token_ablation"),
+)
 
 
 class EngineLM(HFLM):
@@ -57,12 +61,13 @@ class EngineLM(HFLM):
     Args:
         engine: what computes the logits.
         batch_size: sequences per forward pass.
+        preemption: asked at every forward pass whether to stop; None: nobody is.
 
     Raises:
         LowBitError: a tokenizer that is empty, or has no token that a text can begin with.
     """
 
-    def __init__(self, engine: Engine, batch_size: int = BATCH_SIZE):
+    def __init__(self, engine: Engine, batch_size: int = BATCH_SIZE, preemption: PreemptionCheck | None = None):
         TemplateLM.__init__(self)  # HFLM's own loads a model
         check_tokenizer(engine.tokenizer)
         if engine.tokenizer.bos_token_id is None and engine.tokenizer.eos_token_id is None:
@@ -76,8 +81,7 @@ class EngineLM(HFLM):
         self.softmax_dtype, self.logits_cache, self.truncation = torch.float32, True, False
         self.add_bos_token = self.custom_prefix_token_id = self.enable_thinking = self.think_end_token = None
         self.chat_template_args: dict[str, Any] = {}
-        # With copies, which come to different numbers of calls, ranks cannot ask each other at every one.
-        self.preemption = PreemptionCheck() if engine.dp_group is None else None
+        self.preemption = preemption
 
     def _model_call(self, inps: Tensor, attn_mask: None = None, labels: None = None) -> Tensor:
         """Run the engine on token ids [windows, length], padded on the right, which causal attention does not see;
@@ -174,9 +178,8 @@ class LowBitLM(EngineLM):
             )
         engine = start_copies(config, [config.weights])
         artifact = prepare_artifact(engine, config, MetricLogger(config.output_dir, "evaluate", {}, rank=1))
-        if artifact.checkpoint is not None or artifact.plans or config.comm.mode is not None:
-            engine.apply(artifact, config.comm)
-        super().__init__(engine, size)
+        apply_prepared(engine, artifact, config.comm)
+        super().__init__(engine, size, PreemptionCheck() if engine.dp_group is None else None)
 
 
 def config_of(values: Mapping[str, Any]) -> EvaluateConfig:

@@ -35,7 +35,7 @@ from megatron_lowbit.launch.server.protocol import (
 )
 from megatron_lowbit.launch.server.sampling import Sampler
 from megatron_lowbit.launch.server.scheduler import Full, Scheduler
-from megatron_lowbit.launch.server.text import Text
+from megatron_lowbit.launch.text import Text
 
 logger = logging.getLogger("megatron_lowbit")
 
@@ -253,7 +253,8 @@ class Server:
         sampling = asked.sampling(index % (asked.n or 1))
         processors = self.engine.logits_processors(sampling.temperature, sampling.top_p, sampling.greedy, len(prompt))
         sampler = Sampler(sampling, processors, prompt)
-        text = Text(self.engine.tokenizer, asked.stops)
+        behind = [] if isinstance(asked, ChatRequest) else prompt  # a message is a text of its own
+        text = Text(self.engine.tokenizer, behind, asked.stops)
         top: int | None = asked.top  # type: ignore[attr-defined]
         return Job(index, prompt, new, sampler, text, self.engine.end_ids, emit, deadline, top, scored)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from megatron_lowbit.launch.server.sampling import LogProb, Sampler, log_prob, prompt_log_probs
-from megatron_lowbit.launch.server.text import Text
+from megatron_lowbit.launch.text import Text
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ artifact stays in <output_dir>/qllm/<row>, and is not made again for the same se
 
 from __future__ import annotations
 
-import hashlib
 import time
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,7 @@ def run(config: EvaluateConfig, logger: MetricLogger) -> dict[str, Any]:
     engine = start_engine(config)
     windows = load_windows(engine, config.evaluation, "evaluation", logger)
     calibration = load_windows(engine, config.calibration, "calibration", logger)
-    text = hashlib.sha256(calibration.ids.numpy().tobytes()).hexdigest()
+    text = calibration.digest()
     model = identity(engine, config)
     row, reference = full_precision_row(engine, windows, config.evaluation, logger)
     rows = [with_accuracy({**row, "name": "full"}, suite, engine, model)]

@@ -275,7 +275,8 @@ def test_a_page_that_cannot_be_made_fails_no_stage(tmp_path, monkeypatch, capsys
     """Another stage's damaged result is one line; a mistake of ours is a warning, which these tests take for an
     error."""
     (tmp_path / "evaluate.json").write_text("{")
-    assert runner.make_page(tmp_path) is None
+    (tmp_path / "report.html").write_text("of an earlier run")
+    assert runner.make_page(tmp_path) is None and not (tmp_path / "report.html").exists()
     assert "no report.html" in capsys.readouterr().err
 
     def mistaken(*_):

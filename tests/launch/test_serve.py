@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_lowbit.launch.server.answers import Answers
 from megatron_lowbit.launch.server.jobs import Failure
 from megatron_lowbit.launch.server.protocol import MAX_BODY
-from megatron_lowbit.launch.server.text import Text
+from megatron_lowbit.launch.text import Text
 
 PROMPTS = ["def read_lines(path):\n", "import os\n", "class A:\n    def", "for i in range(", "return", "try:\n    x"]
 
@@ -164,7 +164,7 @@ def test_pieces_of_a_text(stop):
     """No piece is taken back, no half character is sent, and a stop string is found however its tokens fall."""
     text = "aaaab 日本語 ßßxy caaabc"
     cut = min([text.find(s) for s in stop if s in text], default=len(text))
-    pieces, so_far = [], Text(Bytes(), stop)
+    pieces, so_far = [], Text(Bytes(), stop=stop)
     for token in text.encode():
         pieces.append(so_far.put(token))
         assert text[:cut].startswith("".join(pieces))

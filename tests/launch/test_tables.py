@@ -145,7 +145,7 @@ def test_answers_stand_by_their_prompts(capsys):
     """Answers of several lines, and one that looks like another record."""
     prompts = ["first", "second\tprompt é"]
     answers = ["two\nlines", '\n{"prompt": "third", "text": ""}']
-    streams = generate.Streams(Letters(), prompts)
+    streams = generate.Streams(Letters(), prompts, [[65], [66]])
     for turn in range(max(map(len, answers))):
         for place, answer in enumerate(answers):
             if turn < len(answer):
@@ -158,7 +158,7 @@ def test_answers_stand_by_their_prompts(capsys):
 
 
 def test_one_answer_is_streamed(capsys):
-    streams = generate.Streams(Letters(), ["only"])
+    streams = generate.Streams(Letters(), ["only"], [[65]])
     for letter in "ab":
         streams.put(0, ord(letter))
     assert capsys.readouterr().out == "ab"

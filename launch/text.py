@@ -1,8 +1,4 @@
-"""The text of a sequence while its tokens come: what can be sent already, and whether a stop string ends it.
-
-Its text at any time is the tokenizer's decode of all its new tokens, as `generate` prints it, so that the pieces of a
-stream joined are the text of an answer in one.
-"""
+"""The text of new tokens: whole, or while they come, as what can be shown already and is not going to change."""
 
 from __future__ import annotations
 
@@ -10,11 +6,25 @@ from collections.abc import Sequence
 from typing import Any
 
 
-class Text:
-    """The text so far. stop: strings of which the first to appear ends it, and is not part of it."""
+def continuation(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """Return the text of new tokens as it stands behind their prompt's; an empty prompt: as a text of its own.
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
-        self.tokenizer, self.stop = tokenizer, tuple(stop)
+    They are decoded behind the prompt's last token, because a tokenizer like Llama 2's leaves out the space that a
+    text begins with.
+    """
+    before = prompt[-1:]
+    shown = len(tokenizer.decode(before, skip_special_tokens=True)) if before else 0
+    return str(tokenizer.decode([*before, *new], skip_special_tokens=True))[shown:]
+
+
+class Text:
+    """A continuation's text so far; its pieces joined are the text of all its tokens.
+
+    prompt: as in continuation. stop: strings of which the first to appear ends it, and is not part of it.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int] = (), stop: Sequence[str] = ()):
+        self.tokenizer, self.prompt, self.stop = tokenizer, list(prompt[-1:]), tuple(stop)
         self.tokens: list[int] = []
         self.sent = ""
         self.stopped = False
@@ -38,7 +48,7 @@ class Text:
         return "" if self.stopped else self._send(self._decoded())
 
     def _decoded(self) -> str:
-        return self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        return continuation(self.tokenizer, self.prompt, self.tokens)
 
     def _send(self, text: str) -> str:
         new = text[len(self.sent) :]
