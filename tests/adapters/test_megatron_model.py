@@ -325,3 +325,11 @@ def test_mbridge_gives_every_rank_the_same_tensors(pools, tmp_path, name, ranks)
     for results in pools[ranks].run(cases.by_mbridge, tmp_path):
         assert results["differing"] == []
         assert len(results["names"]) >= 14 and ("output_layer.weight" in results["names"]) == (name == architecture)
+
+
+def test_a_process_that_has_initialized_megatron(two_ranks):
+    """Its groups are used, so that a script may call evaluate twice; other sizes are refused with both numbers."""
+    for found in two_ranks.run(cases.initialized_again):
+        assert found["kept"]
+        assert "initialized Megatron with tp=2, not 1 and pp=1, not 2" in found["refused"]
+        assert "destroy_model_parallel" in found["refused"]

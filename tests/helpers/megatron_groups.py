@@ -29,6 +29,7 @@ def parallel(tp: int, pp: int = 1) -> Iterator[None]:
     if (tp, pp) in _made:
         state.update(_made[tp, pp])
     else:
+        parallel_state.destroy_model_parallel()  # a command that ran in this worker leaves its groups
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
         _made[tp, pp] = {name: state[name] for name in names}
     try:

@@ -204,3 +204,16 @@ def artifact_logits(rank: int, size: int, tp: int, architecture: str, artifact: 
         model = megatron_model.load_weights(megatron_model.build(hf.config), hf.state_dict(), hf.config)
         lowbit.apply_to_megatron(model, artifact)
         return stage_logits(model, hf.config.vocab_size)
+
+
+def initialized_again(rank: int, size: int) -> dict[str, Any]:
+    """What the engine's initialize does in a process where Megatron is initialized already."""
+    from megatron.core import parallel_state
+
+    from megatron_lowbit.adapters.megatron import model as megatron_model
+
+    with parallel(size):
+        before = parallel_state.get_tensor_model_parallel_group()
+        megatron_model.initialize(size, 1, 0)
+        kept = parallel_state.get_tensor_model_parallel_group() is before
+        return {"kept": kept, "refused": said(megatron_model.initialize, 1, size, 0)}

@@ -51,9 +51,27 @@ Read = Callable[[str, tuple[int, ...]], Tensor]
 
 def initialize(tp: int, pp: int, seed: int) -> None:
     """Initialize Megatron's parallel groups, over the ranks of an initialized torch.distributed; the rest are
-    data-parallel."""
-    minutes = collective_limit().total_seconds() / 60
-    parallel_state.initialize_model_parallel(tp, pp, distributed_timeout_minutes=minutes)
+    data-parallel.
+
+    Groups that this process already has are used. Raises LowBitError where they are of other sizes.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        found = {
+            "tp": parallel_state.get_tensor_model_parallel_world_size(),
+            "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+            "context parallel": parallel_state.get_context_parallel_world_size(),
+        }
+        wanted = {"tp": tp, "pp": pp, "context parallel": 1}
+        if found != wanted:
+            differ = [name for name in found if found[name] != wanted[name]]
+            sizes = " and ".join(f"{name}={found[name]}, not {wanted[name]}" for name in differ)
+            raise LowBitError(
+                f"this process has initialized Megatron with {sizes}; "
+                "call megatron.core.parallel_state.destroy_model_parallel() first, or ask for the same sizes"
+            )
+    else:
+        minutes = collective_limit().total_seconds() / 60
+        parallel_state.initialize_model_parallel(tp, pp, distributed_timeout_minutes=minutes)
     cpu_shims.enable()
     if torch.cuda.is_available():
         model_parallel_cuda_manual_seed(seed)
