@@ -57,7 +57,10 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU that PyTorch sees"))
 
 
-@pytest.fixture(scope="session")
+# A file's ranks are its own: what a case leaves in them reaches no other file, and idle ranks poll their sockets.
+
+
+@pytest.fixture(scope="module")
 def one_rank():
     """A process group of one, for frameworks that do not run without."""
     pool = RankPool(1)
@@ -65,28 +68,28 @@ def one_rank():
     pool.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def two_ranks():
     pool = RankPool(2)
     yield pool
     pool.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def three_ranks():
     pool = RankPool(3)
     yield pool
     pool.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def four_ranks():
     pool = RankPool(4)
     yield pool
     pool.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pool_of(request):
     """The pool of so many ranks: pool_of(2).run(...)."""
     return lambda size: request.getfixturevalue({1: "one_rank", 2: "two_ranks", 4: "four_ranks"}[size])
