@@ -24,6 +24,7 @@ constexpr int64_t kLeastAmxTokens = 5;         // below, tiles.h is faster: it d
 constexpr int64_t kTile = 1024;                // bytes of a tile register
 constexpr int64_t kExpanded = 1 << 20;         // bytes of expanded weights, which the tokens share a 2 MiB cache with,
 constexpr int64_t kMostExpanded = 3 << 19;     // or those of two panels, rather than read the tokens once more
+constexpr int64_t kMostTiles = 64;             // of a token that are multiplied at a time
 constexpr int kRows = 16;
 
 // Linux lends the tile registers on request (arch_prctl, ARCH_REQ_XCOMP_PERM of XTILEDATA).
@@ -96,7 +97,6 @@ struct AmxShape {
   int64_t block_bytes() const { return tiles * kVector; }
   int64_t row_bytes() const { return blocks * block_bytes(); }
   int64_t x_bytes() const { return up(tokens, kRows) * row_bytes(); }
-  int64_t panel_bytes() const { return blocks * tiles * kGroups * kTile; }
 
   // row: row_bytes() of a token.
   void put_row(const uint8_t* row, int64_t token, uint8_t* x) const {
@@ -200,31 +200,32 @@ inline void multiply_one(const uint8_t* x, const uint8_t* w, int64_t tiles, bool
   fence();
 }
 
-// Panels whose expanded weights share the second-level cache.
+// A range of the tiles of every block of some panels, expanded: what is in the second-level cache at a time.
 template <class Operand>
 struct ExpandedPanels {
-  const int64_t panel_bytes, block_bytes;
+  const int64_t block_bytes, panel_bytes;
   Buffer<uint8_t> weights;
   std::vector<Channels> channels;
+  int64_t first_tile = 0;
 
-  ExpandedPanels(const Panels& panels, const AmxShape<Operand>& shape, int64_t together, int64_t weight_groups)
-      : panel_bytes(shape.panel_bytes()), block_bytes(shape.tiles * kGroups * kTile), weights(together * panel_bytes) {
+  // tiles: of a block, at most at a time; together: panels.
+  ExpandedPanels(const Panels& panels, int64_t tiles, int64_t together, int64_t weight_groups)
+      : block_bytes(tiles * kGroups * kTile), panel_bytes(panels.blocks * block_bytes), weights(together * panel_bytes) {
     for (int64_t i = 0; i < together; ++i) channels.emplace_back(panels.blocks, weight_groups);
   }
 
-  void read(const Panels& panels, const AmxShape<Operand>& shape, int64_t first, int64_t last, const float* scale,
-            const float* zero_point) {
-    for (int64_t p = first; p < last; ++p) {
-      uint8_t* at = weights.get() + (p - first) * panel_bytes;
-      const uint8_t* step = panels.panel(p);
-      for (int64_t b = 0; b < panels.blocks; ++b, at += block_bytes)
-        step = expand<Operand>(step, panels.step_bytes(), panels.steps(), shape.tiles, at);
-      channels[p - first].read(panels, p, scale, zero_point);
-    }
+  void expand_tiles(const Panels& panels, int64_t first, int64_t last, int64_t tile, int64_t tiles) {
+    constexpr int64_t kSteps = Operand::kInputs / kStep;
+    first_tile = tile;
+    for (int64_t p = first; p < last; ++p)
+      for (int64_t b = 0; b < panels.blocks; ++b)
+        expand<Operand>(panels.panel(p) + (b * panels.steps() + tile * kSteps) * panels.step_bytes(), panels.step_bytes(),
+                        panels.steps() - tile * kSteps, tiles,
+                        weights.get() + (p - first) * panel_bytes + b * block_bytes);
   }
 
   const uint8_t* of(int64_t half, int64_t block, int64_t tile) const {
-    return weights.get() + half / kHalves * panel_bytes + block * block_bytes + tile * kGroups * kTile +
+    return weights.get() + half / kHalves * panel_bytes + block * block_bytes + (tile - first_tile) * kGroups * kTile +
            half % kHalves * 2 * kTile;
   }
 };
@@ -260,49 +261,57 @@ struct Unfinished {
 };
 
 // All tokens with the panels [first, last), where tokens are many: weights are expanded once for all of them. A piece of
-// 32 tokens stays in the first-level cache while all the panels go by.
+// 32 tokens stays in the first-level cache while all the panels go by. Where a token is long and one block, the panels
+// are taken a part of their inputs at a time, more of them together: tokens are read less often, and their sums wait.
 template <class Operand>
 void multiply_wide(const Panels& panels, const AmxShape<Operand>& shape, const uint8_t* x, const Tokens& tokens,
                    const float* scale, const float* zero_point, int64_t weight_groups, int64_t first, int64_t last,
                    const Output& to) {
   constexpr int64_t kPiece = 16;  // tiles
   constexpr int64_t kShort = 8;   // tiles; the sums of a block are more bytes than its tokens
-  const int64_t least = 2 * shape.panel_bytes() <= kMostExpanded ? 2 : 1;
-  const int64_t together = std::min(last - first, std::max(least, kExpanded / shape.panel_bytes()));
-  const int64_t x_stride = kRows * shape.row_bytes();
-  ExpandedPanels<Operand> expanded(panels, shape, together, weight_groups);
+  const int64_t parts = shape.blocks == 1 ? (shape.tiles + kMostTiles - 1) / kMostTiles : 1;
+  const int64_t part = (shape.tiles + parts - 1) / parts, part_bytes = shape.blocks * part * kGroups * kTile;
+  const int64_t least = 2 * part_bytes <= kMostExpanded ? 2 : 1;
+  const int64_t together = std::min(last - first, std::max(least, kExpanded / part_bytes));
+  const int64_t x_stride = kRows * shape.row_bytes(), pairs = up(shape.tokens, 2 * kRows) / (2 * kRows);
+  ExpandedPanels<Operand> expanded(panels, part, together, weight_groups);
   auto sums = std::make_unique<Sums<kDots>[]>(together * kHalves);
-  Buffer<typename Operand::Dot> dots(together * kHalves * kDots);
+  Buffer<typename Operand::Dot> dots((parts > 1 ? pairs : 1) * together * kHalves * kDots);
   Unfinished<typename Operand::Dot> unfinished{tokens, to};
   std::vector<Block> blocks;
   std::vector<double> reach(shape.blocks);
   for (int64_t b = 0; b < shape.blocks; ++b) blocks.emplace_back(b, expanded.channels[0]);
   for (int64_t begin = first; begin < last; begin += together) {
-    const int64_t end = std::min(begin + together, last);
-    expanded.read(panels, shape, begin, end, scale, zero_point);
-    for (int64_t token = 0; token < shape.tokens; token += 2 * kRows) {
-      const int rows = static_cast<int>(std::min<int64_t>(2 * kRows, shape.tokens - token));
-      const int64_t halves = (end - begin) * kHalves;
-      for (int64_t b = 0; b < shape.blocks; ++b) reach[b] = reach_of(tokens, token, rows, b);
-      auto multiply = [&](int64_t half, int64_t b, int64_t tile, auto* dot, Sums<kDots>& sum) {
-        const uint8_t* piece = x + token * shape.row_bytes() + (b * shape.tiles + tile) * kTile;
-        const uint8_t* w = expanded.of(half, b, tile);
-        const int64_t tiles = std::min(kPiece, shape.tiles - tile);
-        const int share = static_cast<int>((2 * kRows + tiles - 1) / tiles);
-        auto meanwhile = [&]() INLINE { unfinished.finish(share); };
-        if (rows > kRows) multiply_two<Operand>(piece, x_stride, w, tiles, !tile, dot, meanwhile);
-        else multiply_one<Operand>(piece, w, tiles, !tile, dot, meanwhile);
-        if (tile + tiles == shape.tiles)
-          unfinished.start(token, rows, reach[b], expanded.channels[half / kHalves], begin + half / kHalves, blocks[b],
-                           static_cast<int>(half % kHalves * kColumns), dot, sum, panels.block());
-      };
-      if (shape.tiles <= kShort) {
-        for (int64_t i = 0; i < halves * shape.blocks; ++i)
-          multiply(i / shape.blocks, i % shape.blocks, 0, dots.get() + i % 2 * kDots, sums[0]);
-      } else {
-        for (int64_t b = 0; b < shape.blocks; ++b)
-          for (int64_t tile = 0; tile < shape.tiles; tile += kPiece)
-            for (int64_t half = 0; half < halves; ++half) multiply(half, b, tile, dots.get() + half * kDots, sums[half]);
+    const int64_t end = std::min(begin + together, last), halves = (end - begin) * kHalves;
+    for (int64_t p = begin; p < end; ++p) expanded.channels[p - begin].read(panels, p, scale, zero_point);
+    for (int64_t from = 0; from < shape.tiles; from += part) {
+      const int64_t until = std::min(from + part, shape.tiles);
+      expanded.expand_tiles(panels, begin, end, from, until - from);
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        const int64_t token = pair * 2 * kRows;
+        const int rows = static_cast<int>(std::min<int64_t>(2 * kRows, shape.tokens - token));
+        auto* pair_dots = dots.get() + (parts > 1 ? pair * halves * kDots : 0);
+        for (int64_t b = 0; b < shape.blocks; ++b) reach[b] = reach_of(tokens, token, rows, b);
+        auto multiply = [&](int64_t half, int64_t b, int64_t tile, auto* dot, Sums<kDots>& sum) {
+          const uint8_t* piece = x + token * shape.row_bytes() + (b * shape.tiles + tile) * kTile;
+          const uint8_t* w = expanded.of(half, b, tile);
+          const int64_t tiles = std::min(kPiece, until - tile);
+          const int share = static_cast<int>((2 * kRows + tiles - 1) / tiles);
+          auto meanwhile = [&]() INLINE { unfinished.finish(share); };
+          if (rows > kRows) multiply_two<Operand>(piece, x_stride, w, tiles, !tile, dot, meanwhile);
+          else multiply_one<Operand>(piece, w, tiles, !tile, dot, meanwhile);
+          if (tile + tiles == shape.tiles)
+            unfinished.start(token, rows, reach[b], expanded.channels[half / kHalves], begin + half / kHalves, blocks[b],
+                             static_cast<int>(half % kHalves * kColumns), dot, sum, panels.block());
+        };
+        if (shape.tiles <= kShort) {
+          for (int64_t i = 0; i < halves * shape.blocks; ++i)
+            multiply(i / shape.blocks, i % shape.blocks, 0, pair_dots + i % 2 * kDots, sums[0]);
+        } else {
+          for (int64_t b = 0; b < shape.blocks; ++b)
+            for (int64_t tile = from; tile < until; tile += kPiece)
+              for (int64_t half = 0; half < halves; ++half) multiply(half, b, tile, pair_dots + half * kDots, sums[half]);
+        }
       }
     }
     unfinished.finish(2 * kRows);

@@ -1,4 +1,4 @@
-"""Real gloo ranks for tests: worker processes that start warm (warm.py) and stay up between tests.
+"""Real gloo ranks for tests: worker processes that start warm (warm.py) and stay up between tests of a file.
 
     pool = RankPool(2)
     results = pool.run(rank_cases.some_case, argument)      # [some_case(0, 2, argument), some_case(1, 2, argument)]

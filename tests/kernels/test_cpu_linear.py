@@ -101,6 +101,24 @@ def test_a_block_that_32_bits_cannot_hold():
     assert not panels.fits(8, inputs, 1) and (y == 255 * 255 * (inputs - 1)).all() and 255 * 255 * inputs > 2**32
 
 
+@pytest.mark.parametrize("act_bits, inputs, act_groups", [(8, 4173, 1), (8, 8208, 8), (16, 2061, 1), (16, 4112, 1)])
+def test_long_tokens(act_bits, inputs, act_groups, monkeypatch):
+    """Of one block and of several; tile registers take one that is one block in parts, whose sums wait in memory."""
+    monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", "cpu")
+    random = torch.Generator().manual_seed(3)
+    x = torch.randn(70, inputs, generator=random).to(torch.bfloat16)
+    codes = torch.randint(0, 16, (330, inputs), dtype=torch.uint8, generator=random)
+    scale = torch.rand(330, 1, generator=random)
+    zero = torch.randint(0, 16, (330, 1), generator=random).float()
+    rows, layout = kernels.pack_bits(codes, 4), (4, inputs, kernels.blocks_of(act_bits, act_groups, 1), act_bits == 16)
+    ordered = kernels.panels_of(rows, *layout)
+    y = kernels.quant_linear(x, ordered, scale, zero, 4, act_bits, act_groups, torch.bfloat16)
+    if act_bits == 16:
+        linear_fuzz.weight_only(x, ordered, rows, (scale, zero, 4, 16, 1), y, torch.bfloat16)
+    else:
+        assert_same_bits(y, linear_oracle.quant_linear(x, codes, scale, zero, 8, act_groups, torch.bfloat16))
+
+
 TILES = [(4, 1), (4, 4), (4, 12), (8, 12), (6, 10), (2, 6)]  # bits of weights, tokens
 TILES_SOURCE = """
 #include "tiles.h"
