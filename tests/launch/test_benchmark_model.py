@@ -58,6 +58,18 @@ def test_rows(tmp_path):
     assert len(table) == 2 + len(rows) and "prefill 30, tokens/s" in table[2] and "W4A8" in table[0]
 
 
+def test_no_prompt_copies_the_output_projection(tmp_path):
+    """Of an artifact alone: torch multiplies a frozen weight with a slice of the hidden states as a batch, and copies it."""
+    settings, _ = model.prepare(
+        BenchmarkModelConfig(models=["random"], architecture=FIELDS, tokens=8, new_tokens=1), "random", tmp_path
+    )
+    quantized = model_process.load("quantized", settings)
+    with torch.profiler.profile(record_shapes=True) as seen:
+        next(model_process.passes(quantized, model_process.token_ids(settings, WORDS), settings.tokens))
+    products = {event.name: event.input_shapes for event in seen.events() if WORDS in sum(event.input_shapes, [])}
+    assert "aten::mm" in products and "aten::bmm" not in products
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_other_bits_end_the_run_after_its_table(same, monkeypatch, capsys):
     """The processes' figures are given; memory is what a process holds beyond an empty one."""
