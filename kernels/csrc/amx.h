@@ -210,7 +210,7 @@ struct ExpandedPanels {
 
   // tiles: of a block, at most at a time; together: panels.
   ExpandedPanels(const Panels& panels, int64_t tiles, int64_t together, int64_t weight_groups)
-      : block_bytes(tiles * kGroups * kTile), panel_bytes(panels.blocks * block_bytes), weights(together * panel_bytes) {
+      : block_bytes(tiles * kGroups * kTile), panel_bytes(panels.blocks * block_bytes), weights(together * panel_bytes, kAnything) {
     for (int64_t i = 0; i < together; ++i) channels.emplace_back(panels.blocks, weight_groups);
   }
 
@@ -275,8 +275,8 @@ void multiply_wide(const Panels& panels, const AmxShape<Operand>& shape, const u
   const int64_t together = std::min(last - first, std::max(least, kExpanded / part_bytes));
   const int64_t x_stride = kRows * shape.row_bytes(), pairs = up(shape.tokens, 2 * kRows) / (2 * kRows);
   ExpandedPanels<Operand> expanded(panels, part, together, weight_groups);
-  auto sums = std::make_unique<Sums<kDots>[]>(together * kHalves);
-  Buffer<typename Operand::Dot> dots((parts > 1 ? pairs : 1) * together * kHalves * kDots);
+  const std::unique_ptr<Sums<kDots>[]> sums(new Sums<kDots>[together * kHalves]);  // not zeroed
+  Buffer<typename Operand::Dot> dots((parts > 1 ? pairs : 1) * together * kHalves * kDots, kAnything);
   Unfinished<typename Operand::Dot> unfinished{tokens, to};
   std::vector<Block> blocks;
   std::vector<double> reach(shape.blocks);

@@ -317,14 +317,16 @@ struct Largest {
   }
 };
 
-// Scratch memory, zeroed, with room for a vector read or written past its end.
+enum Content { kZeros, kAnything };
+
+// Scratch memory with room for a vector read or written past its end.
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t size) {
+  explicit Buffer(int64_t size, Content content = kZeros) {
     size_t bytes = size * sizeof(T) + 128;
     data_ = static_cast<T*>(::operator new(bytes, std::align_val_t(64)));
-    std::memset(static_cast<void*>(data_), 0, bytes);
+    if (content == kZeros) std::memset(static_cast<void*>(data_), 0, bytes);
   }
   ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
   Buffer(const Buffer&) = delete;
