@@ -12,7 +12,7 @@ import family_models
 import pytest
 import tiny_models
 import torch
-from commands import needs_deepspeed, run_here
+from commands import CALIBRATION_TEXT, needs_deepspeed, run_here
 from quantize_runs import checksums, quantize
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,7 +33,7 @@ from megatron_lowbit.quant.gptq import InverseFactor
 
 # Plain; gate and up in one another's rows, biases, [in, out]; no gate; dense blocks and shared experts beside them.
 FAMILIES = ("mixtral", "gpt_oss", "nemotron_h", "qwen2_moe", "deepseek_v3")
-TEXT = ["calibration.data=stdlib:calibration", "calibration.samples=4", "calibration.sequence_length=64"]
+TEXT = [f"calibration.data={CALIBRATION_TEXT}", "calibration.samples=4", "calibration.sequence_length=64"]
 UNTRAINED = ["weights.method=qllm", "correction.mode=none", "reassembly.mode=none", *TEXT, "comm.tp_sizes=[]"]
 
 

@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 import torch
 from closeness import assert_equal_but_for_flips
-from commands import needs_megatron, run_here
+from commands import CALIBRATION_TEXT, needs_megatron, run_here
 from megatron_artifacts import gather_artifact
 from tiny_models import build, make_artifact
 from torch import Tensor
@@ -35,7 +35,7 @@ WEIGHTS = {
     "W4A8 in groups": WeightsConfig(scheme="W4A8", group_size=8, symmetric=True),
 }
 QLLM = [
-    *("model=embedded", "weights.scheme=W4A4", "weights.shard_groups=4", "calibration.data=stdlib:calibration"),
+    *("model=embedded", "weights.scheme=W4A4", "weights.shard_groups=4", f"calibration.data={CALIBRATION_TEXT}"),
     *("calibration.samples=2", "calibration.sequence_length=64", "comm.tp_sizes=[2, 4]", "correction.epochs=1"),
     *("correction.mode=branch", "reassembly.mode=fixed", "reassembly.expansion=0.05", "reassembly.o_proj=true"),
 ]

@@ -11,7 +11,7 @@ import pytest
 import rank_cases
 import sequence_parallel_cases
 import torch
-from commands import CALIBRATION, EVALUATION, run_here
+from commands import CALIBRATION, CALIBRATION_TEXT, EVALUATION, run_here
 from tiny_models import build, logits, make_artifact
 from torch import Tensor
 
@@ -182,7 +182,7 @@ def test_evaluate_counts_saturated_values(tmp_path):
         *EVALUATION,
         "calibration.samples=4",
     ]
-    code = run_here("evaluate", *use, "calibration.data=stdlib:calibration", f"output_dir={tmp_path}")
+    code = run_here("evaluate", *use, f"calibration.data={CALIBRATION_TEXT}", f"output_dir={tmp_path}")
     assert code == 0
     row = json.loads((tmp_path / "evaluate.json").read_text())["rows"][-1]
     assert isinstance(row["saturated"], int) and row["saturated"] > 0

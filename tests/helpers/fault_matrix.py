@@ -24,7 +24,7 @@ import psutil
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONSAFEPATH": "1"}
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-from commands import free_port
+from commands import CALIBRATION_TEXT, EVALUATION_TEXT, free_port
 from tiny_models import embedded_folder, save_model
 from unfinished_runs import artifact_files, done, metrics, quantize, renamed
 
@@ -32,8 +32,8 @@ PYTHON = sys.executable
 TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
 DEEPSPEED = [PYTHON, "-m", "deepspeed.launcher.runner"]
-TEXT = ["calibration.data=stdlib:calibration", "calibration.samples=24", "calibration.sequence_length=64"]
-TEXT += ["evaluation.data=stdlib:validation", "evaluation.samples=24", "evaluation.sequence_length=64"]
+TEXT = [f"calibration.data={CALIBRATION_TEXT}", "calibration.samples=24", "calibration.sequence_length=64"]
+TEXT += [f"evaluation.data={EVALUATION_TEXT}", "evaluation.samples=24", "evaluation.sequence_length=64"]
 TEXT += ["calibration.batch_size=1", "evaluation.batch_size=1"]
 
 Command = tuple[list[str], dict[str, str]]

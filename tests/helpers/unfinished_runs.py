@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from commands import run_here
+from commands import CALIBRATION_TEXT, run_here
 from forked import Forked
 
 SETTINGS = [
-    *("calibration.data=stdlib:calibration", "calibration.samples=4", "calibration.sequence_length=64"),
+    *(f"calibration.data={CALIBRATION_TEXT}", "calibration.samples=4", "calibration.sequence_length=64"),
     *("weights.scheme=W4A4", "reassembly.expansions=[0.05]", "correction.blocks_per_group=1", "correction.epochs=1"),
     *("comm.tp_sizes=[2]",),
 ]

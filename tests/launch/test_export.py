@@ -7,7 +7,7 @@ from pathlib import Path
 import family_models
 import pytest
 import torch
-from commands import run_here
+from commands import CALIBRATION_TEXT, run_here
 from quantize_runs import quantize
 from safetensors.torch import load_file
 from tiny_models import save_model
@@ -19,7 +19,7 @@ from megatron_lowbit.adapters.compressed_tensors import describe, export_linear
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.quant.affine import QuantizedWeight
 
-TEXT = ["calibration.data=stdlib:calibration", "calibration.samples=4", "calibration.sequence_length=64"]
+TEXT = [f"calibration.data={CALIBRATION_TEXT}", "calibration.samples=4", "calibration.sequence_length=64"]
 QLLM = [*TEXT, "comm.tp_sizes=[]", "weights.attention=false", "correction.epochs=1", "correction.batch_size=2"]
 RTN = ["weights.method=rtn", "weights.attention=false"]
 # Rounding alone; channels reassembled by norms and linears; a branch; R1, R2 and R4; the output projection, tied.

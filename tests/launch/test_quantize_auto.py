@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from commands import COMMAND, run_here, run_there
+from commands import CALIBRATION_TEXT, COMMAND, run_here, run_there
 from slow_cases import slow_but
 from tiny_models import save_model
 from unfinished_runs import artifact_files, killed_at
@@ -22,7 +22,7 @@ from megatron_lowbit.quant.affine import QuantizedWeight
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 TEXT = [
-    *("calibration.data=stdlib:calibration", "calibration.samples=6", "calibration.sequence_length=64"),
+    *(f"calibration.data={CALIBRATION_TEXT}", "calibration.samples=6", "calibration.sequence_length=64"),
     "comm.tp_sizes=[2]",
 ]
 RTN = ["weights.method=rtn", *TEXT]

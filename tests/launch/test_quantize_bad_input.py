@@ -15,7 +15,7 @@ from pathlib import Path
 import preemption_cases
 import pytest
 import torch
-from commands import COMMAND, free_port, run_here, run_there
+from commands import CALIBRATION_TEXT, COMMAND, free_port, run_here, run_there
 from rank_pool import RankPool
 from safetensors.torch import load_file, save_file
 from tiny_models import save_model
@@ -23,7 +23,7 @@ from tiny_models import save_model
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 TEXT = [
-    *("calibration.data=stdlib:calibration", "calibration.samples=4", "calibration.sequence_length=64"),
+    *(f"calibration.data={CALIBRATION_TEXT}", "calibration.samples=4", "calibration.sequence_length=64"),
     *("reassembly.expansions=[0.05]", "correction.epochs=1", "correction.blocks_per_group=1", "comm.tp_sizes=[2]"),
 ]
 QUANTIZE = ["quantize", "model={folder}/llama", "weights.scheme=W4A4", *TEXT]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import COMMAND, run_here, run_there
+from commands import CALIBRATION_TEXT, COMMAND, run_here, run_there
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from megatron_lowbit.comm.plan import CalibrationStats
@@ -17,7 +17,7 @@ from megatron_lowbit.qllm import pipeline
 
 CONFIG = Path(__file__).parents[2] / "configs" / "llama2_70b.yaml"
 RATES = {"flops": 4e14, "memory": 2e12, "disk": 1e9, "network": 1e11}
-TEXT = ["calibration.data=stdlib:calibration", "calibration.samples=2", "calibration.sequence_length=64"]
+TEXT = [f"calibration.data={CALIBRATION_TEXT}", "calibration.samples=2", "calibration.sequence_length=64"]
 
 
 def attention(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import COMMAND, run_here, run_there
+from commands import CALIBRATION_TEXT, COMMAND, run_here, run_there
 from tiny_models import save_model
 from unfinished_runs import artifact_files, done, killed_at, quantize, renamed
 
@@ -107,7 +107,13 @@ def test_killed_and_run_again(how, model, request, tmp_path):
     ],
 )
 def test_what_is_refused(settings, said, model, tmp_path, capsys):
-    command = ["quantize", f"model={model}", "calibration.data=stdlib:calibration", f"output_dir={tmp_path}", *settings]
+    command = [
+        "quantize",
+        f"model={model}",
+        f"calibration.data={CALIBRATION_TEXT}",
+        f"output_dir={tmp_path}",
+        *settings,
+    ]
     assert run_here(*command) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatron-lowbit: ")]
     assert said in line

@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from commands import run_here
+from commands import CALIBRATION_TEXT, run_here
 from quantize_runs import checksums, quantize
 from slow_cases import slow_but
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ def test_nothing_is_gained_without_rounding(architecture, tmp_path):
 # The pass
 
 SETTINGS = [
-    *("weights.scheme=W4A4", "weights.rotation=learned", "calibration.data=stdlib:calibration"),
+    *("weights.scheme=W4A4", "weights.rotation=learned", f"calibration.data={CALIBRATION_TEXT}"),
     *("calibration.samples=4", "calibration.sequence_length=64", "correction.mode=none", "reassembly.mode=none"),
     *("comm.tp_sizes=[2]", "rotation.batch_size=2", "rotation.epochs=1"),
 ]
@@ -255,7 +255,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("why", REFUSED)
 def test_it_is_refused_in_one_line(why, tmp_path, capfd):
-    settings = ["model=embedded", "weights.scheme=W4A4", "calibration.data=stdlib:calibration"]
+    settings = ["model=embedded", "weights.scheme=W4A4", f"calibration.data={CALIBRATION_TEXT}"]
     settings += ["calibration.samples=4", "calibration.sequence_length=64"]
     assert run_here("quantize", *settings, *REFUSED[why], f"output_dir={tmp_path}") == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("megatron-lowbit:")]

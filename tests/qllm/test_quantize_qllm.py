@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import COMMAND, EVALUATION, needs_deepspeed, run_here, run_there
+from commands import CALIBRATION_TEXT, COMMAND, EVALUATION, needs_deepspeed, run_here, run_there
 from quantize_runs import quantize
 from slow_cases import slow_but
 
@@ -20,7 +20,7 @@ from megatron_lowbit.qllm.pipeline import BlockwiseQuantizer
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 SETTINGS = [
-    *("model=embedded", "weights.scheme=W4A4", "calibration.data=stdlib:calibration", "calibration.samples=4"),
+    *("model=embedded", "weights.scheme=W4A4", f"calibration.data={CALIBRATION_TEXT}", "calibration.samples=4"),
     *("calibration.sequence_length=64", "reassembly.expansions=[0.02, 0.1]", "correction.epochs=1"),
     *("correction.rank=auto", "comm.tp_sizes=[2, 4]"),
 ]

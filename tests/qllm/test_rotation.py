@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from commands import needs_deepspeed, run_here
+from commands import CALIBRATION_TEXT, needs_deepspeed, run_here
 from quantize_runs import checksums, quantize
 from torch import Tensor
 
@@ -384,7 +384,7 @@ def test_a_patched_model_is_saved_untied(monkeypatch, tmp_path):
 # The pipeline
 
 SETTINGS = [
-    *("weights.scheme=W4A4", "weights.rotation=hadamard", "calibration.data=stdlib:calibration"),
+    *("weights.scheme=W4A4", "weights.rotation=hadamard", f"calibration.data={CALIBRATION_TEXT}"),
     *("calibration.samples=4", "calibration.sequence_length=64", "correction.mode=none", "reassembly.mode=none"),
     "comm.tp_sizes=[2]",
 ]
@@ -492,7 +492,7 @@ REFUSED = {
 @pytest.mark.parametrize("why", REFUSED)
 def test_commands_refuse_in_one_line(why, tmp_path, capsys):
     """A projection that rtn would round as it was, and a rotation of nothing that is rounded."""
-    settings = ["model=embedded", "weights.rotation=hadamard", "calibration.data=stdlib:calibration"]
+    settings = ["model=embedded", "weights.rotation=hadamard", f"calibration.data={CALIBRATION_TEXT}"]
     assert run_here(*REFUSED[why], *settings, f"output_dir={tmp_path}") == 2
     message = capsys.readouterr().err
     assert why in message and len(message.strip().splitlines()) == 1

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import COMMAND, EVALUATION, needs_deepspeed, needs_megatron, run_here, run_there
+from commands import CALIBRATION_TEXT, COMMAND, EVALUATION, needs_deepspeed, needs_megatron, run_here, run_there
 from tiny_models import save_model
 
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.plan import CalibrationStats
 
 CALIBRATION = [
-    *("calibration.data=stdlib:calibration", "calibration.samples=4", "calibration.sequence_length=32"),
+    *(f"calibration.data={CALIBRATION_TEXT}", "calibration.samples=4", "calibration.sequence_length=32"),
     "calibration.batch_size=2",
 ]
 QLLM = [*CALIBRATION, "weights.scheme=W4A4", "reassembly.expansions=[0.1]", "correction.epochs=1", "correction.rank=2"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from artifact_fuzz import ArtifactFuzz, counts, judge, seal
-from commands import run_here
+from commands import CALIBRATION_TEXT, run_here
 from safetensors.torch import load_file, save_file
 from tiny_models import build, make_artifact, make_stats, save_artifact, save_model
 
@@ -21,7 +21,7 @@ from megatron_lowbit.io.files import sha256
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 QLLM = [
-    *("calibration.data=stdlib:calibration", "calibration.samples=4", "calibration.sequence_length=64"),
+    *(f"calibration.data={CALIBRATION_TEXT}", "calibration.samples=4", "calibration.sequence_length=64"),
     *("weights.scheme=W4A4", "reassembly.mode=fixed", "reassembly.expansion=0.05", "correction.epochs=1"),
     "correction.blocks_per_group=1",
     *("correction.mode=branch", "comm.tp_sizes=[2]"),

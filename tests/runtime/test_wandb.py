@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from commands import COMMAND, SMALL_TEXT, run_there, started
+from commands import CALIBRATION_TEXT, COMMAND, SMALL_TEXT, run_there, started
 from read_wandb import OfflineRun, read_file
 from read_wandb import wandb_files as files
 from tiny_models import save_model
@@ -32,7 +32,7 @@ wandb = pytest.importorskip("wandb", reason="needs megatron-lowbit[wandb]")
 EVALUATE = ["evaluate", "model=embedded", "virtual_tp=2", "comm.mode=one_shot", *SMALL_TEXT]
 # Three blocks in groups of one, two epochs each: per group two losses and a record of the group.
 QUANTIZE = [
-    *("quantize", "calibration.data=stdlib:calibration", "calibration.samples=8", "calibration.sequence_length=64"),
+    *("quantize", f"calibration.data={CALIBRATION_TEXT}", "calibration.samples=8", "calibration.sequence_length=64"),
     *("weights.scheme=W4A4", "reassembly.expansions=[0.05]", "correction.blocks_per_group=1", "correction.epochs=2"),
     *("comm.tp_sizes=[2]", "wandb=offline"),
 ]
