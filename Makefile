@@ -39,10 +39,12 @@ TESTS ?= tests/adapters/test_megatron*.py
 test-megatron: $(VENV)/.test $(VENV)/megatron-core-$(VERSION) ## Megatron's tests on another VERSION=0.19.2 of it
 	PYTHONPATH=$(abspath $(VENV)/megatron-core-$(VERSION)) $(PYTEST) $(TESTS)
 
-# Beside the installed version and whatever Python it asks for: newer ones ask for 3.12, and run on 3.11.
+# Beside the installed version and whatever Python it asks for: newer ones ask for 3.12, and run on 3.11. With what
+# its coordinator and its server import.
 $(VENV)/megatron-core-%: | $(VENV)/bin/python
 	rm -rf $@.part
 	$(BIN)/python -m pip install --quiet --ignore-requires-python --no-deps --target $@.part megatron-core==$*
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --target $@.part pyzmq quart hypercorn
 	mv $@.part $@
 
 test-slurm: slurm-packages $(VENV)/.test ## jobs on a real Slurm of two nodes, on this machine; installs it with apt as root

@@ -303,14 +303,8 @@ def row_shard(
         return DenseShard(dense)
     weight = _quantized(checkpoint, name)
     plan, low_rank = checkpoint.reassembly.get(name), checkpoint.low_rank.get(name)
-    groups = activation_groups(weight.in_features if plan is None else plan.in_features, checkpoint.shard_groups)
     rotates = checkpoint.rotation is not None and name in checkpoint.rotation.inputs
-    if (checkpoint.scheme.act_bits < 16 or rotates) and groups % size:
-        widths = {linear.in_features for linear in checkpoint.linears.values()}
-        raise LowBitError(
-            f"{name}: {groups} activation shard groups do not divide among tp={size}; "
-            f"quantize with weights.shard_groups={groups_for(size, widths)}"
-        )
+    groups = shard_groups(checkpoint, name, size)
     if held is None:
         weight = weight.shard_in(rank, size)
         low_rank = None if low_rank is None else low_rank.shard_in(rank, size)
@@ -326,6 +320,24 @@ def row_shard(
         low_rank = None if low_rank is None else low_rank.take_in(held)
     clip = checkpoint.clipping.get(name, WHOLE)
     return QuantLinear(weight, None, checkpoint.scheme.act_bits, max(groups // size, 1), plan, low_rank, rotates, clip)
+
+
+def shard_groups(checkpoint: LowBitCheckpoint, name: str, size: int) -> int:
+    """Return into how many slices a row-parallel linear's input is cut, each of which is quantized by itself.
+
+    Raises LowBitError where `size` ranks would have to share one.
+    """
+    plan = checkpoint.reassembly.get(name)
+    inputs = _quantized(checkpoint, name).in_features if plan is None else plan.in_features
+    groups = activation_groups(inputs, checkpoint.shard_groups)
+    rotates = checkpoint.rotation is not None and name in checkpoint.rotation.inputs
+    if (checkpoint.scheme.act_bits < 16 or rotates) and groups % size:
+        widths = {linear.in_features for linear in checkpoint.linears.values()}
+        raise LowBitError(
+            f"{name}: {groups} activation shard groups do not divide among tp={size}; "
+            f"quantize with weights.shard_groups={groups_for(size, widths)}"
+        )
+    return groups
 
 
 def norms_and_columns(

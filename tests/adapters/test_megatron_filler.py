@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import megatron_filler_cases as cases
 import pytest
 from commands import needs_megatron
 from tiny_models import build, make_artifact, save_artifact
+
+from megatron_lowbit.artifact import Artifact
 
 pytestmark = [needs_megatron, pytest.mark.filterwarnings("ignore:.*Apex")]
 
@@ -34,6 +37,10 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         }.items():
             made[f"{kind} of {name}"] = save_artifact(artifact, root / f"{kind}-{name}")
             hf.config.save_pretrained(root / f"{kind}-{name}")
+    hf = build("llama", **CHANGES)
+    one_group = dataclasses.replace(make_artifact(hf, "W4A8").checkpoint, shard_groups=1)
+    made["one group"] = save_artifact(Artifact(one_group), root / "one-group")
+    hf.config.save_pretrained(made["one group"])
     return made
 
 
@@ -74,7 +81,7 @@ def test_what_the_script_loads(checkpoints):
     """Folder, tracker and options are those that Megatron-LM's scripts look for."""
     folder = checkpoints["low-bit"]
     assert (folder / "latest_checkpointed_iteration.txt").read_text() == "release"
-    assert (folder / "release" / "common.pt").is_file()
+    assert (folder / "release" / "metadata.json").is_file()
     options = (folder / "megatron_arguments.txt").read_text().splitlines()
     assert {"--num-layers 2", "--ffn-hidden-size 96", "--swiglu", "--position-embedding-type rope"} <= set(options)
 
@@ -91,6 +98,7 @@ def test_what_is_refused(two_ranks, folders, checkpoints):
     jobs = {
         "another architecture": (model, folders["artifact of other"], {}),
         "no folder": (model, model.parent / "nothing", {}),
+        "one shard group": (model, folders["one group"], {}),
         "plans alone": (model, folders["plans of model"], {}),
         "trained": (model, ours, {"train_iters": 3}),
         "trained, of a checkpoint": (model, ours, {"train_iters": 3, "load": full}),
@@ -99,6 +107,7 @@ def test_what_is_refused(two_ranks, folders, checkpoints):
     parts = {
         "another architecture": ["--ffn-hidden-size 96", "160", "artifact-other"],
         "no folder": ["nothing", "does not exist"],
+        "one shard group": ["layers.0.self_attn.o_proj", "1 activation shard groups", "tp=2", "shard_groups=8"],
         "plans alone": ["plans-model", "--load"],
         "trained": ["artifact-model", "cannot be trained", "--skip-train"],
         "trained, of a checkpoint": ["artifact-model", "cannot be trained"],
@@ -107,7 +116,7 @@ def test_what_is_refused(two_ranks, folders, checkpoints):
     for results in two_ranks.run(cases.refused, 2, jobs):
         for name, (line, layers) in results.items():
             assert all(part in line for part in parts[name]) and "\n" not in line, (name, line)
-            assert (layers == 0) == (name in ("another architecture", "no folder")), (name, layers)
+            assert (layers == 0) == (name in ("another architecture", "no folder", "one shard group")), (name, layers)
 
 
 def test_a_spec_of_an_artifact():

@@ -49,3 +49,28 @@ def test_the_same_tokens(two_ranks):
 def test_layers_in_another_order_are_refused(one_rank):
     (line,) = one_rank.run(cases.other_pattern, make_artifact(build("llama"), "W4A8"))
     assert '"**--"' in line and '"*-*-"' in line and "\n" not in line
+
+
+def test_pipeline_stages(two_ranks):
+    """A block on each stage: its layers are numbered from the first one's, on every stage."""
+    for results in two_ranks.run(cases.stages, make_artifact(build("llama"), "W4A8")):
+        assert all(results.values()), results
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [((2, 1), (1, 2)), ((1, 2), (2, 1))])
+def test_checkpoints(two_ranks, tmp_path, saved, loaded):
+    """Of full precision and of packed weights, saved at one layout and loaded at another."""
+    artifacts = {"full precision": None, "W4A8": make_artifact(build("llama"), "W4A8", (2,))}
+    two_ranks.run(cases.saved, *saved, artifacts, tmp_path)
+    options = (tmp_path / "W4A8" / "megatron_arguments.txt").read_text()
+    assert "-pattern *-*-\n" in options and "rotary" not in options
+    for results in two_ranks.run(cases.loaded, *loaded, artifacts, tmp_path):
+        for name, found in results.items():
+            assert found["differing"] == [] and found["traits"] == [] and found["logits_equal"], (name, found)
+
+
+def test_a_checkpoint_of_the_other_kind_of_model(one_rank, tmp_path):
+    """Its layers have other numbers: one line, and the model is as before."""
+    (outcomes,) = one_rank.run(cases.exchanged, make_artifact(build("llama"), "W4A8"), tmp_path)
+    for (line, unchanged), kind in zip(outcomes, ["GPTModel", "HybridModel"], strict=True):
+        assert f"holds a {kind}" in line and "\n" not in line and unchanged

@@ -352,3 +352,13 @@ def test_a_model_can_be_trained_afterwards(two_ranks, sequence_parallel):
     place in autograd, so it must not stay."""
     for losses in two_ranks.run(cases.trained_after, sequence_parallel):
         assert losses["generate"] == losses["evaluate"] == losses["nothing"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_requests_of_a_server_come_and_go(pools, ranks):
+    """Some join others in the middle and leave before them: each gets the tokens that it gets alone."""
+    hf, many = build("llama"), prompts(LENGTHS)
+    artifact = make_artifact(hf, "W4A8", (ranks,) if ranks > 1 else ())
+    lowbit.apply_to_huggingface(hf, artifact, ranks)
+    arrivals = list(zip([0, 0, 1, 5, 5, 9], many, strict=True))
+    assert only(pools[ranks].run(cases.come_and_go, artifact, arrivals, 8)) == by_transformers(hf, many, 8)

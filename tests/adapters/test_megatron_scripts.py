@@ -3,25 +3,42 @@ this one; without it, or without the packages that its scripts import, they are 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import subprocess
 import sys
 import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import torch
 import transformers
-from commands import free_port, needs_megatron, run_here
+from commands import free_port, needs_megatron, run_here, started
 from tiny_models import embedded_folder
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.adapters import megatron_script_on_cpu
 
 ROOT = os.environ.get("MEGATRON_LM")
-LACKING = [name for name in ("six", "simpy", "tiktoken", "sentencepiece", "pybind11") if find_spec(name) is None]
+IMPORTED = (
+    "six",
+    "simpy",
+    "tiktoken",
+    "sentencepiece",
+    "pybind11",
+    "flask",
+    "flask_restful",
+    "zmq",
+    "quart",
+    "hypercorn",
+)
+LACKING = [name for name in IMPORTED if find_spec(name) is None]
 WHY = "MEGATRON_LM is not set to Megatron-LM's folder" if ROOT is None else f"its scripts import {', '.join(LACKING)}"
 real = [
     needs_megatron,
@@ -43,6 +60,17 @@ DYNAMIC = """
     --inference-dynamic-batching-block-size 64
 """
 PROMPTS = ["def read_lines(path):", "import os"]
+# {script: (method, route, body of a request, its own options)}
+SERVERS: dict[str, tuple[Any, ...]] = {
+    "run_text_generation_server.py": ("PUT", "/api", {"prompts": PROMPTS, "tokens_to_generate": 16, "top_k": 1}),
+    "launch_inference_server.py": (
+        "POST",
+        "/v1/completions",
+        {"prompt": PROMPTS, "max_tokens": 16, "temperature": 0, "ignore_eos": True},
+        *("--host", "127.0.0.1", "--coordinator-host", "127.0.0.1", "--frontend-replicas", 1),
+        *DYNAMIC.split(),
+    ),
+}
 
 
 @pytest.mark.parametrize("argv", [[], ["pretrain_gpt.py"]])
@@ -52,24 +80,55 @@ def test_a_script_needs_its_repository(monkeypatch, tmp_path, argv):
         megatron_script_on_cpu.main(argv)
 
 
-def run_script(name: str, *arguments: object, ranks: int = 1, **environment: str) -> str:
-    """Run a script on its ranks; returns what rank 0 has printed."""
-    assert ROOT is not None
+def find_script(name: str) -> Path | None:
+    """A script of this Megatron-LM's; None where it has none of this name."""
+    if ROOT is None:
+        return None
+    root = Path(ROOT)
+    folders = [root, root / "tools", root / "tools" / "checkpoint", *root.glob("examples/inference/**/")]
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
+@contextlib.contextmanager
+def ranks_of_script(
+    name: str, *arguments: object, ranks: int, settings: str = ON_CPU, **environment: str
+) -> Iterator[tuple[list[Any], Path]]:
+    """A script's processes, and the file that rank 0 prints into; what still runs at the end is killed."""
     # Its makefile asks python3 where pybind11 is, and a python3-config, which may be another's, for the suffix.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment |= {"PATH": path, "MAKEFLAGS": f"LIBEXT={sysconfig.get_config_var('EXT_SUFFIX')}"}
-    shared = {**os.environ, **environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    (script,) = Path(ROOT).glob(f"examples/inference/**/{name}" if "inference" in name else name)
-    command = [sys.executable, "-m", "megatron_lowbit.adapters.megatron_script_on_cpu", str(script)]
-    running = []
-    for rank in range(ranks):
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        env = {**shared, **{key: str(value) for key, value in numbers.items()}, "OMP_NUM_THREADS": "1"}
-        words = [*command, *ON_CPU.split(), *map(str, arguments)]
-        running.append(subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    printed = [process.communicate(timeout=1800)[0] for process in running]
-    assert [process.returncode for process in running] == [0] * ranks, printed[0][-4000:]
-    return printed[0]
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    command = [sys.executable, "-m", "megatron_lowbit.adapters.megatron_script_on_cpu", find_script(name)]
+    words = ["sh", "-c", 'exec "$@" >"$PRINTED" 2>&1', "sh", *command, *settings.split(), *arguments]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        running = []
+        for rank in map(str, range(ranks)):
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "PRINTED": f"{folder}/{rank}"}
+            running.append(stack.enter_context(started(*words, **environment, **numbers)))
+        yield running, Path(folder) / "0"
+
+
+def run_script(name: str, *arguments: object, ranks: int = 1, **others: str) -> str:
+    """Run a script on its ranks to its end; returns what rank 0 has printed."""
+    with ranks_of_script(name, *arguments, ranks=ranks, **others) as (running, output):
+        codes = [process.wait(timeout=1800) for process in running]
+        printed = output.read_text()
+    assert codes == [0] * ranks, printed[-4000:]
+    return printed
+
+
+def ask(method: str, url: str, body: dict[str, Any], running: list[Any], output: Path) -> dict[str, Any]:
+    """The answer of a server that is starting."""
+    while all(process.poll() is None for process in running):
+        try:
+            answer = httpx.request(method, url, json=body, timeout=300)
+        except httpx.ConnectError:
+            time.sleep(0.5)
+            continue
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+    raise AssertionError(output.read_text()[-4000:])
 
 
 def options(folder: Path) -> list[str]:
@@ -93,18 +152,25 @@ def checkpoints(artifact, tmp_path_factory) -> dict[str, Path]:
     return {name: root / name / "megatron" for name in ("full", "low")}
 
 
-def continued(artifact: Path, virtual_tp: int) -> dict[str, list[int]]:
-    """{prompt: 16 tokens}, greedily, by transformers. Megatron's engines take <s> from in front of every prompt."""
+def continued(artifact: Path, virtual_tp: int, begins: bool = False) -> dict[str, list[int]]:
+    """{prompt: 16 tokens}, greedily, by transformers; begins: with <s> in front of the prompt, which Megatron's engines
+    take away and its servers leave."""
     folder = embedded_folder()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     lowbit.apply_to_huggingface(model, artifact, virtual_tp=virtual_tp)
     found = {}
     for prompt in PROMPTS:
-        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids = tokenizer(prompt, add_special_tokens=begins, return_tensors="pt")["input_ids"]
         whole = model.generate(ids, max_new_tokens=16, min_new_tokens=16, do_sample=False)
         found[prompt] = whole[0, ids.shape[1] :].tolist()
     return found
+
+
+def generated(output: Path) -> dict[str, list[int]]:
+    """{prompt: tokens} of an --output-path."""
+    results = [result for result in json.loads(output.read_text()).values() if isinstance(result, dict)]
+    return {result["input_prompt"]: result["generated_tokens"] for result in results}
 
 
 class TestScripts:
@@ -122,10 +188,7 @@ class TestScripts:
         given += DYNAMIC.split() if batching == "dynamic" else []
         script = f"gpt_{batching}_inference.py"
         run_script(script, *given, "--output-path", tmp_path / "text.json", ranks=tp, **environment)
-        found = json.loads((tmp_path / "text.json").read_text())
-        results = [result for result in found.values() if isinstance(result, dict)]
-        texts = {result["input_prompt"]: result["generated_tokens"] for result in results}
-        assert texts == continued(artifact, tp)
+        assert generated(tmp_path / "text.json") == continued(artifact, tp)
 
     @pytest.mark.parametrize(("tp", "optimizer"), [(1, []), (2, []), (1, ["--use-distributed-optimizer"])])
     def test_train_save_and_resume(self, checkpoints, tmp_path, tp, optimizer):
@@ -144,3 +207,34 @@ class TestScripts:
             return
         second = run_script("pretrain_gpt.py", *given, "--load", tmp_path, ranks=tp)
         assert "successfully loaded checkpoint" in second and (tmp_path / "iter_0000003").is_dir()
+
+    @pytest.mark.skipif(find_script("offline_inference.py") is None, reason="this version has no MegatronLLM")
+    @pytest.mark.parametrize(("tp", "how"), [(1, ""), (2, "--use-coordinator"), (2, "--use-coordinator --async-mode")])
+    def test_offline_inference(self, artifact, checkpoints, tmp_path, tp, how):
+        """MegatronLLM alone, with its coordinator, and MegatronAsyncLLM."""
+        folder = checkpoints["low"]
+        given = [*options(folder), "--tensor-model-parallel-size", tp, "--load", folder, *f"{DYNAMIC} {how}".split()]
+        given += ["--top_k", 1, "--num-tokens-to-generate", 16, "--inference-max-seq-length", 64, "--prompts", *PROMPTS]
+        run_script("offline_inference.py", *given, "--output-path", tmp_path / "text.json", ranks=tp)
+        assert generated(tmp_path / "text.json") == continued(artifact, tp)
+
+    @pytest.mark.parametrize("name", SERVERS)
+    def test_server(self, artifact, checkpoints, name):
+        """Two ranks answer over HTTP, until they are killed."""
+        newer = name.startswith("run_") and find_script("launch_inference_server.py")  # it lacks an argument there
+        if find_script(name) is None or newer:
+            pytest.skip("another version's server")
+        folder, port = checkpoints["low"], free_port()
+        method, route, body, *own = SERVERS[name]
+        given = [*options(folder), "--tensor-model-parallel-size", 2, "--load", folder, "--port", port, *own]
+        with ranks_of_script(name, *given, "--inference-max-seq-length", 64, ranks=2) as (running, output):
+            answer = ask(method, f"http://127.0.0.1:{port}{route}", body, running, output)
+        made = answer["text"] if "text" in answer else [choice["text"] for choice in answer["choices"]]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(embedded_folder())
+        expected = [tokenizer.decode(tokens) for tokens in continued(artifact, 2, begins=True).values()]
+        assert [text.removeprefix(prompt) for text, prompt in zip(made, PROMPTS, strict=True)] == expected
+
+    def test_checkpoint_inspector(self, checkpoints):
+        """It lists the packed weights as it lists any tensor."""
+        said = run_script("checkpoint_inspector.py", "inspect", checkpoints["low"] / "release", settings="")
+        assert "decoder.layers.mlp.linear_fc1.packed_weight [torch.uint8" in said

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from concurrent.futures import ThreadPoolExecutor
 
+import megatron_llm_cases as llm_cases
 import megatron_version_cases as cases
 import pytest
 import torch
-from commands import needs_megatron
+from commands import free_port, needs_megatron
+from tiny_models import build, make_artifact
 
 pytestmark = needs_megatron
 
@@ -49,3 +51,14 @@ def test_threads_of_a_server_find_the_stand_in():
     with cpu_shims.engines():
         assert made() == "cpu"
     assert made() == "refused"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(llm_cases.lacking() is not None, reason=str(llm_cases.lacking()))
+def test_its_own_server_and_coordinator(two_ranks):
+    """MegatronLLM and MegatronAsyncLLM.serve with a patched model on two ranks: the tokens of transformers."""
+    artifact = make_artifact(build("llama"), "W4A8", (2,))
+    first, second = two_ranks.run(llm_cases.with_coordinator, artifact, free_port())
+    expected = cases.by_transformers(artifact, 2)
+    assert first == dict.fromkeys(("MegatronLLM", "MegatronAsyncLLM", "served"), expected)
+    assert second == {"MegatronLLM": []}

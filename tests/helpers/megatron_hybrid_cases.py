@@ -16,8 +16,9 @@ from typing import Any
 import tiny_models
 import torch
 from megatron_cases import gpt_model, kinds, logits, module_ids
+from megatron_checkpoint_cases import compare, writers
 from megatron_groups import parallel
-from megatron_model_cases import said
+from megatron_model_cases import said, stage_logits
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.artifact import Artifact
@@ -134,3 +135,72 @@ def generated(rank: int, size: int, artifact: Artifact) -> list[dict[str, list[l
             lowbit.apply_to_megatron(model, artifact)
             outcomes.append({how: generate(model, requests, batching=how) for how in ("static", "dynamic")})
         return outcomes
+
+
+def stages(rank: int, size: int, artifact: Artifact) -> dict[str, bool]:
+    """On `size` pipeline stages: whether a HybridModel gives the logits of a GPTModel, and its weights back."""
+    with parallel(1, pp=size):
+        from megatron_lowbit.adapters.megatron import model as megatron_model
+
+        hf = tiny_models.build("llama")
+        hybrid, gpt = hybrid_model(hf), gpt_model(hf)
+        before = stage_logits(hybrid, tiny_models.VOCAB)
+        results = {"unpatched": torch.equal(before, stage_logits(gpt, tiny_models.VOCAB))}
+        for model in (hybrid, gpt):
+            lowbit.apply_to_megatron(model, artifact)
+        patched = stage_logits(hybrid, tiny_models.VOCAB)
+        results["patched"] = torch.equal(patched, stage_logits(gpt, tiny_models.VOCAB))
+        results["changed"] = bool((patched - before).abs().max() > 1e-3)
+        exported = megatron_model.to_huggingface(lowbit.remove(hybrid), hf.config)
+        state = {} if exported is None else exported.state_dict()
+        results["exported"] = all(torch.equal(tensor, hf.state_dict()[name]) for name, tensor in state.items())
+        return results
+
+
+def saved(rank: int, size: int, tp: int, pp: int, artifacts: dict[str, Artifact | None], folder: Path) -> None:
+    """A checkpoint of a HybridModel with each of the artifacts, in folders of their names."""
+    from megatron_lowbit.adapters.megatron import checkpoint
+
+    with parallel(tp, pp), writers():
+        for name, artifact in artifacts.items():
+            checkpoint.save_checkpoint(_with(hybrid_model(tiny_models.build("llama")), artifact), folder / name)
+
+
+def loaded(
+    rank: int, size: int, tp: int, pp: int, artifacts: dict[str, Artifact | None], folder: Path
+) -> dict[str, dict[str, Any]]:
+    """{name: a HybridModel with the checkpoint loaded, against one that the artifact was put into}."""
+    from megatron_lowbit.adapters.megatron import checkpoint
+
+    results = {}
+    with parallel(tp, pp):
+        for name, artifact in artifacts.items():
+            model, expected = (hybrid_model(tiny_models.build("llama")) for _ in range(2))
+            for parameter in model.parameters():
+                parameter.data.fill_(float("nan"))  # whatever is not loaded shows
+            checkpoint.load_checkpoint(model, folder / name)
+            results[name] = compare(model, _with(expected, artifact), tiny_models.VOCAB)
+    return results
+
+
+def exchanged(rank: int, size: int, artifact: Artifact, folder: Path) -> list[tuple[str, bool]]:
+    """[(what is said when a checkpoint of the other kind of model is loaded, whether the model is as before)]."""
+    from megatron_lowbit.adapters.megatron import checkpoint
+
+    outcomes = []
+    with parallel(size), writers():
+        hf = tiny_models.build("llama")
+        builders = {"hybrid": hybrid_model, "gpt": gpt_model}
+        for name, build in builders.items():
+            checkpoint.save_checkpoint(_with(build(hf), artifact), folder / name)
+        for name, build in builders.items():
+            (other,) = builders.keys() - {name}
+            model = build(hf)
+            before = module_ids(model)
+            line = said(checkpoint.load_checkpoint, model, folder / other)
+            outcomes.append((line, module_ids(model) == before))
+    return outcomes
+
+
+def _with(model: Any, artifact: Artifact | None) -> Any:
+    return model if artifact is None else lowbit.apply_to_megatron(model, artifact)

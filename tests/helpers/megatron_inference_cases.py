@@ -133,3 +133,27 @@ def trained_after(rank: int, size: int, sequence_parallel: bool) -> dict[str, fl
             run()
             losses[name] = backward(gpt.train()).item()
         return losses
+
+
+def come_and_go(
+    rank: int, size: int, artifact: Artifact | None, arrivals: list[tuple[int, list[int]]], new_tokens: int
+) -> list[list[int]]:
+    """Greedy tokens of a server's requests, (step in which it comes, prompt), each of which is dropped when it has
+    enough."""
+    from megatron_lowbit.adapters.megatron.inference import DynamicBatch
+
+    made: list[list[int]] = [[] for _ in arrivals]
+
+    def sample(numbers: list[int], logits: Tensor) -> list[int]:
+        for number, token in zip(numbers, logits.argmax(-1).tolist(), strict=True):
+            made[number].append(token)
+        return [made[number][-1] for number in numbers]
+
+    with parallel(size):
+        batch = DynamicBatch(_built(TINY, artifact), max_batch=len(arrivals))
+        for step in range(max(step for step, _ in arrivals) + new_tokens + 2):
+            add = [(number, ids) for number, (arrival, ids) in enumerate(arrivals) if arrival == step]
+            drop = [number for number, (arrival, _) in enumerate(arrivals) if arrival + new_tokens == step]
+            batch.advance(add, drop, sample)
+        assert not batch.engine.has_unfinished_requests() and not batch.controller.over
+    return made

@@ -38,7 +38,7 @@ from megatron_lowbit.adapters.megatron.layers import (
     full_weight,
     tp_group,
 )
-from megatron_lowbit.adapters.megatron.layout import COLUMN, NORMS, PATHS
+from megatron_lowbit.adapters.megatron.layout import COLUMN, NORMS, PATHS, final_norm, is_hybrid
 from megatron_lowbit.adapters.megatron.norms import LowBitNorm
 from megatron_lowbit.adapters.megatron.sharded_state import Shape, check_bytes, empty_codec, empty_linear
 from megatron_lowbit.comm.codec import Codec
@@ -202,12 +202,12 @@ def shape_like(model: Any, folder: str | Path) -> Any:
 
     Nothing happens for a checkpoint in full precision. Afterwards the checkpoint loads as Megatron loads any.
     """
+    found, chunks = _metadata(folder), megatron.model_chunks(model)
+    _check_kind(chunks[0], found, folder)
     if stored_kind(folder) == "full precision":
         return model
-    found = _metadata(folder)
     shapes = {key: tuple(tensor.global_shape) for key, tensor in found.items()}
     described = _described(folder, [key for key in shapes if key.endswith(".lowbit")], shapes)
-    chunks = megatron.model_chunks(model)
     rotated = any(tensor.shape[-1] == len(fields(Shape)) for tensor in described.values())
     if rotated and "output_layer.weight" in found and chunks[0].share_embeddings_and_output_weights:
         raise LowBitError(UNTIE)
@@ -221,6 +221,18 @@ def shape_like(model: Any, folder: str | Path) -> Any:
         patching.swap(chunk, modules)
         attention.quantize(chunk, bits, rotated=_rotates(modules))
     return model
+
+
+def _check_kind(model: Any, found: Mapping[str, Any], folder: str | Path) -> None:
+    """Raise LowBitError where a GPTModel is to load a HybridModel's checkpoint, or the other way round: their layers
+    have other numbers."""
+    names = {"decoder.final_norm.weight", "decoder.final_layernorm.weight"}
+    if found.keys() & (names - {f"{final_norm(model)}.weight"}):
+        one, other = ("GPTModel", "HybridModel") if is_hybrid(model) else ("HybridModel", "GPTModel")
+        raise LowBitError(
+            f"{str(folder)!r} holds a {one}, and this is a {other}, whose layers have other numbers; build a {one}, or "
+            "put the artifact itself into this model by apply_to_megatron"
+        )
 
 
 def _described(folder: str | Path, keys: list[str], shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -288,8 +300,8 @@ def _empty_modules(
     """Return ({path: empty low-bit layer or norm}, bits of the attention) of one chunk."""
     layout, bits = megatron.layout_of(model), 16
     modules: dict[str, nn.Module] = {}
-    for (layer, role), (path, host) in megatron.find_linears(model).items():
-        stored, inside = _Stored(shapes, described, layer), PATHS[role]
+    for (_, role), (path, host) in megatron.find_linears(model).items():
+        stored, inside = _Stored(shapes, described, _layer_number(model, path)), PATHS[role]
         shape, scales = stored.lowbit(inside), stored.shape(inside, "scale")
         plans: dict[int, Any] = {size: _empty_plan(stored, inside, size) for size in stored.plan_sizes(inside)}
         column, group = role in COLUMN, tp_group(host)
@@ -349,6 +361,11 @@ def _empty_modules(
         modules[path] = replacement
     modules |= _empty_norms(model, shapes, described)
     return modules, bits
+
+
+def _layer_number(model: Any, path: str) -> int:
+    """Return the number, from 0, that the layer of a linear has in a checkpoint: in a HybridModel not its block's."""
+    return model.decoder.layers[int(path.split(".")[2])].layer_number - 1
 
 
 def _empty_plan(stored: _Stored, path: str, size: int) -> SitePlan | Codec:

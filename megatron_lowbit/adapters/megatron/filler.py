@@ -28,14 +28,17 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import distributed as dist
 
+from megatron_lowbit.adapters import patching
 from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.adapters.megatron import scripts
 from megatron_lowbit.adapters.megatron.apply import apply_to_megatron, refuse_head
 from megatron_lowbit.adapters.megatron.layout import find_linears
+from megatron_lowbit.adapters.megatron_names import PARTS
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import LowBitError, one_line
 
 ENVIRONMENT = "MEGATRON_LOWBIT_ARTIFACT"
+_ROWS = tuple(PARTS[role][1] for role in ("linear_proj", "linear_fc2"))  # names of row-parallel linears
 logger = logging.getLogger("megatron_lowbit")
 
 
@@ -116,7 +119,12 @@ def check_config(artifact: Artifact, config: Any) -> None:
                 "build the model that was quantized"
             )
     huggingface.check_divides(_heads(config), config.tensor_model_parallel_size, "tp", share_kv_heads=True)
-    if artifact.checkpoint is None or artifact.folder is None or not (artifact.folder / "config.json").exists():
+    if artifact.checkpoint is None:
+        return
+    for name in artifact.checkpoint.linears:
+        if name.endswith(_ROWS):
+            patching.shard_groups(artifact.checkpoint, name, config.tensor_model_parallel_size)
+    if artifact.folder is None or not (artifact.folder / "config.json").exists():
         return
     from megatron_lowbit.adapters.megatron.model import transformer_config
 

@@ -175,7 +175,7 @@ class _ServingController(TextGenerationController):
             chosen = self.sample([numbers[place] for place in wanted], rows[wanted])
             for place, token in zip(wanted, chosen, strict=True):
                 tokens[place] = token
-        self._sampled_tokens_cuda[: len(numbers)] = torch.tensor(tokens).to(self._sampled_tokens_cuda)
+        versions.put_tokens(self, tokens)
 
     def _dynamic_step_context_bookkeeping(self) -> Any:
         end_of_each = versions.ends_of_running(self)

@@ -15,6 +15,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from megatron_lowbit.adapters.megatron.layout import is_hybrid
 from megatron_lowbit.config import LowBitError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -58,9 +61,10 @@ def checkpoint_folder(folder: str | Path, iteration: int | None = None) -> Path:
 
 
 def model_arguments(model: Any, tokenizer: str | None = None) -> dict[str, Any]:
-    """Return what a script has to be told so that it builds this GPTModel, under the names of its arguments.
+    """Return what a script has to be told so that it builds this model, under the names of its arguments.
 
-    tokenizer: a folder or hub id of Hugging Face's.
+    A HybridModel does not keep what its rotary embedding was built from: that is not among them. tokenizer: a folder
+    or hub id of Hugging Face's.
     """
     config = model.config
     groups = config.num_query_groups or config.num_attention_heads
@@ -75,9 +79,6 @@ def model_arguments(model: Any, tokenizer: str | None = None) -> dict[str, Any]:
         "seq_length": model.max_sequence_length,
         "max_position_embeddings": model.max_sequence_length,
         "position_embedding_type": model.position_embedding_type,
-        "rotary_base": int(model.rotary_base),
-        "rotary_percent": float(model.rotary_percent),
-        "use_rope_scaling": bool(model.rotary_scaling),
         "swiglu": config.gated_linear_unit,
         "normalization": config.normalization,
         "norm_epsilon": config.layernorm_epsilon,
@@ -90,6 +91,13 @@ def model_arguments(model: Any, tokenizer: str | None = None) -> dict[str, Any]:
         "attention_softmax_in_fp32": config.attention_softmax_in_fp32,
         "make_vocab_size_divisible_by": _power_of_two_in(model.vocab_size),
     }
+    if is_hybrid(model):
+        name = next(name for name in ("hybrid_layer_pattern", "hybrid_override_pattern") if hasattr(model, name))
+        arguments[name] = getattr(model, name)
+    else:
+        arguments["rotary_base"] = int(model.rotary_base)
+        arguments["rotary_percent"] = float(model.rotary_percent)
+        arguments["use_rope_scaling"] = bool(model.rotary_scaling)
     if tokenizer is not None:
         arguments |= {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": tokenizer}
     return arguments
@@ -142,6 +150,8 @@ def as_namespace(arguments: dict[str, Any], spec: str | None, model: Any) -> Nam
         "tensor_model_parallel_size": config.tensor_model_parallel_size,
         "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
         "params_dtype": config.params_dtype,
+        "bf16": config.params_dtype == torch.bfloat16,
+        "fp16": config.params_dtype == torch.float16,
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,
         "no_save_optim": True,

@@ -4,6 +4,7 @@
     from 0.17 on  the wrapper takes the model and the context, the dynamic context an InferenceConfig
     from 0.18 on  the dynamic context holds the token that ends each running request, before that the controller;
                   and engines set a flag of the whole process, which a model that is trained must not find
+    0.18          the controller has no room for the next tokens until its own sampler has run
 
 What is there decides, not the version's number, so that a version between two of these works too.
 """
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import megatron.core
+import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
@@ -111,10 +113,22 @@ def last_logits(controller: Any, *logits: Tensor) -> Tensor:
     return rows[:running]
 
 
+def put_tokens(controller: Any, tokens: list[int]) -> None:
+    """Give a dynamic engine's running requests their next tokens, in order."""
+    if controller._sampled_tokens_cuda is None:  # 0.18 takes what its own sampler returns
+        context = controller.inference_wrapped_model.inference_context
+        device = torch.cuda.current_device()
+        controller._sampled_tokens_cuda = torch.empty(context.max_requests, dtype=torch.int64, device=device)
+    controller._sampled_tokens_cuda[: len(tokens)] = torch.tensor(tokens).to(controller._sampled_tokens_cuda)
+
+
 @contextlib.contextmanager
 def engine_runs() -> Iterator[None]:
-    """Let an inference engine run inside; afterwards the models of this process are again what they were."""
+    """Let an inference engine run inside, whether it was made here or before; afterwards the models of this process are
+    again what they were."""
     before = InferenceMode is not None and InferenceMode.is_active()
+    if InferenceMode is not None:
+        InferenceMode.set_active()  # an engine does so itself only when it is made
     try:
         yield
     finally:
