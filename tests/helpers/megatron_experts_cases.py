@@ -1,0 +1,93 @@
+"""What workers of a RankPool run for test_megatron_experts.py: `case(rank, size, *args)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import tiny_models
+import torch
+from megatron_cases import gpt_model, logits, module_ids
+from megatron_filler_cases import built, script
+from megatron_groups import parallel
+from megatron_model_cases import said
+
+import megatron_lowbit as lowbit
+from megatron_lowbit.artifact import Artifact
+
+
+def expert_parallel(rank: int, size: int, architecture: str, artifact: Artifact) -> dict[str, Any]:
+    """Every rank has half of the experts, whole, and a copy of all else. Each copy sees all windows."""
+    with parallel(1, ep=size):
+        from megatron_lowbit.adapters.megatron import model as megatron_model
+
+        hf = tiny_models.build(architecture)
+        model = gpt_model(hf)
+        back = megatron_model.to_huggingface(model, hf.config)
+        state = hf.state_dict()
+        results = {
+            "unpatched": logits(model),
+            "experts": model.decoder.layers[0].mlp.num_local_experts,
+            "back": all(torch.equal(tensor, state[name]) for name, tensor in back.state_dict().items()),
+        }
+        lowbit.apply_to_megatron(model, artifact)
+        results["applied"] = logits(model)
+        lowbit.remove(model)
+        return results | {"removed": logits(model)}
+
+
+def alone(rank: int, size: int, architecture: str, artifact: Artifact) -> dict[str, Any]:
+    """Logits of a model that has never had full-precision experts, and of one that had; what was logged."""
+    with parallel(size):
+        from megatron_lowbit.adapters.megatron import apply
+        from megatron_lowbit.adapters.megatron import model as megatron_model
+
+        hf = tiny_models.build(architecture)
+        empty = megatron_model.build(hf.config)
+        for parameter in empty.parameters():
+            parameter.data.fill_(float("nan"))  # whatever is not loaded shows
+        with mock.patch.object(apply.logger, "warning") as warning:
+            megatron_model.load_checkpoint(empty, artifact, hf.config)
+        told = [call.args[0] for call in warning.call_args_list]
+        return {
+            "told": told,
+            "alone": logits(empty),
+            "applied": logits(lowbit.apply_to_megatron(gpt_model(hf), artifact)),
+        }
+
+
+def by_spec(rank: int, size: int, name: str, model: Path, other: Path, artifact: Path) -> dict[str, Any]:
+    """Logits of a GPTModel that the ready spec `name` has filled, as in a script that is not changed; and what is said
+    of one with five experts."""
+    with parallel(size), script(artifact):
+        return {"logits": logits(built(model, name)), "refused": said(built, other, name)}
+
+
+def refused(
+    rank: int, size: int, architecture: str, fitting: Artifact, artifacts: dict[str, Artifact], folder: Path
+) -> dict[str, str]:
+    """{what is wrong: what is said of it}; asserts that each leaves the model as it was."""
+    with parallel(size):
+        from megatron_lowbit.adapters.megatron import model as megatron_model
+        from megatron_lowbit.adapters.megatron.checkpoint import save_checkpoint
+
+        hf = tiny_models.build(architecture)
+        model = gpt_model(hf)
+        expected, ids = logits(model), module_ids(model)
+
+        def unchanged(call: Callable[..., Any], *args: Any) -> str:
+            message = said(call, *args)
+            assert module_ids(model) == ids and torch.equal(logits(model), expected), message
+            return message
+
+        found = {name: unchanged(lowbit.apply_to_megatron, model, given) for name, given in artifacts.items()}
+        lowbit.apply_to_megatron(model, fitting)
+        found["checkpoint"] = said(save_checkpoint, model, folder / "checkpoint")
+        found["export"] = said(megatron_model.to_huggingface, model, hf.config)
+        lowbit.remove(model)
+        experts = model.decoder.layers[1].mlp.experts
+        experts.__class__ = type("GroupedMLP", (torch.nn.Module,), {"forward": type(experts).forward})
+        found["grouped"] = unchanged(lowbit.apply_to_megatron, model, fitting)
+        return found
