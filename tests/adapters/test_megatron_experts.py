@@ -98,6 +98,8 @@ def test_experts_on_ranks_of_their_own(two_ranks, architecture):
     for results in two_ranks.run(cases.expert_parallel, architecture, given):
         assert results["experts"] == {"mixtral": 2, "qwen3_moe": 3}[architecture] and results["back"]
         assert_equal_but_for_flips(results["applied"], reference(architecture, name, 1))
+        empty, bias = results["nothing to do"]
+        assert empty.shape == (0, 64) and bias is None
         assert torch.equal(results["removed"], results["unpatched"])
 
 

@@ -34,6 +34,8 @@ def expert_parallel(rank: int, size: int, architecture: str, artifact: Artifact)
         }
         lowbit.apply_to_megatron(model, artifact)
         results["applied"] = logits(model)
+        experts = model.decoder.layers[0].mlp.experts
+        results["nothing to do"] = experts(torch.empty(0, 64), torch.zeros(results["experts"]).long(), torch.empty(0))
         lowbit.remove(model)
         return results | {"removed": logits(model)}
 
@@ -51,11 +53,8 @@ def alone(rank: int, size: int, architecture: str, artifact: Artifact) -> dict[s
         with mock.patch.object(apply.logger, "warning") as warning:
             megatron_model.load_checkpoint(empty, artifact, hf.config)
         told = [call.args[0] for call in warning.call_args_list]
-        return {
-            "told": told,
-            "alone": logits(empty),
-            "applied": logits(lowbit.apply_to_megatron(gpt_model(hf), artifact)),
-        }
+        applied = logits(lowbit.apply_to_megatron(gpt_model(hf), artifact))
+        return {"told": told, "alone": logits(empty), "applied": applied}
 
 
 def by_spec(rank: int, size: int, name: str, model: Path, other: Path, artifact: Path) -> dict[str, Any]:

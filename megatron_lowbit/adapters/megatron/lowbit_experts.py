@@ -9,6 +9,7 @@ so the ranks that share an expert agree on its range first: two floats per token
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from megatron_lowbit.adapters.megatron.experts import (
     require_sequential,
 )
 from megatron_lowbit.adapters.megatron.layout import find_prefix
+from megatron_lowbit.comm.reducers import OverRanks
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.kernels import FLOAT_BITS
 from megatron_lowbit.layers.linear import QuantLinear
@@ -33,25 +35,25 @@ from megatron_lowbit.quant.experts import QuantizedExperts
 from megatron_lowbit.runtime.distributed import world_size
 
 
-class LowBitExperts(nn.Module):
+class LowBitExperts(OverRanks):
     """Called as SequentialMLP: tokens [n, hidden] in the order of the experts, how many each has, and the router's
     share of each [n] -> ([n, hidden], None), this rank's part of the sum.
 
     up, down: this rank's share of every expert's projections. act: of Megatron's config, between [gate | up]'s halves.
-    act_bits: of both projections' inputs. group: the ranks that share an expert; None: there is one.
+    act_bits: of both projections' inputs. tp_group: the ranks that share an expert; None: there is one.
     """
 
-    def __init__(self, up: list[QuantLinear], down: list[QuantLinear], act: Any, act_bits: int, group: Any):
+    def __init__(self, up: list[QuantLinear], down: list[QuantLinear], act: Any, act_bits: int, tp_group: Any):
         super().__init__()
         self.up, self.down = nn.ModuleList(up), nn.ModuleList(down)
-        self.act, self.act_bits, self.group = act, act_bits, group
+        self.act, self.act_bits, self.tp_group = act, act_bits, tp_group
 
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        if not len(tokens):  # of expert-parallel ranks one may have no work
+            return tokens, None
         counts = tokens_per_expert.tolist()
-        inner = torch.cat([self._inner(up, x) for up, x in zip(self.up, tokens.split(counts), strict=True)])
-        inner = self._rounded(inner)
-        parts = zip(self.down, inner.split(counts), strict=True)
-        found = torch.cat([down(h, tokens.dtype) for down, h in parts])
+        inner = self._rounded(_each(self.up, tokens, counts, self._inner))
+        found = _each(self.down, inner, counts, lambda down, h: down(h, tokens.dtype))
         return (found * probs.unsqueeze(-1)).to(tokens.dtype), None
 
     def _inner(self, up: nn.Module, x: Tensor) -> Tensor:
@@ -61,11 +63,11 @@ class LowBitExperts(nn.Module):
     def _rounded(self, inner: Tensor) -> Tensor:
         """Return what the codes of inner [n, width / N] stand for, float32, by the range of the whole token; as it is
         where the down projection rounds it itself, or nothing does."""
-        if self.group is None or self.act_bits == FLOAT_BITS:
+        if self.tp_group is None or self.act_bits == FLOAT_BITS:
             return inner
         values = inner.detach().float()
         ends = torch.stack([-values.amin(1), values.amax(1)])
-        dist.all_reduce(ends, dist.ReduceOp.MAX, self.group)
+        dist.all_reduce(ends, dist.ReduceOp.MAX, self.tp_group)
         low, high = (end.unsqueeze(1) for end in (-ends[0], ends[1]))
         return fake_quantize_with(inner.float(), *qparams_from_range(low, high, self.act_bits), self.act_bits)
 
@@ -75,6 +77,14 @@ class LowBitExperts(nn.Module):
             f"{prefix.rstrip('.')} holds experts in codes, which are not kept in distributed checkpoints; save the "
             "artifact, or the model after megatron_lowbit.remove"
         )
+
+
+def _each(
+    linears: nn.ModuleList, x: Tensor, counts: list[int], compute: Callable[[nn.Module, Tensor], Tensor]
+) -> Tensor:
+    """Compute every expert's part of x, of the experts that have one."""
+    parts = zip(linears, x.split(counts), strict=True)
+    return torch.cat([compute(linear, part) for linear, part in parts if len(part)])
 
 
 def expert_replacements(model: Any, checkpoint: LowBitCheckpoint) -> dict[str, nn.Module]:
