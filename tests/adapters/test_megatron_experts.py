@@ -154,8 +154,16 @@ def test_what_does_not_fit_leaves_the_model_as_it_is(two_ranks, tmp_path):
         "dense": "belongs to another model",
         "checkpoint": "decoder.layers.0.mlp.experts holds experts in codes, which are not kept in distributed",
         "export": "the model's linears are quantized; remove(model)",
+        "config": "computed with moe_apply_probs_on_input=False, and the GPTModel has moe_apply_probs_on_input=True",
+        "trained": "decoder.layers.1.mlp.experts.local_experts.0.linear_fc2.weight is being trained",
         "grouped": "decoder.layers.1.mlp.experts is a GroupedMLP, whose weights are not known here; build the model",
     }
     for said in two_ranks.run(cases.refused, "mixtral", fitting, artifacts, tmp_path):
         assert all(expected[what] in line and "\n" not in line for what, line in said.items()), said
         assert said.keys() == expected.keys() and not (tmp_path / "checkpoint").exists()
+
+
+def test_grouped_experts(two_ranks):
+    """Transformer Engine's, by stand-ins: the same weights in other places."""
+    first, second = two_ranks.run(cases.grouped, "mixtral", artifact("mixtral", "experts of W8A8 and a plan"))
+    assert first == {"same": True, "back": True} and second == {"same": True, "back": None}

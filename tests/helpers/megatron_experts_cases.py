@@ -13,6 +13,7 @@ from megatron_cases import gpt_model, logits, module_ids
 from megatron_filler_cases import built, script
 from megatron_groups import parallel
 from megatron_model_cases import said
+from torch import Tensor
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.artifact import Artifact
@@ -87,6 +88,50 @@ def refused(
         found["export"] = said(megatron_model.to_huggingface, model, hf.config)
         lowbit.remove(model)
         experts = model.decoder.layers[1].mlp.experts
+        with mock.patch.object(model.config, "moe_apply_probs_on_input", True):
+            found["config"] = said(lowbit.apply_to_megatron, model, fitting)
+        held = experts.local_experts[0].linear_fc2.weight
+        held.main_grad = torch.zeros(1)  # as DistributedDataParallel does
+        found["trained"] = said(lowbit.apply_to_megatron, model.train(), fitting)
+        model.eval()
         experts.__class__ = type("GroupedMLP", (torch.nn.Module,), {"forward": type(experts).forward})
         found["grouped"] = unchanged(lowbit.apply_to_megatron, model, fitting)
         return found
+
+
+class GroupedLinear(torch.nn.Module):
+    """Holds the weights of all experts as Transformer Engine's GroupedLinear does, which is not installed."""
+
+    def __init__(self, weights: list[Tensor]):
+        super().__init__()
+        for number, weight in enumerate(weights):
+            self.register_parameter(f"weight{number}", torch.nn.Parameter(weight.clone()))
+
+
+def grouped(rank: int, size: int, architecture: str, artifact: Artifact) -> dict[str, Any]:
+    """TEGroupedMLP with stand-ins for its linears: loaded, written back, and replaced by an artifact."""
+    with parallel(size):
+        from megatron.core.transformer.moe.experts import TEGroupedMLP
+
+        from megatron_lowbit.adapters.megatron import model as megatron_model
+
+        hf = tiny_models.build(architecture)
+        model = gpt_model(hf)
+        expected = logits(lowbit.apply_to_megatron(model, artifact))
+        lowbit.remove(model)
+        for layer in model.decoder.layers:
+            experts = layer.mlp.experts
+            module = TEGroupedMLP.__new__(TEGroupedMLP)
+            torch.nn.Module.__init__(module)
+            for role in ("linear_fc1", "linear_fc2"):
+                weights = [getattr(expert, role).weight for expert in experts.local_experts]
+                module.add_module(role, GroupedLinear([torch.full_like(weight, float("nan")) for weight in weights]))
+            layer.mlp.experts = module
+        megatron_model.load_weights(model, hf.state_dict(), hf.config)
+        back = megatron_model.to_huggingface(model, hf.config)
+        state = hf.state_dict()
+        same = torch.equal(logits(lowbit.apply_to_megatron(model, artifact)), expected)
+        return {
+            "same": same,
+            "back": back and all(torch.equal(t, state[name]) for name, t in back.state_dict().items()),
+        }

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_lowbit.adapters import patching
 from megatron_lowbit.adapters.megatron import attention, training
-from megatron_lowbit.adapters.megatron.experts import PROJECTIONS, expert_sums, find_experts
+from megatron_lowbit.adapters.megatron.experts import expert_sums, find_experts
 from megatron_lowbit.adapters.megatron.layers import weight_rows
 from megatron_lowbit.adapters.megatron.layout import (
     NORMS,
@@ -151,7 +151,7 @@ def apply_to_megatron(
         check_model(chunk)
         check_untied(chunk, artifact)
         if artifact.checkpoint is not None and artifact.checkpoint.scheme.weight_bits < 16:
-            training.check_replaceable(_replaced_linears(chunk, artifact.checkpoint))
+            training.check_replaceable(find_linears(chunk).values())
         patching.check_same_model(artifact, reducers.plan, partial(_completed, chunk))
         if artifact.checkpoint is not None and artifact.checkpoint.scheme.weight_bits < 16:
             warn_unreplaced(chunk, artifact.checkpoint)
@@ -201,13 +201,6 @@ def warn_unreplaced(model: Any, checkpoint: LowBitCheckpoint) -> None:
     if checkpoint.experts is not None:
         quantized += [name.rpartition(".")[0] for name in checkpoint.experts.weights]
     patching.warn_unreplaced(model, checkpoint, [n for n in quantized if n in taken or not n.startswith(here)])
-
-
-def _replaced_linears(model: Any, checkpoint: LowBitCheckpoint) -> list[tuple[str, Any]]:
-    """Return (path, module) of the linears that the checkpoint's are going to replace."""
-    experts = [] if checkpoint.experts is None else find_experts(model)
-    inside = (linear for e in experts for role in PROJECTIONS for linear in e.linears(role))
-    return [*find_linears(model).values(), *inside]
 
 
 def _completed(model: Any, expected: Fingerprint) -> Fingerprint:

@@ -5,9 +5,10 @@
     experts.local_experts.<j>.linear_fc1.weight     gate_up_proj[e]      rows, per rank [gate_r | up_r]
     experts.local_experts.<j>.linear_fc2.weight     down_proj[e]         columns
 
-transformers keeps the experts of a block in one tensor per projection, Megatron's SequentialMLP each in linears of its
-own. A rank has experts e of its place in the expert-parallel group, and of each its share among the ranks of the
-expert-tensor-parallel group. Which tokens an expert sees, and the sum over these ranks, are the token dispatcher's.
+transformers keeps the experts of a block in one tensor per projection. Megatron's SequentialMLP has each in linears of
+its own, TEGroupedMLP in experts.linear_fc1.weight<j> and experts.linear_fc2.weight<j>. A rank has the experts e of its
+place in the expert-parallel group, and of each its share among the ranks of the expert-tensor-parallel group. Which
+tokens an expert sees, and the sum over these ranks, are the token dispatcher's.
 
 The router of both takes the softmax over all experts and then the best k; or, which is the same as dividing those by
 their sum, the softmax over the best k alone (moe_router_pre_softmax=False).
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from torch import Tensor
 from torch import distributed as dist
@@ -49,7 +50,7 @@ class Experts:
 
     @property
     def module(self) -> Any:
-        """Return the module that computes the experts; of another class than SequentialMLP its weights are unknown."""
+        """Return the module that computes the experts."""
         return self.layer.experts
 
     @property
@@ -61,10 +62,25 @@ class Experts:
         """Return the name of the Hugging Face tensor that holds a projection of all experts."""
         return f"{prefix}.{self.block}.{PROJECTIONS[role]}"
 
-    def linears(self, role: Role) -> list[tuple[str, Any]]:
-        """Return (path, linear) of every expert here."""
-        local = self.module.local_experts
-        return [(f"{self.path}.experts.local_experts.{j}.{role}", getattr(e, role)) for j, e in enumerate(local)]
+    @property
+    def known(self) -> bool:
+        """Tell whether the weights are where they can be read."""
+        grouped = type(self.module) is TEGroupedMLP and hasattr(self.module.linear_fc1, "weight0")
+        return grouped or type(self.module) is SequentialMLP
+
+    def weights(self, role: Role) -> list[tuple[str, Tensor]]:
+        """Return (path, weight) of a projection of every expert here. Raises LowBitError where they are not known."""
+        path, module = f"{self.path}.experts", self.module
+        if not self.known:
+            raise LowBitError(
+                f"{path} is a {type(module).__name__}, whose weights are not known here; build the model with "
+                "moe_grouped_gemm=False"
+            )
+        if type(module) is SequentialMLP:
+            local = enumerate(module.local_experts)
+            return [(f"{path}.local_experts.{j}.{role}.weight", getattr(expert, role).weight) for j, expert in local]
+        leaves = [f"weight{j}" for j in range(len(self.numbers))]
+        return [(f"{path}.{role}.{leaf}", getattr(getattr(module, role), leaf)) for leaf in leaves]
 
 
 def find_experts(model: Any) -> list[Experts]:
@@ -164,11 +180,11 @@ def load_experts(
         for role in PROJECTIONS:
             name = experts.name(prefix, role)
             whole = None if name in packed else read(name, projection_shape(model, layout, role))
-            for number, (path, _) in zip(experts.numbers, experts.linears(role), strict=True):
+            for number, (path, _) in zip(experts.numbers, experts.weights(role), strict=True):
                 if whole is None:
-                    skip(f"{path}.weight")
+                    skip(path)
                 else:
-                    put(f"{path}.weight", layout.share(whole[number], role, rank))
+                    put(path, layout.share(whole[number], role, rank))
 
 
 def export_experts(model: Any, prefix: str) -> dict[str, Tensor]:
@@ -176,14 +192,13 @@ def export_experts(model: Any, prefix: str) -> dict[str, Tensor]:
     them."""
     state: dict[str, Tensor] = {}
     for experts in find_experts(model):
-        require_sequential(experts)
         layout, _ = expert_layout(model)
         tp, ep = (_several(group) for group in (model.pg_collection.expt_tp, model.pg_collection.ep))
         state[f"{prefix}.{experts.block}.mlp.gate.weight"] = experts.layer.router.weight.detach().cpu()
         for role in PROJECTIONS:
             here = [
-                layout.whole(all_gather_stack(linear.weight.detach().contiguous(), tp), role)
-                for _, linear in experts.linears(role)
+                layout.whole(all_gather_stack(weight.detach().contiguous(), tp), role)
+                for _, weight in experts.weights(role)
             ]
             state[experts.name(prefix, role)] = all_gather_stack(torch.stack(here), ep).flatten(0, 1).cpu()
     return state
@@ -195,12 +210,10 @@ def expert_sums(model: Any, prefix: str, names: Collection[str]) -> dict[str, in
     A collective call over the ranks that share them.
     """
     sums = {
-        experts.name(prefix, role): torch.stack(
-            [bit_sum(linear.weight.detach()) for _, linear in experts.linears(role)]
-        )
+        experts.name(prefix, role): torch.stack([bit_sum(weight.detach()) for _, weight in experts.weights(role)])
         for experts in find_experts(model)
         for role in PROJECTIONS
-        if experts.name(prefix, role) in names and isinstance(experts.module, SequentialMLP)
+        if experts.name(prefix, role) in names and experts.known
     }
     if not sums:
         return {}
@@ -208,15 +221,6 @@ def expert_sums(model: Any, prefix: str, names: Collection[str]) -> dict[str, in
     if world_size(model.pg_collection.tp_ep) > 1:
         dist.all_reduce(total, group=model.pg_collection.tp_ep)
     return dict(zip(sums, total.tolist(), strict=True))
-
-
-def require_sequential(experts: Experts) -> None:
-    """Raise LowBitError for experts whose weights are not in linears of their own."""
-    if not isinstance(experts.module, SequentialMLP):
-        raise LowBitError(
-            f"{experts.path}.experts is a {type(experts.module).__name__}, whose weights are not known here; "
-            "build the model with moe_grouped_gemm=False"
-        )
 
 
 def _several(group: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The experts of a GPTModel in codes: what takes the place of Megatron's SequentialMLP, made from an artifact.
+"""The experts of a GPTModel in codes: what takes the place of Megatron's, made from an artifact.
 
     y[t] = p[t] * Q(act(Q(x[t]) Q(U_e)^T)) Q(D_e)^T      token t of expert e, with the router's share p
 
@@ -22,9 +22,9 @@ from megatron_lowbit.adapters.megatron.experts import (
     expert_layout,
     find_experts,
     projection_shape,
-    require_sequential,
 )
 from megatron_lowbit.adapters.megatron.layout import find_prefix
+from megatron_lowbit.adapters.megatron.training import held_message, is_held
 from megatron_lowbit.comm.reducers import OverRanks
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.kernels import FLOAT_BITS
@@ -36,7 +36,7 @@ from megatron_lowbit.runtime.distributed import world_size
 
 
 class LowBitExperts(OverRanks):
-    """Called as SequentialMLP: tokens [n, hidden] in the order of the experts, how many each has, and the router's
+    """Called as Megatron's experts: tokens [n, hidden] in the order of the experts, how many each has, and the router's
     share of each [n] -> ([n, hidden], None), this rank's part of the sum.
 
     up, down: this rank's share of every expert's projections. act: of Megatron's config, between [gate | up]'s halves.
@@ -70,6 +70,9 @@ class LowBitExperts(OverRanks):
         dist.all_reduce(ends, dist.ReduceOp.MAX, self.tp_group)
         low, high = (end.unsqueeze(1) for end in (-ends[0], ends[1]))
         return fake_quantize_with(inner.float(), *qparams_from_range(low, high, self.act_bits), self.act_bits)
+
+    def backward_dw(self) -> None:
+        """Do nothing: weights in codes have no gradient that could be delayed."""
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
         """Refuse: Megatron's distributed checkpoints hold experts in full precision."""
@@ -126,10 +129,13 @@ def check_experts(model: Any, checkpoint: LowBitCheckpoint) -> None:
         return
     prefix = find_prefix(checkpoint.linears)
     for here in find_experts(model):
-        require_sequential(here)
+        _check_computed_alike(model.config)
         layout, _ = expert_layout(model)
         for role in PROJECTIONS:
             name, (count, rows, width) = here.name(prefix, role), projection_shape(model, layout, role)
+            for path, parameter in here.weights(role):
+                if is_held(parameter) and here.module.training:
+                    raise LowBitError(held_message(path))
             weight = checkpoint.experts.weights.get(name)
             if weight is None:
                 raise LowBitError(f"the artifact has no quantized experts {name}; quantize this model again")
@@ -138,3 +144,22 @@ def check_experts(model: Any, checkpoint: LowBitCheckpoint) -> None:
                     f"{name} is {count} x [{rows}, {width}] in the GPTModel and [{len(weight.packed_weight)}, "
                     f"{weight.in_features}] in the artifact; build the model with the config that was quantized"
                 )
+
+
+def _check_computed_alike(config: Any) -> None:
+    """Raise LowBitError for experts that compute something else between their projections, or around them."""
+    expected = {
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "activation_func_clamp_value": None,
+        "glu_linear_offset": 0.0,
+        "moe_apply_probs_on_input": False,
+        "moe_latent_size": None,
+    }
+    for name, value in expected.items():
+        given = getattr(config, name, value)
+        if given != value:
+            raise LowBitError(
+                f"the artifact's experts are computed with {name}={value}, and the GPTModel has {name}={given}; "
+                "quantize without weights.experts, or build the model with the config that was quantized"
+            )
