@@ -8,6 +8,7 @@ from typing import Any
 
 import megatron_cases
 import megatron_experts_cases as cases
+import oracles
 import pytest
 import tiny_models
 import torch
@@ -167,3 +168,11 @@ def test_grouped_experts(two_ranks):
     """Transformer Engine's, by stand-ins: the same weights in other places."""
     first, second = two_ranks.run(cases.grouped, "mixtral", artifact("mixtral", "experts of W8A8 and a plan"))
     assert first == {"same": True, "back": True} and second == {"same": True, "back": None}
+
+
+def test_the_gradient_is_that_of_the_weights_of_the_codes(two_ranks):
+    for results in two_ranks.run(cases.gradients, "mixtral", artifact("mixtral", "experts of W4A16")):
+        for found, expected in zip(results["codes"], results["weights"], strict=True):
+            # float32 sums of 64, 48 and 96 terms in another order: as many roundings of the largest, at most.
+            atol = (64 + 48 + 96) * oracles.EPS32 * expected.abs().max().item()
+            torch.testing.assert_close(found, expected, rtol=0, atol=atol)

@@ -135,3 +135,29 @@ def grouped(rank: int, size: int, architecture: str, artifact: Artifact) -> dict
             "same": same,
             "back": back and all(torch.equal(t, state[name]) for name, t in back.state_dict().items()),
         }
+
+
+def gradients(rank: int, size: int, architecture: str, artifact: Artifact) -> dict[str, list[Tensor]]:
+    """[output, gradients of the tokens and of their shares] of the codes, and of Megatron's own experts with the
+    weights that the codes stand for; one expert has no token."""
+    with parallel(size):
+        from megatron_lowbit.adapters.megatron import model as megatron_model
+
+        hf = tiny_models.build(architecture)
+        model = gpt_model(hf)
+        assert artifact.checkpoint is not None and artifact.checkpoint.experts is not None
+        values = {name: weight.dequantize() for name, weight in artifact.checkpoint.experts.weights.items()}
+        state = hf.state_dict()
+        megatron_model.load_weights(model, state | {n: v.view_as(state[n]) for n, v in values.items()}, hf.config)
+        effective = model.decoder.layers[0].mlp.experts
+        other = lowbit.apply_to_megatron(gpt_model(hf), artifact).decoder.layers[0].mlp.experts
+
+        def run(module: Any) -> list[Tensor]:
+            draw = torch.Generator().manual_seed(4)
+            x, given = (torch.randn(12, 64, generator=draw) for _ in range(2))
+            x, share = x.requires_grad_(), torch.rand(12, generator=draw).requires_grad_()
+            y, _ = module(x, torch.tensor([5, 0, 4, 3]), share)
+            y.backward(given)
+            return [y.detach(), x.grad, share.grad]
+
+        return {"codes": run(other), "weights": run(effective)}
