@@ -50,7 +50,9 @@ def to_megatron(config: ConvertConfig) -> dict[str, Any]:
     artifact = None if config.artifact is None else Artifact.load(config.artifact)
     source = source_of(config, None if artifact is None else artifact.checkpoint)
     hf_config = read_config(source)
-    scripts.check_rotary(getattr(hf_config, "text_config", None) or hf_config)
+    text_config = getattr(hf_config, "text_config", None) or hf_config
+    scripts.check_rotary(text_config)
+    scripts.refuse_experts(text_config)
     engine = start_engine(as_stored(config, hf_config))
     if artifact is not None:
         engine.apply(artifact)

@@ -43,6 +43,8 @@ def models(tmp_path_factory):
         "hidden": ("llama", HIDDEN),
         "padded": ("llama", {**CHANGES, "vocab_size": 105}),
         "layers": ("llama", {**CHANGES, "num_hidden_layers": 4}),
+        "experts": ("mixtral", {}),
+        "mixed": ("qwen3_moe", {"mlp_only_layers": [0]}),
     }.items():
         build(architecture, **changes).save_pretrained(root / name)
     return {**{folder.name: folder for folder in root.iterdir()}, "embedded": embedded_folder()}
@@ -61,6 +63,8 @@ def jobs(models, two_ranks, tmp_path_factory):
         "plans": ("llama", make_artifact(hf, tp_sizes=(2, 4))),
         "padded": ("padded", make_artifact(build("llama", **CHANGES, vocab_size=105), "W4A16")),
         "biases": ("biases", make_artifact(biases, "W4A4", (2, 4))),
+        "experts": ("experts", make_artifact(build("mixtral"), "W4A4", (2, 4))),
+        "experts of one block": ("mixed", make_artifact(build("qwen3_moe", mlp_only_layers=[0]), "W4A16")),
         "qllm": ("embedded", Artifact.load(qllm)),
         "qllm in some blocks": ("embedded", in_some_blocks(Artifact.load(qllm))),
     }

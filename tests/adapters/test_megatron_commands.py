@@ -223,6 +223,28 @@ def test_generate_the_same_tokens_everywhere(ranks, generation, tmp_path, engine
     assert records == [{"prompt": row["prompt"], "text": row["text"]} for row in written]
 
 
+# A mixture of experts
+
+
+def test_experts_in_codes(ranks, tmp_path):
+    """Quantized and calibrated by Megatron's ranks, it gives the figures and tokens of Hugging Face's virtual ones."""
+    model, artifact = f"model={save_model('mixtral', tmp_path / 'model')}", tmp_path / "artifact"
+    scheme = ["weights.method=rtn", "weights.scheme=W8A8", "weights.experts=W8A8", *CALIBRATION, "comm.tp_sizes=[2]"]
+    out = succeed(ranks("quantize", model, *scheme, "engine=megatron", "tp=2", f"output_dir={artifact}"))
+    assert "experts in W8A8" in out and "wrote the plan for tp_size 2: 2 sites" in out
+    use = [model, f"artifact={artifact}"]
+    evaluate, generate = ["evaluate", *use, *EVALUATION], ["generate", *use, "prompt=import os", "max_new_tokens=8"]
+    for stage in (evaluate, generate):
+        assert run_here(*stage, "virtual_tp=2", f"output_dir={tmp_path / 'huggingface'}") == 0
+        succeed(ranks(*stage, "engine=megatron", "tp=2", f"output_dir={tmp_path / 'megatron'}"))
+    real, virtual = (rows(tmp_path / name) for name in ("megatron", "huggingface"))
+    assert list(real) == list(virtual) == ["full precision", "W8A8 + per-token tiered int4"]
+    for name, row in real.items():  # see assert_same_figures
+        assert row["perplexity"] == pytest.approx(virtual[name]["perplexity"], rel=1e-4)
+    (row,), (expected,) = (record(tmp_path / name, "generate")["rows"] for name in ("megatron", "huggingface"))
+    assert row["tokens"] == expected["tokens"]
+
+
 # Bad input: exit code 2, one line, nothing written
 
 EVALUATE = ["evaluate", MODEL, *EVALUATION]

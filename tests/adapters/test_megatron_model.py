@@ -37,6 +37,9 @@ MODELS = {
     "tied and padded": ("llama", {"tie_word_embeddings": True, "vocab_size": 105}),
     "fewer groups than ranks": ("llama", {"num_key_value_heads": 2}),
     "biases of the attention alone": ("llama", {"attention_bias": True}),
+    "experts": ("mixtral", {}),
+    "experts of one block": ("qwen3_moe", {"mlp_only_layers": [0]}),
+    "experts whose shares sum to 1": ("qwen3_moe", {"norm_topk_prob": True}),
 }
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]  # (tp, pp)
 # Logits of both sides are float32 with sums in another order. The longest sum has 172 terms: its order moves it by at
@@ -192,7 +195,13 @@ def test_contexts(one_rank):
 
 # {what is wrong: (tp, pp, architecture, changed config fields, what the line has to say)}
 REFUSED = {
-    "model_type": (2, 1, "gemma2", {}, ["'gemma2'", "llama, mistral, qwen2, qwen3, phi3", "engine=huggingface"]),
+    "model_type": (
+        2,
+        1,
+        "gemma2",
+        {},
+        ["'gemma2'", "llama, mistral, qwen2, qwen3, phi3, mixtral, qwen3_moe", "engine=huggingface"],
+    ),
     "activation": (2, 1, "llama", {"hidden_act": "gelu"}, ["hidden_act='gelu'", "silu"]),
     "rope": (2, 1, "llama", {"rope_parameters": {**ROPE, "rope_type": "yarn"}}, ["rope_type 'yarn'"]),
     "llama3's frequencies": (
@@ -212,6 +221,19 @@ REFUSED = {
         ["tp=2", "num_attention_heads=7"],
     ),
     "MLP": (2, 1, "llama", {"intermediate_size": 171}, ["tp=2", "intermediate_size=171"]),
+    "experts": (
+        *(2, 1, "qwen3_moe", {"moe_intermediate_size": 27}),
+        ["tp=2 does not divide the model's moe_intermediate_size=27; choose one of [1, 3, 9, 27]"],
+    ),
+    "biases beside experts": (
+        2,
+        1,
+        "qwen3_moe",
+        {"attention_bias": True},
+        ["attention_bias=true", "engine=huggingface"],
+    ),
+    "one expert": (2, 1, "mixtral", {"num_experts_per_tok": 1}, ["num_experts_per_tok=1", "engine=huggingface"]),
+    "no block of experts": (2, 1, "qwen3_moe", {"mlp_only_layers": [0, 1]}, ["no block of this qwen3_moe has experts"]),
 }
 
 

@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-_made: dict[tuple[int, int], dict[str, Any]] = {}  # {(tp, pp): what parallel_state held}
+_made: dict[tuple[int, int, int], dict[str, Any]] = {}  # {(tp, pp, ep): what parallel_state held}
 
 
 @contextlib.contextmanager
-def parallel(tp: int, pp: int = 1) -> Iterator[None]:
+def parallel(tp: int, pp: int = 1, ep: int = 1) -> Iterator[None]:
     """Inside, Megatron is initialized for this layout; outside it is as before, so that the pool serves other cases."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Transformer Engine and Apex are not installed
@@ -26,12 +26,12 @@ def parallel(tp: int, pp: int = 1) -> Iterator[None]:
     state = vars(parallel_state)
     names = [name for name in state if name.startswith("_") and name[1:].isupper()]
     before = {name: state[name] for name in names}
-    if (tp, pp) in _made:
-        state.update(_made[tp, pp])
+    if (tp, pp, ep) in _made:
+        state.update(_made[tp, pp, ep])
     else:
         parallel_state.destroy_model_parallel()  # a command that ran in this worker leaves its groups
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
-        _made[tp, pp] = {name: state[name] for name in names}
+        parallel_state.initialize_model_parallel(tp, pp, expert_model_parallel_size=ep)
+        _made[tp, pp, ep] = {name: state[name] for name in names}
     try:
         yield
     finally:

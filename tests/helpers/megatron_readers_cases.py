@@ -61,28 +61,17 @@ def with_other_reader(kind: str, hf: PreTrainedModel, sequence_parallel: bool) -
 
 def with_experts(hf: PreTrainedModel, sequence_parallel: bool) -> Any:
     """Layer 1 is a mixture of two experts with random weights, the same for every call; a router reads the norm."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.moe import moe_utils
-
     from megatron_lowbit.adapters.megatron import model as megatron_model
-    from megatron_lowbit.adapters.megatron.spec import block_spec, llama_spec
 
-    if not hasattr(moe_utils, "te_general_gemm"):  # without Transformer Engine, Megatron 0.16 asks for it all the same
-        moe_utils.te_general_gemm = None
     original = megatron_model.transformer_config
 
     def config_of_experts(*args: Any, **kwargs: Any) -> Any:
         changes = {"num_moe_experts": 2, "moe_router_topk": 2, "moe_ffn_hidden_size": 24, "moe_layer_freq": [0, 1]}
         return dataclasses.replace(original(*args, **kwargs), **changes)
 
-    config = config_of_experts(hf.config, sequence_parallel=sequence_parallel)
-    layer = llama_spec()
-    experts = get_gpt_layer_local_spec(num_experts=2).submodules.mlp
-    block = block_spec(config)
-    block.layer_specs[1] = dataclasses.replace(layer, submodules=dataclasses.replace(layer.submodules, mlp=experts))
     megatron_model.transformer_config = config_of_experts
     try:
-        model = megatron_model.build(hf.config, sequence_parallel=sequence_parallel, spec=block)
+        model = megatron_model.build(hf.config, sequence_parallel=sequence_parallel)
     finally:
         megatron_model.transformer_config = original
     state = gpt_model(hf, sequence_parallel).state_dict()

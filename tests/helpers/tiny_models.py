@@ -47,11 +47,25 @@ CONFIGS = {
     "phi3": (transformers.Phi3Config, {}),
 }
 ARCHITECTURES = list(CONFIGS)
+# {mixture of experts: the same}. Qwen3-MoE may have MLPs in some blocks, and its shares need not sum to 1.
+MIXTURES = {
+    "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        {
+            "head_dim": 8,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 44,
+            "norm_topk_prob": False,
+        },
+    ),
+}
 
 
 def build(architecture: str, **changes: object) -> transformers.PreTrainedModel:
     """The model in float32, for inference; `changes` are config fields."""
-    config_class, differing = CONFIGS[architecture]
+    config_class, differing = (CONFIGS | MIXTURES)[architecture]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config_class(**{**_SHAPE, **differing, **changes}))
     for name, parameter in model.named_parameters():

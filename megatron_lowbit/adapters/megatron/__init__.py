@@ -16,8 +16,12 @@ from megatron_lowbit.adapters.megatron.spec import (
     llama_w4a16_block_spec,
     llama_w4a16_spec,
     lowbit_spec,
+    mixtral_lowbit_block_spec,
+    mixtral_lowbit_spec,
     qwen3_lowbit_block_spec,
     qwen3_lowbit_spec,
+    qwen3_moe_lowbit_block_spec,
+    qwen3_moe_lowbit_spec,
 )
 from megatron_lowbit.adapters.megatron.versions import core_version
 
@@ -37,8 +41,12 @@ __all__ = [
     "llama_w4a16_block_spec",
     "llama_w4a16_spec",
     "lowbit_spec",
+    "mixtral_lowbit_block_spec",
+    "mixtral_lowbit_spec",
     "model_chunks",
     "qwen3_lowbit_block_spec",
     "qwen3_lowbit_spec",
+    "qwen3_moe_lowbit_block_spec",
+    "qwen3_moe_lowbit_spec",
     "split_rows",
 ]

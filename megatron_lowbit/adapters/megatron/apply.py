@@ -9,13 +9,14 @@ into them (load_state_dict, with or without a distributed checkpoint), and round
 what the recipe says of each layer. (b) works on any GPTModel, whether or not it was built by (a), and is the way to
 an artifact with reassembly, correction and communication plans. `megatron_lowbit.remove` undoes (b).
 
-Experts, embeddings and the output layer stay as they are, and read norms as they were; weights of theirs in the
-artifact are left, with a warning. A model with other linears that are not known is refused: it would be quantized only
-in part.
+Experts are replaced by (b) where the artifact holds them in codes (lowbit_experts.py); else they, and always embeddings
+and the output layer, stay as they are, and read norms as they were. A model with other linears that are not known is
+refused: it would be quantized only in part.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from megatron_lowbit.adapters import patching
 from megatron_lowbit.adapters.megatron import attention, training
+from megatron_lowbit.adapters.megatron.experts import expert_sums, find_experts
 from megatron_lowbit.adapters.megatron.layers import weight_rows
 from megatron_lowbit.adapters.megatron.layout import (
     NORMS,
@@ -39,6 +41,7 @@ from megatron_lowbit.adapters.megatron.layout import (
     parts,
     split_rows,
 )
+from megatron_lowbit.adapters.megatron.lowbit_experts import check_experts
 from megatron_lowbit.adapters.megatron.replacements import Replacements
 from megatron_lowbit.adapters.megatron.whole import check_model
 from megatron_lowbit.artifact import Artifact
@@ -46,7 +49,9 @@ from megatron_lowbit.config import CommConfig, CommMode, LowBitError
 from megatron_lowbit.io.fingerprint import Fingerprint
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.input_clipping import Clips, attention_clips
-from megatron_lowbit.runtime.distributed import group_rank, world_size
+from megatron_lowbit.runtime.distributed import env_rank, group_rank, world_size
+
+logger = logging.getLogger("megatron_lowbit")
 
 _SAME_CONFIG = "build the model with the config that was quantized"
 
@@ -74,7 +79,8 @@ def fingerprint(model: Any, names: Iterable[str]) -> Fingerprint:
     total = torch.stack([sums[name] for name in sorted(sums)])
     if world_size(model.pg_collection.tp) > 1:
         torch.distributed.all_reduce(total, group=model.pg_collection.tp)
-    return {**_shape_fields(model), "weights": dict(zip(sorted(sums), total.tolist(), strict=True))}
+    weights = dict(zip(sorted(sums), total.tolist(), strict=True)) | expert_sums(model, prefix, names)
+    return {**_shape_fields(model), "weights": weights}
 
 
 def _shape_fields(model: Any) -> dict[str, Any]:
@@ -101,8 +107,9 @@ def apply_to_megatron(
     """Put an artifact into a GPTModel of Megatron-Core: quantized linears, and low-bit all-reduces between its ranks.
 
     A collective call: every rank makes it. Under sequence parallelism the reduce-scatter is low-bit, and the all-gather
-    where the plan has ranges for it (comm.gather). `saturation` tells whether the calibrated ranges held, and `remove`
-    takes the artifact out again.
+    where the plan has ranges for it (comm.gather). Experts that the artifact holds in codes are replaced, too; the sum
+    of their outputs over the ranks stays Megatron's, in full precision. `saturation` tells whether the calibrated
+    ranges held, and `remove` takes the artifact out again.
 
     Args:
         model: a GPTModel, a wrapper around one, or a list of pipeline chunks; changed in place.
@@ -149,6 +156,8 @@ def apply_to_megatron(
         if artifact.checkpoint is not None and artifact.checkpoint.scheme.weight_bits < 16:
             warn_unreplaced(chunk, artifact.checkpoint)
     replacements = [Replacements(chunk, artifact, reducers).modules() for chunk in chunks]
+    if reducers.plan is not None and any(find_experts(chunk) for chunk in chunks) and env_rank() == 0:
+        logger.warning("Megatron's token dispatcher adds up what the ranks compute of an expert, in full precision")
     for chunk, modules in zip(chunks, replacements, strict=True):
         patching.swap(chunk, modules)
         if artifact.checkpoint is not None:
@@ -187,7 +196,11 @@ def warn_unreplaced(model: Any, checkpoint: LowBitCheckpoint) -> None:
     prefix, linears = find_prefix(checkpoint.linears), find_linears(model)
     here = tuple(f"{prefix}.{block}." for _, block, _ in numbered_layers(model))
     taken = {name for layer, role in linears for name in parts(prefix, layer, role, checkpoint.linears)}
-    patching.warn_unreplaced(model, checkpoint, [n for n in checkpoint.linears if n in taken or not n.startswith(here)])
+    taken |= {experts.name(prefix, "linear_fc1").rpartition(".")[0] for experts in find_experts(model)}
+    quantized = [*checkpoint.linears]
+    if checkpoint.experts is not None:
+        quantized += [name.rpartition(".")[0] for name in checkpoint.experts.weights]
+    patching.warn_unreplaced(model, checkpoint, [n for n in quantized if n in taken or not n.startswith(here)])
 
 
 def _completed(model: Any, expected: Fingerprint) -> Fingerprint:
@@ -206,6 +219,7 @@ def check_shapes(model: Any, artifact: Artifact) -> None:
             raise LowBitError(f"the artifact has {layers} layers, the GPTModel {blocks}; {_SAME_CONFIG}")
     if checkpoint is None:
         return
+    check_experts(model, checkpoint)
     prefix = find_prefix(checkpoint.linears)
     for layer, role in find_linears(model):
         names = parts(prefix, layer, role, checkpoint.linears)

@@ -134,6 +134,10 @@ def check_config(artifact: Artifact, config: Any) -> None:
         ("layernorm_epsilon", "--norm-epsilon"),
         ("gated_linear_unit", "--swiglu"),
         ("qk_layernorm", "--qk-layernorm"),
+        ("num_moe_experts", "--num-experts"),
+        ("moe_ffn_hidden_size", "--moe-ffn-hidden-size"),
+        ("moe_router_topk", "--moe-router-topk"),
+        ("moe_router_pre_softmax", "--moe-router-pre-softmax"),
     ):
         if getattr(config, key) != getattr(quantized, key):
             raise LowBitError(

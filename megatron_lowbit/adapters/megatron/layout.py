@@ -90,6 +90,22 @@ class Layout:
         """Return the part of `order` that tensor-parallel rank `rank` of a column-parallel linear holds."""
         return self.order(role).chunk(self.tp_size)[rank]
 
+    def share(self, whole: Tensor, role: Role, rank: int) -> Tensor:
+        """Return a rank's rows of the weight cat(parts) of a column-parallel linear, in Megatron's order, or its
+        columns of a row-parallel one."""
+        if role in COLUMN:
+            return whole[self.rank_rows(role, rank)]
+        return whole.chunk(self.tp_size, dim=1)[rank]
+
+    def whole(self, shares: Tensor, role: Role) -> Tensor:
+        """Return cat(parts) again from the shares [ranks, rows, columns] of all ranks."""
+        if role not in COLUMN:
+            return torch.cat(list(shares), dim=1)
+        fused = shares.flatten(0, 1)
+        whole = torch.empty_like(fused)
+        whole[self.order(role)] = fused
+        return whole
+
 
 def parts(prefix: str, layer: int, role: Role, known: Collection[str]) -> tuple[str, ...]:
     """Hugging Face names of the linears that make up a role; `known` tells whether they are fused there."""

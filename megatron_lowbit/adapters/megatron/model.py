@@ -3,8 +3,8 @@
     hf_config ──transformer_config──> TransformerConfig ──build──> GPTModel ──load_weights / load_checkpoint──> ready
     GPTModel ──to_huggingface──> the Hugging Face model, on rank 0
 
-Supported are the Llama-like ones: llama, mistral, qwen2, qwen3, phi3. Every rank reads one tensor at a time and keeps
-its rows. Where the vocabulary is padded, the logits of the padding are -inf.
+Supported are the Llama-like ones: llama, mistral, qwen2, qwen3, phi3; and with experts mixtral, qwen3_moe. Every rank
+reads one tensor at a time and keeps its share. Where the vocabulary is padded, the logits of the padding are -inf.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ from torch.nn import functional as F
 from megatron_lowbit.adapters import megatron
 from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.adapters.huggingface.skeleton import skeleton
-from megatron_lowbit.adapters.megatron import cpu_shims
+from megatron_lowbit.adapters.megatron import cpu_shims, experts
 from megatron_lowbit.adapters.megatron.apply import check_shapes, refuse_head
 from megatron_lowbit.adapters.megatron.layers import full_weight
 from megatron_lowbit.adapters.megatron.layout import (
     COLUMN,
     NORMS,
-    Layout,
     final_norm,
     find_prefix,
     norm_name,
@@ -44,7 +43,7 @@ from megatron_lowbit.io.hf_names import ModelWeights
 from megatron_lowbit.runtime.distributed import all_gather_stack, gather_values, group_rank, world_size
 from megatron_lowbit.runtime.rendezvous import collective_limit
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3", *experts.MODEL_TYPES)
 _HEAD = "lm_head.weight"
 Read = Callable[[str, tuple[int, ...]], Tensor]
 
@@ -114,7 +113,7 @@ def transformer_config(
         activation_func=F.silu,
         add_bias_linear=_has_bias(hf_config, "output"),
         add_qkv_bias=_has_bias(hf_config, "qkv"),
-        qk_layernorm=hf_config.model_type == "qwen3",
+        qk_layernorm=hf_config.model_type in ("qwen3", "qwen3_moe"),
         attention_dropout=0.0,
         hidden_dropout=0.0,
         attention_softmax_in_fp32=True,
@@ -127,6 +126,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=not gpu,
         perform_initialization=False,  # every parameter is loaded
+        **experts.config_arguments(hf_config),
     )
 
 
@@ -241,7 +241,8 @@ def load_rest(model: Any, artifact: Artifact, hf_config: Any) -> None:
     known, read = _reader(checkpoint.tensors, hf_config)
     for chunk in megatron.model_chunks(model):
         check_shapes(chunk, artifact)
-        _load(chunk, known, read, hf_config, linears=False)
+        packed = () if checkpoint.experts is None else checkpoint.experts.weights
+        _load(chunk, known, read, hf_config, linears=False, packed=packed)
         chunk._lowbit_fingerprint = checkpoint.fingerprint
 
 
@@ -282,8 +283,13 @@ def _reader(source: str | Path | Mapping[str, Tensor], hf_config: Any) -> tuple[
 
 
 @torch.no_grad()
-def _load(model: Any, known: Collection[str], read: Read, hf_config: Any, linears: bool) -> None:
-    """Load all parameters of one chunk; without `linears`, all but the weights of the tensor-parallel linears."""
+def _load(
+    model: Any, known: Collection[str], read: Read, hf_config: Any, linears: bool, packed: Collection[str] = ()
+) -> None:
+    """Load all parameters of one chunk; without `linears`, all but the weights of the tensor-parallel linears.
+
+    packed: the experts that are left out, too.
+    """
     layout, rank = megatron.layout_of(model), group_rank(model.pg_collection.tp)
     prefix = find_prefix(known)
     base = prefix.rpartition(".")[0]
@@ -321,7 +327,7 @@ def _load(model: Any, known: Collection[str], read: Read, hf_config: Any, linear
         if linears:
             shapes = [(size, layout.in_features(role)) for size in rows]
             whole = torch.cat([read(f"{name}.weight", shape) for name, shape in zip(names, shapes, strict=True)])
-            put(f"{path}.weight", _share(whole, layout, role, rank))
+            put(f"{path}.weight", layout.share(whole, role, rank))
         else:
             pending.discard(f"{path}.weight")
         if module.bias is not None:
@@ -338,6 +344,7 @@ def _load(model: Any, known: Collection[str], read: Read, hf_config: Any, linear
                 shape = tuple(model.get_parameter(name).shape)
                 put(name, read(f"{norm_name(prefix, block, norm)}.weight", shape))
         _load_te_norms(index, block, prefix, pending, put, read, hidden)
+    experts.load_experts(model, prefix, read, put, pending.discard, packed)
     if pending:
         raise LowBitError(f"the GPTModel has {sorted(pending)[0]}, which this model has no weight for")
     for path, module in megatron.find_linears(model).values():
@@ -353,13 +360,6 @@ def _load_te_norms(index: int, layer: int, prefix: str, pending: set[str], put: 
             name = f"decoder.layers.{index}.{owner}.{role}.layer_norm_weight"
             if name in pending:
                 put(name, read(f"{norm_name(prefix, layer, norm)}.weight", (hidden,)))
-
-
-def _share(whole: Tensor, layout: Layout, role: Any, rank: int) -> Tensor:
-    """Return a rank's rows of a column-parallel weight, in Megatron's order, or its columns of a row-parallel one."""
-    if role in COLUMN:
-        return whole[layout.rank_rows(role, rank)]
-    return whole.chunk(layout.tp_size, dim=1)[rank]
 
 
 def _mask_padding(model: Any, vocab: int) -> None:
@@ -422,29 +422,28 @@ def _export(model: Any, hf_config: Any) -> dict[str, Tensor]:
     base = prefix.rpartition(".")[0]
     state: dict[str, Tensor] = {}
 
-    def gather(tensor: Tensor, dim: int | None) -> Tensor:
-        if dim is None:
-            return tensor.detach().cpu()
-        return torch.cat(list(all_gather_stack(tensor.detach().contiguous(), group)), dim).cpu()
+    def gather(tensor: Tensor) -> Tensor:
+        return all_gather_stack(tensor.detach().contiguous(), group)
+
+    def words(layer: Any) -> Tensor:
+        return gather(layer.weight).flatten(0, 1)[: hf_config.vocab_size].cpu()
 
     if model.pre_process:
-        state[f"{base}.embed_tokens.weight"] = gather(model.embedding.word_embeddings.weight, 0)[: hf_config.vocab_size]
+        state[f"{base}.embed_tokens.weight"] = words(model.embedding.word_embeddings)
     if model.post_process:
-        state[f"{base}.norm.weight"] = gather(model.get_parameter(f"{final_norm(model)}.weight"), None)
+        state[f"{base}.norm.weight"] = model.get_parameter(f"{final_norm(model)}.weight").detach().cpu()
         if model.output_layer.weight is not None and not hf_config.tie_word_embeddings:
-            state[_HEAD] = gather(model.output_layer.weight, 0)[: hf_config.vocab_size]
+            state[_HEAD] = words(model.output_layer)
     for (layer, role), (_, module) in megatron.find_linears(model).items():
         names = parts(prefix, layer, role, expected)
         tensors = {"weight": full_weight(module), "bias": module.bias}
         for leaf, tensor in tensors.items():
             if tensor is None:
                 continue
-            if role in COLUMN:
-                fused = gather(tensor, 0)
-                whole = torch.empty_like(fused)
-                whole[layout.order(role)] = fused
+            if leaf == "bias" and role not in COLUMN:
+                whole = tensor.detach().cpu()
             else:
-                whole = gather(tensor, 1 if leaf == "weight" else None)
+                whole = layout.whole(gather(tensor), role).cpu()
             sizes = layout.part_rows(role) if len(names) > 1 else (whole.shape[0],)
             state |= {f"{name}.{leaf}": piece.clone() for name, piece in zip(names, whole.split(sizes), strict=True)}
     for _, block, layer in numbered_layers(model):
@@ -457,8 +456,8 @@ def _export(model: Any, hf_config: Any) -> dict[str, Tensor]:
                 owner = layer.self_attention if reader == "linear_qkv" else layer.mlp
                 weight = getattr(getattr(owner, reader, None), "layer_norm_weight", None)
             if weight is not None:
-                state[f"{norm_name(prefix, block, norm)}.weight"] = gather(weight, None)
-    return state
+                state[f"{norm_name(prefix, block, norm)}.weight"] = weight.detach().cpu()
+    return state | experts.export_experts(model, prefix)
 
 
 __all__ = [

@@ -33,6 +33,7 @@ from megatron_lowbit.adapters.megatron.layout import (
     numbered_layers,
     parts,
 )
+from megatron_lowbit.adapters.megatron.lowbit_experts import expert_replacements
 from megatron_lowbit.adapters.megatron.norms import LowBitNorm
 from megatron_lowbit.adapters.megatron.spec_layer import SpecLayer
 from megatron_lowbit.artifact import Artifact
@@ -63,7 +64,7 @@ class Replacements:
         self.reassembling = self._reassembling_linears() if self.checkpoint is not None else set()
 
     def modules(self) -> dict[str, nn.Module]:
-        """Return {path: replacement} of the linears and norms that change."""
+        """Return {path: replacement} of the linears, norms and experts that change."""
         modules: dict[str, nn.Module] = {}
         for (layer, role), (path, host) in find_linears(self.model).items():
             if role not in COLUMN:
@@ -74,7 +75,8 @@ class Replacements:
                 modules[path] = self._dense_column(role, host, gather)
         if self.checkpoint is None:
             return modules
-        return modules | self._norms(self.checkpoint) | self._rotated_rest(self.checkpoint)
+        modules |= self._norms(self.checkpoint) | self._rotated_rest(self.checkpoint)
+        return modules | expert_replacements(self.model, self.checkpoint)
 
     def _column(self, checkpoint: LowBitCheckpoint, layer: int, role: Role, host: Any) -> nn.Module:
         names, rows = self._parts(layer, role), self.layout.rank_rows(role, self.rank)

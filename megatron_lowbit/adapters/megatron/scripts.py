@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from megatron_lowbit.adapters.megatron.experts import MODEL_TYPES
 from megatron_lowbit.adapters.megatron.layout import is_hybrid
 from megatron_lowbit.config import LowBitError
 
@@ -115,6 +116,15 @@ def check_rotary(hf_config: Any) -> None:
         raise LowBitError(
             f"the rotary embedding ({values}) is none that Megatron-LM's scripts build (plain, or llama3 with factor 8 "
             "and a whole rope_theta); run this model with engine=megatron"
+        )
+
+
+def refuse_experts(hf_config: Any) -> None:
+    """Raise LowBitError for a mixture of experts, whose options are not among those that are written here."""
+    if hf_config.model_type in MODEL_TYPES:
+        raise LowBitError(
+            f"model_type {hf_config.model_type!r} has experts, of which convert writes no checkpoint; run it with "
+            "engine=megatron, or put the artifact into a script by MEGATRON_LOWBIT_ARTIFACT"
         )
 
 

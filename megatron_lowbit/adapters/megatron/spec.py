@@ -16,9 +16,11 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_lowbit.adapters.megatron import scripts
+from megatron_lowbit.adapters.megatron import scripts, versions
 from megatron_lowbit.adapters.megatron.attention import SdpaAttention
+from megatron_lowbit.adapters.megatron.experts import has_experts
 from megatron_lowbit.adapters.megatron.filler import Filler
 from megatron_lowbit.adapters.megatron.layers import (
     LowBitColumnParallelLinear,
@@ -116,10 +118,17 @@ def _check_te(host: Any) -> None:
         )
 
 
-def llama_spec(qk_layernorm: bool = False) -> Any:
+def llama_spec(qk_layernorm: bool = False, experts: bool = False) -> Any:
     """Return Megatron's local layer spec of a Llama-like model, with torch's fused attention and an RMSNorm that works
-    under sequence parallelism too."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_layernorm)
+    under sequence parallelism too.
+
+    experts: a mixture of experts in place of the MLP, of as many as the TransformerConfig says.
+    """
+    if experts:
+        versions.define_router_product()
+    spec = get_gpt_layer_local_spec(
+        num_experts=1 if experts else None, normalization="RMSNorm", qk_layernorm=qk_layernorm
+    )
     attention = spec.submodules.self_attention
     inside = dataclasses.replace(attention.submodules, core_attention=SdpaAttention)
     if qk_layernorm:
@@ -136,11 +145,13 @@ def llama_spec(qk_layernorm: bool = False) -> Any:
 def block_spec(config: Any, layer: Any = None) -> Any:
     """Return the spec of all layers of this pipeline stage and a final norm, for GPTModel(transformer_layer_spec=...).
 
-    layer: one layer's spec; None: llama_spec. A layer's spec alone leaves the final norm to Megatron, whose choice
-    without Apex or Transformer Engine refuses sequence parallelism.
+    layer: one layer's spec; None: llama_spec, with experts in the blocks that the config says. A layer's spec alone
+    leaves the final norm to Megatron, whose choice without Apex or Transformer Engine refuses sequence parallelism.
     """
-    layers = get_num_layers_to_build(config)
-    return TransformerBlockSubmodules([layer or llama_spec(config.qk_layernorm)] * layers, layer_norm=RMSNorm)
+    count = get_num_layers_to_build(config)
+    first = 0 if config.num_moe_experts is None else get_transformer_layer_offset(config)
+    layers = [layer or llama_spec(config.qk_layernorm, has_experts(config, first + i)) for i in range(count)]
+    return TransformerBlockSubmodules(layers, layer_norm=RMSNorm)
 
 
 def artifact_spec(artifact: str | Path | None = None, spec: Any = None) -> Any:
@@ -191,7 +202,11 @@ llama_lowbit_spec = artifact_spec(spec=lowbit_spec(llama_spec(), "W4A8"))
 llama_w4a16_spec = artifact_spec(spec=lowbit_spec(llama_spec(), "W4A16"))
 llama_w4a4_spec = artifact_spec(spec=lowbit_spec(llama_spec(), "W4A4"))
 qwen3_lowbit_spec = artifact_spec(spec=lowbit_spec(llama_spec(qk_layernorm=True), "W4A8"))
+mixtral_lowbit_spec = artifact_spec(spec=lowbit_spec(llama_spec(experts=True), "W4A8"))
+qwen3_moe_lowbit_spec = artifact_spec(spec=lowbit_spec(llama_spec(qk_layernorm=True, experts=True), "W4A8"))
 llama_lowbit_block_spec = ready_block(llama_lowbit_spec)
 llama_w4a16_block_spec = ready_block(llama_w4a16_spec)
 llama_w4a4_block_spec = ready_block(llama_w4a4_spec)
 qwen3_lowbit_block_spec = ready_block(qwen3_lowbit_spec)
+mixtral_lowbit_block_spec = ready_block(mixtral_lowbit_spec)
+qwen3_moe_lowbit_block_spec = ready_block(qwen3_moe_lowbit_spec)

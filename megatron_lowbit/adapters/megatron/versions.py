@@ -21,6 +21,7 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
+from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
 import megatron_lowbit.adapters.megatron.core  # noqa: F401 (says what to install where that is missing)
@@ -55,6 +56,12 @@ def warn_untried(version: str) -> None:
 
 
 warn_untried(core_version())
+
+
+def define_router_product() -> None:
+    """Let a router multiply without Transformer Engine, whose function 0.16 asks for all the same."""
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def static_wrapper(kind: type, model: Any, max_requests: int, length: int) -> Any:
