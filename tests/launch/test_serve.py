@@ -158,6 +158,9 @@ class Bytes:
     def decode(self, tokens, skip_special_tokens):
         return bytes(tokens).decode(errors="replace")
 
+    def convert_ids_to_tokens(self, token):
+        return chr(token)
+
 
 @pytest.mark.parametrize("stop", [[], ["ßx"], ["日", "never"], ["aab"], ["caab"], [" 日本語"]])
 def test_pieces_of_a_text(stop):
