@@ -34,7 +34,7 @@ class Text:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.length = 0  # tokens so far
         self.stopped = False
-        self._held = ""  # settled text that may become a stop string
+        self._held = self._unsettled = ""  # settled text that may become a stop string; text of the tokens since
         self._settle(list(prompt[-1:]))
 
     def put(self, token: int) -> str:
@@ -42,7 +42,8 @@ class Text:
         a stop string."""
         self.length += 1
         self._window.append(token)
-        before, self._unsettled = self._unsettled, self._fresh()
+        before = self._unsettled
+        self._unsettled = _decode(self.tokenizer, self._window)[self._shown :]
         text = self._held + self._unsettled
         found = [place for stop in self.stop if (place := text.find(stop)) >= 0]
         if found:
@@ -64,10 +65,6 @@ class Text:
         """Begin a window with tokens whose text is settled; those that come are decoded behind them."""
         self._window, self._read, self._shown = behind, len(behind), len(_decode(self.tokenizer, behind))
         self._unsettled = ""
-
-    def _fresh(self) -> str:
-        """Return the text of the tokens that are not settled."""
-        return _decode(self.tokenizer, self._window)[self._shown :]
 
     def _is_byte(self, token: int) -> bool:
         """Tell whether the next token may change this one's text: of bytes in a row, one that makes no character turns
