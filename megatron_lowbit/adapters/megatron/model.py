@@ -42,6 +42,8 @@ from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
 from megatron_lowbit.io.hf_names import ModelWeights
 from megatron_lowbit.runtime.distributed import all_gather_stack, gather_values, group_rank, world_size
+from megatron_lowbit.runtime.launcher_env import env_rank
+from megatron_lowbit.runtime.metrics import progress
 from megatron_lowbit.runtime.rendezvous import collective_limit
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -315,7 +317,8 @@ def _load(model: Any, known: Collection[str], read: Read, hf_config: Any, linear
         if model.output_layer.weight is not None:
             words("output_layer.weight", embedding if tied else _HEAD)
         _mask_padding(model, vocab)
-    for (layer, role), (path, module) in megatron.find_linears(model).items():
+    found = megatron.find_linears(model)
+    for (layer, role), (path, module) in progress(found.items(), len(found), "loading weights", env_rank()):
         names = parts(prefix, layer, role, [name.removesuffix(".weight") for name in known])
         rows = layout.part_rows(role) if len(names) > 1 else (sum(layout.part_rows(role)),)
         if linears:
@@ -340,7 +343,7 @@ def _load(model: Any, known: Collection[str], read: Read, hf_config: Any, linear
         _load_te_norms(index, block, prefix, pending, put, read, hidden)
     if pending:
         raise LowBitError(f"the GPTModel has {sorted(pending)[0]}, which this model has no weight for")
-    for path, module in megatron.find_linears(model).values():
+    for path, module in found.values():
         if linears and hasattr(module, "on_load"):
             module.on_load(path)
 
@@ -433,7 +436,8 @@ def _export(model: Any, hf_config: Any) -> dict[str, Tensor]:
         state[f"{base}.norm.weight"] = gather(model.get_parameter(f"{final_norm(model)}.weight"), None)
         if model.output_layer.weight is not None and not hf_config.tie_word_embeddings:
             state[_HEAD] = gather(model.output_layer.weight, 0)[: hf_config.vocab_size]
-    for (layer, role), (_, module) in megatron.find_linears(model).items():
+    linears = megatron.find_linears(model)
+    for (layer, role), (_, module) in progress(linears.items(), len(linears), "gathering weights", env_rank()):
         names = parts(prefix, layer, role, expected)
         tensors = {"weight": full_weight(module), "bias": module.bias}
         for leaf, tensor in tensors.items():
