@@ -69,6 +69,8 @@ class QuantizeConfig(CalibrateConfig):
     reassembly: ReassemblyConfig = ReassemblyConfig()
     correction: CorrectionConfig = CorrectionConfig()
     rotation: RotationConfig = RotationConfig()
+    export: Literal["huggingface", "compressed-tensors"] | None = None
+    """format in which the artifact is also exported at the end, to the folder of that name in output_dir"""
     dry_run: bool = False
     """print shards, shapes, bytes and time per group, and stop (also --dry-run)"""
     architecture: dict[str, Any] | None = None
