@@ -178,8 +178,8 @@ class EvaluateConfig(StageConfig):
     reassembly: ReassemblyConfig = ReassemblyConfig()
     correction: CorrectionConfig = CorrectionConfig()
     dp: int = Field(1, ge=1)
-    """data-parallel copies of the model: each scores a share of a task's documents (not with engine=deepspeed); all
-    read the whole evaluation.data"""
+    """data-parallel copies of the model: each takes a share of the windows and of a task's documents (not with
+    engine=deepspeed)"""
 
     @model_validator(mode="before")
     @classmethod
