@@ -14,6 +14,7 @@ import pytest
 from commands import free_port, needs_deepspeed, needs_megatron, run_here, run_there
 from harness_cases import requests
 from rank_pool import RankPool
+from serving import served_there
 from task_files import PARADIGMS, lines, questions, write_tasks
 from tiny_models import embedded_folder
 
@@ -335,3 +336,41 @@ def test_what_ranks_hand_on():
     told = from_plain(decode(encode(to_plain(given))))
     assert told == given and [type(v) for v in told["task"]["acc", "none"]] == [float, float, bool]
     assert from_plain(to_plain([len])) == [str(len)]
+
+
+@pytest.fixture
+def local_completions(tmp_path):
+    """--model_args of lm-eval's local-completions for a server of the embedded model."""
+    pytest.importorskip("tenacity", reason="needs lm-eval[api]")
+    with served_there("model=embedded", f"output_dir={tmp_path / 'serve'}") as (_, url):
+        about = f"tokenizer={embedded_folder()},max_length=256,add_bos_token=True"
+        yield f"model=embedded,base_url={url}/v1/completions,{about}"
+
+
+def test_lm_eval_s_local_completions_score_through_our_server(theirs, local_completions):
+    from lm_eval.api.registry import get_model
+
+    model = get_model("local-completions").create_from_arg_string(local_completions)
+    asked = requests("loglikelihood", *PAIRS[1:4], PAIRS[5])
+    check_same(model.loglikelihood(asked), theirs.loglikelihood(asked))
+    settings = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
+    texts = requests("generate_until", ("def read_lines(path):\n", settings), ("import os\n", settings))
+    assert model.generate_until(texts) == theirs.generate_until(texts)
+
+
+@pytest.mark.slow
+def test_lm_eval_s_command_evaluates_our_server(theirs, data, local_completions, tmp_path):
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    about = {"task_data": str(data)}
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=about)
+    expected = simple_evaluate(theirs, tasks=["local_arc_easy"], task_manager=manager)["results"]["local_arc_easy"]
+    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", local_completions]
+    command += ["--tasks", "local_arc_easy", "--include_path", TASKS, "--metadata", json.dumps(about)]
+    code, _, error = run_there(*command, "--output_path", tmp_path)
+    assert code == 0, error
+    (file,) = tmp_path.rglob("results*.json")
+    found = json.loads(file.read_text())["results"]["local_arc_easy"]
+    for metric in ("acc,none", "acc_norm,none"):
+        assert found[metric] == pytest.approx(expected[metric])
