@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.adapters.compressed_tensors import describe, export_linear
-from megatron_lowbit.config import LowBitError
+from megatron_lowbit.config import LowBitError, QuantizeConfig
+from megatron_lowbit.qllm.resume import State
 from megatron_lowbit.quant.affine import QuantizedWeight
 
 TEXT = ["calibration.data=stdlib:calibration", "calibration.samples=4", "calibration.sequence_length=64"]
@@ -215,6 +216,12 @@ def test_what_has_no_place_is_named_before_it_is_made(settings, model, tmp_path,
     said = capsys.readouterr().err
     assert WOULD_BE_REFUSED[settings] in said and "or export as huggingface" in said and said.count("\n") == 1
     assert not (tmp_path / "lowbit.json").exists()
+
+
+def test_an_unfinished_run_goes_on_with_another_export():
+    """And the names of an artifact's parts, a digest of these settings, are what they were before there was the key."""
+    plain, exporting = (State("quantize", QuantizeConfig(export=form), {}) for form in (None, "huggingface"))
+    assert plain.settings == exporting.settings and "export" not in plain.settings
 
 
 def test_an_export_that_fails_leaves_the_artifact(model, tmp_path, capsys):
