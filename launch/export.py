@@ -23,7 +23,7 @@ from megatron_lowbit.launch.generation import copy_generation_config
 from megatron_lowbit.launch.loading import load_model, read_config, read_tokenizer
 from megatron_lowbit.launch.runner import run_stage
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
-from megatron_lowbit.runtime.metrics import MetricLogger
+from megatron_lowbit.runtime.metrics import MetricLogger, progress
 from megatron_lowbit.runtime.say import say
 from megatron_lowbit.temporary import beside, remove
 
@@ -33,6 +33,11 @@ DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.f
 
 
 def run(config: ExportConfig, logger: MetricLogger) -> dict[str, Any]:
+    return {"rows": [export(config)]}
+
+
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Write the folder; returns its row of the results."""
     if config.artifact is None:
         raise LowBitError("artifact is not set; name a folder that quantize has written")
     folder, output = Path(config.artifact), Path(config.output_dir)
@@ -54,8 +59,8 @@ def run(config: ExportConfig, logger: MetricLogger) -> dict[str, Any]:
     written = _in_place(output, write, tokenizer, folder)
     size = sum(file.stat().st_size for file in written)
     say(f"wrote {config.format} in {', '.join(sorted(file.name for file in written))}: {size:,} bytes in {output}")
-    row = {"name": config.format, "scheme": checkpoint.scheme_name, "linears": len(checkpoint.linears), "bytes": size}
-    return {"rows": [row]}
+    linears = len(checkpoint.linears)
+    return {"name": config.format, "scheme": checkpoint.scheme_name, "linears": linears, "bytes": size}
 
 
 def _merged(config: ExportConfig, hf_config: Any, checkpoint: LowBitCheckpoint, dtype: torch.dtype) -> Any:
@@ -73,7 +78,8 @@ def _compressed(
     form = compressed_tensors.check_exports(checkpoint)
     model = _model(config, hf_config, checkpoint, dtype)
     tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in checkpoint.tensors.items()}
-    for name, weight in checkpoint.linears.items():
+    packed = progress(checkpoint.linears.items(), len(checkpoint.linears), "packing codes")
+    for name, weight in packed:
         tensors |= compressed_tensors.export_linear(name, weight, form == compressed_tensors.PACKED)
     described = compressed_tensors.describe(model, checkpoint, form)
 

@@ -109,19 +109,25 @@ class Streams:
     def __init__(self, tokenizer: Any, prompts: Sequence[str], ids: Sequence[Sequence[int]]):
         self.prompts = prompts
         self.texts = [Text(tokenizer, encoded) for encoded in ids]
+        self.pieces: list[list[str]] = [[] for _ in ids]
 
     def put(self, number: int, token: int) -> None:
-        new = self.texts[number].put(token)
-        if len(self.prompts) == 1:
-            print(new, end="", flush=True)
+        self._tell(number, self.texts[number].put(token))
 
     def end(self) -> None:
-        left = [text.end() for text in self.texts]
+        for number, text in enumerate(self.texts):
+            self._tell(number, text.end())
         if len(self.prompts) == 1:
-            print(left[0])
+            print()
             return
-        for prompt, text in zip(self.prompts, self.texts, strict=True):
-            print(json.dumps({"prompt": prompt, "text": text.sent}, ensure_ascii=False))
+        for prompt, pieces in zip(self.prompts, self.pieces, strict=True):
+            print(json.dumps({"prompt": prompt, "text": "".join(pieces)}, ensure_ascii=False))
+
+    def _tell(self, number: int, new: str) -> None:
+        if len(self.prompts) == 1:
+            print(new, end="", flush=True)
+        else:
+            self.pieces[number].append(new)
 
 
 def continue_text(engine: Engine, prompt: str, max_new_tokens: int) -> str:

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_lowbit.adapters.compressed_tensors import check_settings
 from megatron_lowbit.adapters.megatron_recipe import write_recipe
-from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
+from megatron_lowbit.config import ExportConfig, LowBitError, QuantizeConfig, one_line
 from megatron_lowbit.io.hf_names import untie
 from megatron_lowbit.launch.allocate import allocate, tell_bits
 from megatron_lowbit.launch.calibrate import usable_sizes, write_plans, written
@@ -25,6 +26,7 @@ from megatron_lowbit.launch.engines.prepare import (
     with_head,
 )
 from megatron_lowbit.launch.engines.start import start_engine
+from megatron_lowbit.launch.export import export
 from megatron_lowbit.launch.full_precision import tell_full_precision
 from megatron_lowbit.launch.generation import copy_generation_config
 from megatron_lowbit.launch.layout import quantize_method
@@ -45,8 +47,26 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
         return dry_run(config)
     if config.weights.scheme == "none":
         raise LowBitError("weights.scheme=none quantizes nothing; choose W4A16, W4A8, W4A4, W6A6 or W8A8")
-    if quantize_method(config) == "qllm":
-        return {"rows": run_qllm(config, logger)}
+    qllm = quantize_method(config) == "qllm"
+    if config.export == "compressed-tensors":
+        check_settings(config, qllm)
+    rows = run_qllm(config, logger) if qllm else run_rtn(config, logger)
+    if config.export is None:
+        return {"rows": rows}
+    return {"rows": rows, "exported": on_rank_zero(lambda: export_artifact(config))}
+
+
+def export_artifact(config: QuantizeConfig) -> dict[str, Any]:
+    """Export what was written; returns the row of the export."""
+    folder = Path(config.output_dir)
+    keys: dict[str, Any] = {"artifact": str(folder), "format": config.export, "dtype": config.dtype}
+    try:
+        return export(ExportConfig(output_dir=str(folder / str(config.export)), **keys))
+    except LowBitError as error:
+        raise LowBitError(f"the artifact is written, but not its export: {error}") from None
+
+
+def run_rtn(config: QuantizeConfig, logger: MetricLogger) -> list[dict[str, Any]]:
     for key in ("reassembly", "correction", "rotation", "dp"):
         if key == "dp" and config.engine == "megatron":
             continue
@@ -85,7 +105,7 @@ def run(config: QuantizeConfig, logger: MetricLogger) -> dict[str, Any]:
             on_rank_zero(partial(plan.save, config.output_dir))
     on_rank_zero(lambda: save_checkpoint(engine, checkpoint, config.output_dir))
     on_rank_zero(lambda: write_recipe(checkpoint, config.weights, config.output_dir))
-    return {"rows": [size_row(checkpoint, config.output_dir, logger), *rows]}
+    return [size_row(checkpoint, config.output_dir, logger), *rows]
 
 
 def run_qllm(config: QuantizeConfig, logger: MetricLogger) -> list[dict[str, Any]]:

@@ -12,12 +12,12 @@ from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, EvaluateConfig, EvaluationConfig, LowBitError
 from megatron_lowbit.io.data import Windows
 from megatron_lowbit.launch.engines.base import Engine
+from megatron_lowbit.launch.perplexity import measure_perplexity
 from megatron_lowbit.launch.saturation import logged, measure_saturation, print_saturation
 from megatron_lowbit.launch.tables import number, print_table
-from megatron_lowbit.quality import SiteTraffic, measure_quality, measure_sqnr
-from megatron_lowbit.runtime.distributed import PreemptionCheck
-from megatron_lowbit.runtime.launcher_env import env_rank
-from megatron_lowbit.runtime.metrics import MetricLogger, progress
+from megatron_lowbit.quality import SiteTraffic, measure_sqnr
+from megatron_lowbit.runtime.distributed import all_gather_values
+from megatron_lowbit.runtime.metrics import MetricLogger
 
 SQNR_TOKENS = 4096  # sites are compared with what they replaced on this many tokens
 
@@ -60,7 +60,7 @@ def full_precision_row(
     real_ranks = engine.group is not None
     began = time.perf_counter()
     with SiteTraffic(engine.sites() if real_ranks else {}) as traffic:
-        quality = measure_quality(engine, _batches(windows, section, "full precision"), _kl_tokens(section))
+        quality = measure_perplexity(engine, windows, section, "full precision")
     seconds, dtype = time.perf_counter() - began, _dtype(engine)
     row: dict[str, Any] = {
         "name": "full precision",
@@ -71,7 +71,7 @@ def full_precision_row(
         "perplexity_stderr": quality.perplexity_stderr,
         "kl": 0.0,
         "kl_stderr": 0.0,
-        **_wire(traffic.bytes, traffic.values, windows, section),
+        **_wire(engine, traffic.bytes, traffic.values, windows, section),
         "sqnr_db": None,
         "tokens": quality.tokens,
         "evaluate_seconds": seconds,
@@ -115,10 +115,10 @@ def applied_row(
     compared: whether sites are to be compared with what they replaced, which those of a rotated model cannot be.
     """
     began = time.perf_counter()
-    quality = measure_quality(engine, _batches(windows, section, name), _kl_tokens(section), reference)
+    quality = measure_perplexity(engine, windows, section, name, reference)
     seconds = time.perf_counter() - began
     traffic = site_traffic(engine.model).values()
-    wire = _wire(sum(t.bytes for t in traffic), sum(t.values for t in traffic), windows, section)
+    wire = _wire(engine, sum(t.bytes for t in traffic), sum(t.values for t in traffic), windows, section)
     saturation = measure_saturation(engine)
     sites: dict[str, float] = {}
     if compared and engine.full_precision:  # or there is nothing to compare with
@@ -200,20 +200,12 @@ def explained(rows: list[dict[str, Any]]) -> str | None:
     return " ".join(notes) or None
 
 
-def _kl_tokens(section: EvaluationConfig) -> int:
-    """Return how many tokens KL is measured on; rank 0 alone keeps log-probabilities and reports: all ranks see the
-    same logits."""
-    return section.kl_tokens if env_rank() == 0 else 0
-
-
-def _batches(windows: Windows, section: EvaluationConfig, name: str):
-    batches = PreemptionCheck().each(windows.batches(section.batch_size))
-    return progress(batches, windows.num_batches(section.batch_size), f"evaluating {name}", env_rank())
-
-
-def _wire(sent: int, values: int, windows: Windows, section: EvaluationConfig) -> dict[str, float | None]:
+def _wire(
+    engine: Engine, sent: int, values: int, windows: Windows, section: EvaluationConfig
+) -> dict[str, float | None]:
     """Return what one rank handed to torch.distributed at the row-parallel sites; None where nothing is
     communicated."""
+    sent, values = (sum(of) for of in zip(*all_gather_values([sent, values], engine.dp_group), strict=True))
     positions = sum(ids.numel() for ids, _ in windows.batches(section.batch_size))
     return {
         "bits_per_value": 8 * sent / values if values else None,

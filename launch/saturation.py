@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 from megatron_lowbit.adapters import patching
 from megatron_lowbit.launch.engines.base import Engine
-from megatron_lowbit.runtime.distributed import device
+from megatron_lowbit.runtime.distributed import all_gather_values, device
 from megatron_lowbit.runtime.say import say
 
 NAMED = 3  # sites in a line
@@ -28,12 +28,15 @@ def measure_saturation(engine: Engine) -> dict[str, Any]:
     sites, names = patching.saturation(engine.model), engine.site_names()
     counts = [(site.values, site.saturated, site.nonfinite) for site in sites.values()]
     own = torch.tensor([[0, 0, 0], *counts], device=device())
-    if engine.group is not None:  # its ranks have the same sites, those of other pipeline stages have others
-        dist.all_reduce(own, group=engine.group)
+    for group in (engine.group, engine.dp_group):  # their ranks have the same sites, other pipeline stages have others
+        if group is not None:
+            dist.all_reduce(own, group=group)
     total = own.sum(0)
     if engine.pp_group is not None:
         dist.all_reduce(total, group=engine.pp_group)
     values, saturated, nonfinite = total.tolist()
+    bf16 = [names.get(name, name) for name, site in sites.items() if site.bf16]
+    fallen = [name for copy in all_gather_values(bf16, engine.dp_group) for name in copy]
     shares = {
         names.get(name, name): beyond / of for name, (of, beyond, _) in zip(sites, own[1:].tolist(), strict=True) if of
     }
@@ -42,9 +45,7 @@ def measure_saturation(engine: Engine) -> dict[str, Any]:
         "saturated": saturated,
         "saturated_share": saturated / values if values else None,
         "nonfinite_tokens": nonfinite,
-        "bf16_sites": sorted(
-            engine.all_stages({names.get(name, name): 1.0 for name, site in sites.items() if site.bf16})
-        ),
+        "bf16_sites": sorted(engine.all_stages(dict.fromkeys(fallen, 1.0))),
         "saturated_sites": engine.all_stages(shares),
     }
 

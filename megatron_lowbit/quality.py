@@ -25,6 +25,19 @@ CHUNK = 128  # tokens whose log-probabilities are in memory at a time
 
 
 @dataclass(frozen=True)
+class WindowSums:
+    """What one pass sums up over each window.
+
+    nll, kl: of every window (sum over its tokens, their number), for KL those that are measured. log_probs: the first
+    tokens' log-probabilities float32 [tokens, vocab].
+    """
+
+    nll: list[tuple[float, int]]
+    kl: list[tuple[float, int]]
+    log_probs: Tensor
+
+
+@dataclass(frozen=True)
 class Quality:
     """The figures of one pass; log_probs holds the first tokens' log-probabilities float32 [tokens, vocab].
 
@@ -41,13 +54,17 @@ class Quality:
     kl_windows: tuple[tuple[float, int], ...] = ()
 
 
-@torch.no_grad()
 def measure_quality(model: Any, batches: Iterable[Batch], kl_tokens: int, reference: Tensor | None = None) -> Quality:
     """Measure the perplexity over all batches, and KL against `reference`, the log_probs of the full-precision model,
-    with their standard errors over windows.
+    with their standard errors over windows."""
+    return summarize(measure_windows(model, batches, kl_tokens, reference))
 
-    perplexity = exp(m) of the mean loss m, so by the delta method its standard error is perplexity * se(m).
-    """
+
+@torch.no_grad()
+def measure_windows(
+    model: Any, batches: Iterable[Batch], kl_tokens: int, reference: Tensor | None = None
+) -> WindowSums:
+    """Run the model over all batches and sum up over each window, as measure_quality says."""
     nll: list[tuple[float, int]] = []  # per window: sum over its tokens, and their number
     kl: list[tuple[float, int]] = []
     tokens, kept = 0, torch.empty(0)
@@ -72,13 +89,24 @@ def measure_quality(model: Any, batches: Iterable[Batch], kl_tokens: int, refere
                 tokens += len(some)
             nll.append((loss, len(rows)))
             kl.append((divergence, measured))
+    return WindowSums(nll, kl, kept[: min(tokens, kl_tokens)])
+
+
+def summarize(sums: WindowSums) -> Quality:
+    """Return the figures of all windows.
+
+    perplexity = exp(m) of the mean loss m, so by the delta method its standard error is perplexity * se(m). Raises
+    LowBitError where that is not finite.
+    """
+    nll, kl = sums.nll, sums.kl
     mean_nll, error = stderr_of_ratio(nll)
     if not math.isfinite(mean_nll):
         raise LowBitError("the model's logits hold NaN or Inf; check its weights, dtype and quantization scheme")
     perplexity = math.exp(mean_nll)
     mean_kl, kl_error = stderr_of_ratio(kl) if any(count for _, count in kl) else (None, None)
     perplexity_error = None if error is None else perplexity * error
-    return Quality(perplexity, mean_kl, tokens, kept[: min(tokens, kl_tokens)], perplexity_error, kl_error, tuple(kl))
+    tokens = sum(count for _, count in nll)
+    return Quality(perplexity, mean_kl, tokens, sums.log_probs, perplexity_error, kl_error, tuple(kl))
 
 
 def stderr_of_ratio(windows: Sequence[tuple[float, float]]) -> tuple[float, float | None]:
@@ -90,14 +118,14 @@ def stderr_of_ratio(windows: Sequence[tuple[float, float]]) -> tuple[float, floa
         se(m)^2 = W / (W - 1) * sum_w (s_w - m n_w)^2 / (sum_w n_w)^2
 
     which is the usual standard error of a mean where all windows are of the same length. Neighbouring windows of one
-    text are taken as independent.
+    text are taken as independent. Sums are exact, so that the order of the windows does not matter.
     """
     counted = [(total, count) for total, count in windows if count]
     tokens = sum(count for _, count in counted)
-    mean = sum(total for total, _ in counted) / tokens
+    mean = math.fsum(total for total, _ in counted) / tokens
     if len(counted) < 2:
         return mean, None
-    squares = sum((total - mean * count) ** 2 for total, count in counted)
+    squares = math.fsum((total - mean * count) ** 2 for total, count in counted)
     return mean, math.sqrt(len(counted) / (len(counted) - 1) * squares) / tokens
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import io
 import os
 import sys
 import tempfile
@@ -138,3 +139,15 @@ def embedded_artifact(shared_folder):
             assert run_here("quantize", "--config", config, *settings) == 0
             (shared_folder / "embedded.done").touch()
     return folder
+
+
+@pytest.fixture
+def screen(monkeypatch) -> io.StringIO:
+    """What a terminal gets of progress bars."""
+    from rich.console import Console
+
+    from megatron_lowbit.runtime import metrics
+
+    text = io.StringIO()
+    monkeypatch.setattr(metrics, "Console", lambda stderr: Console(file=text, force_terminal=True, width=80))
+    return text

@@ -269,15 +269,17 @@ class Server:
                     raise APIError(event.status, event.message, event.code)
                 if event.finish is not None:
                     open_choices -= 1
-                    self._measure(jobs[event.index])
                 yield event
+            self._measure(jobs)
         finally:
             self.scheduler.cancel(jobs)
 
-    def _measure(self, job: Job) -> None:
-        self.metrics.seconds.observe(time.monotonic() - job.began)
-        if job.first_token is not None:
-            self.metrics.first_token.observe(job.first_token)
+    def _measure(self, jobs: list[Job]) -> None:
+        """Count a request that was answered, whatever the number of its sequences."""
+        self.metrics.seconds.observe(time.monotonic() - jobs[0].began)
+        firsts = [job.first_token for job in jobs if job.first_token is not None]
+        if firsts:
+            self.metrics.first_token.observe(min(firsts))
 
     async def _stream(
         self, answers: Answers, asked: Request, jobs: list[Job], pieces: AsyncIterator[Piece]

@@ -70,7 +70,7 @@ class Job:
         new = self.text.put(token)
         if token in self.ends or self.text.stopped:
             self._finish(new + self.text.end(), "stop")
-        elif len(self.text.tokens) >= self.max_tokens:
+        elif self.text.length >= self.max_tokens:
             self._finish(new + self.text.end(), "length")
         elif new:
             self._tell(new, None)
@@ -86,4 +86,4 @@ class Job:
 
     def _tell(self, text: str, finish: str | None) -> None:
         told, self._waiting = self._waiting, []
-        self.emit(Piece(self.index, text, len(self.text.tokens), told, finish=finish))
+        self.emit(Piece(self.index, text, self.text.length, told, finish=finish))

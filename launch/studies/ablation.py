@@ -27,7 +27,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -44,10 +44,11 @@ from megatron_lowbit.config import (
     ReassemblyConfig,
     WeightsConfig,
 )
-from megatron_lowbit.io.files import read_json, write_json
+from megatron_lowbit.io.files import write_json
 from megatron_lowbit.launch.engines.base import Engine
 from megatron_lowbit.launch.engines.prepare import load_windows, round_weights
 from megatron_lowbit.launch.engines.start import start_engine
+from megatron_lowbit.launch.kept import read_record
 from megatron_lowbit.launch.qllm import quantize_qllm
 from megatron_lowbit.launch.rows import explained, full_precision_row, low_bit_row, quality_cells
 from megatron_lowbit.launch.studies.hierarchical import maps_of, quantize_hierarchical
@@ -59,7 +60,7 @@ from megatron_lowbit.runtime.metrics import MetricLogger
 
 GAMMAS = (0.01, 0.03, 0.05)
 # Refused here, or the same as other keys say, so that a row's settings are what they were before there was one.
-_UNUSED = {"weights": {"lm_head_bits", "budget", "preset"}}
+_UNUSED: Mapping[str, Any] = {"weights": {"lm_head_bits", "budget", "preset"}, "export": True}
 
 
 class Variant(NamedTuple):
@@ -177,7 +178,7 @@ def quantized(
         del wanted["settings"]["rotation"]  # of learned rotations alone
     if settings.weights.rotation == "none":
         del wanted["settings"]["weights"]["rotation"]  # as before there was one
-    found = _read(done) if (folder / "lowbit.json").exists() else {}
+    found = read_record(done) if (folder / "lowbit.json").exists() else {}
     seconds = found.pop("seconds", None)
     if found != wanted:
         done.unlink(missing_ok=True)
@@ -186,14 +187,6 @@ def quantized(
         seconds = time.perf_counter() - began
         write_json(done, {**wanted, "seconds": seconds})
     return LowBitCheckpoint.load(folder), seconds
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """Return what the file holds; nothing of one that is not there, or damaged."""
-    try:
-        return read_json(file) if file.exists() else {}
-    except LowBitError:
-        return {}
 
 
 def artifact_row(

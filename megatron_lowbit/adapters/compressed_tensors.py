@@ -9,42 +9,83 @@ whole z' of b bits. What the format has no place for is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_lowbit.config import LowBitError
+from megatron_lowbit.config import LowBitError, QuantizeConfig
 from megatron_lowbit.kernels import pack_bits
-from megatron_lowbit.quant.affine import QuantizedWeight
+from megatron_lowbit.quant.affine import QuantizedWeight, Scheme
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 PACKED, INT8 = "pack-quantized", "int-quantized"
+INSTEAD = "export as huggingface"
+# {what the formats have no place for: how to quantize without it}
+NO_PLACE = {
+    "bits of its own for every linear": "a scheme of equal bits",
+    "reassembled channels": "reassembly.mode=none",
+    "low-rank branches": "correction.mode=merged",
+    "quantized Q, K and V": "weights.attention=false",
+    "inputs rotated online": "weights.rotation=none",
+    "clipped activations": "weights.clipping=none",
+    "a quantized output projection": "weights.lm_head_bits=0",
+    "quantized experts": "weights.experts=none",
+    "several activation scales per token": "weights.shard_groups=1",
+}
 
 
 def check_exports(checkpoint: LowBitCheckpoint) -> str:
     """Return the format of an artifact. Raises LowBitError naming what no format of compressed-tensors can hold."""
-    scheme, rotation = checkpoint.scheme, checkpoint.rotation
-    obstacles = {
-        f"activations of {scheme.act_bits} bits; quantize to W4A16, or to W8A8": scheme.act_bits not in (8, 16)
-        or (scheme.act_bits == 8 and scheme.weight_bits != 8),
-        "bits of its own for every linear; quantize with a scheme of equal bits": checkpoint.allocation is not None,
-        "reassembled channels; quantize with reassembly.mode=none": bool(checkpoint.reassembly),
-        "low-rank branches; quantize with correction.mode=merged": bool(checkpoint.low_rank),
-        "quantized Q, K and V; quantize with weights.attention=false": checkpoint.attention_bits < 16,
-        "inputs rotated online; quantize with weights.rotation=none": rotation is not None and bool(rotation.inputs),
-        "clipped activations; quantize with weights.clipping=none": bool(checkpoint.clipping),
-        "a quantized output projection; quantize without weights.lm_head_bits": checkpoint.head is not None,
-        "quantized experts; quantize with weights.experts=none": checkpoint.experts is not None,
-        "several activation scales per token; quantize with weights.shard_groups=1": scheme.act_bits == 8
-        and checkpoint.shard_groups > 1,
-    }
-    found = next((what for what, there in obstacles.items() if there), None)
-    if found is not None:
-        raise LowBitError(f"compressed-tensors has no place for {found}, or set format=huggingface")
-    return PACKED if scheme.act_bits == 16 else INT8
+    rotation, low_bit = checkpoint.rotation, checkpoint.scheme.act_bits < 16
+    there = (
+        checkpoint.allocation is not None,
+        bool(checkpoint.reassembly),
+        bool(checkpoint.low_rank),
+        checkpoint.attention_bits < 16,
+        rotation is not None and bool(rotation.inputs),
+        bool(checkpoint.clipping),
+        checkpoint.head is not None,
+        checkpoint.experts is not None,
+        low_bit and checkpoint.shard_groups > 1,
+    )
+    return _choose_format(checkpoint.scheme, there)
+
+
+def check_settings(config: QuantizeConfig, qllm: bool) -> None:
+    """Raise LowBitError, as check_exports does, for the artifact that quantize is going to write. qllm: its method."""
+    weights, scheme = config.weights, Scheme.parse(config.weights.scheme)
+    low_bit = scheme.act_bits < 16
+    there = (
+        weights.chooses_bits,
+        qllm and config.reassembly.mode != "none",
+        qllm and config.correction.mode == "branch",
+        low_bit and (qllm if weights.attention is None else weights.attention),
+        weights.rotation != "none",
+        low_bit and qllm and weights.clipping != "none",
+        weights.lm_head_bits > 0,
+        weights.experts != "none",
+        low_bit and weights.shard_groups != 1,
+    )
+    form = _choose_format(scheme, there)
+    if form == INT8 and (not weights.symmetric or weights.group_size is not None):
+        what = "weights without a zero point and with one scale per output channel; quantize with"
+        raise LowBitError(f"{INT8} holds {what} weights.symmetric=true and without weights.group_size, or {INSTEAD}")
+    if weights.real_zero:
+        raise LowBitError(f"{PACKED} holds whole zero points; quantize without weights.zero_point=real, or {INSTEAD}")
+
+
+def _choose_format(scheme: Scheme, there: Sequence[bool]) -> str:
+    """Return the format of a scheme. there: whether each of NO_PLACE is in the artifact."""
+    if scheme.act_bits not in (8, 16) or (scheme.act_bits == 8 and scheme.weight_bits != 8):
+        found, fix = f"activations of {scheme.act_bits} bits", "W4A16, or with W8A8"
+    elif any(there):
+        found, fix = list(NO_PLACE.items())[there.index(True)]
+    else:
+        return PACKED if scheme.act_bits == 16 else INT8
+    raise LowBitError(f"compressed-tensors has no place for {found}; quantize with {fix}, or {INSTEAD}")
 
 
 def export_linear(name: str, weight: QuantizedWeight, packed: bool) -> dict[str, Tensor]:
@@ -56,7 +97,7 @@ def export_linear(name: str, weight: QuantizedWeight, packed: bool) -> dict[str,
         if not symmetric or groups > 1:
             what = "weights without a zero point" if not symmetric else "one scale per output channel"
             fix = "weights.symmetric=true" if not symmetric else "weights.group_size left out"
-            raise LowBitError(f"{INT8} holds {what}: {name} has others; quantize with {fix}, or set format=huggingface")
+            raise LowBitError(f"{INT8} holds {what}: {name} has others; quantize with {fix}, or {INSTEAD}")
         codes = (weight.codes().to(torch.int16) - half).to(torch.int8)
         return {f"{name}.weight": codes, f"{name}.weight_scale": weight.scale}
     tensors = {
@@ -69,7 +110,7 @@ def export_linear(name: str, weight: QuantizedWeight, packed: bool) -> dict[str,
         if not torch.equal(zeros, zeros.round().clamp(0, 2 * half - 1)):
             raise LowBitError(
                 f"{PACKED} holds whole zero points from 0 to {2 * half - 1}: {name} has others; quantize with "
-                "weights.symmetric=true, or set format=huggingface"
+                f"weights.symmetric=true, or {INSTEAD}"
             )
         # Packed along the output channels: the packed rows are those of the transposed zero points.
         tensors[f"{name}.weight_zero_point"] = _as_int32(pack_bits(zeros.T.to(torch.uint8).contiguous(), bits)).T

@@ -69,6 +69,8 @@ class QuantizeConfig(CalibrateConfig):
     reassembly: ReassemblyConfig = ReassemblyConfig()
     correction: CorrectionConfig = CorrectionConfig()
     rotation: RotationConfig = RotationConfig()
+    export: Literal["huggingface", "compressed-tensors"] | None = None
+    """format in which the artifact is also exported at the end, to the folder of that name in output_dir"""
     dry_run: bool = False
     """print shards, shapes, bytes and time per group, and stop (also --dry-run)"""
     architecture: dict[str, Any] | None = None
@@ -176,8 +178,8 @@ class EvaluateConfig(StageConfig):
     reassembly: ReassemblyConfig = ReassemblyConfig()
     correction: CorrectionConfig = CorrectionConfig()
     dp: int = Field(1, ge=1)
-    """data-parallel copies of the model: each scores a share of a task's documents (not with engine=deepspeed); all
-    read the whole evaluation.data"""
+    """data-parallel copies of the model: each takes a share of the windows and of a task's documents (not with
+    engine=deepspeed)"""
 
     @model_validator(mode="before")
     @classmethod

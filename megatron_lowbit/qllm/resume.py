@@ -48,9 +48,9 @@ from megatron_lowbit.runtime.launcher_env import env_rank
 from megatron_lowbit.runtime.preemption import Preempted
 
 # These may differ when a run is resumed. The output projection is rounded after all blocks, which do not depend on it;
-# a preset is what the other keys hold.
+# a preset is what the other keys hold; what is exported is the artifact.
 _FREE_KEYS = (
-    *("output_dir", "wandb", "dry_run", "architecture", "weights.lm_head_bits", "weights.preset"),
+    *("output_dir", "wandb", "dry_run", "architecture", "export", "weights.lm_head_bits", "weights.preset"),
     *(f"rates.{key}" for key in RatesConfig.model_fields),
 )
 # These came after the first artifacts, whose states and names of parts stay what they were where they are as usual.

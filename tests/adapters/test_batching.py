@@ -7,6 +7,7 @@ import torch
 from family_models import build as family_model
 from tiny_models import ARCHITECTURES, build, make_artifact, token_ids
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, sdpa_attention_forward
 
 from megatron_lowbit.adapters.huggingface.apply import apply_to_huggingface
 from megatron_lowbit.adapters.huggingface.batching import Batch
@@ -92,3 +93,38 @@ def test_eager_attention():
     batch = Batch(model)
     assert batch.joined
     assert together(batch, prompts(128), 2) == [alone(model, ids) for ids in prompts(128)]
+
+
+@torch.no_grad()
+def test_two_models_in_one_process(monkeypatch):
+    """While one is in the middle of a step another one steps, and runs as it is; after it the process's own attention
+    function stands where it stood."""
+    own: list[int] = []
+
+    def attention(*args, **options):
+        own.append(1)
+        return sdpa_attention_forward(*args, **options)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attention)
+    first, second = build("llama"), build("qwen2")
+    assert {model.config._attn_implementation for model in (first, second)} == {"sdpa"}
+    batches, singles = ([Batch(first), Batch(second)] for _ in range(2))
+    for batch in (*batches, *singles):
+        for number, ids in enumerate(prompts(128)[:2]):
+            batch.add(number, ids)
+    tokens, ids = {0: 5, 1: 6}, torch.tensor([prompts(128)[0]])
+    plain = second(ids).logits
+    by_one = [torch.cat([single.step({n: t}) for n, t in tokens.items()]) for single in singles]
+    inside: list[torch.Tensor] = []
+
+    def meanwhile(module, inputs):
+        inside.extend([batches[1].step(tokens), second(ids).logits])
+
+    with first.model.layers[1].register_forward_pre_hook(meanwhile):
+        found = batches[0].step(tokens)
+    # float32, with other numbers of rows in the linears' sums.
+    for made, want in zip((found, *inside), (*by_one, plain), strict=True):
+        torch.testing.assert_close(made, want, rtol=1e-4, atol=1e-5)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention and own
+    monkeypatch.undo()
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward

@@ -355,3 +355,8 @@ def test_a_process_that_has_initialized_megatron(two_ranks):
         assert found["kept"]
         assert "initialized Megatron with tp=2, not 1 and pp=1, not 2" in found["refused"]
         assert "destroy_model_parallel" in found["refused"]
+
+
+def test_bars_of_rank_0(two_ranks):
+    first, second = two_ranks.run(cases.bars)
+    assert "loading weights" in first and "gathering weights" in first and not second

@@ -13,3 +13,7 @@ def evaluated(rank: int, size: int, model: Path, artifact: Path, folder: Path, t
     settings: dict[str, Any] = {"engine": "deepspeed", "tp": size, "dtype": "float32", "evaluation": text}
     result = lowbit.evaluate(model, "stdlib:validation", artifact, folder, **settings)
     return {"rows": result.rows, "record": result.record}
+
+
+def quantized(rank: int, size: int, model: Path, folder: Path, values: dict[str, Any]) -> None:
+    lowbit.quantize(model, "stdlib:calibration", output_dir=folder, tp=size, **values)

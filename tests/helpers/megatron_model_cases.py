@@ -5,18 +5,23 @@ Megatron is imported inside the cases, so that pools for other tests never wait 
 
 from __future__ import annotations
 
+import io
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import tiny_models
 import torch
 from megatron_cases import inputs
 from megatron_groups import parallel
+from rich.console import Console
 from torch import Tensor
 from torch import distributed as dist
 
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import LowBitError
+from megatron_lowbit.runtime import metrics
 
 
 def token_ids(vocab: int) -> Tensor:
@@ -217,3 +222,16 @@ def initialized_again(rank: int, size: int) -> dict[str, Any]:
         megatron_model.initialize(size, 1, 0)
         kept = parallel_state.get_tensor_model_parallel_group() is before
         return {"kept": kept, "refused": said(megatron_model.initialize, 1, size, 0)}
+
+
+def bars(rank: int, size: int) -> str:
+    """What a terminal gets while weights are loaded and taken back."""
+    from megatron_lowbit.adapters.megatron import model as megatron_model
+
+    text = io.StringIO()
+    console = partial(Console, file=text, force_terminal=True, width=80)
+    with parallel(size), mock.patch.object(metrics, "Console", lambda stderr: console()):
+        hf = tiny_models.build("llama")
+        model = megatron_model.load_weights(megatron_model.build(hf.config), hf.state_dict(), hf.config)
+        megatron_model.to_huggingface(model, hf.config)
+    return text.getvalue()

@@ -1,7 +1,11 @@
-"""Many clients at a server for minutes, and thousands of malformed requests: `python tests/helpers/serve_load.py`.
+"""What a server bears: `python tests/helpers/serve_load.py model=embedded engine=deepspeed tp=2`.
 
-Every answer is compared with what `megatron-lowbit generate` says for the same prompt, so that one that was lost, cut
-short or mixed up with another client's is counted. Prints a line of JSON for every figure, as it comes.
+    load        many clients for minutes. Every answer is compared with what `megatron-lowbit generate` says for its
+                prompt, so that one that was lost, cut short or mixed up with another client's is counted
+    malformed   thousands of malformed requests, each of which has to be refused with status 4xx in OpenAI's shape
+    kill        the last rank is killed while all clients are being answered
+
+Prints a line of JSON for every figure, as it comes; `--only malformed kill` leaves the load out.
 """
 
 from __future__ import annotations
@@ -11,7 +15,6 @@ import asyncio
 import json
 import os
 import random
-import re
 import signal
 import statistics
 import subprocess
@@ -22,12 +25,16 @@ from collections import Counter
 from pathlib import Path
 
 import httpx
+from malformed import malformed
+from serving import complete, is_error, served_there, text_of
 
 PROMPTS = [
     *("def read_lines(path):", "import os", "class A:", "for i in range(", "return self", "x = [", "if not", "a"),
     *("while True:", "try:", "raise ValueError(", "print(", "with open(", "self.name =", "lambda x:", "assert"),
 ]
 NEW = 48
+PARTS = ["load", "malformed", "kill"]
+PATHS = ["/v1/completions", "/v1/chat/completions"]
 
 
 async def ask(client: httpx.AsyncClient, url: str, model: str, prompt: str, new: int) -> tuple[str, float, int]:
@@ -81,23 +88,68 @@ async def clients(url: str, model: str, count: int, seconds: float, want: dict[s
     }
 
 
-def malformed_requests(url: str, model: str, count: int) -> dict[str, int]:
-    """{status: answers} to so many malformed bodies; raises where one is not OpenAI's error shape."""
-    from malformed import malformed
+async def malformed_requests(url: str, model: str, count: int, connections: int) -> dict[str, float]:
+    """{status: answers} to so many malformed bodies, on connections that are kept alive; raises where one is not
+    refused with status 4xx in OpenAI's error shape."""
+    random_, seen = random.Random(1), Counter[str]()
+    left = iter([(random_.choice(PATHS), malformed(random_, model)) for _ in range(count)])
+    start = time.monotonic()
 
-    random_, seen = random.Random(1), Counter()
+    async def one() -> None:
+        async with httpx.AsyncClient(timeout=300) as client:
+            for path, body in left:
+                answer = await client.post(f"{url}{path}", content=body)
+                assert is_error(answer), (path, body[:500], answer.status_code, answer.text[:500])
+                seen[str(answer.status_code)] += 1
+
+    await asyncio.gather(*(one() for _ in range(connections)))
+    return {"requests": seen.total(), "seconds": time.monotonic() - start, **seen}
+
+
+async def killed(process: subprocess.Popen[str], url: str, model: str, count: int) -> dict[str, object]:
+    """What comes of `count` clients whose answers are on their way when the last rank is killed, and of the server."""
+    ranks = children(process)
+    started, outcomes = [asyncio.Event() for _ in range(count)], Counter[str]()
+    body = {"model": model, "prompt": "def", "max_tokens": 200, "temperature": 1, "stream": True}
+
+    async def one(begun: asyncio.Event) -> None:
+        last = ""
+        try:
+            async with (
+                httpx.AsyncClient(timeout=300) as client,
+                client.stream("POST", f"{url}/v1/completions", json=body) as answer,
+            ):
+                async for line in answer.aiter_lines():
+                    last = line or last
+                    begun.set()
+            outcomes["told why" if "error" in last else "answered whole"] += 1
+        except httpx.TransportError:
+            outcomes["cut off"] += 1
+
+    tasks = [asyncio.ensure_future(one(event)) for event in started]
+    await asyncio.gather(*(event.wait() for event in started))
+    start = time.monotonic()
+    os.kill(ranks[-1] if ranks else process.pid, signal.SIGKILL)
+    ended = asyncio.ensure_future(asyncio.to_thread(process.wait, 120))
+    await asyncio.gather(*tasks)
+    known, code = time.monotonic() - start, await ended
+    seconds = {"seconds until all clients know": known, "seconds to end": time.monotonic() - start}
+    return {"exit code": code, **seconds, "clients": dict(outcomes)}
+
+
+def answered(url: str, model: str) -> str:
     with httpx.Client(timeout=300) as client:
-        for _ in range(count):
-            path = random_.choice(["/v1/completions", "/v1/chat/completions"])
-            answer = client.post(f"{url}{path}", content=malformed(random_, model))
-            assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
-            seen[str(answer.status_code)] += 1
-    return dict(seen)
+        return text_of(complete(client, "def", url, model=model, max_tokens=8))
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    """The ranks that a server of several has started."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 def memory(process: subprocess.Popen[str]) -> int:
     """Bytes that the ranks hold."""
-    pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() or [str(process.pid)]
+    pids = children(process) or [process.pid]
     pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids]
     return sum(pages) * os.sysconf("SC_PAGE_SIZE")
 
@@ -110,40 +162,51 @@ class Told(dict[str, object]):
         super().__setitem__(name, figure)
 
 
-def measure(keys: list[str], seconds: float, bad: int, count: int = 32) -> dict[str, object]:
-    """Start a server with these keys, load it, and end it by killing its last rank, if there are several."""
-    command, found = [sys.executable, "-m", "megatron_lowbit.launch"], Told()
+def measure(keys: list[str], only: list[str], seconds: float, bad: int, count: int = 32) -> dict[str, object]:
+    """Start a server with these keys, and do to it what `only` says."""
+    found = Told()
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "prompts.txt").write_text("\n".join(PROMPTS))
-        prompts = [f"prompts={folder}/prompts.txt", f"max_new_tokens={NEW}", f"output_dir={folder}/generate"]
-        subprocess.run([*command, "generate", *keys, *prompts], check=True, capture_output=True)
-        rows = json.loads((Path(folder) / "generate" / "generate.json").read_text())["rows"]
-        want = {row["prompt"]: row["text"] for row in rows}
-        serve = [*command, "serve", *keys, "port=0", f"output_dir={folder}/serve"]
-        with subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None and process.stderr is not None
-            line = process.stdout.readline()
-            model, url = re.search(r"serving (\S+) on (\S+)/v1,", line).groups()  # type: ignore[union-attr]
-            found["one by one"] = asyncio.run(clients(url, model, 1, seconds / 4, want))
-            found["memory before"] = memory(process)
-            found["together"] = asyncio.run(clients(url, model, count, seconds, want))
-            found["malformed"] = malformed_requests(url, model, bad)
-            found["memory after"] = memory(process)
-            found["log bytes"] = (Path(folder) / "serve" / "metrics.jsonl").stat().st_size
-            ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            start = time.monotonic()
-            os.kill(int(ranks[-1]) if ranks else process.pid, signal.SIGKILL)
-            found["exit code"] = process.wait(120)
-            found["seconds to end"] = time.monotonic() - start
+        want = generated(keys, Path(folder)) if "load" in only else {}
+        with served_there(*keys, f"output_dir={folder}/serve", python=sys.executable) as (process, url):
+            model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
+            if "load" in only:
+                found["one by one"] = asyncio.run(clients(url, model, 1, seconds / 4, want))
+                found["memory before load"] = memory(process)
+                found["together"] = asyncio.run(clients(url, model, count, seconds, want))
+                found["memory after load"] = memory(process)
+            if "malformed" in only:
+                before = answered(url, model)
+                found["memory before malformed"] = memory(process)
+                found["malformed"] = asyncio.run(malformed_requests(url, model, bad, count))
+                found["memory after malformed"] = memory(process)
+                assert answered(url, model) == before, "it answers no more as it did"
+            if "kill" in only:
+                found["kill"] = asyncio.run(killed(process, url, model, count))
+            else:
+                process.terminate()
+                found["exit code"] = process.wait(120)
+            assert process.stderr is not None
             found["said"] = process.stderr.read()
+            found["log bytes"] = (Path(folder) / "serve" / "metrics.jsonl").stat().st_size
     return found
 
 
+def generated(keys: list[str], folder: Path) -> dict[str, str]:
+    """{prompt: what generate says}."""
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    prompts = [f"prompts={folder}/prompts.txt", f"max_new_tokens={NEW}", f"output_dir={folder}/generate"]
+    command = [sys.executable, "-m", "megatron_lowbit.launch", "generate"]
+    subprocess.run([*command, *keys, *prompts], check=True, capture_output=True)
+    rows = json.loads((folder / "generate" / "generate.json").read_text())["rows"]
+    return {row["prompt"]: row["text"] for row in rows}
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("keys", nargs="+", help="key=value of serve and generate: model=embedded engine=deepspeed tp=2")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--malformed", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=32)
-    given = parser.parse_args()
-    measure(given.keys, given.seconds, given.malformed, given.clients)
+    given = parser.parse_intermixed_args()
+    measure(given.keys, given.only, given.seconds, given.malformed, given.clients)

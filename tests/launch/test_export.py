@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import api_cases
 import family_models
 import pytest
 import torch
@@ -16,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.adapters.compressed_tensors import describe, export_linear
-from megatron_lowbit.config import LowBitError
+from megatron_lowbit.config import LowBitError, QuantizeConfig
+from megatron_lowbit.qllm.resume import State
 from megatron_lowbit.quant.affine import QuantizedWeight
 
 TEXT = [f"calibration.data={CALIBRATION_TEXT}", "calibration.samples=4", "calibration.sequence_length=64"]
@@ -86,8 +88,9 @@ def test_merged_weights_compute_what_the_artifact_does(name, model, artifacts, t
     assert not [path for path in folder.iterdir() if path.name.startswith(".export")]
 
 
-def test_weights_are_bfloat16_unless_asked(artifacts, tmp_path):
+def test_weights_are_bfloat16_unless_asked(artifacts, tmp_path, screen):
     folder = export(artifacts("rounded"), tmp_path)
+    assert "merging weights" in screen.getvalue()
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     whole = AutoModelForCausalLM.from_pretrained(folder)
     assert {tensor.dtype for tensor in whole.state_dict().values()} == {torch.bfloat16}
@@ -124,12 +127,13 @@ def test_compressed_tensors_loads_the_codes(name, model, artifacts, tmp_path):
 
 
 @needs_compressed_tensors
-def test_the_library_unpacks_zero_points(artifacts, tmp_path):
+def test_the_library_unpacks_zero_points(artifacts, tmp_path, screen):
     """transformers 5.23 refuses packed zero points, whose shape it expects unpacked; the library itself reads them."""
     from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
     folder = export(artifacts("rounded"), tmp_path, "format=compressed-tensors", "dtype=float32")
+    assert "packing codes" in screen.getvalue()
     described = json.loads((folder / "config.json").read_text())["quantization_config"]
     scheme = QuantizationConfig(**described).config_groups["group_0"]
     tensors = load_file(folder / "model.safetensors")
@@ -170,6 +174,63 @@ def test_what_has_no_place_is_named(name, artifacts, tmp_path, capsys):
     said = capsys.readouterr().err
     assert f"compressed-tensors has no place for {REFUSED[name]}" in said and said.count("\n") == 1
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+AT_THE_END = {  # {format: how to quantize for it}
+    "huggingface": {"scheme": "W4A8", "reassembly.mode": "fixed", "reassembly.expansion": 0.1},
+    "compressed-tensors": {"scheme": "W4A16", "reassembly.mode": "none", "weights.symmetric": True},
+}
+
+
+@pytest.mark.parametrize("form", AT_THE_END)
+def test_quantize_exports_at_its_end(form, two_ranks, model, tmp_path):
+    """On two ranks the bytes that one writes, which are those of the command."""
+    text = {"samples": 2, "sequence_length": 64}
+    values = {**AT_THE_END[form], "calibration": text, "comm.tp_sizes": [], "correction.mode": "none", "export": form}
+    one, two = tmp_path / "one", tmp_path / "two"
+    result = lowbit.quantize(model, "stdlib:calibration", output_dir=one, **values)
+    two_ranks.run(api_cases.quantized, model, two, values)
+    export(one, tmp_path / "command", f"format={form}")
+    assert result.record["exported"]["name"] == form
+    for folder in (one / form, two / form):
+        written = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert {"model.safetensors", "config.json", "tokenizer.json"} <= written.keys()
+        assert written == {name: (tmp_path / "command" / name).read_bytes() for name in written}
+    assert lowbit.Artifact.load(two).checkpoint is not None
+
+
+WOULD_BE_REFUSED = {
+    "weights.scheme=W4A8": "activations of 8 bits; quantize with W4A16, or with W8A8",
+    "weights.scheme=W4A16 calibration.data=stdlib:calibration": "reassembled channels; quantize with reassembly.mode",
+    "weights.scheme=W4A16 weights.rotation=hadamard": "inputs rotated online",
+    "weights.scheme=W8A8": "several activation scales per token",
+    "weights.scheme=W8A8 weights.shard_groups=1": "weights without a zero point",
+    "weights.scheme=W4A16 weights.zero_point=real": "whole zero points",
+}
+
+
+@pytest.mark.parametrize("settings", WOULD_BE_REFUSED)
+def test_what_has_no_place_is_named_before_it_is_made(settings, model, tmp_path, capsys):
+    argv = [f"model={model}", *settings.split(), f"output_dir={tmp_path}", "export=compressed-tensors"]
+    assert run_here("quantize", *argv) == 2
+    said = capsys.readouterr().err
+    assert WOULD_BE_REFUSED[settings] in said and "or export as huggingface" in said and said.count("\n") == 1
+    assert not (tmp_path / "lowbit.json").exists()
+
+
+def test_an_unfinished_run_goes_on_with_another_export():
+    """And the names of an artifact's parts, a digest of these settings, are what they were before there was the key."""
+    plain, exporting = (State("quantize", QuantizeConfig(export=form), {}) for form in (None, "huggingface"))
+    assert plain.settings == exporting.settings and "export" not in plain.settings
+
+
+def test_an_export_that_fails_leaves_the_artifact(model, tmp_path, capsys):
+    (tmp_path / "huggingface").write_text("a file in the way")
+    argv = [f"model={model}", *RTN, "weights.scheme=W4A16", f"output_dir={tmp_path}", "export=huggingface"]
+    assert run_here("quantize", *argv) == 2
+    said = capsys.readouterr().err
+    assert "the artifact is written, but not its export: cannot write to" in said and said.count("\n") == 1
+    assert lowbit.Artifact.load(tmp_path).checkpoint is not None
 
 
 def test_other_bad_input(model, artifacts, tmp_path, capsys):

@@ -11,14 +11,17 @@ from pathlib import Path
 import harness_cases
 import numpy as np
 import pytest
-from commands import needs_deepspeed, needs_megatron, run_here, run_there
+from commands import free_port, needs_deepspeed, needs_megatron, run_here, run_there
 from harness_cases import requests
+from rank_pool import RankPool
+from serving import served_there
 from task_files import PARADIGMS, lines, questions, write_tasks
 from tiny_models import embedded_folder
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.launch.harness import TASKS
+from megatron_lowbit.runtime import preemption
 
 pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs megatron-lowbit[eval]")
 LOCAL = ["local_piqa", "local_arc_easy", "local_arc_challenge", "local_hellaswag", "local_winogrande", "local_boolq"]
@@ -126,6 +129,58 @@ def test_copies_of_the_model_share_the_documents(two_ranks, data, tmp_path):
         (found,) = row["tasks"].values()
         assert found["n"] == alone["local_arc_easy"]["n"] == 7
         assert found["metrics"] == pytest.approx(alone["local_arc_easy"]["metrics"])
+
+
+def test_copies_of_the_model_share_the_windows(two_ranks, embedded_artifact, tmp_path):
+    """Batches of two, two, two and one window on two copies: each figure is that of one copy, to the bit."""
+    section = {"samples": 7, "sequence_length": 32, "batch_size": 2, "kl_tokens": 150}  # which ends within the third
+    values = {"dtype": "float32", "virtual_tp": 2, "evaluation": section}
+    alone, passes = harness_cases.shared(0, 1, embedded_artifact, tmp_path / "one", values)
+    assert passes == [7, 7]
+    found = two_ranks.run(harness_cases.shared, embedded_artifact, tmp_path / "two", {**values, "dp": 2})
+    assert [passes for _, passes in found] == [[4, 4], [3, 3]]
+    for rows, _ in found:
+        assert len(rows) == 2 and rows[1]["kl"] > 0 and rows[1]["values"] > 0 and rows[1]["tokens"] == 7 * 31
+        for row, whole in zip(rows, alone, strict=True):
+            assert {**row, "evaluate_seconds": 0} == {**whole, "evaluate_seconds": 0}
+
+
+@needs_megatron
+def test_copies_on_megatron_share_the_windows(two_ranks, embedded_artifact, tmp_path):
+    """The figures are those of one copy on Hugging Face, in float32 sums of another order."""
+    values = {"dtype": "float32", "evaluation": {"samples": 5, "sequence_length": 32, "batch_size": 2}}
+    alone, _ = harness_cases.shared(0, 1, embedded_artifact, tmp_path / "one", values)
+    more = {**values, "engine": "megatron", "dp": 2}
+    for rows, passes in two_ranks.run(harness_cases.shared, embedded_artifact, tmp_path / "two", more):
+        assert sum(passes) in (6, 4) and len(rows) == len(alone) == 2
+        for row, whole in zip(rows, alone, strict=True):
+            assert row["tokens"] == whole["tokens"]
+            figures = {key: row[key] for key in ("perplexity", "perplexity_stderr", "kl", "kl_stderr")}
+            assert figures == pytest.approx({key: whole[key] for key in figures}, rel=1e-4, abs=1e-6)
+
+
+def test_a_stop_between_tasks_of_copies(data, tmp_path):
+    """Rank 1 alone gets a signal within the first task: both end that task, keep it, and leave; then they go on."""
+    tasks = ["local_arc_easy", "local_hellaswag"]
+    alone = evaluate(data, tmp_path / "one", tasks).rows[0]["tasks"]
+    section = {**TEXT, "tasks": json.dumps(tasks), "task_samples": 4, "task_data": data, "batch_size": 4}
+    argv = ["evaluate", "model=embedded", "dtype=float32", "dp=2", "evaluation.data=stdlib:validation"]
+    argv += [f"output_dir={tmp_path}", *(f"evaluation.{key}={value}" for key, value in section.items())]
+    ranks = RankPool(2)
+    try:
+        stopped = ranks.run(harness_cases.command, free_port(), argv, tasks[0])
+        assert [(code, begun) for code, _, begun in stopped] == [(preemption.REQUEUE, tasks[:1])] * 2
+        assert "evaluate keeps finished tasks, and goes on with the next" in stopped[0][1]
+        assert [file.stem for file in tmp_path.glob("tasks/*/*.json")] == tasks[:1]
+        assert not (tmp_path / "evaluate.json").exists()
+        finished = ranks.run(harness_cases.command, free_port(), argv)
+        assert [(code, begun) for code, _, begun in finished] == [(0, tasks[1:])] * 2
+    finally:
+        ranks.close()
+    (row,) = json.loads((tmp_path / "evaluate.json").read_text())["rows"]
+    assert {name: found["metrics"] for name, found in row["tasks"].items()} == {
+        name: pytest.approx(found["metrics"]) for name, found in alone.items()
+    }
 
 
 def test_a_low_bit_row_and_what_of_it_is_kept(data, tmp_path, monkeypatch, capfd):
@@ -281,3 +336,41 @@ def test_what_ranks_hand_on():
     told = from_plain(decode(encode(to_plain(given))))
     assert told == given and [type(v) for v in told["task"]["acc", "none"]] == [float, float, bool]
     assert from_plain(to_plain([len])) == [str(len)]
+
+
+@pytest.fixture
+def local_completions(tmp_path):
+    """--model_args of lm-eval's local-completions for a server of the embedded model."""
+    pytest.importorskip("tenacity", reason="needs lm-eval[api]")
+    with served_there("model=embedded", f"output_dir={tmp_path / 'serve'}") as (_, url):
+        about = f"tokenizer={embedded_folder()},max_length=256,add_bos_token=True"
+        yield f"model=embedded,base_url={url}/v1/completions,{about}"
+
+
+def test_lm_eval_s_local_completions_score_through_our_server(theirs, local_completions):
+    from lm_eval.api.registry import get_model
+
+    model = get_model("local-completions").create_from_arg_string(local_completions)
+    asked = requests("loglikelihood", *PAIRS[1:4], PAIRS[5])
+    check_same(model.loglikelihood(asked), theirs.loglikelihood(asked))
+    settings = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
+    texts = requests("generate_until", ("def read_lines(path):\n", settings), ("import os\n", settings))
+    assert model.generate_until(texts) == theirs.generate_until(texts)
+
+
+@pytest.mark.slow
+def test_lm_eval_s_command_evaluates_our_server(theirs, data, local_completions, tmp_path):
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    about = {"task_data": str(data)}
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=about)
+    expected = simple_evaluate(theirs, tasks=["local_arc_easy"], task_manager=manager)["results"]["local_arc_easy"]
+    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", local_completions]
+    command += ["--tasks", "local_arc_easy", "--include_path", TASKS, "--metadata", json.dumps(about)]
+    code, _, error = run_there(*command, "--output_path", tmp_path)
+    assert code == 0, error
+    (file,) = tmp_path.rglob("results*.json")
+    found = json.loads(file.read_text())["results"]["local_arc_easy"]
+    for metric in ("acc,none", "acc_norm,none"):
+        assert found[metric] == pytest.approx(expected[metric])

@@ -158,6 +158,9 @@ class Bytes:
     def decode(self, tokens, skip_special_tokens):
         return bytes(tokens).decode(errors="replace")
 
+    def convert_ids_to_tokens(self, token):
+        return chr(token)
+
 
 @pytest.mark.parametrize("stop", [[], ["ßx"], ["日", "never"], ["aab"], ["caab"], [" 日本語"]])
 def test_pieces_of_a_text(stop):
@@ -303,14 +306,15 @@ def test_a_key():
 
 def test_metrics(client):
     before = figures(client)
-    complete(client, "def", max_tokens=3)
+    complete(client, ["def", "import"], max_tokens=3, n=2)
     is_error(client.post("/v1/completions", content=b"{"), 400)
     after = figures(client)
     grown = {name: after[name] - before.get(name, 0.0) for name in after}
     assert grown['megatron_lowbit_requests_total{endpoint="/v1/completions",status="200"}'] == 1
     assert grown['megatron_lowbit_requests_total{endpoint="/v1/completions",status="400"}'] == 1
-    assert grown["megatron_lowbit_generated_tokens_total"] == 3 and grown["megatron_lowbit_prompt_tokens_total"] == 2
-    assert grown["megatron_lowbit_time_to_first_token_seconds_count"] == 1
+    assert grown["megatron_lowbit_generated_tokens_total"] == 12 and grown["megatron_lowbit_prompt_tokens_total"] == 8
+    assert grown["megatron_lowbit_time_to_first_token_seconds_count"] == 1, "of a request, with four sequences"
+    assert grown["megatron_lowbit_request_seconds_count"] == 1
     assert after["megatron_lowbit_queue_length"] == 0 == after["megatron_lowbit_wire_bytes_total"]
 
 

@@ -140,6 +140,9 @@ class Letters:
     def decode(self, tokens, skip_special_tokens):
         return "".join(map(chr, tokens))
 
+    def convert_ids_to_tokens(self, token):
+        return chr(token)
+
 
 def test_answers_stand_by_their_prompts(capsys):
     """Answers of several lines, and one that looks like another record."""

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import io
-
 import pytest
 from rich.console import Console
 
 from megatron_lowbit.runtime import metrics
 from megatron_lowbit.runtime.metrics import progress
-
-
-@pytest.fixture
-def screen(monkeypatch) -> io.StringIO:
-    """What a terminal gets."""
-    text = io.StringIO()
-    monkeypatch.setattr(metrics, "Console", lambda stderr: Console(file=text, force_terminal=True, width=80))
-    return text
 
 
 def test_a_loop_within_a_loop(screen):

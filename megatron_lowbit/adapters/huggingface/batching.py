@@ -24,6 +24,8 @@ import contextlib
 import inspect
 import logging
 import sys
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -149,24 +151,49 @@ class _JoinedLayer(CacheLayerMixin):
         return -1
 
 
+_lock = threading.Lock()
+_steps: Counter[str] = Counter()  # {attention function: joined steps that run now, of any model in any thread}
+_plain: dict[str, Callable[..., Any] | None] = {}  # {the same: what it is otherwise}
+
+
 @contextlib.contextmanager
 def _request_by_request(model: nn.Module) -> Iterator[None]:
-    """Have the model's attention function run on each request by itself, where K and V are lists."""
+    """Have the model's attention function run on each request by itself, where K and V are lists.
+
+    transformers has one table of these functions for all models of a process: where K and V are tensors, which is what
+    another thread's model has, they run as they are, and the last step to end leaves the table as it was.
+    """
     configs = (getattr(module, "config", None) for module in model.modules())
-    names = {getattr(config, "_attn_implementation", None) for config in configs} - {None}
-    for name in names:
-        ALL_ATTENTION_FUNCTIONS[name] = _each(ALL_ATTENTION_FUNCTIONS.get(name))
+    names = {str(n) for config in configs if (n := getattr(config, "_attn_implementation", None)) is not None}
+    with _lock:
+        for name in names:
+            if not _steps[name]:
+                _plain[name] = ALL_ATTENTION_FUNCTIONS.get(name)
+                ALL_ATTENTION_FUNCTIONS[name] = _each(_plain[name])
+            _steps[name] += 1
     try:
         yield
     finally:
-        for name in names:
-            del ALL_ATTENTION_FUNCTIONS[name]
+        with _lock:
+            for name in names:
+                _steps[name] -= 1
+                if not _steps[name]:
+                    _put_back(name, _plain.pop(name))
+
+
+def _put_back(name: str, function: Callable[..., Any] | None) -> None:
+    """Have the table hold this function again; it may have been a process's own, in place of transformers'."""
+    del ALL_ATTENTION_FUNCTIONS[name]
+    if function is not None and ALL_ATTENTION_FUNCTIONS.get(name) is not function:
+        ALL_ATTENTION_FUNCTIONS[name] = function
 
 
 def _each(attention: Callable[..., Any] | None) -> Callable[..., Any]:
     def run(module: nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Any = None, **options: Any) -> Any:
         # eager is not among the functions: every model brings its own, in its own file
         attend = attention or sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        if not isinstance(key, list):
+            return attend(module, query, key, value, attention_mask, **options)
         rows = zip(query.split(1), key, value, strict=True)
         return torch.cat([attend(module, q, k, v, None, **options)[0] for q, k, v in rows]), None
 

@@ -12,6 +12,7 @@ norms, biases and the output projection are stored as the model computes with th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,15 +25,16 @@ from megatron_lowbit.kernels.hadamard import hadamard
 from megatron_lowbit.layers.linear import activation_groups
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
+from megatron_lowbit.runtime.metrics import progress
 
 
 @torch.no_grad()
 def merge(model: Any, checkpoint: LowBitCheckpoint, dtype: torch.dtype) -> None:
     """Give a model that was built from a checkpoint alone the weights that the codes stand for, in `dtype`."""
-    plans = plans_of_linears(model, checkpoint)
-    for name, (_, linear) in find_linears(model).items():
-        if name in checkpoint.linears:
-            _set(linear, "weight", merged_weight(checkpoint, name, plans.get(name)).to(dtype))
+    linears = {name: linear for name, (_, linear) in find_linears(model).items() if name in checkpoint.linears}
+    plans = plans_of_linears(model, checkpoint, linears)
+    for name, linear in progress(linears.items(), len(linears), "merging weights"):
+        _set(linear, "weight", merged_weight(checkpoint, name, plans.get(name)).to(dtype))
     if checkpoint.experts is not None:
         for name, module in find_experts(model).items():
             for leaf in projections(module):
@@ -45,12 +47,13 @@ def merge(model: Any, checkpoint: LowBitCheckpoint, dtype: torch.dtype) -> None:
             model.get_submodule(fqn).weight = projection
 
 
-def plans_of_linears(model: Any, checkpoint: LowBitCheckpoint) -> dict[str, ReassemblyPlan]:
+def plans_of_linears(
+    model: Any, checkpoint: LowBitCheckpoint, linears: Mapping[str, nn.Module]
+) -> dict[str, ReassemblyPlan]:
     """Return {linear: the reassembly of its input}, whether the linear carries it out or the norm before it."""
     plans = {name: plan for name, plan in checkpoint.reassembly.items() if name in checkpoint.linears}
     norms = checkpoint.reassembly.keys() - plans.keys()
     if norms:
-        linears = {name: linear for name, (_, linear) in find_linears(model).items() if name in checkpoint.linears}
         reads = readers.reads_of_model(model, linears, next(model.parameters()).device)
         plans |= {name: checkpoint.reassembly[norm] for norm in norms for name in reads.linears_of(norm)}
     return plans

@@ -41,6 +41,8 @@ from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import CommConfig, CommMode, LowBitError
 from megatron_lowbit.io.hf_names import ModelWeights
 from megatron_lowbit.runtime.distributed import all_gather_stack, gather_values, group_rank, world_size
+from megatron_lowbit.runtime.launcher_env import env_rank
+from megatron_lowbit.runtime.metrics import progress
 from megatron_lowbit.runtime.rendezvous import collective_limit
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3", *experts.MODEL_TYPES)
@@ -321,7 +323,8 @@ def _load(
         if model.output_layer.weight is not None:
             words("output_layer.weight", embedding if tied else _HEAD)
         _mask_padding(model, vocab)
-    for (layer, role), (path, module) in megatron.find_linears(model).items():
+    found = megatron.find_linears(model)
+    for (layer, role), (path, module) in progress(found.items(), len(found), "loading weights", env_rank()):
         names = parts(prefix, layer, role, [name.removesuffix(".weight") for name in known])
         rows = layout.part_rows(role) if len(names) > 1 else (sum(layout.part_rows(role)),)
         if linears:
@@ -347,7 +350,7 @@ def _load(
     experts.load_experts(model, prefix, read, put, pending.discard, packed)
     if pending:
         raise LowBitError(f"the GPTModel has {sorted(pending)[0]}, which this model has no weight for")
-    for path, module in megatron.find_linears(model).values():
+    for path, module in found.values():
         if linears and hasattr(module, "on_load"):
             module.on_load(path)
 
@@ -434,7 +437,8 @@ def _export(model: Any, hf_config: Any) -> dict[str, Tensor]:
         state[f"{base}.norm.weight"] = model.get_parameter(f"{final_norm(model)}.weight").detach().cpu()
         if model.output_layer.weight is not None and not hf_config.tie_word_embeddings:
             state[_HEAD] = words(model.output_layer)
-    for (layer, role), (_, module) in megatron.find_linears(model).items():
+    linears = megatron.find_linears(model)
+    for (layer, role), (_, module) in progress(linears.items(), len(linears), "gathering weights", env_rank()):
         names = parts(prefix, layer, role, expected)
         tensors = {"weight": full_weight(module), "bias": module.bias}
         for leaf, tensor in tensors.items():
