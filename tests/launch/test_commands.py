@@ -13,7 +13,7 @@ from importlib import metadata
 import pytest
 import torch
 import yaml
-from commands import CALIBRATION, EVALUATION, SMALL_TEXT, run_here
+from commands import CALIBRATION, EVALUATION, EVALUATION_TEXT, SMALL_TEXT, run_here
 from read_wandb import read_run
 from tiny_models import embedded_folder, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -158,7 +158,7 @@ def test_full_precision_perplexity_is_the_models_own_loss(tmp_path):
     (row,) = results(tmp_path, "evaluate")["rows"]
     model = AutoModelForCausalLM.from_pretrained(embedded_folder(), dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(embedded_folder())
-    windows = token_windows(tokenizer, "stdlib:validation", 4, 64, 256, "evaluation")
+    windows = token_windows(tokenizer, EVALUATION_TEXT, 4, 64, 256, "evaluation")
     with torch.inference_mode():  # the mean over 63 predictions of each of four windows of equal length
         losses = [model(ids.unsqueeze(0), labels=ids.unsqueeze(0)).loss.double().item() for ids in windows.ids]
     assert row["perplexity"] == pytest.approx(math.exp(sum(losses) / 4), rel=1e-5)
