@@ -13,7 +13,7 @@ import tiny_models
 import torch
 import transformers
 from closeness import assert_equal_but_for_flips
-from commands import CALIBRATION_TEXT, needs_deepspeed, needs_megatron, run_here
+from commands import needs_deepspeed, needs_megatron, run_here
 from quantize_runs import checksums, quantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,7 +32,7 @@ from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
 SETTINGS = [
     *("weights.scheme=W4A4", "weights.method=qllm", "weights.rotation=hadamard", "reassembly.mode=adaptive"),
-    *("correction.mode=none", "correction.blocks_per_group=1", f"calibration.data={CALIBRATION_TEXT}"),
+    *("correction.mode=none", "correction.blocks_per_group=1", "calibration.data=stdlib:calibration"),
     *("calibration.samples=4", "calibration.sequence_length=64", "comm.tp_sizes=[]", "reassembly.expansions=[0.1]"),
 ]
 VOCAB = 130
