@@ -149,7 +149,7 @@ def test_each_expert_is_rounded_for_its_own_tokens(folders, artifacts):
     weights, sent = module.gate_up_proj.detach().clone(), {}
     lowbit.apply_to_huggingface(model, folder)
     model.get_submodule(name).register_forward_pre_hook(lambda _, args: sent.update(x=args[0], index=args[1]))
-    ids = token_windows(read_tokenizer(folders("mixtral")), "stdlib:calibration", 4, 64, 128, "calibration").ids
+    ids = token_windows(read_tokenizer(folders("mixtral")), CALIBRATION_TEXT, 4, 64, 128, "calibration").ids
     logits(model, ids)
     config = WeightsConfig(scheme="W4A16", experts="W4A16", rounding="gptq", clipping="mse")
     experts = LowBitCheckpoint.load(folder).experts.weights[f"{name}.gate_up_proj"].codes().chunk(4)
