@@ -73,6 +73,8 @@ def product(chance: random.Random) -> str:
         if blocks < 9
         else blocks * chance.choice([1, 5, 16])
     )
+    if blocks == 1 and chance.random() < 0.1:  # tokens that tile registers take in parts
+        inputs = chance.choice([2061, 4173, 8208])
     tokens = chance.choice([0, 1, 1, 2, 3, 4, 5, 6, 12, 13, 16, 17, 32, 33, 47])
     outputs = chance.choice([1, 3, 15, 16, 17, 63, 64, 65, 130])
     weight_bits, act_bits = chance.randint(2, 8), chance.choice([2, 3, 4, 5, 6, 7, 8, 8, 4, 16])
@@ -94,7 +96,12 @@ def product(chance: random.Random) -> str:
     if act_bits == 16:
         weight_only(x, ordered, rows, arguments, y, out)
         return "weight only"
-    assert_same_bits(y, linear_oracle.quant_linear(x, codes, scale, zero, act_bits, act_groups, out, *ratios))
+    expected = linear_oracle.quant_linear(x, codes, scale, zero, act_bits, act_groups, out, *ratios)
+    if out == torch.bfloat16:  # below 2^-126 the definition rounds twice (linear.round_to): the last bit may differ
+        tiny = (expected != 0) & (expected.double().abs() < 2.0**-126)
+        assert ((y.double() - expected.double())[tiny].abs() <= 2.0**-133).all()
+        y, expected = y.masked_fill(tiny, 0), expected.masked_fill(tiny, 0)
+    assert_same_bits(y, expected)
     return "codes"
 
 
