@@ -210,7 +210,9 @@ struct ExpandedPanels {
 
   // tiles: of a block, at most at a time; together: panels.
   ExpandedPanels(const Panels& panels, int64_t tiles, int64_t together, int64_t weight_groups)
-      : block_bytes(tiles * kGroups * kTile), panel_bytes(panels.blocks * block_bytes), weights(together * panel_bytes, kAnything) {
+      : block_bytes(tiles * kGroups * kTile),
+        panel_bytes(panels.blocks * block_bytes),
+        weights(together * panel_bytes, kAnything) {
     for (int64_t i = 0; i < together; ++i) channels.emplace_back(panels.blocks, weight_groups);
   }
 
@@ -276,7 +278,8 @@ void multiply_wide(const Panels& panels, const AmxShape<Operand>& shape, const u
   const int64_t x_stride = kRows * shape.row_bytes(), pairs = up(shape.tokens, 2 * kRows) / (2 * kRows);
   ExpandedPanels<Operand> expanded(panels, part, together, weight_groups);
   const std::unique_ptr<Sums<kDots>[]> sums(new Sums<kDots>[together * kHalves]);  // not zeroed
-  Buffer<typename Operand::Dot> dots((parts > 1 ? pairs : 1) * together * kHalves * kDots, kAnything);
+  const int64_t waiting = parts > 1 ? pairs : 1;  // pairs of 16 tokens whose sums are kept at a time
+  Buffer<typename Operand::Dot> dots(waiting * together * kHalves * kDots, kAnything);
   Unfinished<typename Operand::Dot> unfinished{tokens, to};
   std::vector<Block> blocks;
   std::vector<double> reach(shape.blocks);
@@ -290,7 +293,7 @@ void multiply_wide(const Panels& panels, const AmxShape<Operand>& shape, const u
       for (int64_t pair = 0; pair < pairs; ++pair) {
         const int64_t token = pair * 2 * kRows;
         const int rows = static_cast<int>(std::min<int64_t>(2 * kRows, shape.tokens - token));
-        auto* pair_dots = dots.get() + (parts > 1 ? pair * halves * kDots : 0);
+        auto* pair_dots = dots.get() + pair % waiting * halves * kDots;
         for (int64_t b = 0; b < shape.blocks; ++b) reach[b] = reach_of(tokens, token, rows, b);
         auto multiply = [&](int64_t half, int64_t b, int64_t tile, auto* dot, Sums<kDots>& sum) {
           const uint8_t* piece = x + token * shape.row_bytes() + (b * shape.tiles + tile) * kTile;

@@ -59,7 +59,7 @@ def test_pipeline_stages(two_ranks):
 
 @pytest.mark.parametrize(("saved", "loaded"), [((2, 1), (1, 2)), ((1, 2), (2, 1))])
 def test_checkpoints(two_ranks, tmp_path, saved, loaded):
-    """Of full precision and of packed weights, saved at one layout and loaded at another."""
+    """Full precision and packed weights, saved at one layout and loaded at another."""
     artifacts = {"full precision": None, "W4A8": make_artifact(build("llama"), "W4A8", (2,))}
     two_ranks.run(cases.saved, *saved, artifacts, tmp_path)
     options = (tmp_path / "W4A8" / "megatron_arguments.txt").read_text()

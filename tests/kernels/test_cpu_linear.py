@@ -103,7 +103,7 @@ def test_a_block_that_32_bits_cannot_hold():
 
 @pytest.mark.parametrize("act_bits, inputs, act_groups", [(8, 4173, 1), (8, 8208, 8), (16, 2061, 1), (16, 4112, 1)])
 def test_long_tokens(act_bits, inputs, act_groups, monkeypatch):
-    """Of one block and of several; tile registers take one that is one block in parts, whose sums wait in memory."""
+    """Tokens of one block and of several: tile registers take the first in parts, whose sums wait in memory."""
     monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", "cpu")
     random = torch.Generator().manual_seed(3)
     x = torch.randn(70, inputs, generator=random).to(torch.bfloat16)

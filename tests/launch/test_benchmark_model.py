@@ -59,7 +59,7 @@ def test_rows(tmp_path):
 
 
 def test_no_prompt_copies_the_output_projection(tmp_path):
-    """Of an artifact alone: torch multiplies a frozen weight with a slice of the hidden states as a batch, copied."""
+    """A model from an artifact alone: torch copies a frozen weight to multiply it with a slice of the hidden states."""
     settings, _ = model.prepare(
         BenchmarkModelConfig(models=["random"], architecture=FIELDS, tokens=8, new_tokens=1), "random", tmp_path
     )

@@ -57,7 +57,7 @@ def drawn(random_: random.Random, tokenizer: Any, name: str) -> list[int]:
 
 @pytest.mark.parametrize("name", ["llama2", "metaspace", "bytes"])
 def test_pieces_are_those_of_the_whole_text(tokenizers, name):
-    """Of tokens at random: byte runs that are broken off, special tokens, spaces alone. No piece is taken back."""
+    """Random tokens: byte runs that are broken off, special tokens, spaces alone. No piece is taken back."""
     tokenizer, random_, texts = tokenizers[name], random.Random(0), set()
     for _ in range(400):
         tokens = drawn(random_, tokenizer, name)
