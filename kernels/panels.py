@@ -78,12 +78,14 @@ def forget_pages(packed_weight: Tensor) -> None:
     Whoever does read them gets them from the file again. Memory that is no file's is left alone.
     """
     start, size = packed_weight.data_ptr(), packed_weight.numel()
+    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first >= last:  # not one page is all of these rows'
+        return
     try:
         mapped = any(_of_file(line, start, size) for line in Path("/proc/self/maps").read_text().splitlines())
     except OSError:  # not Linux
         return
-    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
-    if mapped and first < last:
+    if mapped:
         pageout = 21  # MADV_PAGEOUT: harmless advice, of kernels from 5.4 on
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), pageout)
 

@@ -176,6 +176,10 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+PATIENCE = 10.0  # seconds that the other ranks get to end by themselves after one has failed
+GRACE = 5.0  # seconds between SIGTERM and SIGKILL for those that have not
+
+
 def start_ranks(name: str, argv: list[str], size: int, rate: str | None = None) -> int:
     """Run the stage in `size` processes on this machine; the first failure ends the others. Rank 0 speaks for all.
 
@@ -214,7 +218,7 @@ def start_ranks(name: str, argv: list[str], size: int, rate: str | None = None) 
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
-    """Wait for all ranks, and pass signals on to them; after a failure the others get ten seconds. Returns the rank to
+    """Wait for all ranks, and pass signals on to them; after a failure the others get PATIENCE. Returns the rank to
     blame, if any."""
     blamed: int | None = None
     forwarded = 0
@@ -227,7 +231,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
                     rank.send_signal(number)
             codes = [rank.poll() for rank in ranks]
             if deadline is None and any(codes):
-                deadline = time.monotonic() + 10
+                deadline = time.monotonic() + PATIENCE
             if blamed is None and any(codes):
                 blamed = next(i for i, code in enumerate(codes) if code)
             if deadline is not None and time.monotonic() > deadline:
@@ -243,7 +247,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
                 rank.terminate()
         for rank in ranks:
             try:
-                rank.wait(5)
+                rank.wait(GRACE)
             except subprocess.TimeoutExpired:
                 rank.kill()
                 rank.wait()

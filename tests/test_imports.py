@@ -49,8 +49,13 @@ def sources() -> dict[str, Path]:
     return found
 
 
-def imported(file: Path) -> Iterator[str]:
+@cache
+def imported(file: Path) -> frozenset[str]:
     """Dotted names of all that a file imports, at its top or inside functions; not what only type checkers see."""
+    return frozenset(names_in(file))
+
+
+def names_in(file: Path) -> Iterator[str]:
     for_types = set()
     tree = ast.parse(file.read_text())
     for node in ast.walk(tree):
@@ -100,8 +105,8 @@ def test_no_two_modules_import_each_other():
 
 def test_the_parser_sees_the_imports():
     """Some that are known to be there, so that the tests above look at something."""
-    assert "megatron_lowbit.kernels" in set(imported(sources()["quant.affine"]))
-    assert "megatron_lowbit.config" in set(imported(sources()["quality"]))
+    assert "megatron_lowbit.kernels" in imported(sources()["quant.affine"])
+    assert "megatron_lowbit.config" in imported(sources()["quality"])
     assert "deepspeed" in {name.partition(".")[0] for name in imported(sources()["adapters.deepspeed"])}
     assert not [name for name in imported(sources()[""]) if name.startswith("megatron_lowbit")]
 

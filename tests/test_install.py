@@ -82,12 +82,14 @@ def run_python(where: Path, **environment: str) -> Path:
     return Path(done.stdout.strip()).parent
 
 
+@pytest.mark.slow
 def test_the_wheel_works_elsewhere(built, tmp_path):
     (wheel,) = built.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     assert run_python(tmp_path, PYTHONPATH=str(tmp_path / "site")) == tmp_path / "site" / "megatron_lowbit"
 
 
+@pytest.mark.slow
 def test_the_repository_works_uninstalled():
     """A Python started in the repository's root once found the package without its kernels."""
     assert run_python(ROOT) == ROOT / "megatron_lowbit"

@@ -14,6 +14,7 @@ from closeness import assert_equal_but_for_flips
 from commands import needs_deepspeed
 from rank_pool import RankPool
 from reassembled_models import reassembled
+from slow_cases import slow
 from tiny_models import FusedLinear, build, logits, make_artifact, save_artifact
 
 import megatron_lowbit as lowbit
@@ -106,7 +107,7 @@ print(deepspeed_cases.message_of(lambda: engine.save_16bit_model("nowhere")))
 """
 
 
-@pytest.mark.parametrize("wrapped", ["model", "__import__('torch').nn.Sequential(model)"])
+@pytest.mark.parametrize("wrapped", [slow("model"), "__import__('torch').nn.Sequential(model)"])
 def test_a_patch_before_deepspeed_is_imported(wrapped, tmp_path):
     folder = save_artifact(make_artifact(build("llama"), "W4A8"), tmp_path)
     command = [sys.executable, "-c", BEFORE_ITS_IMPORT.format(wrapped=wrapped), str(folder)]

@@ -6,6 +6,7 @@ import megatron_checkpoint_cases as cases
 import pytest
 from commands import needs_megatron
 from megatron_artifacts import in_some_blocks, quantize_embedded
+from slow_cases import slow
 from tiny_models import build, embedded_folder, make_artifact, save_artifact
 
 from megatron_lowbit.adapters.huggingface import apply as huggingface
@@ -16,7 +17,7 @@ from megatron_lowbit.quant.round_to_nearest import quantize_model
 
 pytestmark = needs_megatron
 
-LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2)]  # (tp, pp)
+LAYOUTS = [(1, 1), (1, 2), slow(2, 1), slow(4, 1)]  # (tp, pp)
 # 96 inputs of down_proj are 24 for each of four ranks: whole bytes in 4 and in 6 bits, and groups of 8.
 CHANGES = {"intermediate_size": 96}
 HIDDEN = {**CHANGES, "hidden_size": 32, "head_dim": 8}
@@ -82,20 +83,18 @@ def assert_same(outcome: dict) -> None:
     assert outcome["tensors"] > 5
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_loaded_at_another_size(pools, jobs, layout):
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_loaded_at_another_size(pools, jobs, tp, pp):
     """Codes, scales, reassembly, branches, plans and attention bits, as if the artifact had been applied there."""
-    tp, pp = layout
     for results in pools[tp * pp].run(cases.load, tp, pp, jobs):
         assert list(results) == list(jobs)
         for name, outcome in results.items():
             assert_same({"name": name, **outcome})
 
 
-@pytest.mark.parametrize("saved", [(1, 2), (4, 1)])
-def test_saved_at_another_size(pools, models, jobs, tmp_path, saved):
+@pytest.mark.parametrize(("tp", "pp"), [(1, 2), slow(4, 1)])
+def test_saved_at_another_size(pools, models, jobs, tmp_path, tp, pp):
     """Pipeline stages and four ranks as writers; two tensor-parallel ranks read."""
-    tp, pp = saved
     names = ["full precision", "plans", "padded", "biases", "qllm in some blocks"]
     again = {name: (*jobs[name][:2], tmp_path / f"{number}") for number, name in enumerate(names)}
     pools[tp * pp].run(cases.save, tp, pp, list(again.values()))
@@ -186,7 +185,7 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
+@pytest.mark.parametrize("patched", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "patched"])
 def test_checkpoints_that_do_not_fit(four_ranks, models, bad, patched):
     """One line, and the model is as it was: the same modules, tensors and logits."""
     artifact = make_artifact(build("llama", **CHANGES), "W8A8", (4,)) if patched else None

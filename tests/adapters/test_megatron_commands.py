@@ -21,6 +21,7 @@ from commands import (
 )
 from rank_pool import RankPool
 from safetensors.torch import load_file
+from slow_cases import slow
 from tiny_models import build, save_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -101,7 +102,9 @@ def assert_same_plans(folder: Path, reference: Path, sizes: tuple[int, ...] = (2
                 torch.testing.assert_close(own.scale, other.scale, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("layout", [["tp=2"], ["pp=2"], ["dp=2"], ["tp=2", "sequence_parallel=true"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "layout", [slow(["tp=2"]), slow(["pp=2"]), slow(["dp=2"]), ["tp=2", "sequence_parallel=true"]], ids=" ".join
+)
 def test_calibrate_on_any_layout(ranks, artifact, tmp_path, layout):
     """Shards, stages, halves of the windows and halves of their tokens: the ranges of one process that has it all."""
     out = succeed(ranks("calibrate", MODEL, "engine=megatron", *layout, *GATHER, f"output_dir={tmp_path}"))
@@ -109,6 +112,7 @@ def test_calibrate_on_any_layout(ranks, artifact, tmp_path, layout):
     assert_same_plans(tmp_path, artifact)
 
 
+@pytest.mark.slow
 def test_quantize_on_four_ranks(artifact, tmp_path):
     """Started as a user starts it; all kinds of parallelism at once. The codes are Hugging Face's, bit for bit."""
     layout = ["engine=megatron", "tp=2", "pp=2", "sequence_parallel=true"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from commands import needs_megatron
 from megatron_artifacts import quantize_embedded
+from slow_cases import slow, slow_but
 from tiny_models import VOCAB, build, embedded_folder, make_artifact
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -166,7 +167,7 @@ def qllm(tmp_path_factory):
     return folder, many, expected
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [slow(1), 2])
 def test_an_artifact_of_qllm_with_quantized_attention(pools, qllm, ranks):
     """Transformers keeps K and V packed in its cache, the static engine rounds all of them again at every token, and
     the dynamic one once, on their way into its pages."""
@@ -177,7 +178,7 @@ def test_an_artifact_of_qllm_with_quantized_attention(pools, qllm, ranks):
     assert expected[1] != expected[2], "the plan of two ranks was without effect"
 
 
-@pytest.mark.parametrize("batching", BOTH)
+@pytest.mark.parametrize("batching", slow_but(["dynamic"], BOTH))
 def test_what_else_is_in_the_batch_does_not_matter(two_ranks, qllm, batching):
     """Static ranges and scales per token: a prompt alone gets the tokens that it gets among seven others."""
     folder, many, _ = qllm

@@ -8,6 +8,7 @@ import pytest
 import torch
 from commands import needs_megatron
 from reassembled_models import dense_twin, reassembled
+from slow_cases import slow
 from tiny_models import build, make_artifact
 
 from megatron_lowbit.adapters.huggingface import apply as huggingface
@@ -60,8 +61,17 @@ def test_a_model_is_never_quantized_in_part(two_ranks, kind):
         assert same
 
 
-@pytest.mark.parametrize("merge", (True, False))
-@pytest.mark.parametrize("kind", ["nothing", "class of its own", "experts"])
+@pytest.mark.parametrize(
+    ("kind", "merge"),
+    [
+        ("class of its own", False),
+        ("experts", True),
+        *(
+            slow(*case)
+            for case in [("nothing", True), ("nothing", False), ("class of its own", True), ("experts", False)]
+        ),
+    ],
+)
 def test_whoever_reassembles_is_saved(two_ranks, tmp_path, kind, merge):
     """In the norm or in the linear, and also where the inputs grow wider."""
     hf = build("llama")

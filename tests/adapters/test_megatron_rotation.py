@@ -12,6 +12,7 @@ import tiny_models
 import torch
 from closeness import assert_equal_but_for_flips
 from commands import needs_megatron
+from slow_cases import slow
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -70,7 +71,7 @@ def folder(tmp_path_factory) -> Path:
     return tiny_models.save_model("mistral", tmp_path_factory.mktemp("mistral"), sliding_window=None)
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("saved", "loaded"), [slow(1, 2), (2, 1)])
 def test_distributed_checkpoints(folder, saved, loaded, pool_of, tmp_path):
     """What runs online is stored, and the embeddings are the artifact's, at another size too."""
     given = rounded(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))

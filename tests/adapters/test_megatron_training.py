@@ -10,6 +10,7 @@ import torch
 from closeness import assert_equal_but_for_flips
 from commands import needs_megatron
 from megatron_cases import token_ids
+from slow_cases import slow
 from tiny_models import build, make_artifact, make_stats
 
 from megatron_lowbit.artifact import Artifact
@@ -160,8 +161,9 @@ def test_a_trained_weight_is_rounded_forward_and_passed_straight_through(two_ran
                 torch.testing.assert_close(results[name].double(), expected, rtol=1e-4, atol=2e-4, msg=f"{path} {name}")
 
 
-@pytest.mark.parametrize("norms_inside", (False, True), ids=("norms outside", "norms inside"))
-@pytest.mark.parametrize("sequence_parallel", LAYOUTS, ids=("all-reduce", "sequence parallel"))
+@pytest.mark.parametrize(
+    ("sequence_parallel", "norms_inside"), [slow(False, False), slow(False, True), slow(True, False), (True, True)]
+)
 def test_training_at_a_scheme_is_saved_and_goes_on(two_ranks, tmp_path, sequence_parallel, norms_inside):
     """Megatron's own wrapper, optimizer and distributed checkpoint. All parameters that the optimizer holds are the
     model's and learn; the loss falls; and a training that is loaded from the middle makes the same steps."""

@@ -15,6 +15,7 @@ import tiny_models
 import torch
 from closeness import assert_equal_but_for_flips
 from commands import needs_deepspeed, needs_megatron
+from slow_cases import slow
 from tiny_models import build, logits, make_artifact, mixed_bits, save_artifact
 
 import megatron_lowbit as lowbit
@@ -93,7 +94,7 @@ def test_deepspeed(two_ranks, tmp_path, scheme):
 
 
 @needs_megatron
-@pytest.mark.parametrize(("size", "sequence_parallel"), [(1, False), (2, False), (2, True), (4, True)])
+@pytest.mark.parametrize(("size", "sequence_parallel"), [(1, False), slow(2, False), (2, True), slow(4, True)])
 def test_megatron(pool_of, size, sequence_parallel):
     given = {scheme: (artifact(scheme, () if size == 1 else (size,)), None) for scheme in SCHEMES}
     for results in pool_of(size).run(megatron_cases.applied, "llama", sequence_parallel, given, CHANGES):
@@ -104,7 +105,7 @@ def test_megatron(pool_of, size, sequence_parallel):
 
 
 @needs_megatron
-@pytest.mark.parametrize("size", (1, 2, 4))
+@pytest.mark.parametrize("size", (1, slow(2), slow(4)))
 def test_megatron_checkpoints(pool_of, tmp_path, size):
     """Layers differ in their rows' bytes, so they are stored one by one; read at another size."""
     build("llama", **CHANGES).save_pretrained(tmp_path / "model")

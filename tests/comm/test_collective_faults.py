@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import rank_cases
 import torch
+import warm
 from fault_cases import CULPRIT
+from slow_cases import slow
 from torch import Tensor
 
 from megatron_lowbit.comm.agreement import digest
@@ -27,7 +28,7 @@ def outcomes(folder: Path, case: str, modes: list[str], size: int) -> list[dict[
     script = Path(__file__).parents[1] / "helpers" / "fault_cases.py"
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(script), case, ",".join(modes), str(folder), str(rank), str(size)],
+            [warm.python(), str(script), case, ",".join(modes), str(folder), str(rank), str(size)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -81,7 +82,9 @@ def test_a_rank_has_other_tokens(tmp_path, case, tokens):
     all_fail(outcomes(tmp_path, case, MODES, 2), f"ranks 0 .. 1 hold {tokens} tokens; give every rank the same batch")
 
 
-@pytest.mark.parametrize(("size", "modes"), [(2, MODES[:2]), (3, MODES[2:])])  # every mode takes a time-out
+@pytest.mark.parametrize(
+    ("size", "modes"), [(2, MODES[:1]), slow(2, MODES[1:2]), slow(3, MODES[2:])]
+)  # every mode takes a time-out
 def test_one_rank_changes_its_tokens(tmp_path, size, modes):
     """The others do not compare, since theirs stay as they were: all wait in vain, until the first gives up."""
     all_fail(outcomes(tmp_path, "later", modes, size), "or the ranks disagree on tokens or plan", "gloo")

@@ -12,6 +12,7 @@ import rank_cases
 import sequence_parallel_cases
 import torch
 from commands import CALIBRATION, CALIBRATION_TEXT, EVALUATION, run_here
+from slow_cases import slow, slow_but
 from tiny_models import build, logits, make_artifact
 from torch import Tensor
 
@@ -66,7 +67,9 @@ def test_the_schedule_of_checks():
 
 
 # (drift from call, found at call): the first is met at once. Calls 17 .. 32, of which four are loud, hold 40 % of them.
-@pytest.mark.parametrize(("first", "found"), [(1, 1), (2, 2), (3, 4), (29, 32), (67, 128), (CALLS + 1, CALLS + 1)])
+@pytest.mark.parametrize(
+    ("first", "found"), [(1, 1), slow(2, 2), (3, 4), slow(29, 32), (67, 128), slow(CALLS + 1, CALLS + 1)]
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_all_ranks_switch_at_the_same_call(two_ranks, mode, first, found):
     """One rank's drift is enough; the call that is checked is sent in bf16 already."""
@@ -210,7 +213,7 @@ def calibrated(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", slow_but(["one_shot"], MODES))
 def test_a_plan_eight_times_too_small_is_met_at_the_first_call(calibrated, tmp_path, mode, capfd):
     """evaluate makes fewer than 64 calls: it is as good as in bf16, and says why."""
     narrowed(CommPlan.load(calibrated, 2), 8).save(tmp_path)

@@ -13,3 +13,8 @@ def slow_but(always: Iterable[str], cases: Iterable[str]) -> list[Any]:
     wanted, names = set(always), list(cases)
     assert wanted <= set(names), f"no such case: {wanted - set(names)}"
     return [name if name in wanted else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def slow(*values: Any) -> Any:
+    """Return one case of several parameters, marked slow."""
+    return pytest.param(*values, marks=pytest.mark.slow)

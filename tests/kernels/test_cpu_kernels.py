@@ -292,6 +292,7 @@ def finish(process: subprocess.Popen) -> tuple[str, str, list[str]]:
     return ran, results, err.splitlines()
 
 
+@pytest.mark.slow
 def test_without_a_compiler_that_works(tmp_path):
     """The reference runs, and says so once; asked for by name, the kernels are an error."""
     broken = start(tmp_path, CXX="/bin/false")

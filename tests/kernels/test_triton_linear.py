@@ -50,6 +50,7 @@ def test_same_bits_on_a_gpu():
 
 
 @needs_triton
+@pytest.mark.slow
 def test_bytes_moved_are_near_the_ideal():
     """A weight's byte is loaded once. Besides: tokens are read twice (for their range, then for their codes), their
     codes and a row of ones are written and read again by each of 4 programs of 64 outputs, and every piece's products

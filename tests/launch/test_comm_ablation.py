@@ -10,6 +10,7 @@ import rank_cases
 import tiny_models
 import torch
 from commands import CALIBRATION, EVALUATION, run_here
+from tiny_models import two_blocks
 from torch import nn
 
 from megatron_lowbit.adapters.huggingface import apply as huggingface
@@ -24,7 +25,7 @@ NAMES += ["exact_sum 8", "exact_sum 16", "group-32", "group-32 two hops"]
 TESTED = ("paper", "per-token adaptive", "group-32", "group-32 two hops")
 BEDS = ("first token x100", "1% of features x50")
 SYNTHETIC = [f"synthetic, {bed}: {name}" for bed in BEDS for name in TESTED]
-COMMAND = ["evaluate", "--comm-ablation", "model=embedded", *CALIBRATION, *EVALUATION]
+COMMAND = ["evaluate", "--comm-ablation", f"model={two_blocks()}", *CALIBRATION, *EVALUATION]
 
 
 @pytest.fixture(scope="module")

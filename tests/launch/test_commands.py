@@ -15,6 +15,7 @@ import torch
 import yaml
 from commands import CALIBRATION, EVALUATION, EVALUATION_TEXT, SMALL_TEXT, run_here
 from read_wandb import read_run
+from slow_cases import slow
 from tiny_models import embedded_folder, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -284,9 +285,9 @@ def test_usage_names_every_stage(capsys):
 @pytest.mark.parametrize(
     ("module", "given", "sleeps"),
     [
-        ("megatron_lowbit.launch", {}, True),
+        slow("megatron_lowbit.launch", {}, True),
         ("megatron_lowbit.launch.quantize", {}, True),
-        ("megatron_lowbit.launch", {"OMP_WAIT_POLICY": "active"}, False),
+        slow("megatron_lowbit.launch", {"OMP_WAIT_POLICY": "active"}, False),
     ],
 )
 def test_threads_sleep_while_they_wait(module, given, sleeps, tmp_path):

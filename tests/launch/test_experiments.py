@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from commands import CALIBRATION, EVALUATION, run_here
 from task_files import write_tasks
+from tiny_models import two_blocks
 
 from megatron_lowbit.config import EvaluateConfig, QuantizeConfig, load_config
 from megatron_lowbit.launch.studies.qllm_table import variants
 
 COMM = ["int4", "random 1/64", "hybrid 1/256", "hybrid 1/128", "hybrid 1/64", "hybrid 1/32", "hybrid 1/16", "ours"]
 QLLM = ["full", "W4A4 rtn", "W4A4 qllm", "W4A4 best"]
-MODEL = ["model=embedded", "dtype=float32", *CALIBRATION, *EVALUATION]
+MODEL = [f"model={two_blocks()}", "dtype=float32", *CALIBRATION, *EVALUATION]
 
 
 def rows(folder: Path) -> list[dict]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import harness_cases
 import numpy as np
 import pytest
-from commands import free_port, needs_deepspeed, needs_megatron, run_here, run_there
+from commands import CALIBRATION_TEXT, EVALUATION_TEXT, free_port, needs_deepspeed, needs_megatron, run_here, run_there
 from harness_cases import requests
 from rank_pool import RankPool
 from serving import served_there
@@ -106,7 +106,7 @@ def test_the_same_accuracy_as_lm_eval_s_own_class(theirs, data, tmp_path):
 def evaluate(data: Path, folder: Path, tasks: list[str], samples: int | None = 4, **values):
     section = {**TEXT, "tasks": tasks, "task_samples": samples, "task_data": str(data), "batch_size": 4}
     values = {"dtype": "float32", "evaluation": section, **values}
-    return lowbit.evaluate("embedded", "stdlib:validation", None, folder, **values)
+    return lowbit.evaluate("embedded", EVALUATION_TEXT, None, folder, **values)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_a_stop_between_tasks_of_copies(data, tmp_path):
     tasks = ["local_arc_easy", "local_hellaswag"]
     alone = evaluate(data, tmp_path / "one", tasks).rows[0]["tasks"]
     section = {**TEXT, "tasks": json.dumps(tasks), "task_samples": 4, "task_data": data, "batch_size": 4}
-    argv = ["evaluate", "model=embedded", "dtype=float32", "dp=2", "evaluation.data=stdlib:validation"]
+    argv = ["evaluate", "model=embedded", "dtype=float32", "dp=2", f"evaluation.data={EVALUATION_TEXT}"]
     argv += [f"output_dir={tmp_path}", *(f"evaluation.{key}={value}" for key, value in section.items())]
     ranks = RankPool(2)
     try:
@@ -186,7 +186,7 @@ def test_a_stop_between_tasks_of_copies(data, tmp_path):
 def test_a_low_bit_row_and_what_of_it_is_kept(data, tmp_path, monkeypatch, capfd):
     tasks = ["local_arc_easy", "local_hellaswag"]
     options = {"weights": {"scheme": "W4A4"}, "virtual_tp": 2, "comm": {"preset": "paper", "mode": "one_shot"}}
-    options["calibration"] = {"data": "stdlib:calibration", **TEXT}
+    options["calibration"] = {"data": CALIBRATION_TEXT, **TEXT}
     first = evaluate(data, tmp_path, tasks, **options)
     full, low = first.rows
     assert low["accuracy_kept_percent"] == pytest.approx(100 * low["accuracy"] / full["accuracy"])
@@ -261,7 +261,7 @@ def test_bad_tasks_are_one_line(settings, says, tmp_path, capfd):
     if given["task_data"] == "odd":
         given["task_data"] = str(odd)
     options = [f"evaluation.{key}={value}" for key, value in given.items() if value is not None]
-    text = ["evaluation.data=stdlib:validation", "evaluation.samples=2", "evaluation.sequence_length=32"]
+    text = [f"evaluation.data={EVALUATION_TEXT}", "evaluation.samples=2", "evaluation.sequence_length=32"]
     assert run_here("evaluate", "model=embedded", *text, *options, f"output_dir={tmp_path / 'out'}") == 2
     err = capfd.readouterr().err
     assert says in err and len(err.splitlines()) == 1
@@ -271,7 +271,7 @@ def test_bad_tasks_are_one_line(settings, says, tmp_path, capfd):
 def test_without_lm_eval_the_line_says_what_to_install(data, tmp_path, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     options = ["evaluation.tasks=[local_piqa]", f"evaluation.task_data={data}", f"output_dir={tmp_path}"]
-    assert run_here("evaluate", "model=embedded", "evaluation.data=stdlib:validation", *options) == 2
+    assert run_here("evaluate", "model=embedded", f"evaluation.data={EVALUATION_TEXT}", *options) == 2
     assert "pip install 'megatron-lowbit[eval]'" in capfd.readouterr().err
 
 
@@ -294,28 +294,26 @@ def test_what_lm_eval_cannot_score_is_one_line(ours, tmp_path):
             LowBitLM(**values)
 
 
-def test_lm_eval_s_command_runs_our_model_on_one_rank_and_on_two(data, tmp_path, theirs):
-    """Results are written once, by rank 0, and are those of lm-eval's own class."""
+@pytest.mark.parametrize(
+    "layout", ["engine=huggingface", pytest.param("engine=deepspeed,tp=2", marks=[pytest.mark.slow, needs_deepspeed])]
+)
+def test_lm_eval_s_command_runs_our_model(layout, data, tmp_path, theirs):
+    """On one rank or two: results are written once, by rank 0, and are those of lm-eval's own class."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"task_data": str(data)})
     expected = simple_evaluate(theirs, tasks=["local_arc_easy"], task_manager=manager)["results"]["local_arc_easy"]
-    layouts = {"one": "engine=huggingface"}
-    if find_spec("deepspeed") is not None:
-        layouts["two"] = "engine=deepspeed,tp=2"
-    for name, layout in layouts.items():
-        about = json.dumps({"task_data": str(data)})
-        command = [sys.executable, "-m", "megatron_lowbit.launch.lm_eval", "--model", "megatron_lowbit"]
-        command += ["--model_args", f"model=embedded,dtype=float32,{layout}", "--tasks", "local_arc_easy"]
-        code, out, err = run_there(*command, "--metadata", about, "--output_path", tmp_path / name)
-        assert code == 0, err
-        assert out.count("local_arc_easy") == 1
-        (file,) = (tmp_path / name).rglob("results*.json")
-        found = json.loads(file.read_text())["results"]["local_arc_easy"]
-        assert {k: found[k] for k in ("acc,none", "acc_norm,none")} == pytest.approx(
-            {k: expected[k] for k in ("acc,none", "acc_norm,none")}
-        )
+    about = json.dumps({"task_data": str(data)})
+    command = [sys.executable, "-m", "megatron_lowbit.launch.lm_eval", "--model", "megatron_lowbit"]
+    command += ["--model_args", f"model=embedded,dtype=float32,{layout}", "--tasks", "local_arc_easy"]
+    code, out, err = run_there(*command, "--metadata", about, "--output_path", tmp_path)
+    assert code == 0, err
+    assert out.count("local_arc_easy") == 1
+    (file,) = tmp_path.rglob("results*.json")
+    found = json.loads(file.read_text())["results"]["local_arc_easy"]
+    measures = ("acc,none", "acc_norm,none")
+    assert [found[name] for name in measures] == pytest.approx([expected[name] for name in measures])
 
 
 def test_names_of_local_tasks_are_not_lm_eval_s():

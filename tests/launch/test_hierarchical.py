@@ -6,6 +6,7 @@ import pytest
 import torch
 from commands import CALIBRATION, run_here
 from safetensors.torch import load_file
+from tiny_models import two_blocks
 from torch import Tensor, nn
 
 from megatron_lowbit.adapters.huggingface.apply import decoder_blocks
@@ -61,12 +62,18 @@ def test_what_is_evaluated_is_what_was_trained(tmp_path, monkeypatch):
             quantizers.append(self)
 
     monkeypatch.setattr(qllm, "BlockwiseQuantizer", Kept)
-    settings = [*CALIBRATION, "calibration.samples=4", "correction.holdout=0", "reassembly.mode=none"]
-    command = ["quantize", "model=embedded", "weights.scheme=W4A4", *settings, f"output_dir={tmp_path}"]
+    settings = [
+        *CALIBRATION,
+        "calibration.samples=4",
+        "correction.holdout=0",
+        "reassembly.mode=none",
+        "correction.blocks_per_group=1",
+    ]
+    command = ["quantize", f"model={two_blocks()}", "weights.scheme=W4A4", *settings, f"output_dir={tmp_path}"]
     assert run_here(*command) == 0
     (quantizer,) = quantizers
     maps = load_file(tmp_path / hierarchical.FILE)
-    assert set(maps) == {"0-3.u", "0-3.v", "4-5.u", "4-5.v"} and all(tensor.any() for tensor in maps.values())
+    assert set(maps) == {"0-0.u", "0-0.v", "1-1.u", "1-1.v"} and all(tensor.any() for tensor in maps.values())
     engine = start_engine(load_config(EvaluateConfig, None, [f"artifact={tmp_path}"]))
     engine.apply(Artifact.load(tmp_path))
     hidden: list[Tensor] = []

@@ -110,7 +110,8 @@ def test_torchrun_and_the_deepspeed_launcher_agree(tmp_path):
     assert torchrun == deepspeed and list(torchrun) == ["full precision", "full precision + float32"]
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_dies_ends_the_command(tmp_path, victim):
     """Rank 0 dies before it has joined its peer, rank 1 in the middle of the work."""
     arguments = [*TWO_RANKS, "calibration.data=stdlib:calibration", "calibration.samples=512", f"output_dir={tmp_path}"]

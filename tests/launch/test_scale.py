@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import CALIBRATION_TEXT, COMMAND, run_here, run_there
+from tiny_models import two_blocks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from megatron_lowbit.comm.plan import CalibrationStats
@@ -44,7 +45,8 @@ def dry_run(folder: Path, *arguments: str) -> dict:
 @pytest.mark.parametrize("rank", ("4", "auto"))
 def test_operations_are_those_that_run(rank, tmp_path, monkeypatch):
     """torch counts what quantize multiplies. Our count knows nothing of low-rank products and norms' gains."""
-    arguments = ["model=embedded", "weights.scheme=W4A4", "correction.epochs=1", f"correction.rank={rank}", *TEXT]
+    arguments = [f"model={two_blocks()}", "correction.blocks_per_group=1", *TEXT]
+    arguments += ["weights.scheme=W4A4", "correction.epochs=1", f"correction.rank={rank}"]
     said = dry_run(tmp_path / "dry", *arguments)["stages"]
     real, counts = pipeline.BlockwiseQuantizer._quantize_group, []
 

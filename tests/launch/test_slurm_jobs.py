@@ -32,7 +32,7 @@ from tiny_models import save_model
 from unfinished_runs import SETTINGS, artifact_files, done, metrics
 
 pytestmark = [needs_deepspeed, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]
-SLOW = (pytest.mark.slow, pytest.mark.xdist_group("slurm"))  # on one Slurm, one after the other
+pytestmark += [pytest.mark.slow, pytest.mark.xdist_group("slurm")]  # on one Slurm, one after the other
 BLOCKS = 5  # in groups of one: states enough to be caught between two
 
 
@@ -68,12 +68,6 @@ def record() -> Iterator[Callable[..., None]]:
     ]
     yield lambda *cells: rows.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     print("", *rows, sep="\n")
-
-
-def slow(test: Callable[..., None]) -> Callable[..., None]:
-    for mark in SLOW:
-        test = mark(test)
-    return test
 
 
 class Jobs:
@@ -164,7 +158,7 @@ def chain(lab, model, tmp_path_factory) -> Jobs:
 
 @pytest.mark.parametrize(
     "launchers",
-    [{"srun": "offline"}, pytest.param({"torchrun": "off", "deepspeed": "off"}, marks=SLOW)],
+    [{"srun": "offline"}, {"torchrun": "off", "deepspeed": "off"}],
     ids=" ".join,
 )
 def test_jobs_that_have_to_make_way(lab, model, whole, tmp_path, record, launchers):
@@ -200,7 +194,6 @@ def check_history(output: Path) -> None:
     assert steps == list(range(len(steps))) == [r["step"] for r in metrics(output) if "step" in r]
 
 
-@slow
 def test_a_node_that_goes_down(lab, model, whole, tmp_path, record):
     """The job runs on two nodes where no other test's jobs do."""
     output, nodes = tmp_path / "artifact", ["--exclude=node[1-2]"]
@@ -220,7 +213,6 @@ def test_a_node_that_goes_down(lab, model, whole, tmp_path, record):
     record("srun", "quantize", what, "requeued by Slurm, went on", seconds, "identical")
 
 
-@slow
 def test_a_rank_that_is_killed(lab, model, whole, tmp_path, record):
     """The job fails, what waits for it is cancelled, and the same submission goes on."""
     output = tmp_path / "artifact"
@@ -242,7 +234,6 @@ def test_a_rank_that_is_killed(lab, model, whole, tmp_path, record):
     record("srun", "quantize → evaluate", "SIGKILL of rank 1", what, seconds, "identical")
 
 
-@slow
 def test_a_full_disk(lab, model, whole, tmp_path, record):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -262,7 +253,6 @@ def test_a_full_disk(lab, model, whole, tmp_path, record):
     record("srun", "quantize", "disk full", "exit 2 with one line; submitted again it went on", "-", "identical")
 
 
-@slow
 def test_bad_config_in_the_second_stage(lab, model, tmp_path, record):
     stages = {
         "calibrate": {"arguments": [f"model={model}", *CALIBRATION, f"output_dir={tmp_path / 'plans'}"]},
@@ -279,7 +269,6 @@ def test_bad_config_in_the_second_stage(lab, model, tmp_path, record):
     record("srun", "calibrate → quantize → evaluate", "no such model in quantize", what, "-", "-")
 
 
-@slow
 def test_chain(chain, whole, record):
     stages = list(chain.ids)
     assert {stage: chain.ended(stage) for stage in stages} == dict.fromkeys(stages, ("COMPLETED", "0"))
@@ -298,7 +287,7 @@ folder = pathlib.Path(sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=SLOW)])
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_script_of_ones_own(lab, tmp_path, launcher):
     """A script that no command of ours is in learns its rank on two nodes, and the artifact from the environment."""
     (tmp_path / "pretrain.py").write_text(SCRIPT)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from commands import CALIBRATION, EVALUATION, run_here
+from tiny_models import two_blocks
 
 from megatron_lowbit.comm.build_plan import synthetic_plan
 from megatron_lowbit.comm.codec import Codec
@@ -16,7 +17,7 @@ from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.config import CommConfig
 from megatron_lowbit.launch.studies.wide_tokens import VARIANTS, WideTokens, default_bits
 
-COMMAND = ["evaluate", "--token-ablation", "model=embedded", *CALIBRATION, *EVALUATION]
+COMMAND = ["evaluate", "--token-ablation", f"model={two_blocks()}", *CALIBRATION, *EVALUATION]
 FEATURES = 128  # of the embedded model
 TOKENS = 40
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import CALIBRATION_TEXT, COMMAND, run_here, run_there
+from slow_cases import slow
 from tiny_models import save_model
 from unfinished_runs import artifact_files, done, killed_at, quantize, renamed
 
@@ -76,7 +77,7 @@ def test_what_does_not_help_is_dropped(model, tmp_path):
         assert torch.equal(dropped.linears[name].packed_weight, weight.packed_weight), name
 
 
-@pytest.mark.parametrize("ranks", [(2, 1), pytest.param((1, 2), marks=pytest.mark.slow), (2, 2)], ids=str)
+@pytest.mark.parametrize("ranks", [slow((2, 1)), slow((1, 2)), (2, 2)], ids=str)
 @pytest.mark.parametrize("how", ["learned", "untrained"])
 def test_ranks_write_the_same_files(how, ranks, model, request, tmp_path):
     tp, dp = ranks

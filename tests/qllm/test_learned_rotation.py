@@ -15,6 +15,7 @@ import transformers
 from commands import CALIBRATION_TEXT, run_here
 from quantize_runs import checksums, quantize
 from slow_cases import slow_but
+from tiny_models import two_blocks
 from torch import Tensor, nn
 
 from megatron_lowbit.config import LowBitError, QuantizeConfig, WeightsConfig
@@ -141,13 +142,13 @@ def losses(folder: Path) -> dict[int, list[float]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    return quantize(tmp_path_factory.mktemp("whole"), "model=embedded", *SETTINGS)
+    return quantize(tmp_path_factory.mktemp("whole"), f"model={two_blocks()}", *SETTINGS)
 
 
 def test_the_loss_falls(tmp_path):
     """On the same windows, epoch after epoch; a fixed matrix would have the same loss in all."""
     more = ["rotation.epochs=3", "rotation.batch_size=1", "rotation.learning_rate=0.02"]
-    found = losses(quantize(tmp_path, "model=embedded", *SETTINGS, *more))
+    found = losses(quantize(tmp_path, f"model={two_blocks()}", *SETTINGS, *more))
     sums = [sum(found[epoch]) for epoch in range(3)]
     assert sums[2] < 0.97 * sums[0], sums
 
@@ -157,20 +158,21 @@ def test_the_artifact_says_that_it_is_learned(whole):
     assert not (whole / "resume").exists()
 
 
+@pytest.mark.slow
 def test_clipping_and_gptq_come_after_it(whole, tmp_path):
     """The pass rounds to nearest in whole ranges, whose gradients it knows."""
     after = ["weights.clipping=mse", "weights.rounding=gptq"]
-    assert losses(quantize(tmp_path, "model=embedded", *SETTINGS, *after)) == losses(whole)
+    assert losses(quantize(tmp_path, f"model={two_blocks()}", *SETTINGS, *after)) == losses(whole)
 
 
 def test_it_is_learned_at_the_bits_of_each_linear(tmp_path):
-    found = losses(quantize(tmp_path, "model=embedded", *SETTINGS, "weights.scheme=autoA4", "weights.budget=4"))
+    found = losses(quantize(tmp_path, f"model={two_blocks()}", *SETTINGS, "weights.scheme=autoA4", "weights.budget=4"))
     assert found and all(math.isfinite(loss) for epoch in found.values() for loss in epoch)
 
 
 @pytest.mark.parametrize("ranks", ["tp=2", "dp=2"])
 def test_ranks_write_the_same_files(ranks, whole, tmp_path):
-    assert checksums(quantize(tmp_path, "model=embedded", *SETTINGS, ranks)) == checksums(whole)
+    assert checksums(quantize(tmp_path, f"model={two_blocks()}", *SETTINGS, ranks)) == checksums(whole)
 
 
 def test_ranks_that_share_biases_write_the_same_files(tmp_path):
@@ -186,7 +188,7 @@ KILLED_AT = ["in the pass", "before the first group", "before the second group"]
 @pytest.mark.parametrize("killed_at", slow_but(["before the second group"], KILLED_AT))
 def test_a_killed_run_continues_to_the_same_files(killed_at, whole, tmp_path, monkeypatch, capsys):
     """What is learned is kept; a pass that is not at its end begins anew."""
-    settings, calls = ["model=embedded", *SETTINGS, "correction.blocks_per_group=2"], []
+    settings, calls = [f"model={two_blocks()}", *SETTINGS, "correction.blocks_per_group=1"], []
     whole = quantize(tmp_path / "whole", *settings)
     last = {"in the pass": 0, "before the first group": 1, "before the second group": 2}[killed_at]
 
@@ -220,13 +222,13 @@ def test_a_damaged_matrix_is_one_line(tmp_path, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "load_group", killed)
-        assert run_here("quantize", "model=embedded", *SETTINGS, f"output_dir={tmp_path}") == 2
+        assert run_here("quantize", f"model={two_blocks()}", *SETTINGS, f"output_dir={tmp_path}") == 2
     path = tmp_path / "resume" / "rotation.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     capsys.readouterr()
-    assert run_here("quantize", "model=embedded", *SETTINGS, f"output_dir={tmp_path}") == 2
+    assert run_here("quantize", f"model={two_blocks()}", *SETTINGS, f"output_dir={tmp_path}") == 2
     message = capsys.readouterr().err
     assert "rotation.safetensors" in message and "to start the run over" in message
     assert len(message.strip().splitlines()) == 1

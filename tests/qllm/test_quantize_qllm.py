@@ -11,6 +11,7 @@ import torch
 from commands import CALIBRATION_TEXT, COMMAND, EVALUATION, needs_deepspeed, run_here, run_there
 from quantize_runs import quantize
 from slow_cases import slow_but
+from tiny_models import two_blocks
 
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import EvaluateConfig, load_config
@@ -30,7 +31,7 @@ SETTINGS += OUTLIERS
 SHORT = [
     *SETTINGS,
     *("inject_outliers=null", "calibration.samples=2", "reassembly.expansions=[0.05]", "correction.rank=4"),
-    "comm.tp_sizes=[2]",
+    *("comm.tp_sizes=[2]", f"model={two_blocks()}", "correction.blocks_per_group=1"),
 ]
 OUTPUTS = {"q": 128, "k": 64, "v": 64, "o": 128, "gate": 384, "up": 384, "down": 128}
 WEIGHTS = 6 * (128 * (128 + 64 + 64 + 128) + 3 * 128 * 384)
@@ -207,14 +208,7 @@ MODES = {
 NOT_BIT_EQUAL = {"trained norms", "trained norms and a branch", "o_proj"}
 
 
-OFTEN = [
-    "branches of chosen ranks",
-    "clipped",
-    "real zero points",
-    "trained ranges",
-    "rotated",
-    "through communication",
-]
+OFTEN = ["branches of chosen ranks", "trained ranges", "rotated", "through communication"]
 
 
 @pytest.mark.parametrize("mode", slow_but(OFTEN, MODES))
@@ -242,7 +236,7 @@ def test_what_is_deployed_is_what_was_trained(mode, tmp_path, monkeypatch):
         ranks = {name: len(branch.lora_a) for name, branch in checkpoint.low_rank.items()}
         kept = [group["ranks"] for group in results(folder)["groups"] if group["kept_epoch"] is not None]
         assert kept and ranks == {name: rank for group in kept for name, rank in group.items() if rank}
-        assert len(set(ranks.values())) > 2
+        assert len(set(ranks.values())) > 1
     zero_points = torch.cat([weight.zero_point.flatten() for weight in checkpoint.linears.values()])
     assert torch.equal(zero_points, zero_points.round()) == ("weights.zero_point=real" not in MODES[mode])
     assert bool(checkpoint.low_rank) == ("correction.mode=branch" in MODES[mode])
@@ -277,13 +271,9 @@ def test_training_lowers_the_loss(tmp_path):
 def test_a_trained_norm_is_stored(tmp_path):
     checkpoints = {}
     for trained in (False, True):
-        more = [
-            f"correction.train_norms={str(trained).lower()}",
-            "correction.blocks_per_group=3",
-            "reassembly.mode=none",
-        ]
+        more = [f"correction.train_norms={str(trained).lower()}", "reassembly.mode=none", "correction.holdout=0"]
         checkpoints[trained] = LowBitCheckpoint.load(quantize(tmp_path / str(trained), *SHORT, *more))
-    for layer in range(6):
+    for layer in range(2):
         for norm in ("input_layernorm", "post_attention_layernorm"):
             before, after = (checkpoints[t].tensors[f"model.layers.{layer}.{norm}.weight"] for t in (False, True))
             assert before.dtype == after.dtype and not torch.equal(before, after)

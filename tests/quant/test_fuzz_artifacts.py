@@ -47,9 +47,9 @@ def fuzzers(tmp_path_factory) -> dict[str, ArtifactFuzz]:
 @pytest.mark.parametrize("forge", (False, True), ids=("damaged", "forged"))
 @pytest.mark.parametrize("kind", ("rtn", "qllm"))
 def test_a_share_of_the_fuzzer(kind, forge, fuzzers):
-    outcomes = [fuzzers[kind].trial(seed, forge) for seed in range(60)]
+    outcomes = [fuzzers[kind].trial(seed, forge) for seed in range(30)]
     assert judge(outcomes, forge) == []
-    assert counts(outcomes)["refused"] > 30, "it hardly changes anything"
+    assert counts(outcomes)["refused"] > 15, "it hardly changes anything"
 
 
 @pytest.mark.slow

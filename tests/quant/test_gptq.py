@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from slow_cases import slow
 from torch import Tensor
 
 from megatron_lowbit.quant.affine import choose_qparams, dequantize, quantize
@@ -46,7 +47,7 @@ def output_error(weight: Tensor, codes: Tensor, qparams: tuple[Tensor, Tensor], 
 
 
 @pytest.mark.parametrize(
-    ("bits", "groups", "zero"), [(4, 1, "integer"), (3, 4, "real"), (2, 1, "symmetric"), (8, 4, "symmetric")]
+    ("bits", "groups", "zero"), [(4, 1, "integer"), (3, 4, "real"), (2, 1, "symmetric"), slow(8, 4, "symmetric")]
 )
 def test_codes_of_the_plain_loop(bits, groups, zero):
     """More than two blocks, the last one short. Both are float64, so only a tie could tell them apart."""

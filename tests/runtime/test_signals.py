@@ -109,6 +109,8 @@ def ranks(tmp_path, monkeypatch):
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     (tmp_path / "pids").mkdir()
+    monkeypatch.setattr(runner, "PATIENCE", 0.5)
+    monkeypatch.setattr(runner, "GRACE", 0.5)
     real = subprocess.Popen
     command = [sys.executable, str(script), str(tmp_path / "pids")]
     monkeypatch.setattr(subprocess, "Popen", lambda _, **more: real(command, **more))

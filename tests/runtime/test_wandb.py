@@ -238,6 +238,7 @@ def test_a_silent_server(tmp_path):
             code, _, stderr = run_there(*COMMAND, *EVALUATE, f"wandb={mode}", f"output_dir={folder}", **server)
             assert code == 0, stderr
             rows[mode] = json.loads((folder / "evaluate.json").read_text())["rows"]
+            assert all(row.pop("evaluate_seconds") > 0 for row in rows[mode])
     check_offline(tmp_path / "online", stderr, "graphql: timed out")
     assert rows["off"] == rows["online"]
 
