@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-from pathlib import Path
+import sys
 from typing import Any
 
 import torch
@@ -79,22 +79,19 @@ def forget_pages(packed_weight: Tensor) -> None:
     """
     start, size = packed_weight.data_ptr(), packed_weight.numel()
     first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
-    if first >= last:  # not one page is all of these rows'
-        return
-    try:
-        mapped = any(_of_file(line, start, size) for line in Path("/proc/self/maps").read_text().splitlines())
-    except OSError:  # not Linux
-        return
-    if mapped:
+    if first < last and _is_of_a_file(first):
         pageout = 21  # MADV_PAGEOUT: harmless advice, of kernels from 5.4 on
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), pageout)
 
 
-def _of_file(line: str, start: int, size: int) -> bool:
-    """Return whether a line of /proc/self/maps is of a file and holds the bytes [start, start + size)."""
-    addresses, _, _, _, inode, *_ = line.split()
-    low, high = (int(end, 16) for end in addresses.split("-"))
-    return inode != "0" and low <= start and start + size <= high
+def _is_of_a_file(address: int) -> bool:
+    """Return whether a page in memory is a file's: bit 61 of its entry in /proc/self/pagemap (8 bytes a page)."""
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as pages:
+            pages.seek(address // mmap.PAGESIZE * 8)
+            return bool(int.from_bytes(pages.read(8), sys.byteorder) >> 61 & 1)
+    except OSError:  # not Linux
+        return False
 
 
 def codes_of(packed_weight: Tensor, outputs: int, num_bits: int, inputs: int, blocks: int, pairs: bool) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from closeness import assert_equal_but_for_flips
 from commands import CALIBRATION_TEXT, needs_megatron, run_here
 from megatron_artifacts import gather_artifact
+from slow_cases import slow
 from tiny_models import build, make_artifact
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -27,7 +28,7 @@ from megatron_lowbit.quant.round_to_nearest import quantize_model
 pytestmark = needs_megatron
 
 ARCHITECTURES = ["llama", "llama with biases", "mistral", "qwen2", "qwen3", "phi3"]
-LAYOUTS = [(1, False), (2, False), (2, True), (4, False), (4, True)]
+LAYOUTS = [(1, False), slow(2, False), (2, True), (4, False), slow(4, True)]
 WEIGHTS = {
     "W4A16": WeightsConfig(scheme="W4A16"),
     "W4A4": WeightsConfig(scheme="W4A4", zero_point="real"),
@@ -230,7 +231,7 @@ def test_everything_that_qllm_makes(pool_of, qllm, size, sequence_parallel):
     assert (expected - unpatched).norm() > 0.1 * unpatched.norm()
 
 
-@pytest.mark.parametrize("size", (2, 4))
+@pytest.mark.parametrize("size", (2, slow(4)))
 def test_low_bit_all_gather(pool_of, size):
     """The input of every column-parallel linear is rounded on its way, and travels in uint8."""
     given = gather_artifact((size,))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from commands import COMMAND, ranks_of, run_here, run_there, started
 from forked import forked
+from slow_cases import slow
 from tiny_models import save_model
 from unfinished_runs import artifact_files, done, kill_when, killed_at, metrics, quantize, renamed
 
@@ -71,18 +72,18 @@ def test_killed_and_run_again(moment, least, model, whole, tmp_path, capsys):
 
 
 MOMENTS = [
-    ("replace:lowbit-*-000.safetensors", 1),
+    slow("replace:lowbit-*-000.safetensors", 1),
     ("replace:state.json", 1),
     ("replace:lowbit-*-001.safetensors", 1),
-    ("replace:calibration.safetensors", 2),
+    slow("replace:calibration.safetensors", 2),
     ("replace:state.json", 2),
-    ("replace:calibration.json", 2),
-    ("unlink:lowbit-1-*.bin", 1),
-    ("replace:lowbit-*-rest.safetensors", 1),
+    slow("replace:calibration.json", 2),
+    slow("unlink:lowbit-1-*.bin", 1),
+    slow("replace:lowbit-*-rest.safetensors", 1),
     ("replace:lowbit.json", 1),
-    ("unlink:calibration.json", 1),
+    slow("unlink:calibration.json", 1),
     ("unlink:state.json", 1),
-    ("replace:comm_plan_tp2.json", 1),
+    slow("replace:comm_plan_tp2.json", 1),
     ("replace:quantize.json", 1),
 ]
 
