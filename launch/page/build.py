@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from megatron_lowbit.config import LowBitError
@@ -37,15 +38,11 @@ def write_page(folders: Sequence[str | Path], output: str | Path) -> int:
 
 def page_of(runs: Sequence[Run]) -> str:
     """Return the page as HTML."""
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     found = [section for room in SECTIONS if (section := room.section(runs)) is not None]
     plots = _draws()
     names = ", ".join(run.name for run in runs)
     title = f"Comparison of {names}" if len(runs) > 1 else f"{names}: {', '.join(runs[0].stages) or 'artifact'}"
-    return environment.get_template("page.html.jinja").render(
+    return _template().render(
         title=title,
         sections=found,
         about=[about for run in runs for about in _about(run)],
@@ -53,6 +50,15 @@ def page_of(runs: Sequence[Run]) -> str:
         picture=_picture if plots else lambda figure: "",
         install="" if plots else NO_PLOTS,
     )
+
+
+@cache
+def _template() -> Template:
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html.jinja")
 
 
 def _draws() -> bool:

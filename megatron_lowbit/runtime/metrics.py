@@ -20,6 +20,7 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -231,18 +232,10 @@ def peak_memory() -> int:
 
 def environment() -> dict[str, Any]:
     """Return versions, commit and machine, for every JSON result."""
-    versions = {"python": platform.python_version()}
-    for package in ("megatron-lowbit", "torch", "transformers", "deepspeed", "megatron-core", "datasets", "wandb"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    folder = Path(__file__).parent
-    git = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "versions": versions,
-        "commit": git.stdout.strip() if git.returncode == 0 else None,
+        "versions": _versions(),
+        "commit": _commit(),
         "machine": {
             "platform": platform.platform(),
             "processor": _processor(),
@@ -251,6 +244,24 @@ def environment() -> dict[str, Any]:
         },
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("megatron-lowbit", "torch", "transformers", "deepspeed", "megatron-core", "datasets", "wandb"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+@cache
+def _commit() -> str | None:
+    folder = Path(__file__).parent
+    git = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return git.stdout.strip() if git.returncode == 0 else None
 
 
 def job() -> dict[str, Any]:
