@@ -52,16 +52,19 @@ def to_megatron(config: ConvertConfig) -> dict[str, Any]:
     hf_config = read_config(source)
     text_config = getattr(hf_config, "text_config", None) or hf_config
     scripts.check_rotary(text_config)
-    scripts.refuse_experts(text_config)
     engine = start_engine(as_stored(config, hf_config))
     if artifact is not None:
         engine.apply(artifact)
-    spec = None
-    if artifact is not None:
-        spec = f"{'qwen3' if engine.model.config.qk_layernorm else 'llama'}_lowbit_block_spec"
+    spec = None if artifact is None else ready_spec(engine.model.config)
     save_checkpoint(engine.model, target, spec, lambda folder: describe(engine, source, folder))
     holds = "full precision" if artifact is None else f"{source}, low-bit"
     return {"name": "megatron", "folder": str(target), "holds": holds, "spec": spec}
+
+
+def ready_spec(config: Any) -> str:
+    """Return the name of the ready spec that builds a low-bit model of a TransformerConfig."""
+    dense, mixture = ("qwen3", "qwen3_moe") if config.qk_layernorm else ("llama", "mixtral")
+    return f"{dense if config.num_moe_experts is None else mixture}_lowbit_block_spec"
 
 
 def as_stored(config: ConvertConfig, hf_config: Any) -> ConvertConfig:

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_lowbit.adapters import megatron, patching
 from megatron_lowbit.adapters.megatron import attention, scripts, training
 from megatron_lowbit.adapters.megatron.apply import UNTIE
+from megatron_lowbit.adapters.megatron.experts import find_experts
 from megatron_lowbit.adapters.megatron.layers import (
     LowBitColumnParallelLinear,
     LowBitLayerNormColumnParallelLinear,
@@ -39,6 +40,7 @@ from megatron_lowbit.adapters.megatron.layers import (
     tp_group,
 )
 from megatron_lowbit.adapters.megatron.layout import COLUMN, NORMS, PATHS, final_norm, is_hybrid
+from megatron_lowbit.adapters.megatron.lowbit_experts import empty_experts
 from megatron_lowbit.adapters.megatron.norms import LowBitNorm
 from megatron_lowbit.adapters.megatron.sharded_state import Shape, check_bytes, empty_codec, empty_linear
 from megatron_lowbit.comm.codec import Codec
@@ -359,8 +361,19 @@ def _empty_modules(
             if plan is not None and not plan.is_identity:
                 shard.reassembly = Reassembly(plan)
         modules[path] = replacement
-    modules |= _empty_norms(model, shapes, described)
+    modules |= _empty_norms(model, shapes, described) | _empty_experts(model, shapes, described)
     return modules, bits
+
+
+def _empty_experts(
+    model: Any, shapes: dict[str, tuple[int, ...]], described: dict[str, torch.Tensor]
+) -> dict[str, nn.Module]:
+    modules: dict[str, nn.Module] = {}
+    for here in find_experts(model):
+        stored = _Stored(shapes, described, _layer_number(model, here.path))
+        experts = empty_experts(model, here, stored)
+        modules |= {} if experts is None else {f"{here.path}.experts": experts}
+    return modules
 
 
 def _layer_number(model: Any, path: str) -> int:
