@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from artifact_files import differing
 from commands import needs_megatron, run_here
 from safetensors.torch import load_file
 from tiny_models import embedded_folder
@@ -35,15 +37,23 @@ def test_there_and_back(full, tmp_path):
         assert (checkpoint / name).is_file() and (tmp_path / "huggingface" / name).is_file()
 
 
-def test_a_low_bit_checkpoint_has_no_full_precision(embedded_artifact, tmp_path, capfd):
-    """It says how it is loaded, and becomes no Hugging Face folder."""
+def test_an_artifact_there_and_back(embedded_artifact, tmp_path, capfd):
+    """It says how it is loaded, and comes back as it was: tensors, fingerprint and plans; without its description it is
+    refused."""
     assert run_here("convert", f"artifact={embedded_artifact}", f"output_dir={tmp_path}") == 0
-    options = (tmp_path / "megatron" / "megatron_arguments.txt").read_text()
+    checkpoint = tmp_path / "megatron"
+    options = (checkpoint / "megatron_arguments.txt").read_text()
     assert "--spec megatron_lowbit.adapters.megatron llama_lowbit_block_spec\n" in options
+    assert run_here("convert", f"checkpoint={checkpoint}", f"output_dir={tmp_path}") == 0
+    assert differing(embedded_artifact, tmp_path / "artifact") == []
     capfd.readouterr()
-    back = ["convert", f"checkpoint={tmp_path / 'megatron'}", f"output_dir={tmp_path / 'back'}"]
-    assert run_here(*back) == 2
-    assert "packed weights" in capfd.readouterr().err and not (tmp_path / "back" / "huggingface").exists()
+    common = torch.load(checkpoint / "release" / "common.pt", weights_only=False)
+    del common["lowbit"]
+    torch.save(common, checkpoint / "release" / "common.pt")
+    assert run_here("convert", f"checkpoint={checkpoint}", f"output_dir={tmp_path / 'back'}") == 2
+    said = capfd.readouterr().err
+    assert "packed weights without the description" in said and said.count("\n") == 1
+    assert not (tmp_path / "back" / "artifact").exists()
 
 
 def test_bad_input(full, tmp_path, capfd):

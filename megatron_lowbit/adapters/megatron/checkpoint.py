@@ -83,6 +83,8 @@ def save_checkpoint(
         "checkpoint_version": scripts.CHECKPOINT_VERSION,
         "iteration": 0,
     }
+    if patching.replacing_modules(first) and (about := getattr(first, "_lowbit_description", None)) is not None:
+        state["lowbit"] = about
     partial = Path(on_rank_zero(prepare))
     try:
         with _quiet():
@@ -121,6 +123,7 @@ def load_checkpoint(model: Any, folder: str | Path) -> Any:
         state = _load(model, folder)
         for number, chunk in enumerate(chunks):
             chunk.load_state_dict(state[f"model{number}"])
+            chunk._lowbit_description = state.get("lowbit")
     return model
 
 
@@ -192,6 +195,12 @@ def stored_kind(folder: str | Path) -> Literal["full precision", "plans", "packe
     if any(key.endswith(".lowbit") for key in found):
         return "packed weights"
     return "plans" if any(".plan_tp" in key for key in found) else "full precision"
+
+
+def stored_description(folder: str | Path) -> dict[str, Any] | None:
+    """Return the description of the artifact in a torch_dist checkpoint; None where it was saved without."""
+    with _quiet():
+        return dist_checkpointing.load_common_state_dict(str(folder)).get("lowbit")
 
 
 def _metadata(folder: str | Path) -> dict[str, ShardedTensor]:
@@ -426,4 +435,4 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-__all__ = ["load_checkpoint", "save_checkpoint", "shape_like", "stored_kind"]
+__all__ = ["load_checkpoint", "save_checkpoint", "shape_like", "stored_description", "stored_kind"]

@@ -394,13 +394,11 @@ def to_huggingface(model: Any, hf_config: Any) -> nn.Module | None:
     chunks = megatron.model_chunks(model)
     state: dict[str, Tensor] = {}
     for chunk in chunks:
-        state |= _export(chunk, hf_config)
-    group = chunks[0].pg_collection.pp
-    if world_size(group) > 1:
-        stages = gather_values(state, group)
-        state = {name: tensor for stage in stages or [] for name, tensor in stage.items()}
-    if group_rank(group) or group_rank(chunks[0].pg_collection.tp):
+        state |= export(chunk, hf_config)
+    found = from_all_stages(chunks, state)
+    if found is None:
         return None
+    state = found
     dtype = next(iter(state.values())).dtype
     whole = skeleton(hf_config, dtype)
     expected = {name for name, _ in whole.named_parameters()}
@@ -415,8 +413,21 @@ def to_huggingface(model: Any, hf_config: Any) -> nn.Module | None:
     return whole.eval()
 
 
-def _export(model: Any, hf_config: Any) -> dict[str, Tensor]:
-    """Return one chunk's tensors under Hugging Face names, whole, on the CPU."""
+def from_all_stages(chunks: list[Any], state: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return the tensors that the pipeline stages have each a part of, on rank 0 of every model-parallel group; None
+    elsewhere. A collective call."""
+    groups = chunks[0].pg_collection
+    if world_size(groups.pp) > 1:
+        stages = gather_values(state, groups.pp)
+        state = {name: tensor for stage in stages or [] for name, tensor in stage.items()}
+    return None if group_rank(groups.pp) or group_rank(groups.tp) else state
+
+
+def export(model: Any, hf_config: Any, packed: bool = False, packed_experts: bool = False) -> dict[str, Tensor]:
+    """Return one chunk's tensors under Hugging Face names, whole, on the CPU; those in codes are left out.
+
+    packed, packed_experts: whether the weights of the linears, or of the experts, are in codes. A collective call.
+    """
     layout, tp = megatron.layout_of(model), model.pg_collection.tp
     group = tp if world_size(tp) > 1 else None
     whole_model = skeleton(hf_config, torch.float32)
@@ -440,7 +451,7 @@ def _export(model: Any, hf_config: Any) -> dict[str, Tensor]:
     linears = megatron.find_linears(model)
     for (layer, role), (_, module) in progress(linears.items(), len(linears), "gathering weights", env_rank()):
         names = parts(prefix, layer, role, expected)
-        tensors = {"weight": full_weight(module), "bias": module.bias}
+        tensors = {"weight": None if packed else full_weight(module), "bias": module.bias}
         for leaf, tensor in tensors.items():
             if tensor is None:
                 continue
@@ -455,13 +466,13 @@ def _export(model: Any, hf_config: Any) -> dict[str, Tensor]:
             found: Any = layer
             for name in norm.split("."):
                 found = getattr(found, name, None)
-            weight = getattr(found, "weight", None)
+            weight = getattr(getattr(found, "norm", found), "weight", None)  # LowBitNorm holds the norm
             if weight is None and reader is not None:  # Transformer Engine's fused layer holds it
                 owner = layer.self_attention if reader == "linear_qkv" else layer.mlp
                 weight = getattr(getattr(owner, reader, None), "layer_norm_weight", None)
             if weight is not None:
                 state[f"{norm_name(prefix, block, norm)}.weight"] = weight.detach().cpu()
-    return state | experts.export_experts(model, prefix)
+    return state | experts.export_experts(model, prefix, packed_experts)
 
 
 __all__ = [
