@@ -121,6 +121,11 @@ def pytest_sessionfinish(exitstatus: int) -> None:
 
 
 def pytest_unconfigure() -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    queue: Any = filesystem_async._results_queue
+    if queue is not None:
+        queue._manager.shutdown()  # its process would stay
     sys.stdout.flush()
     os._exit(_built["status"])  # the threads of all these groups end slowly
 
