@@ -2,6 +2,7 @@
 
     model= and/or artifact=     -> <output_dir>/megatron      a torch_dist checkpoint for --load, at any TP and PP
     checkpoint=, full precision -> <output_dir>/huggingface   the model in full precision
+    checkpoint=, packed weights -> <output_dir>/artifact      the artifact that it was made from
 
 A checkpoint holds the same tensors at every tp and pp; more ranks only share the memory. Config and tokenizer lie
 beside what is written, so that a checkpoint of ours needs no model= on the way back.
@@ -52,16 +53,19 @@ def to_megatron(config: ConvertConfig) -> dict[str, Any]:
     hf_config = read_config(source)
     text_config = getattr(hf_config, "text_config", None) or hf_config
     scripts.check_rotary(text_config)
-    scripts.refuse_experts(text_config)
     engine = start_engine(as_stored(config, hf_config))
     if artifact is not None:
         engine.apply(artifact)
-    spec = None
-    if artifact is not None:
-        spec = f"{'qwen3' if engine.model.config.qk_layernorm else 'llama'}_lowbit_block_spec"
+    spec = None if artifact is None else ready_spec(engine.model.config)
     save_checkpoint(engine.model, target, spec, lambda folder: describe(engine, source, folder))
     holds = "full precision" if artifact is None else f"{source}, low-bit"
     return {"name": "megatron", "folder": str(target), "holds": holds, "spec": spec}
+
+
+def ready_spec(config: Any) -> str:
+    """Return the name of the ready spec that builds a low-bit model of a TransformerConfig."""
+    dense, mixture = ("qwen3", "qwen3_moe") if config.qk_layernorm else ("llama", "mixtral")
+    return f"{dense if config.num_moe_experts is None else mixture}_lowbit_block_spec"
 
 
 def as_stored(config: ConvertConfig, hf_config: Any) -> ConvertConfig:
@@ -84,37 +88,50 @@ def describe(engine: Any, source: str, folder: Path) -> None:
 
 
 def from_megatron(config: ConvertConfig, checkpoint: str) -> dict[str, Any]:
-    """Write <output_dir>/huggingface; returns the row of the results."""
+    """Write <output_dir>/huggingface, or <output_dir>/artifact; returns the row of the results."""
     from megatron_lowbit.adapters.megatron import model as megatron_model
-    from megatron_lowbit.adapters.megatron.checkpoint import load_checkpoint, stored_kind
+    from megatron_lowbit.adapters.megatron.checkpoint import load_checkpoint, stored_description, stored_kind
     from megatron_lowbit.adapters.megatron.scripts import checkpoint_folder
+    from megatron_lowbit.adapters.megatron.stored_artifact import to_artifact
     from megatron_lowbit.adapters.patching import remove as remove_artifact
 
-    stored, source = checkpoint_folder(checkpoint), config.model or checkpoint
-    target = new_folder(config, "huggingface")
-    source = model_name(source)
+    stored, source = checkpoint_folder(checkpoint), model_name(config.model or checkpoint)
     hf_config, tokenizer = read_config(source), read_tokenizer(source)
     join()
     megatron_model.initialize(config.tp, config.pp, config.seed % 2**31)
-    kind = stored_kind(stored)
-    if kind == "packed weights":
+    about = stored_description(stored)
+    if stored_kind(stored) == "packed weights" and about is None:
         raise LowBitError(
-            f"{checkpoint!r} holds packed weights, of which no full-precision model can be made; "
+            f"{checkpoint!r} holds packed weights without the description of their artifact, as scripts save them; "
             "use the artifact that it was converted from"
         )
-    text_config = getattr(hf_config, "text_config", None) or hf_config
+    name = "huggingface" if about is None else "artifact"
+    target, text_config = new_folder(config, name), getattr(hf_config, "text_config", None) or hf_config
+    if about is not None and about["rotation"] is not None and about["rotation"]["residual"]:
+        text_config.tie_word_embeddings = False  # a rotated embedding is no longer the output projection
     model = megatron_model.build(text_config, compute_dtype(as_stored(config, hf_config)))
-    remove_artifact(load_checkpoint(model, stored))
-    whole: Any = megatron_model.to_huggingface(model, text_config)
+    load_checkpoint(model, stored)
+    whole: Any
+    if about is None:
+        whole = megatron_model.to_huggingface(remove_artifact(model), text_config)
+    else:
+        whole = to_artifact(model, about, text_config)
 
     def save(folder: Path) -> None:
         assert whole is not None, "rank 0 has the whole model"
-        whole.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         copy_generation_config(source, folder)
+        if about is not None:
+            hf_config.dtype = next(model.parameters()).dtype  # skeletons of it had others
+            hf_config.save_pretrained(folder)
+            for part in (*whole.plans.values(), whole.checkpoint):
+                part.save(folder)
+        else:
+            whole.save_pretrained(folder)
 
     write_folder(target, save)
-    return {"name": "huggingface", "folder": str(target), "holds": "full precision", "spec": None}
+    holds = "full precision" if about is None else "low-bit"
+    return {"name": name, "folder": str(target), "holds": holds, "spec": None}
 
 
 def new_folder(config: ConvertConfig, name: str) -> Path:

@@ -150,8 +150,9 @@ class ConvertConfig(StageConfig):
     engine: EngineName = "megatron"
     output_dir: str = "runs/convert"
     checkpoint: str | None = None
-    """folder that a Megatron-LM script's --save, or convert, wrote in full precision: it becomes a Hugging Face folder,
-    with config and tokenizer of `model` or of its own; none: model or artifact becomes such a checkpoint"""
+    """folder that a Megatron-LM script's --save, or convert, wrote: in full precision it becomes a Hugging Face folder,
+    low-bit (convert's own) an artifact, with config and tokenizer of `model` or of its own; none: model or artifact
+    becomes such a checkpoint"""
 
     @model_validator(mode="after")
     def _on_megatron(self) -> ConvertConfig:

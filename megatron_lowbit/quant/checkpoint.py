@@ -69,7 +69,7 @@ class CheckpointPart:
         tensors = dict(self.tensors)
         heads = {} if self.head is None else {self.head.name: self.head.weight}
         packed = {**self.linears, **heads, **self.experts}
-        for owner, names in ((packed, _WEIGHT), (self.reassembly, _PLAN), (self.low_rank, _LOW_RANK)):
+        for owner, names in ((packed, WEIGHT), (self.reassembly, PLAN), (self.low_rank, _LOW_RANK)):
             for name, value in owner.items():
                 tensors |= {f"{name}.{leaf}": getattr(value, leaf) for leaf in names}
         return {
@@ -88,10 +88,10 @@ class CheckpointPart:
 PartMeta = dict[str, Any]
 
 
-_WEIGHT = ("packed_weight", "scale", "zero_point")
+WEIGHT = ("packed_weight", "scale", "zero_point")
 
 
-_PLAN = ("src_idx", "dst_idx", "coefficient")
+PLAN = ("src_idx", "dst_idx", "coefficient")
 
 
 _LOW_RANK = ("lora_a", "lora_b")
@@ -248,12 +248,12 @@ class LowBitCheckpoint:
         low_rank: dict[str, LowRank] = {}
         for name, in_features in meta["in_features"].items():
             with complete(where.get(f"{name}.packed_weight", stem)):
-                weight = QuantizedWeight(**take(name, _WEIGHT), num_bits=bits_of[name], in_features=in_features)
+                weight = QuantizedWeight(**take(name, WEIGHT), num_bits=bits_of[name], in_features=in_features)
                 weight.validate(name)
                 linears[name] = weight
         for name, (in_features, width) in meta["reassembly"].items():
             with complete(where.get(f"{name}.src_idx", stem)):
-                plans[name] = ReassemblyPlan(**take(name, _PLAN), in_features=in_features, width=width)
+                plans[name] = ReassemblyPlan(**take(name, PLAN), in_features=in_features, width=width)
                 plans[name].validate(name)
         for name in meta["low_rank"]:
             with complete(where.get(f"{name}.lora_a", stem)):
@@ -270,7 +270,7 @@ class LowBitCheckpoint:
             with complete(stem.with_suffix(".json")):
                 about = meta["head"]
             with complete(where.get(f"{about['name']}.packed_weight", stem)):
-                head = QuantizedHead.read(about, take(about["name"], _WEIGHT))
+                head = QuantizedHead.read(about, take(about["name"], WEIGHT))
         if "experts" in meta:
             with complete(stem.with_suffix(".json")):
                 about = meta["experts"]
@@ -279,7 +279,7 @@ class LowBitCheckpoint:
             for name, width in about["in_features"].items():
                 with complete(where.get(f"{name}.packed_weight", stem)):
                     found_experts[name] = QuantizedWeight(
-                        **take(name, _WEIGHT), num_bits=bits_of_experts, in_features=width
+                        **take(name, WEIGHT), num_bits=bits_of_experts, in_features=width
                     )
                     found_experts[name].validate(name)
             experts = QuantizedExperts(about["scheme"], found_experts)
@@ -320,7 +320,7 @@ class LowBitCheckpoint:
         refuse_unused(name for name in experts if name in self.tensors)
         if self.rotation is not None:
             self.rotation.validate(self.linears, self.attention_bits)
-        leaves = {*_WEIGHT, *_PLAN, *_LOW_RANK} - {"scale"}  # a model may have a tensor of that name
+        leaves = {*WEIGHT, *PLAN, *_LOW_RANK} - {"scale"}  # a model may have a tensor of that name
         refuse_unused(name for name in self.tensors if name.rpartition(".")[2] in leaves)
 
     def nbytes(self) -> int:
@@ -339,7 +339,7 @@ class LowBitCheckpoint:
         Returns:
             An int.
         """
-        owners = ((self.linears, _WEIGHT), (self.reassembly, _PLAN), (self.low_rank, _LOW_RANK))
+        owners = ((self.linears, WEIGHT), (self.reassembly, PLAN), (self.low_rank, _LOW_RANK))
         return sum(getattr(v, leaf).nbytes for owner, names in owners for v in owner.values() for leaf in names)
 
     def ideal_bytes(self) -> float:

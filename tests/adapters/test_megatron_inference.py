@@ -84,6 +84,19 @@ def test_greedy_tokens_are_those_of_transformers(pools, kind, ranks):
         assert told_in_turn(told, len(many)) == tokens, "on_token was told something else"
 
 
+def test_yarn_scales_what_the_engines_turn(two_ranks):
+    """Queries and keys also in the cache, whose contexts before 0.19 leave them as they are."""
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    changes = {"rope_parameters": {**rope, "attention_factor": 2.0}}
+    many = prompts(LENGTHS)
+    expected = by_transformers(build("llama", **changes), many, 10)
+    unscaled = build("llama", rope_parameters={**rope, "attention_factor": 1.0})
+    assert by_transformers(unscaled, many, 10) != expected, "the case shows nothing"
+    runs = {name: (asked(many, 10), {**how, "max_batch": 4}) for name, how in BOTH.items()}
+    for name, (tokens, _) in only(two_ranks.run(cases.generated, ("llama", changes), None, runs)).items():
+        assert tokens == expected, name
+
+
 def test_any_of_several_tokens_ends_a_text(two_ranks):
     """As in Llama 3.1, whose config has three: here the first of them never comes, and the others end different
     requests. Transformers takes the same list."""

@@ -152,6 +152,7 @@ def test_the_tolerance_would_show_two_swapped_rows(one_rank):
 # Rotary embeddings and contexts
 
 ROPE = {"rope_theta": 10000.0, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -162,10 +163,13 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
         ("llama", {"rope_parameters": {**ROPE, "rope_type": "linear"}}),
         # Two of the four frequencies of a head of 8 have wavelengths beyond 8192 tokens, which llama3 scales.
         ("llama", {"rope_parameters": {**ROPE, **LLAMA3, "rope_theta": 5e8, "rope_type": "llama3"}}),
+        ("llama", {"rope_parameters": YARN}),
+        ("llama", {"rope_parameters": {**YARN, "attention_factor": 1.5, "beta_fast": 4.0, "beta_slow": 0.1}}),
+        ("llama", {"rope_parameters": {**YARN, "mscale": 2.0, "mscale_all_dim": 0.5, "truncate": False}}),
         ("phi3", {"partial_rotary_factor": 0.5}),
         ("mistral", {"sliding_window": 8}),
     ],
-    ids=["base", "linear", "llama3", "partial", "window"],
+    ids=["base", "linear", "llama3", "yarn", "yarn, factor", "yarn, mscale", "partial", "window"],
 )
 def test_rotary_embeddings(one_rank, architecture, changes):
     hf = build(architecture, **changes)
@@ -203,7 +207,12 @@ REFUSED = {
         ["'gemma2'", "llama, mistral, qwen2, qwen3, phi3, mixtral, qwen3_moe", "engine=huggingface"],
     ),
     "activation": (2, 1, "llama", {"hidden_act": "gelu"}, ["hidden_act='gelu'", "silu"]),
-    "rope": (2, 1, "llama", {"rope_parameters": {**ROPE, "rope_type": "yarn"}}, ["rope_type 'yarn'"]),
+    "rope": (2, 1, "llama", {"rope_parameters": {**ROPE, "rope_type": "dynamic"}}, ["rope_type 'dynamic'"]),
+    "a part of a head": (
+        *(2, 1, "llama"),
+        {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}},
+        ["rope_type 'yarn' with partial_rotary_factor=0.5"],
+    ),
     "llama3's frequencies": (
         *(2, 1, "llama"),
         {"rope_parameters": {**ROPE, **LLAMA3, "rope_type": "llama3", "low_freq_factor": 2.0}},

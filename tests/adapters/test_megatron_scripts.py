@@ -4,52 +4,24 @@ this one; without it, or without the packages that its scripts import, they are 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
 import transformers
-from commands import free_port, needs_megatron, run_here, started
-from tiny_models import embedded_folder
+from commands import free_port, run_here, started
+from megatron_scripts import ON_CPU, PROMPTS, continued, find_script, generated, options, real
+from tiny_models import embedded_folder, save_model
 
-import megatron_lowbit as lowbit
 from megatron_lowbit.adapters import megatron_script_on_cpu
 
-ROOT = os.environ.get("MEGATRON_LM")
-IMPORTED = (
-    "six",
-    "simpy",
-    "tiktoken",
-    "sentencepiece",
-    "pybind11",
-    "flask",
-    "flask_restful",
-    "zmq",
-    "quart",
-    "hypercorn",
-)
-LACKING = [name for name in IMPORTED if find_spec(name) is None]
-WHY = "MEGATRON_LM is not set to Megatron-LM's folder" if ROOT is None else f"its scripts import {', '.join(LACKING)}"
-real = [
-    needs_megatron,
-    pytest.mark.slow,
-    pytest.mark.skipif(ROOT is None or bool(LACKING), reason=WHY),
-]
-ON_CPU = """
-    --transformer-impl local --distributed-backend gloo --use-cpu-initialization --micro-batch-size 1
-    --no-masked-softmax-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion --no-rope-fusion
-    --no-bias-swiglu-fusion --no-bias-dropout-fusion
-"""
 TRAINING = """
     --mock-data --tokenizer-type NullTokenizer --vocab-size 1023 --seq-length 64 --global-batch-size 2 --lr 1e-4
     --lr-decay-style constant --eval-iters 0 --eval-interval 100 --log-interval 1 --num-workers 0 --save-interval 100
@@ -59,7 +31,6 @@ DYNAMIC = """
     --inference-dynamic-batching-buffer-size-gb 0.01 --inference-dynamic-batching-max-requests 4
     --inference-dynamic-batching-block-size 64
 """
-PROMPTS = ["def read_lines(path):", "import os"]
 # {script: (method, route, body of a request, its own options)}
 SERVERS: dict[str, tuple[Any, ...]] = {
     "run_text_generation_server.py": ("PUT", "/api", {"prompts": PROMPTS, "tokens_to_generate": 16, "top_k": 1}),
@@ -78,15 +49,6 @@ def test_a_script_needs_its_repository(monkeypatch, tmp_path, argv):
     monkeypatch.setenv("MEGATRON_LM", str(tmp_path))
     with pytest.raises(SystemExit, match="set MEGATRON_LM to Megatron-LM's folder"):
         megatron_script_on_cpu.main(argv)
-
-
-def find_script(name: str) -> Path | None:
-    """A script of this Megatron-LM's; None where it has none of this name."""
-    if ROOT is None:
-        return None
-    root = Path(ROOT)
-    folders = [root, root / "tools", root / "tools" / "checkpoint", *root.glob("examples/inference/**/")]
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
 @contextlib.contextmanager
@@ -131,10 +93,6 @@ def ask(method: str, url: str, body: dict[str, Any], running: list[Any], output:
     raise AssertionError(output.read_text()[-4000:])
 
 
-def options(folder: Path) -> list[str]:
-    return (folder / "megatron_arguments.txt").read_text().split()
-
-
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("artifact")
@@ -150,27 +108,6 @@ def checkpoints(artifact, tmp_path_factory) -> dict[str, Path]:
     for name, source in {"full": "model=embedded", "low": f"artifact={artifact}"}.items():
         assert run_here("convert", source, f"output_dir={root / name}") == 0
     return {name: root / name / "megatron" for name in ("full", "low")}
-
-
-def continued(artifact: Path, virtual_tp: int, begins: bool = False) -> dict[str, list[int]]:
-    """{prompt: 16 tokens}, greedily, by transformers; begins: with <s> in front of the prompt, which Megatron's engines
-    take away and its servers leave."""
-    folder = embedded_folder()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    lowbit.apply_to_huggingface(model, artifact, virtual_tp=virtual_tp)
-    found = {}
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt, add_special_tokens=begins, return_tensors="pt")["input_ids"]
-        whole = model.generate(ids, max_new_tokens=16, min_new_tokens=16, do_sample=False)
-        found[prompt] = whole[0, ids.shape[1] :].tolist()
-    return found
-
-
-def generated(output: Path) -> dict[str, list[int]]:
-    """{prompt: tokens} of an --output-path."""
-    results = [result for result in json.loads(output.read_text()).values() if isinstance(result, dict)]
-    return {result["input_prompt"]: result["generated_tokens"] for result in results}
 
 
 class TestScripts:
@@ -189,6 +126,19 @@ class TestScripts:
         script = f"gpt_{batching}_inference.py"
         run_script(script, *given, "--output-path", tmp_path / "text.json", ranks=tp, **environment)
         assert generated(tmp_path / "text.json") == continued(artifact, tp)
+
+    @pytest.mark.parametrize("tp", [1, 2])
+    def test_a_mixture_of_experts(self, tmp_path, tp):
+        """Its experts in codes, from a converted artifact."""
+        model, artifact = save_model("mixtral", tmp_path / "model"), tmp_path / "artifact"
+        schemes = ["weights.scheme=W8A8", "weights.experts=W8A8", "weights.method=rtn"]
+        assert run_here("quantize", f"model={model}", *schemes, f"output_dir={artifact}") == 0
+        assert run_here("convert", f"artifact={artifact}", f"output_dir={tmp_path}") == 0
+        folder = tmp_path / "megatron"
+        given = [*options(folder), "--tensor-model-parallel-size", tp, "--load", folder, *DYNAMIC.split()]
+        given += ["--top_k", 1, "--num-tokens-to-generate", 16, "--inference-max-seq-length", 64, "--prompts", *PROMPTS]
+        run_script("gpt_dynamic_inference.py", *given, "--output-path", tmp_path / "text.json", ranks=tp)
+        assert generated(tmp_path / "text.json") == continued(artifact, tp, folder=model)
 
     @pytest.mark.parametrize(("tp", "optimizer"), [(1, []), (2, []), (1, ["--use-distributed-optimizer"])])
     def test_train_save_and_resume(self, checkpoints, tmp_path, tp, optimizer):

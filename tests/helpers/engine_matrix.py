@@ -50,6 +50,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2": ("qwen2", {}),
     "Qwen3": ("qwen3", {}),
     "Qwen3-MoE": ("qwen3_moe", {"num_experts": 4}),
+    "Qwen2-MoE, with a shared expert": ("qwen2_moe", {"num_experts": 4}),
+    "dots.llm1, with shared experts": ("dots1", {}),
     "Phi-3, Phi-4": ("phi3", {}),
     "Gemma 2": ("gemma2", {}),
     "Gemma 3": ("gemma3_text", {}),

@@ -66,12 +66,11 @@ def by_spec(rank: int, size: int, name: str, model: Path, other: Path, artifact:
 
 
 def refused(
-    rank: int, size: int, architecture: str, fitting: Artifact, artifacts: dict[str, Artifact], folder: Path
+    rank: int, size: int, architecture: str, fitting: Artifact, artifacts: dict[str, Artifact]
 ) -> dict[str, str]:
     """{what is wrong: what is said of it}; asserts that each leaves the model as it was."""
     with parallel(size):
         from megatron_lowbit.adapters.megatron import model as megatron_model
-        from megatron_lowbit.adapters.megatron.checkpoint import save_checkpoint
 
         hf = tiny_models.build(architecture)
         model = gpt_model(hf)
@@ -84,7 +83,6 @@ def refused(
 
         found = {name: unchanged(lowbit.apply_to_megatron, model, given) for name, given in artifacts.items()}
         lowbit.apply_to_megatron(model, fitting)
-        found["checkpoint"] = said(save_checkpoint, model, folder / "checkpoint")
         found["export"] = said(megatron_model.to_huggingface, model, hf.config)
         lowbit.remove(model)
         experts = model.decoder.layers[1].mlp.experts

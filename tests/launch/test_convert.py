@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from artifact_files import differing
 from commands import needs_megatron, run_here
 from safetensors.torch import load_file
-from tiny_models import embedded_folder, save_model
+from tiny_models import embedded_folder
 
 pytestmark = needs_megatron
 
@@ -35,21 +37,28 @@ def test_there_and_back(full, tmp_path):
         assert (checkpoint / name).is_file() and (tmp_path / "huggingface" / name).is_file()
 
 
-def test_a_low_bit_checkpoint_has_no_full_precision(embedded_artifact, tmp_path, capfd):
-    """It says how it is loaded, and becomes no Hugging Face folder."""
+def test_an_artifact_there_and_back(embedded_artifact, tmp_path, capfd):
+    """It says how it is loaded, and comes back as it was: tensors, fingerprint and plans; without its description it is
+    refused."""
     assert run_here("convert", f"artifact={embedded_artifact}", f"output_dir={tmp_path}") == 0
-    options = (tmp_path / "megatron" / "megatron_arguments.txt").read_text()
+    checkpoint = tmp_path / "megatron"
+    options = (checkpoint / "megatron_arguments.txt").read_text()
     assert "--spec megatron_lowbit.adapters.megatron llama_lowbit_block_spec\n" in options
+    assert run_here("convert", f"checkpoint={checkpoint}", f"output_dir={tmp_path}") == 0
+    assert differing(embedded_artifact, tmp_path / "artifact") == []
     capfd.readouterr()
-    back = ["convert", f"checkpoint={tmp_path / 'megatron'}", f"output_dir={tmp_path / 'back'}"]
-    assert run_here(*back) == 2
-    assert "packed weights" in capfd.readouterr().err and not (tmp_path / "back" / "huggingface").exists()
+    common = torch.load(checkpoint / "release" / "common.pt", weights_only=False)
+    del common["lowbit"]
+    torch.save(common, checkpoint / "release" / "common.pt")
+    assert run_here("convert", f"checkpoint={checkpoint}", f"output_dir={tmp_path / 'back'}") == 2
+    said = capfd.readouterr().err
+    assert "packed weights without the description" in said and said.count("\n") == 1
+    assert not (tmp_path / "back" / "artifact").exists()
 
 
 def test_bad_input(full, tmp_path, capfd):
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "latest_checkpointed_iteration.txt").write_text("3")
-    save_model("mixtral", tmp_path / "experts")
     before = sorted(full.rglob("*"))
     for argv, parts in [
         ([], ["model is not set"]),
@@ -57,7 +66,6 @@ def test_bad_input(full, tmp_path, capfd):
         ([f"checkpoint={tmp_path}"], [str(tmp_path), "latest_checkpointed_iteration.txt", "--save"]),
         ([f"checkpoint={tmp_path / 'bare'}"], ["bare", "config.json", "model="]),
         (["model=embedded", f"output_dir={full}"], [str(full / "megatron"), "exists"]),
-        ([f"model={tmp_path / 'experts'}"], ["'mixtral' has experts", "engine=megatron"]),
     ]:
         given = [*argv] if any(word.startswith("output_dir") for word in argv) else [*argv, f"output_dir={tmp_path}"]
         assert run_here("convert", *given) == 2, argv

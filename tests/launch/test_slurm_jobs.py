@@ -26,10 +26,13 @@ from unittest.mock import patch
 import pytest
 import yaml
 from commands import CALIBRATION, EVALUATION, needs_deepspeed, run_here
+from megatron_scripts import ON_CPU, PROMPTS, continued, find_script, generated, real
 from read_wandb import read_file, wandb_files
 from slurm_lab import SlurmLab, why_not
 from tiny_models import save_model
 from unfinished_runs import SETTINGS, artifact_files, done, metrics
+
+from megatron_lowbit.adapters import megatron_script_on_cpu
 
 pytestmark = [needs_deepspeed, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]
 pytestmark += [pytest.mark.slow, pytest.mark.xdist_group("slurm")]  # on one Slurm, one after the other
@@ -299,3 +302,35 @@ def test_a_script_of_ones_own(lab, tmp_path, launcher):
     assert jobs.ended("train") == ("COMPLETED", "0")
     found = {file.name: file.read_text() for file in (tmp_path / "ranks").iterdir()}
     assert found == dict.fromkeys(["0-2-0", "1-2-0"], "some/folder --spec two words")
+
+
+REAL = [*SLOW, *real]
+
+
+class TestMegatronLm:
+    pytestmark = REAL
+
+    def test_an_inference_script(self, lab, embedded_artifact, tmp_path):
+        """configs/slurm/megatron_lm.yaml on two nodes of one rank, a pipeline of two stages: tokens of transformers."""
+        template = Path(__file__).resolve().parents[2] / "configs" / "slurm" / "megatron_lm.yaml"
+        (stage,) = yaml.safe_load(template.read_text())["stages"].values()
+        script = find_script(Path(stage["script"]).name)
+        assert (
+            script is not None and run_here("convert", f"artifact={embedded_artifact}", f"output_dir={tmp_path}") == 0
+        )
+        words, folder = stage["arguments"], str(tmp_path / "megatron")
+        for option, value in {
+            "--load": folder,
+            "--tokenizer-model": folder,
+            "--tensor-model-parallel-size": "1",
+            "--prompts": PROMPTS[0],
+            "--output-path": str(tmp_path / "text.json"),
+        }.items():
+            words[words.index(option) + 1] = value
+        words.remove("--bf16")
+        words += [*ON_CPU.split(), "--top_k", "1", "--num-tokens-to-generate", "16", "--inference-max-seq-length", "64"]
+        job = {"script": megatron_script_on_cpu.__file__, "arguments": [str(script), *words], "launcher": "torchrun"}
+        jobs = Jobs(lab, tmp_path / "jobs", {"inference": job}).submit()
+        assert jobs.ended("inference") == ("COMPLETED", "0")
+        expected = continued(embedded_artifact, 1)
+        assert generated(tmp_path / "text.json") == {PROMPTS[0]: expected[PROMPTS[0]]}

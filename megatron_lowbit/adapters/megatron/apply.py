@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatron_lowbit.adapters import patching
 from megatron_lowbit.adapters.megatron import attention, training
+from megatron_lowbit.adapters.megatron.description import description
 from megatron_lowbit.adapters.megatron.experts import expert_sums, find_experts
 from megatron_lowbit.adapters.megatron.layers import weight_rows
 from megatron_lowbit.adapters.megatron.layout import (
@@ -160,6 +161,7 @@ def apply_to_megatron(
         logger.warning("Megatron's token dispatcher adds up what the ranks compute of an expert, in full precision")
     for chunk, modules in zip(chunks, replacements, strict=True):
         patching.swap(chunk, modules)
+        chunk._lowbit_description = description(artifact)
         if artifact.checkpoint is not None:
             checkpoint = artifact.checkpoint
             rotated = checkpoint.rotation is not None and checkpoint.rotation.attention

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_lowbit.adapters import megatron, patching
 from megatron_lowbit.adapters.megatron import attention, scripts, training
 from megatron_lowbit.adapters.megatron.apply import UNTIE
+from megatron_lowbit.adapters.megatron.experts import find_experts
 from megatron_lowbit.adapters.megatron.layers import (
     LowBitColumnParallelLinear,
     LowBitLayerNormColumnParallelLinear,
@@ -39,6 +40,7 @@ from megatron_lowbit.adapters.megatron.layers import (
     tp_group,
 )
 from megatron_lowbit.adapters.megatron.layout import COLUMN, NORMS, PATHS, final_norm, is_hybrid
+from megatron_lowbit.adapters.megatron.lowbit_experts import empty_experts
 from megatron_lowbit.adapters.megatron.norms import LowBitNorm
 from megatron_lowbit.adapters.megatron.sharded_state import Shape, check_bytes, empty_codec, empty_linear
 from megatron_lowbit.comm.codec import Codec
@@ -81,6 +83,8 @@ def save_checkpoint(
         "checkpoint_version": scripts.CHECKPOINT_VERSION,
         "iteration": 0,
     }
+    if patching.replacing_modules(first) and (about := getattr(first, "_lowbit_description", None)) is not None:
+        state["lowbit"] = about
     partial = Path(on_rank_zero(prepare))
     try:
         with _quiet():
@@ -119,6 +123,7 @@ def load_checkpoint(model: Any, folder: str | Path) -> Any:
         state = _load(model, folder)
         for number, chunk in enumerate(chunks):
             chunk.load_state_dict(state[f"model{number}"])
+            chunk._lowbit_description = state.get("lowbit")
     return model
 
 
@@ -190,6 +195,12 @@ def stored_kind(folder: str | Path) -> Literal["full precision", "plans", "packe
     if any(key.endswith(".lowbit") for key in found):
         return "packed weights"
     return "plans" if any(".plan_tp" in key for key in found) else "full precision"
+
+
+def stored_description(folder: str | Path) -> dict[str, Any] | None:
+    """Return the description of the artifact in a torch_dist checkpoint; None where it was saved without."""
+    with _quiet():
+        return dist_checkpointing.load_common_state_dict(str(folder)).get("lowbit")
 
 
 def _metadata(folder: str | Path) -> dict[str, ShardedTensor]:
@@ -359,8 +370,19 @@ def _empty_modules(
             if plan is not None and not plan.is_identity:
                 shard.reassembly = Reassembly(plan)
         modules[path] = replacement
-    modules |= _empty_norms(model, shapes, described)
+    modules |= _empty_norms(model, shapes, described) | _empty_experts(model, shapes, described)
     return modules, bits
+
+
+def _empty_experts(
+    model: Any, shapes: dict[str, tuple[int, ...]], described: dict[str, torch.Tensor]
+) -> dict[str, nn.Module]:
+    modules: dict[str, nn.Module] = {}
+    for here in find_experts(model):
+        stored = _Stored(shapes, described, _layer_number(model, here.path))
+        experts = empty_experts(model, here, stored)
+        modules |= {} if experts is None else {f"{here.path}.experts": experts}
+    return modules
 
 
 def _layer_number(model: Any, path: str) -> int:
@@ -413,4 +435,4 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-__all__ = ["load_checkpoint", "save_checkpoint", "shape_like", "stored_kind"]
+__all__ = ["load_checkpoint", "save_checkpoint", "shape_like", "stored_description", "stored_kind"]

@@ -187,15 +187,15 @@ def load_experts(
                     put(path, layout.share(whole[number], role, rank))
 
 
-def export_experts(model: Any, prefix: str) -> dict[str, Tensor]:
+def export_experts(model: Any, prefix: str, routers_only: bool = False) -> dict[str, Tensor]:
     """Return routers and experts under Hugging Face names, whole, on the CPU. A collective call of the ranks that share
     them."""
     state: dict[str, Tensor] = {}
     for experts in find_experts(model):
         layout, _ = expert_layout(model)
-        tp, ep = (_several(group) for group in (model.pg_collection.expt_tp, model.pg_collection.ep))
+        tp, ep = (several(group) for group in (model.pg_collection.expt_tp, model.pg_collection.ep))
         state[f"{prefix}.{experts.block}.mlp.gate.weight"] = experts.layer.router.weight.detach().cpu()
-        for role in PROJECTIONS:
+        for role in () if routers_only else PROJECTIONS:
             here = [
                 layout.whole(all_gather_stack(weight.detach().contiguous(), tp), role)
                 for _, weight in experts.weights(role)
@@ -223,6 +223,6 @@ def expert_sums(model: Any, prefix: str, names: Collection[str]) -> dict[str, in
     return dict(zip(sums, total.tolist(), strict=True))
 
 
-def _several(group: Any) -> Any:
+def several(group: Any) -> Any:
     """Return the group; None for one of a single rank."""
     return group if world_size(group) > 1 else None

@@ -208,6 +208,8 @@ def _check_rotary(model: Any, hf_config: Any, artifact: Artifact) -> None:
     from megatron_lowbit.adapters.megatron.model import rotary
 
     wanted, here = rotary(hf_config), getattr(model, "rotary_pos_emb", None)
+    told = ", ".join(f"{key}={value}" for key, value in wanted.items())
+    same_kind = wanted.pop("position_embedding_type") == model.position_embedding_type
     given = wanted | {
         "rotary_percent": model.rotary_percent,
         "rotary_base": model.rotary_base,
@@ -215,8 +217,7 @@ def _check_rotary(model: Any, hf_config: Any, artifact: Artifact) -> None:
     }
     differing = [key for key, value in given.items() if value != wanted.get(key, False)]
     inv_freq = RotaryEmbedding(model.config.kv_channels, **wanted, use_cpu_initialization=True).inv_freq
-    if here is None or differing or not torch.allclose(here.inv_freq.cpu().float(), inv_freq):
-        told = ", ".join(f"{key}={value}" for key, value in wanted.items())
+    if here is None or not same_kind or differing or not torch.allclose(here.inv_freq.cpu().float(), inv_freq):
         raise LowBitError(
             f"the model's rotary embedding is not the artifact's ({told}; {_name(artifact)}): give "
             "--position-embedding-type rope, --rotary-base, --rotary-percent and --use-rope-scaling accordingly"

@@ -5,6 +5,9 @@
 A rank multiplies with its share of the rows of U and of the columns of D, and returns its part of the sum: Megatron's
 token dispatcher adds the parts up, in full precision. The artifact's scale of a token of D's input spans all columns,
 so the ranks that share an expert agree on its range first: two floats per token, once per block.
+
+In Megatron's distributed checkpoints the experts are one axis, and keys are those of its own experts, with the names of
+sharded_state.py in place of `weight`: they are saved and loaded at any number of expert- and tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from megatron_lowbit.adapters.megatron import sharded_state
 from megatron_lowbit.adapters.megatron.experts import (
     PROJECTIONS,
     Experts,
@@ -23,30 +27,46 @@ from megatron_lowbit.adapters.megatron.experts import (
     find_experts,
     projection_shape,
 )
-from megatron_lowbit.adapters.megatron.layout import find_prefix
+from megatron_lowbit.adapters.megatron.layout import COLUMN, find_prefix
 from megatron_lowbit.adapters.megatron.training import held_message, is_held
+from megatron_lowbit.adapters.megatron_names import Role
 from megatron_lowbit.comm.reducers import OverRanks
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.kernels import FLOAT_BITS
 from megatron_lowbit.layers.linear import QuantLinear
-from megatron_lowbit.quant.affine import fake_quantize_with, qparams_from_range
+from megatron_lowbit.quant.affine import QuantizedWeight, fake_quantize_with, qparams_from_range
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.experts import QuantizedExperts
-from megatron_lowbit.runtime.distributed import world_size
+from megatron_lowbit.runtime.distributed import group_rank, world_size
 
 
 class LowBitExperts(OverRanks):
     """Called as Megatron's experts: tokens [n, hidden] in the order of the experts, how many each has, and the router's
     share of each [n] -> ([n, hidden], None), this rank's part of the sum.
 
-    up, down: this rank's share of every expert's projections. act: of Megatron's config, between [gate | up]'s halves.
-    act_bits: of both projections' inputs. tp_group: the ranks that share an expert; None: there is one.
+    model: the GPTModel. numbers: which experts of the whole model these are. up, down: this rank's share of their
+    projections. act_bits: of both projections' inputs. grouped: whether a row of the whole down projection has several
+    scales. tp_group: the ranks that share an expert; None: there is one.
     """
 
-    def __init__(self, up: list[QuantLinear], down: list[QuantLinear], act: Any, act_bits: int, tp_group: Any):
+    def __init__(
+        self,
+        model: Any,
+        numbers: list[int],
+        up: list[QuantizedWeight],
+        down: list[QuantizedWeight],
+        act_bits: int,
+        grouped: bool,
+    ):
         super().__init__()
-        self.up, self.down = nn.ModuleList(up), nn.ModuleList(down)
-        self.act, self.act_bits, self.tp_group = act, act_bits, tp_group
+        groups = model.pg_collection
+        shared = world_size(groups.expt_tp) > 1
+        self.tp_group: Any = groups.expt_tp if shared else None
+        self.replica = group_rank(groups.expt_dp)  # which copy of these experts this rank's is
+        self.numbers, self.count, self.grouped = numbers, model.config.num_moe_experts, grouped
+        self.act, self.act_bits = model.config.activation_func, act_bits
+        self.up = nn.ModuleList(QuantLinear(weight, None, act_bits) for weight in up)
+        self.down = nn.ModuleList(QuantLinear(weight, None, FLOAT_BITS if shared else act_bits) for weight in down)
 
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         if not len(tokens):  # of expert-parallel ranks one may have no work
@@ -75,11 +95,13 @@ class LowBitExperts(OverRanks):
         """Do nothing: weights in codes have no gradient that could be delayed."""
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
-        """Refuse: Megatron's distributed checkpoints hold experts in full precision."""
-        raise LowBitError(
-            f"{prefix.rstrip('.')} holds experts in codes, which are not kept in distributed checkpoints; save the "
-            "artifact, or the model after megatron_lowbit.remove"
-        )
+        """Return the packed experts, one axis of what the checkpoint holds (sharded_state.py)."""
+        return sharded_state.sharded_experts(self, prefix, sharded_offsets, metadata)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for role in PROJECTIONS:
+            state_dict.pop(f"{prefix}experts.{role}.lowbit", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _each(
@@ -104,22 +126,59 @@ def expert_replacements(model: Any, checkpoint: LowBitCheckpoint) -> dict[str, n
 def _replacement(model: Any, here: Experts, prefix: str, experts: QuantizedExperts) -> LowBitExperts:
     layout, rank = expert_layout(model)
     up, down = (experts.weights[here.name(prefix, role)] for role in PROJECTIONS)
-    count, group, act_bits = model.config.num_moe_experts, model.pg_collection.expt_tp, experts.act_bits
-    shared = world_size(group) > 1
-    rows = layout.rank_rows("linear_fc1", rank)
-    first = len(up.packed_weight) // count  # rows of an expert
+    count = model.config.num_moe_experts
+    rows, first = layout.rank_rows("linear_fc1", rank), len(up.packed_weight) // count  # rows of an expert
     return LowBitExperts(
-        [QuantLinear(up.take_out(e * first + rows), None, act_bits) for e in here.numbers],
-        [
-            QuantLinear(
-                down.shard_out(e, count).shard_in(rank, layout.tp_size), None, FLOAT_BITS if shared else act_bits
-            )
-            for e in here.numbers
-        ],
-        model.config.activation_func,
-        act_bits,
-        group if shared else None,
+        model,
+        here.numbers,
+        [up.take_out(e * first + rows) for e in here.numbers],
+        [down.shard_out(e, count).shard_in(rank, layout.tp_size) for e in here.numbers],
+        experts.act_bits,
+        down.scale.shape[1] > 1,
     )
+
+
+def empty_experts(model: Any, here: Experts, stored: Any) -> LowBitExperts | None:
+    """Return experts of the shapes that a distributed checkpoint holds, with nothing in them; None where it holds no
+    codes of experts.
+
+    stored: this layer's tensors there (checkpoint.py). Raises LowBitError for experts of other sizes, and for a tp that
+    splits a packed byte.
+    """
+    paths: dict[Role, str] = {role: f"mlp.experts.experts.{role}" for role in PROJECTIONS}
+    shapes: dict[Role, Any] = {role: stored.lowbit(path) for role, path in paths.items()}
+    if None in shapes.values():
+        return None
+    _check_untrained(here)
+    _check_computed_alike(model.config)
+    layout, _ = expert_layout(model)
+    weights: dict[Role, list[QuantizedWeight]] = {}
+    for role, shape in shapes.items():
+        *there, scales = stored.shape(paths[role], "scale")
+        count, rows, width = projection_shape(model, layout, role)
+        if [*there, shape.width] != [count, rows, width]:
+            raise LowBitError(
+                f"{here.path}.experts has {role} of {count} x [{rows}, {width}] in the GPTModel and {there[0]} x "
+                f"[{there[1]}, {shape.width}] in the checkpoint; build the model with the config that was quantized"
+            )
+        if role in COLUMN:
+            rows //= layout.tp_size
+        else:
+            width //= layout.tp_size
+            scales //= layout.tp_size if shape.grouped else 1
+            sharded_state.check_bytes(f"{here.path}.experts.{role}", width, shape.weight_bits)
+        weights[role] = [sharded_state.empty_weight(rows, width, shape.weight_bits, scales) for _ in here.numbers]
+    down = shapes["linear_fc2"]
+    up_weights, down_weights = weights.values()
+    return LowBitExperts(model, here.numbers, up_weights, down_weights, down.act_bits, bool(down.grouped))
+
+
+def _check_untrained(here: Experts) -> None:
+    """Raise LowBitError where an optimizer holds weights of experts that are about to be replaced."""
+    for role in PROJECTIONS:
+        for path, parameter in here.weights(role):
+            if is_held(parameter) and here.module.training:
+                raise LowBitError(held_message(path))
 
 
 def check_experts(model: Any, checkpoint: LowBitCheckpoint) -> None:
@@ -130,12 +189,10 @@ def check_experts(model: Any, checkpoint: LowBitCheckpoint) -> None:
     prefix = find_prefix(checkpoint.linears)
     for here in find_experts(model):
         _check_computed_alike(model.config)
+        _check_untrained(here)
         layout, _ = expert_layout(model)
         for role in PROJECTIONS:
             name, (count, rows, width) = here.name(prefix, role), projection_shape(model, layout, role)
-            for path, parameter in here.weights(role):
-                if is_held(parameter) and here.module.training:
-                    raise LowBitError(held_message(path))
             weight = checkpoint.experts.weights.get(name)
             if weight is None:
                 raise LowBitError(f"the artifact has no quantized experts {name}; quantize this model again")

@@ -10,6 +10,7 @@ reads one tensor at a time and keeps its share. Where the vocabulary is padded, 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def transformer_config(
     if hf_config.num_hidden_layers % pp:
         raise LowBitError(f"pp={pp} does not divide the model's num_hidden_layers={hf_config.num_hidden_layers}")
     gpu = torch.cuda.is_available()
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
         ffn_hidden_size=hf_config.intermediate_size,
@@ -130,6 +131,9 @@ def transformer_config(
         perform_initialization=False,  # every parameter is loaded
         **experts.config_arguments(hf_config),
     )
+    for name, value in yarn(hf_config).items():  # no fields of the class: GPTModel and its attention look for them
+        setattr(config, f"yarn_{name}", value)
+    return config
 
 
 def head_dim(hf_config: Any) -> int:
@@ -160,11 +164,41 @@ def context_length(hf_config: Any) -> int:
     return min(context, window) if window and getattr(hf_config, "use_sliding_window", True) else context
 
 
+def yarn(hf_config: Any) -> dict[str, Any]:
+    """Return what a TransformerConfig is told of the YaRN scaling of a Hugging Face config, so that it is that of
+    transformers; nothing where there is none. Raises LowBitError for one that turns only a part of each head."""
+    rope = dict(getattr(hf_config, "rope_parameters", None) or {})
+    if rope.get("rope_type") != "yarn":
+        return {}
+    if (part := rope.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise LowBitError(
+            f"rope_type 'yarn' with partial_rotary_factor={part} is not supported with engine=megatron; "
+            "use engine=huggingface or deepspeed"
+        )
+    original = rope.get("original_max_position_embeddings") or hf_config.max_position_embeddings
+    scale = rope.get("factor") or hf_config.max_position_embeddings / original
+    grows, over_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    if not (grows and over_all):
+        grows, over_all = 1.0, 0.0  # 1 + 0.1 ln(scale)
+    if rope.get("attention_factor") is not None and scale > 1:
+        grows, over_all = (rope["attention_factor"] - 1) / (0.1 * math.log(scale)), 0.0
+    return {
+        "rotary_scaling_factor": scale,
+        "original_max_position_embeddings": original,
+        "beta_fast": rope.get("beta_fast") or 32.0,
+        "beta_slow": rope.get("beta_slow") or 1.0,
+        "mscale": grows,
+        "mscale_all_dim": over_all,
+        "correction_range_round_to_int": rope.get("truncate", True),
+    }
+
+
 def rotary(hf_config: Any) -> dict[str, Any]:
-    """Return GPTModel's arguments for the rotary embedding."""
+    """Return GPTModel's arguments for the rotary embedding. Of YaRN it finds the rest in its TransformerConfig."""
     rope = dict(getattr(hf_config, "rope_parameters", None) or {})
     kind = rope.get("rope_type", "default")
     arguments: dict[str, Any] = {
+        "position_embedding_type": "yarn" if kind == "yarn" else "rope",
         "rotary_base": rope.get("rope_theta", 10000.0),
         "rotary_percent": rope.get("partial_rotary_factor") or getattr(hf_config, "partial_rotary_factor", None) or 1.0,
     }
@@ -179,7 +213,7 @@ def rotary(hf_config: Any) -> dict[str, Any]:
                 "use engine=huggingface or deepspeed"
             )
         arguments |= {"rope_scaling": True, "rope_scaling_factor": rope["factor"]}
-    elif kind != "default":
+    elif kind not in ("default", "yarn"):
         raise LowBitError(
             f"rope_type {kind!r} is not supported with engine=megatron; use engine=huggingface or deepspeed"
         )
@@ -203,7 +237,6 @@ def build(hf_config: Any, dtype: torch.dtype = torch.float32, sequence_parallel:
             max_sequence_length=context_length(hf_config),
             pre_process=stage == 0,
             post_process=stage == last,
-            position_embedding_type="rope",
             share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
             parallel_output=True,
             **rotary(hf_config),
@@ -394,13 +427,11 @@ def to_huggingface(model: Any, hf_config: Any) -> nn.Module | None:
     chunks = megatron.model_chunks(model)
     state: dict[str, Tensor] = {}
     for chunk in chunks:
-        state |= _export(chunk, hf_config)
-    group = chunks[0].pg_collection.pp
-    if world_size(group) > 1:
-        stages = gather_values(state, group)
-        state = {name: tensor for stage in stages or [] for name, tensor in stage.items()}
-    if group_rank(group) or group_rank(chunks[0].pg_collection.tp):
+        state |= export(chunk, hf_config)
+    found = from_all_stages(chunks, state)
+    if found is None:
         return None
+    state = found
     dtype = next(iter(state.values())).dtype
     whole = skeleton(hf_config, dtype)
     expected = {name for name, _ in whole.named_parameters()}
@@ -415,8 +446,21 @@ def to_huggingface(model: Any, hf_config: Any) -> nn.Module | None:
     return whole.eval()
 
 
-def _export(model: Any, hf_config: Any) -> dict[str, Tensor]:
-    """Return one chunk's tensors under Hugging Face names, whole, on the CPU."""
+def from_all_stages(chunks: list[Any], state: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return the tensors that the pipeline stages have each a part of, on rank 0 of every model-parallel group; None
+    elsewhere. A collective call."""
+    groups = chunks[0].pg_collection
+    if world_size(groups.pp) > 1:
+        stages = gather_values(state, groups.pp)
+        state = {name: tensor for stage in stages or [] for name, tensor in stage.items()}
+    return None if group_rank(groups.pp) or group_rank(groups.tp) else state
+
+
+def export(model: Any, hf_config: Any, packed: bool = False, packed_experts: bool = False) -> dict[str, Tensor]:
+    """Return one chunk's tensors under Hugging Face names, whole, on the CPU; those in codes are left out.
+
+    packed, packed_experts: whether the weights of the linears, or of the experts, are in codes. A collective call.
+    """
     layout, tp = megatron.layout_of(model), model.pg_collection.tp
     group = tp if world_size(tp) > 1 else None
     whole_model = skeleton(hf_config, torch.float32)
@@ -440,7 +484,7 @@ def _export(model: Any, hf_config: Any) -> dict[str, Tensor]:
     linears = megatron.find_linears(model)
     for (layer, role), (_, module) in progress(linears.items(), len(linears), "gathering weights", env_rank()):
         names = parts(prefix, layer, role, expected)
-        tensors = {"weight": full_weight(module), "bias": module.bias}
+        tensors = {"weight": None if packed else full_weight(module), "bias": module.bias}
         for leaf, tensor in tensors.items():
             if tensor is None:
                 continue
@@ -455,13 +499,13 @@ def _export(model: Any, hf_config: Any) -> dict[str, Tensor]:
             found: Any = layer
             for name in norm.split("."):
                 found = getattr(found, name, None)
-            weight = getattr(found, "weight", None)
+            weight = getattr(getattr(found, "norm", found), "weight", None)  # LowBitNorm holds the norm
             if weight is None and reader is not None:  # Transformer Engine's fused layer holds it
                 owner = layer.self_attention if reader == "linear_qkv" else layer.mlp
                 weight = getattr(getattr(owner, reader, None), "layer_norm_weight", None)
             if weight is not None:
                 state[f"{norm_name(prefix, block, norm)}.weight"] = weight.detach().cpu()
-    return state | experts.export_experts(model, prefix)
+    return state | experts.export_experts(model, prefix, packed_experts)
 
 
 __all__ = [

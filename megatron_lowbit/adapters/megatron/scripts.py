@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from megatron_lowbit.adapters.megatron.experts import MODEL_TYPES
 from megatron_lowbit.adapters.megatron.layout import is_hybrid
 from megatron_lowbit.config import LowBitError
 
@@ -92,6 +91,15 @@ def model_arguments(model: Any, tokenizer: str | None = None) -> dict[str, Any]:
         "attention_softmax_in_fp32": config.attention_softmax_in_fp32,
         "make_vocab_size_divisible_by": _power_of_two_in(model.vocab_size),
     }
+    if config.num_moe_experts is not None:
+        arguments |= {
+            "num_experts": config.num_moe_experts,
+            "moe_layer_freq": config.moe_layer_freq,
+            "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
+            "moe_router_topk": config.moe_router_topk,
+            "moe_router_pre_softmax": config.moe_router_pre_softmax,
+            "moe_grouped_gemm": config.moe_grouped_gemm,
+        }
     if is_hybrid(model):
         name = next(name for name in ("hybrid_layer_pattern", "hybrid_override_pattern") if hasattr(model, name))
         arguments[name] = getattr(model, name)
@@ -119,15 +127,6 @@ def check_rotary(hf_config: Any) -> None:
         )
 
 
-def refuse_experts(hf_config: Any) -> None:
-    """Raise LowBitError for a mixture of experts, whose options are not among those that are written here."""
-    if hf_config.model_type in MODEL_TYPES:
-        raise LowBitError(
-            f"model_type {hf_config.model_type!r} has experts, of which convert writes no checkpoint; run it with "
-            "engine=megatron, or put the artifact into a script by MEGATRON_LOWBIT_ARTIFACT"
-        )
-
-
 def _power_of_two_in(vocab: int) -> int:
     """Return the largest power of two, up to Megatron's 128, that divides a vocabulary: none of it is padded then."""
     return min(128, vocab & -vocab)
@@ -139,6 +138,8 @@ def as_options(arguments: dict[str, Any], spec: str | None) -> str:
     for name, value in arguments.items():
         if isinstance(value, bool):
             lines += [f"--{name.replace('_', '-')}"] if value else []
+        elif isinstance(value, list):  # as Megatron-LM writes one, and the shell takes it for no pattern of file names
+            lines.append(f"--{name.replace('_', '-')} ({value})".replace(", ", ","))
         elif name != "num_query_groups" or arguments["group_query_attention"]:
             lines.append(f"--{name.replace('_', '-')} {value}")
     return "\n".join(lines) + "\n"

@@ -10,6 +10,8 @@
                                                               before a column
              lowbit                                           int64 [6], of a rotated artifact [7]: see Shape; tells a
                                                               reader what to allocate
+    experts  packed_weight, scale, zero_point                 as of a column (linear_fc1) or a row (linear_fc2), behind
+                                                              an axis of the experts, which lowbit lacks
 
 Keys are Megatron's own with these names in place of `weight`, so layers of equal shape are stacked as Megatron stacks
 them. A row-parallel rank stores whole bytes: where its share of the inputs ends inside one, saving is refused.
@@ -116,6 +118,41 @@ def sharded_state(layer: Any, prefix: str, sharded_offsets: tuple, metadata: Any
     return {prefix + names.get(key.removeprefix(prefix), key.removeprefix(prefix)): v for key, v in sharded.items()}
 
 
+def sharded_experts(layer: Any, prefix: str, sharded_offsets: tuple, metadata: Any) -> dict[str, Any]:
+    """Return Megatron's sharded state dict of LowBitExperts, with the keys that its SequentialMLP has for its weights.
+
+    Raises LowBitError where a rank's share ends inside a byte.
+    """
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+
+    state: dict[str, Any] = {}
+    axes, rank, ranks = len(sharded_offsets) + 1, group_rank(layer.tp_group), world_size(layer.tp_group)
+    for role, held in (("linear_fc1", "up"), ("linear_fc2", "down")):
+        key, linears, row = f"{prefix}experts.{role}.", getattr(layer, held), held == "down"
+        bits, width = linears[0].weight_bits, linears[0].in_features
+        if row:
+            check_bytes(key, width, bits)
+        shape = Shape(bits, layer.act_bits, 1, width * (ranks if row else 1), int(layer.grouped), 16)
+        state |= replicated({"lowbit": shape.tensor()}, key, sharded_offsets, metadata, {})
+        for place, (number, linear) in enumerate(zip(layer.numbers, linears, strict=True)):
+            offsets = (*sharded_offsets, (axes - 1, number, layer.count))
+            for leaf in ("packed_weight", "scale", "zero_point"):
+                shared = not row or layer.grouped or leaf == "packed_weight"
+                share = [(axes + row, rank, ranks)] if shared else []
+                tensor = ShardedTensor.from_rank_offsets(
+                    key + leaf,
+                    getattr(linear, leaf),
+                    *offsets,
+                    *share,
+                    replica_id=(0, 0 if shared else rank, layer.replica),
+                    prepend_axis_num=axes,
+                )
+                name = f"{prefix}{held}.{place}.{leaf}"
+                state[name] = tensor if row else apply_swiglu_sharded_factory(tensor, offsets)
+    return state
+
+
 def replicated(
     tensors: dict[str, Tensor], prefix: str, sharded_offsets: tuple, metadata: Any, names: dict[str, str]
 ) -> dict[str, Any]:
@@ -190,6 +227,13 @@ def empty_codec(senders: int, features: int) -> Codec:
     return Codec(ones, zeros, torch.full((features,), 4, dtype=torch.uint8))
 
 
+def empty_weight(out_features: int, in_features: int, bits: int, scales: int) -> QuantizedWeight:
+    """Return a weight of zeros to load into; scales: of a row."""
+    packed = torch.zeros(out_features, packed_bytes(in_features, bits), dtype=torch.uint8)
+    scale, zero_point = (torch.zeros(out_features, scales) for _ in range(2))
+    return QuantizedWeight(packed, scale, zero_point, bits, in_features)
+
+
 def empty_linear(shape: Shape, out_features: int, scales: int, rank: int | None, ranks: int) -> Any:
     """Return a QuantLinear of zeros for one rank to load into.
 
@@ -202,13 +246,7 @@ def empty_linear(shape: Shape, out_features: int, scales: int, rank: int | None,
             f"{shape.act_groups} shard groups of {shape.width} inputs do not divide among tp={ranks}; use another tp"
         )
     inputs = shape.width // ranks
-    weight = QuantizedWeight(
-        torch.zeros(out_features, packed_bytes(inputs, shape.weight_bits), dtype=torch.uint8),
-        torch.zeros(out_features, scales),
-        torch.zeros(out_features, scales),
-        shape.weight_bits,
-        inputs,
-    )
+    weight = empty_weight(out_features, inputs, shape.weight_bits, scales)
     branch = None
     if rank is not None:
         branch = LowRank(*(torch.zeros(size, dtype=torch.bfloat16) for size in ((rank, inputs), (out_features, rank))))

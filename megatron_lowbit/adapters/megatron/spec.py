@@ -148,9 +148,7 @@ def block_spec(config: Any, layer: Any = None) -> Any:
     layer: one layer's spec; None: llama_spec, with experts in the blocks that the config says. A layer's spec alone
     leaves the final norm to Megatron, whose choice without Apex or Transformer Engine refuses sequence parallelism.
     """
-    count = get_num_layers_to_build(config)
-    first = 0 if config.num_moe_experts is None else get_transformer_layer_offset(config)
-    layers = [layer or llama_spec(config.qk_layernorm, has_experts(config, first + i)) for i in range(count)]
+    layers = [layer or llama_spec(config.qk_layernorm, has) for has in mixtures(config)]
     return TransformerBlockSubmodules(layers, layer_norm=RMSNorm)
 
 
@@ -167,35 +165,50 @@ def artifact_spec(artifact: str | Path | None = None, spec: Any = None) -> Any:
 
 
 class StageLayers(Sequence):
-    """The same layer's spec, as often as this pipeline stage of a Megatron-LM script has layers.
+    """The specs of the layers that this pipeline stage of a Megatron-LM script has.
 
     A block's spec lists its layers, but a ready object for `--spec` is made before anything knows how many there will
-    be: the list looks at the script's arguments when the block is built.
+    be: the list looks at the script's arguments when the block is built. mixture: of the layers that have experts.
     """
 
-    def __init__(self, layer: Any):
-        self.layer = layer
+    def __init__(self, layer: Any, mixture: Any = None):
+        self.layer, self.mixture = layer, layer if mixture is None else mixture
 
     def __len__(self) -> int:
+        return len(self._layers())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._layers()[index]
+
+    def _layers(self) -> list[Any]:
         args = scripts.script_arguments()
         if args is None:
             raise LowBitError("a ready block spec is for --spec of Megatron-LM's scripts; elsewhere call block_spec")
         from megatron.training.arguments import core_transformer_config_from_args
 
         config = core_transformer_config_from_args(args)
-        stages = range(config.virtual_pipeline_model_parallel_size or 1)
-        counts = {get_num_layers_to_build(config, vp_stage=stage) for stage in stages}
-        if len(counts) > 1:
-            raise LowBitError("a ready block spec needs virtual pipeline stages of equal size; use llama_lowbit_spec")
-        return counts.pop()
-
-    def __getitem__(self, index: Any) -> Any:
-        return ([self.layer] * len(self))[index]
+        stages = [mixtures(config, stage) for stage in range(config.virtual_pipeline_model_parallel_size or 1)]
+        if any(stage != stages[0] for stage in stages):
+            raise LowBitError("a ready block spec needs virtual pipeline stages of equal layers; use llama_lowbit_spec")
+        return [self.mixture if has else self.layer for has in stages[0]]
 
 
-def ready_block(layer: Any) -> Any:
-    """Return the spec of a block of these layers, with a final norm that takes sequence parallelism, for `--spec`."""
-    return TransformerBlockSubmodules(StageLayers(layer), layer_norm=RMSNorm)
+def mixtures(config: Any, stage: int | None = None) -> list[bool]:
+    """Return of every layer of this pipeline stage whether it is a mixture of experts.
+
+    stage: the virtual one, if any.
+    """
+    count = get_num_layers_to_build(config, vp_stage=stage)
+    first = 0 if config.num_moe_experts is None else get_transformer_layer_offset(config, vp_stage=stage)
+    return [has_experts(config, first + i) for i in range(count)]
+
+
+def ready_block(layer: Any, mixture: Any = None) -> Any:
+    """Return the spec of a block of these layers, with a final norm that takes sequence parallelism, for `--spec`.
+
+    mixture: of the layers that have experts.
+    """
+    return TransformerBlockSubmodules(StageLayers(layer, mixture), layer_norm=RMSNorm)
 
 
 llama_lowbit_spec = artifact_spec(spec=lowbit_spec(llama_spec(), "W4A8"))
@@ -208,5 +221,5 @@ llama_lowbit_block_spec = ready_block(llama_lowbit_spec)
 llama_w4a16_block_spec = ready_block(llama_w4a16_spec)
 llama_w4a4_block_spec = ready_block(llama_w4a4_spec)
 qwen3_lowbit_block_spec = ready_block(qwen3_lowbit_spec)
-mixtral_lowbit_block_spec = ready_block(mixtral_lowbit_spec)
-qwen3_moe_lowbit_block_spec = ready_block(qwen3_moe_lowbit_spec)
+mixtral_lowbit_block_spec = ready_block(llama_lowbit_spec, mixtral_lowbit_spec)
+qwen3_moe_lowbit_block_spec = ready_block(qwen3_lowbit_spec, qwen3_moe_lowbit_spec)

@@ -5,6 +5,7 @@
     from 0.18 on  the dynamic context holds the token that ends each running request, before that the controller;
                   and engines set a flag of the whole process, which a model that is trained must not find
     0.18          the controller has no room for the next tokens until its own sampler has run
+    before 0.19   a dynamic context scales what YaRN turns only where it is told to, and nobody tells it
 
 What is there decides, not the version's number, so that a version between two of these works too.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import megatron.core
@@ -21,6 +23,7 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
@@ -87,7 +90,16 @@ def dynamic_wrapper(kind: type, model: Any, max_requests: int, length: int, buff
     else:
         config = _wrapper_config(model, max_requests, length)
         context = DynamicInferenceContext.from_config(config, model, max_requests, buffer_gb, num_cuda_graphs=None)
+    scale_rotary(context, model.config)
     return _wrapper(kind, model, context, max_requests, length)
+
+
+def scale_rotary(context: DynamicInferenceContext, config: Any) -> None:
+    """Have a dynamic context scale queries and keys that YaRN has turned, as attention without a cache does."""
+    factor = _yarn_get_concentration_factor_from_config(config)
+    if factor != 1.0:
+        for name in ("apply_rotary_emb_query", "apply_rotary_emb_key"):
+            setattr(context, name, partial(getattr(context, name), mscale=factor))
 
 
 def dynamic_engine(controller: Any, seed: int) -> DynamicInferenceEngine:
