@@ -60,8 +60,7 @@ def explain(stage: type[BaseModel], error: ValidationError) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         valid = dotted_keys(stage)
-        leaves = {name.rpartition(".")[2]: name for name in valid}
-        near = nearest(key, valid) or leaves.get(nearest(key.rpartition(".")[2], list(leaves)) or "")
+        near = nearest_key(key, valid)
         hint = f"; did you mean {near!r}?" if near else f"; valid keys: {', '.join(valid)}"
         return f"unknown config key {shown(key)}{hint}"
     key, value = _cut(key, 200), problem["input"]
@@ -76,6 +75,12 @@ def explain(stage: type[BaseModel], error: ValidationError) -> str:
     if problem["type"] == "value_error" and isinstance(value, dict):  # a rule between the keys of a section
         return f"{key}: {message}"
     return f"{key}={shown(value)}: {message[:1].lower()}{message[1:]}"
+
+
+def nearest_key(key: str, valid: list[str]) -> str | None:
+    """Return the dotted key that `key` is a slip of, its section maybe left out; None where there is none."""
+    leaves = {name.rpartition(".")[2]: name for name in valid}
+    return nearest(key, valid) or leaves.get(nearest(key.rpartition(".")[2], list(leaves)) or "")
 
 
 def nearest(name: str, choices: list[str]) -> str | None:

@@ -263,6 +263,8 @@ CASES = {
         ["evaluation.sequence_length=257", "256"],
     ),
     "prompt beyond the context": (["generate", "model=embedded", "prompt=" + "word " * 300], ["256", "shorten"]),
+    "a key as an option": (["serve", "model=embedded", "--port", "8001"], ["--port", "no dashes", "port=VALUE"]),
+    "a section's key as an option": (["quantize", "model=embedded", "--scheme=W4A8"], ["weights.scheme=VALUE"]),
     "demo with an artifact": (
         ["demo", "engine=huggingface", "tp=1", "virtual_tp=2", "artifact={folder}/good"],
         ["leave artifact out"],
