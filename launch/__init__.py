@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help", "help"):
         width = max(map(len, STAGES))
         print("usage: megatron-lowbit STAGE [options] [key.path=value ...]\n")
         for name, what in STAGES.items():
@@ -64,6 +64,11 @@ def _main(argv: list[str] | None) -> int:
 
         code = arguments.check_arguments(argv[1], argv[2:])
         return import_module(f"megatron_lowbit.launch.bench.{argv[1]}").main(argv[2:]) if code is None else code
+    if argv[0] == "benchmark" and argv[1:2] and "=" not in argv[1] and not argv[1].startswith("-"):
+        from megatron_lowbit.config.errors import shown, suggest
+        from megatron_lowbit.launch.arguments import fail
+
+        return fail(f"unknown benchmark {shown(argv[1])}{suggest(argv[1], BENCHMARKS)}")
     if argv[0] == "slurm":
         from megatron_lowbit.launch.slurm import render as slurm
 
@@ -72,11 +77,11 @@ def _main(argv: list[str] | None) -> int:
         from megatron_lowbit.launch import report
 
         return report.main(argv[1:])
-    from megatron_lowbit.config import shown
+    from megatron_lowbit.config.errors import shown, suggest
     from megatron_lowbit.launch.arguments import check_arguments, fail
 
     if argv[0] not in STAGES:
-        return fail(f"unknown stage {shown(argv[0])}; choose one of {', '.join(STAGES)}")
+        return fail(f"unknown stage {shown(argv[0])}{suggest(argv[0], STAGES)}")
     code = check_arguments(argv[0], argv[1:])
     if code is not None:
         return code

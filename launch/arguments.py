@@ -32,7 +32,6 @@ from megatron_lowbit.config import (
     StageConfig,
     load_config,
 )
-from megatron_lowbit.config.errors import nearest_key
 from megatron_lowbit.config.fields import dotted_keys
 from megatron_lowbit.launch import STAGES
 from megatron_lowbit.launch.bench.config import BenchmarkConfig
@@ -111,8 +110,9 @@ class Parser(argparse.ArgumentParser):
         option = re.search(r"unrecognized arguments: --([\w.-]+)", message)
         if option is None or self.config is None:
             return ""
-        near = nearest_key(option[1].replace("-", "_"), dotted_keys(self.config))
-        return f"; keys have no dashes before them: {near}=VALUE" if near else ""
+        name = option[1].replace("-", "_")
+        key = next((key for key in dotted_keys(self.config) if name in (key, key.rpartition(".")[2])), None)
+        return f"; keys have no dashes before them: {key}=VALUE" if key else ""
 
 
 def parse(name: str, config_class: type[StageConfig], argv: list[str]) -> tuple[StageConfig, int | None]:

@@ -276,9 +276,14 @@ def test_version(capsys):
 
 
 def test_usage_names_every_stage(capsys):
-    assert run_here() == run_here("--help") == 0
+    assert run_here() == run_here("--help") == run_here("help") == 0
     out = capsys.readouterr().out
     assert all(f"  {stage} " in out for stage in ("demo", "calibrate", "quantize", "evaluate", "generate", "benchmark"))
+
+
+def test_an_unknown_kind_of_benchmark(capsys):
+    assert run_here("benchmark", "models") == 2
+    assert "unknown benchmark 'models'; did you mean 'model'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
