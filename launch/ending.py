@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_lowbit.comm.plan import plan_sizes
 from megatron_lowbit.config import StageConfig
 from megatron_lowbit.launch.help import WIDTH
 from megatron_lowbit.launch.report import PAGE
@@ -54,6 +53,8 @@ def _next(stage: str, config: StageConfig) -> list[str]:
     if stage == "demo":
         return ["megatron-lowbit", "generate", f"artifact={Path(folder) / 'artifact'}", "prompt=def f("]
     if stage in ("calibrate", "quantize") and not getattr(config, "dry_run", False):
+        from megatron_lowbit.comm.plan import plan_sizes  # and with it torch, which `slurm` does without
+
         text = "evaluation.data=stdlib:validation" if config.model == "embedded" else "evaluation.data=TEXT"
         ranks = [f"virtual_tp={size}" for size in plan_sizes(Path(folder))[:1]]
         return ["megatron-lowbit", "evaluate", *model, f"artifact={folder}", text, *ranks]
