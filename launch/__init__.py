@@ -30,7 +30,7 @@ STAGES = {
     "benchmark": "time patched against unpatched; `benchmark collectives|kernels|linear|model|gpu`: these alone",
 }
 WITHOUT_CONFIG = ("report", "slurm")  # they run no model, and read their arguments themselves
-WHOLE_TEXTS = ("calibrate", "quantize", "evaluate")  # no decode steps: a thread that is woken late costs nothing
+SLEEPING = ("calibrate", "quantize", "evaluate", "serve")  # whole texts; and beside clients, who need the cores too
 BENCHMARKS = ("collectives", "kernels", "linear", "model", "gpu")  # kinds of `benchmark` that are one process
 
 
@@ -97,7 +97,7 @@ def _sleep_between_products(stage: str) -> None:
     By default they spin for milliseconds after every product. On cores that other processes use, they spin until the
     thread that they wait for is given its turn: twenty times the time on two busy cores.
     """
-    if stage in WHOLE_TEXTS and "torch" not in sys.modules:
+    if stage in SLEEPING and "torch" not in sys.modules:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
