@@ -30,7 +30,7 @@ STAGES = {
     "benchmark": "time patched against unpatched; `benchmark collectives|kernels|linear|model|gpu`: these alone",
 }
 WITHOUT_CONFIG = ("report", "slurm")  # they run no model, and read their arguments themselves
-WHOLE_TEXTS = ("calibrate", "quantize", "evaluate")  # no decode steps: a thread that is woken late costs nothing
+SLEEPING = ("calibrate", "quantize", "evaluate", "serve")  # whole texts; and beside clients, who need the cores too
 BENCHMARKS = ("collectives", "kernels", "linear", "model", "gpu")  # kinds of `benchmark` that are one process
 
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help", "help"):
         width = max(map(len, STAGES))
         print("usage: megatron-lowbit STAGE [options] [key.path=value ...]\n")
         for name, what in STAGES.items():
@@ -64,6 +64,11 @@ def _main(argv: list[str] | None) -> int:
 
         code = arguments.check_arguments(argv[1], argv[2:])
         return import_module(f"megatron_lowbit.launch.bench.{argv[1]}").main(argv[2:]) if code is None else code
+    if argv[0] == "benchmark" and argv[1:2] and "=" not in argv[1] and not argv[1].startswith("-"):
+        from megatron_lowbit.config.errors import shown, suggest
+        from megatron_lowbit.launch.arguments import fail
+
+        return fail(f"unknown benchmark {shown(argv[1])}{suggest(argv[1], BENCHMARKS)}")
     if argv[0] == "slurm":
         from megatron_lowbit.launch.slurm import render as slurm
 
@@ -72,11 +77,11 @@ def _main(argv: list[str] | None) -> int:
         from megatron_lowbit.launch import report
 
         return report.main(argv[1:])
-    from megatron_lowbit.config import shown
+    from megatron_lowbit.config.errors import shown, suggest
     from megatron_lowbit.launch.arguments import check_arguments, fail
 
     if argv[0] not in STAGES:
-        return fail(f"unknown stage {shown(argv[0])}; choose one of {', '.join(STAGES)}")
+        return fail(f"unknown stage {shown(argv[0])}{suggest(argv[0], STAGES)}")
     code = check_arguments(argv[0], argv[1:])
     if code is not None:
         return code
@@ -92,7 +97,7 @@ def _sleep_between_products(stage: str) -> None:
     By default they spin for milliseconds after every product. On cores that other processes use, they spin until the
     thread that they wait for is given its turn: twenty times the time on two busy cores.
     """
-    if stage in WHOLE_TEXTS and "torch" not in sys.modules:
+    if stage in SLEEPING and "torch" not in sys.modules:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 

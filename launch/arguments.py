@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Collection
@@ -31,6 +32,7 @@ from megatron_lowbit.config import (
     StageConfig,
     load_config,
 )
+from megatron_lowbit.config.fields import dotted_keys
 from megatron_lowbit.launch import STAGES
 from megatron_lowbit.launch.bench.config import BenchmarkConfig
 from megatron_lowbit.launch.help import WIDTH, explain_keys
@@ -101,7 +103,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         shown = message if len(message) <= 500 else f"{message[:480]} ..."
-        raise LowBitError(f"{shown} (see {self.prog} --help)")
+        raise LowBitError(f"{shown}{self._key_in(message)} (see {self.prog} --help)")
+
+    def _key_in(self, message: str) -> str:
+        """Return what to add where an unknown option is a key."""
+        option = re.search(r"unrecognized arguments: --([\w.-]+)", message)
+        if option is None or self.config is None:
+            return ""
+        name = option[1].replace("-", "_")
+        key = next((key for key in dotted_keys(self.config) if name in (key, key.rpartition(".")[2])), None)
+        return f"; keys have no dashes before them: {key}=VALUE" if key else ""
 
 
 def parse(name: str, config_class: type[StageConfig], argv: list[str]) -> tuple[StageConfig, int | None]:

@@ -53,8 +53,11 @@ def _next(stage: str, config: StageConfig) -> list[str]:
     if stage == "demo":
         return ["megatron-lowbit", "generate", f"artifact={Path(folder) / 'artifact'}", "prompt=def f("]
     if stage in ("calibrate", "quantize") and not getattr(config, "dry_run", False):
+        from megatron_lowbit.comm.plan import plan_sizes  # and with it torch, which `slurm` does without
+
         text = "evaluation.data=stdlib:validation" if config.model == "embedded" else "evaluation.data=TEXT"
-        return ["megatron-lowbit", "evaluate", *model, f"artifact={folder}", text, "virtual_tp=2"]
+        ranks = [f"virtual_tp={size}" for size in plan_sizes(Path(folder))[:1]]
+        return ["megatron-lowbit", "evaluate", *model, f"artifact={folder}", text, *ranks]
     if stage == "evaluate":
         return ["megatron-lowbit", "report", folder, "OTHER_RUN"]
     return []

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_lowbit.config import LOCAL_TASK, LowBitError, QuantizeConfig, StageConfig, one_line, shown
+from megatron_lowbit.config.errors import nearest
 from megatron_lowbit.io.gptq_text import PREFIX, parse_source
 from megatron_lowbit.io.texts import check_source
 from megatron_lowbit.runtime.launcher_env import launched
@@ -125,6 +126,8 @@ def model_name(name: str) -> str:
 
         return str(Path(embedded.__file__).parent)
     path = Path(name)
+    if not os.path.isdir(name) and nearest(name, ["embedded"], cutoff=0.85):  # it would be looked for on the hub
+        raise LowBitError(f"model={shown(name)} is not there; did you mean 'embedded'?")
     if not os.path.isdir(name) and (
         path.is_absolute() or name.startswith((".", "~")) or (name.count("/") != 1 and "/" in name)
     ):

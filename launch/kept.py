@@ -18,18 +18,13 @@ from megatron_lowbit.io.files import SEAL, read_json, seal_of, write_sealed
 
 def read_kept(file: Path, settings: Mapping[str, Any]) -> Any:
     """Return what is kept for these settings, of JSON values; None where there is nothing."""
-    record = read_record(file)
+    try:
+        record = read_json(file) if file.is_file() else {}
+    except LowBitError:  # damaged
+        return None
     if record.get(SEAL) != seal_of(record) or record.get("settings") != json.loads(json.dumps(settings)):
         return None
     return record.get("found")
-
-
-def read_record(file: Path) -> dict[str, Any]:
-    """Return what a JSON file holds; nothing of one that is not there, or damaged."""
-    try:
-        return read_json(file) if file.is_file() else {}
-    except LowBitError:
-        return {}
 
 
 def write_kept(file: Path, settings: Mapping[str, Any], found: Any) -> Any:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lowbit.config import LowBitError, load_config, old_name, shown
+from megatron_lowbit.config.errors import suggest
 from megatron_lowbit.launch import STAGES
 from megatron_lowbit.launch.arguments import CONFIGS, Parser, fail, parse
 from megatron_lowbit.launch.ending import say_next
@@ -208,7 +209,8 @@ def _script(name: str, job: StageJob, config: SlurmConfig, template: str) -> str
 def _check_stage(name: str, command: str, arguments: list[str], nodes: int, tasks: int) -> None:
     """Check what can be known before the job runs: the stage's keys, and its number of ranks."""
     if command not in STAGES or command == "slurm":
-        raise LowBitError(f"stages.{name}: unknown stage {command!r}; choose one of {', '.join(STAGES)}")
+        stages = [stage for stage in STAGES if stage != "slurm"]
+        raise LowBitError(f"stages.{name}: unknown stage {command!r}{suggest(command, stages)}")
     try:
         stage_config, _ = parse(command, CONFIGS[command], arguments)
         own = own_ranks(command, stage_config)

@@ -25,9 +25,8 @@ Its seconds are those of its making, and of the pass over the evaluation text, i
 from __future__ import annotations
 
 import hashlib
-import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -44,11 +43,10 @@ from megatron_lowbit.config import (
     ReassemblyConfig,
     WeightsConfig,
 )
-from megatron_lowbit.io.files import write_json
 from megatron_lowbit.launch.engines.base import Engine
 from megatron_lowbit.launch.engines.prepare import load_windows, round_weights
 from megatron_lowbit.launch.engines.start import start_engine
-from megatron_lowbit.launch.kept import read_record
+from megatron_lowbit.launch.kept import read_kept, write_kept
 from megatron_lowbit.launch.qllm import quantize_qllm
 from megatron_lowbit.launch.rows import explained, full_precision_row, low_bit_row, quality_cells
 from megatron_lowbit.launch.studies.hierarchical import maps_of, quantize_hierarchical
@@ -59,8 +57,6 @@ from megatron_lowbit.quant.tp_sizes import default_shard_groups, widths_of
 from megatron_lowbit.runtime.metrics import MetricLogger
 
 GAMMAS = (0.01, 0.03, 0.05)
-# Refused here, or the same as other keys say, so that a row's settings are what they were before there was one.
-_UNUSED: Mapping[str, Any] = {"weights": {"lm_head_bits", "budget", "preset"}, "export": True}
 
 
 class Variant(NamedTuple):
@@ -161,8 +157,8 @@ def quantized(
     folder: Path,
     text: str,
     quantize: Callable[[QuantizeConfig], Any],
-) -> tuple[LowBitCheckpoint, float | None]:
-    """Return a row's artifact, and the seconds of its making; None for one that an earlier version made."""
+) -> tuple[LowBitCheckpoint, float]:
+    """Return a row's artifact, and the seconds of its making."""
     shared = {name: getattr(config, name) for name in ("model", "dtype", "seed", "inject_outliers", "inject_at")}
     settings = QuantizeConfig(
         **shared,
@@ -172,28 +168,21 @@ def quantized(
         reassembly=variant.reassembly,
         correction=variant.correction,
     )
-    done = folder / "row.json"
-    wanted = json.loads(json.dumps({"settings": settings.model_dump(mode="json", exclude=_UNUSED), "text": text}))
-    if settings.weights.rotation != "learned":
-        del wanted["settings"]["rotation"]  # of learned rotations alone
-    if settings.weights.rotation == "none":
-        del wanted["settings"]["weights"]["rotation"]  # as before there was one
-    found = read_record(done) if (folder / "lowbit.json").exists() else {}
-    seconds = found.pop("seconds", None)
-    if found != wanted:
+    done, wanted = folder / "row.json", {**settings.model_dump(mode="json"), "text": text}
+    found = read_kept(done, wanted) if (folder / "lowbit.json").exists() else None
+    if found is None:
         done.unlink(missing_ok=True)
         began = time.perf_counter()
         quantize(settings)
-        seconds = time.perf_counter() - began
-        write_json(done, {**wanted, "seconds": seconds})
-    return LowBitCheckpoint.load(folder), seconds
+        found = write_kept(done, wanted, {"seconds": time.perf_counter() - began})
+    return LowBitCheckpoint.load(folder), found["seconds"]
 
 
 def artifact_row(
     engine: Engine,
     name: str,
     checkpoint: LowBitCheckpoint,
-    seconds: float | None,
+    seconds: float,
     windows: Any,
     config: EvaluateConfig,
     reference: Any,

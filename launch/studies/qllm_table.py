@@ -82,8 +82,8 @@ def _made(
     folder: Path,
     text: str,
     logger: MetricLogger,
-) -> tuple[LowBitCheckpoint, float | None]:
-    """Return a row's checkpoint, and the seconds of its making; None for one that an earlier version made."""
+) -> tuple[LowBitCheckpoint, float]:
+    """Return a row's checkpoint, and the seconds of its making."""
     if method == "rtn":
         began = time.perf_counter()
         plain = WeightsConfig(scheme=weights.scheme, attention=weights.attention, shard_groups=1)

@@ -6,6 +6,7 @@ import difflib
 import logging
 import os
 import reprlib
+from collections.abc import Collection
 from functools import cache
 from typing import Any
 
@@ -70,6 +71,9 @@ def explain(stage: type[BaseModel], error: ValidationError) -> str:
         near = nearest(str(value), choices) if isinstance(value, str) else None
         hint = f"; did you mean {near!r}?" if near else ""
         return f"{key}={shown(value)} is not one of {', '.join(choices)}{hint}"
+    if problem["type"] == "tuple_type":
+        items = value if isinstance(value, str | int | float) else "..."
+        return f"{key}={shown(value)}: it is a list; write {key}=[{_cut(str(items), 200)}]"
     message = _cut(problem["msg"].removeprefix("Value error, "), 300)
     if not key:  # a rule between settings names them itself
         return message
@@ -78,12 +82,22 @@ def explain(stage: type[BaseModel], error: ValidationError) -> str:
     return f"{key}={shown(value)}: {message[:1].lower()}{message[1:]}"
 
 
-def nearest(name: str, choices: list[str]) -> str | None:
-    """Return the choice that a name is a slip of; None where it could be several, or is no slip at all."""
+def suggest(name: str, choices: Collection[str]) -> str:
+    """Return how a message about an unknown name ends: with the choice that it is a slip of, or with all of them."""
+    near = nearest(name, list(choices))
+    return f"; did you mean {near!r}?" if near else f"; choose one of {', '.join(choices)}"
+
+
+def nearest(name: str, choices: list[str], cutoff: float = 0.6) -> str | None:
+    """Return the choice that a name is a slip of, capitals aside; None where it is no slip at all.
+
+    cutoff: how alike they have to be; 1 is the same.
+    """
     if len(name) > 100:
         return None
-    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
-    return near[0] if near else None
+    folded = {choice.casefold(): choice for choice in choices}
+    near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=cutoff)
+    return folded[near[0]] if near else None
 
 
 def _cut(text: str, length: int) -> str:

@@ -127,7 +127,8 @@ def _override(stage: type[BaseModel], tree: dict[str, Any], override: str) -> No
     key, equals, text = override.partition("=")
     path = key.split(".")
     if not equals or not key or len(path) > DEEPEST:
-        raise LowBitError(f"override {shown(override)} is not of the form key.path=value")
+        example = "" if equals else ", such as model=embedded"
+        raise LowBitError(f"override {shown(override)} is not of the form key.path=value{example}")
     node = tree
     for parent in path[:-1]:
         node = node.setdefault(parent, {})

@@ -195,6 +195,11 @@ def require(module: str, extra: str) -> Any:
 _outer: Progress | None = None  # the display of the loop that runs, which loops within it add their bars to
 
 
+def on_a_terminal() -> bool:
+    """Tell whether bars are shown: whether standard error is a terminal."""
+    return Console(stderr=True).is_terminal
+
+
 def progress(items: Iterable[T], total: int, description: str, rank: int = 0) -> Iterator[T]:
     """Iterate with a bar and an ETA on rank 0's standard error, where that is a terminal; a loop within another has its
     bar below that one's, while it runs."""
@@ -209,6 +214,7 @@ def progress(items: Iterable[T], total: int, description: str, rank: int = 0) ->
             _outer.remove_task(task)
     else:
         console = Console(stderr=True)
+        console.file = console.file  # also while standard error is sent elsewhere
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

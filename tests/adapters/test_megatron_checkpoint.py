@@ -222,3 +222,10 @@ def test_an_interrupted_save_leaves_no_checkpoint(two_ranks, models, tmp_path):
         assert "no distributed checkpoint" in results["loads"]
         assert_same(results["again"])
         assert results["parts"] == [], "a partial checkpoint is left"
+
+
+def test_writing_has_a_bar(two_ranks, models, tmp_path):
+    """On rank 0, of the bytes that both ranks write."""
+    (first, *sizes), (second, *same) = two_ranks.run(cases.saved_with_a_bar, models["llama"], tmp_path / "there")
+    assert "writing the checkpoint, percent" in first and not second
+    assert sizes == same and sizes[0] == sizes[1] > 100_000

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import math
 import multiprocessing
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron_cases import module_ids
 from megatron_groups import parallel
 from megatron_model_cases import differing, said, stage_logits
+from rich.console import Console
 from torch import Tensor
 from torch import distributed as dist
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.artifact import Artifact
+from megatron_lowbit.runtime import metrics
 
 
 def hf_config(folder: Path) -> Any:
@@ -239,6 +245,24 @@ def interrupted_save(rank: int, size: int, model: Path, folder: Path) -> dict[st
         loaded = megatron_checkpoint.load_checkpoint(plain(model), folder)
         again = compare(loaded, gpt, hf_config(model).vocab_size)
         return {"raised": raised, "left": left, "loads": loads, "again": again, "parts": list_hidden(folder.parent)}
+
+
+def saved_with_a_bar(rank: int, size: int, model: Path, folder: Path) -> tuple[str, int, int]:
+    """(what a terminal gets, the bytes that the bar expects, those of the tensors in the checkpoint)."""
+    from megatron_lowbit.adapters.megatron import checkpoint as megatron_checkpoint
+
+    text, watch = io.StringIO(), megatron_checkpoint.folder_progress
+    console = partial(Console, file=text, force_terminal=True, width=80)
+    with parallel(size), writers():
+        gpt = with_weights(model)
+        with (
+            mock.patch.object(metrics, "Console", lambda stderr: console()),
+            mock.patch.object(megatron_checkpoint, "folder_progress", wraps=watch) as bar,
+        ):
+            megatron_checkpoint.save_checkpoint(gpt, folder)
+        found = megatron_checkpoint._metadata(folder / "release").values()
+    stored = sum(math.prod(tensor.global_shape) * tensor.dtype.itemsize for tensor in found)
+    return text.getvalue(), bar.call_args.args[1], stored
 
 
 def list_hidden(folder: Path) -> list[str]:

@@ -9,7 +9,8 @@ import pytest
 from commands import CALIBRATION, EVALUATION, run_here
 from tiny_models import two_blocks
 
-from megatron_lowbit.config import EvaluateConfig, QuantizeConfig
+from megatron_lowbit.config import EvaluateConfig, QuantizeConfig, WeightsConfig
+from megatron_lowbit.launch.studies import ablation as study
 from megatron_lowbit.launch.studies.ablation import variants
 
 ROWS = ["full", "rtn", "rtn_grouped"]
@@ -109,6 +110,37 @@ def test_a_second_run_makes_no_row_again(ablation):
 
 def stamps(folder) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in (folder / "ablation").rglob("*") if path.is_file()}
+
+
+def _seconds(text: str) -> str:
+    record = json.loads(text)
+    record["found"]["seconds"] += 1
+    return json.dumps(record)
+
+
+@pytest.mark.parametrize("change", [_seconds, lambda text: text[:-40]])
+def test_a_row_that_was_changed_is_made_again(change, tmp_path, monkeypatch):
+    """As one of other settings is, or of another text."""
+    made = []
+
+    def quantize(settings):
+        made.append(settings.weights.rounding)
+        tmp_path.joinpath("lowbit.json").touch()
+
+    def row(name="+gptq", text="text"):
+        config = EvaluateConfig()
+        weights, variant = WeightsConfig(scheme="W4A4"), variants(config)[name]
+        return study.quantized(config, weights, variant, tmp_path, text, quantize)[1]
+
+    monkeypatch.setattr(study.LowBitCheckpoint, "load", lambda folder: folder)
+    assert row() == row() and made == ["gptq"]
+    file = tmp_path / "row.json"
+    file.write_text(change(file.read_text()))
+    row()
+    assert made == ["gptq"] * 2
+    row("+clipping")
+    row("+clipping", "another text")
+    assert made == ["gptq"] * 2 + ["nearest"] * 2
 
 
 @pytest.mark.parametrize(

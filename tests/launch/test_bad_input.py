@@ -111,7 +111,7 @@ _DAMAGE = {
 
 # {what is wrong: (command line, what the line has to say)}
 CASES = {
-    "unknown stage": (["evaluat"], ["unknown stage 'evaluat'", "evaluate"]),
+    "unknown stage": (["evaluat"], ["unknown stage 'evaluat'; did you mean 'evaluate'?"]),
     "unknown option": ([*EVALUATE, "--nope"], ["--nope"]),
     "unknown key": ([*EVALUATE, "comm.bitz=4"], ["'comm.bitz'", "did you mean 'comm.bits'?"]),
     "unknown section": ([*EVALUATE, "evaluatoin.samples=4"], ["'evaluatoin'", "did you mean 'evaluation"]),
@@ -263,6 +263,11 @@ CASES = {
         ["evaluation.sequence_length=257", "256"],
     ),
     "prompt beyond the context": (["generate", "model=embedded", "prompt=" + "word " * 300], ["256", "shorten"]),
+    "a scheme in small letters": (["quantize", "model=embedded", "weights.scheme=w4a8"], ["did you mean 'W4A8'?"]),
+    "a task that is no list": ([*EVALUATE, "evaluation.tasks=arc_easy"], ["write evaluation.tasks=[arc_easy]"]),
+    "a slip in embedded": (["generate", "model=embeded"], ["model='embeded'", "did you mean 'embedded'?"]),
+    "a key as an option": (["serve", "model=embedded", "--port", "8001"], ["--port", "no dashes", "port=VALUE"]),
+    "a section's key as an option": (["quantize", "model=embedded", "--scheme=W4A8"], ["weights.scheme=VALUE"]),
     "demo with an artifact": (
         ["demo", "engine=huggingface", "tp=1", "virtual_tp=2", "artifact={folder}/good"],
         ["leave artifact out"],

@@ -162,7 +162,8 @@ def test_wrong_type(override, message):
 
 @pytest.mark.parametrize("override", ["tp", "", "=4", "--tp"])
 def test_an_override_without_key_or_value(override):
-    assert refused(override) == f"override {override!r} is not of the form key.path=value"
+    example = "" if "=" in override else ", such as model=embedded"
+    assert refused(override) == f"override {override!r} is not of the form key.path=value{example}"
 
 
 def test_an_override_below_a_value():

@@ -36,13 +36,19 @@ def test_a_command_is_broken_between_words():
 
 def test_what_comes_next_is_a_command(tmp_path, capsys):
     folder = tmp_path / "a folder"
-    assert run_here("calibrate", "model=embedded", "comm.tp_sizes=[2]", *CALIBRATION, f"output_dir={folder}") == 0
+    assert run_here("calibrate", "model=embedded", "comm.tp_sizes=[4]", *CALIBRATION, f"output_dir={folder}") == 0
     err = capsys.readouterr().err
     assert f"wrote calibrate.json and report.html to {folder} in " in err
     words = shlex.split(err.partition("next: ")[2].replace("\\\n", " "))
     assert words[:2] == ["megatron-lowbit", "evaluate"] and f"artifact={folder}" in words
     config, _ = arguments.parse("evaluate", arguments.CONFIGS["evaluate"], words[2:])
-    assert config.virtual_tp == 2 and config.evaluation.data == "stdlib:validation"
+    assert config.virtual_tp == 4, "what the folder has a plan for"
+    assert config.evaluation.data == "stdlib:validation"
+
+
+def test_without_a_plan_nobody_communicates(tmp_path, capsys):
+    tell_ending("quantize", QuantizeConfig(model="embedded", output_dir=str(tmp_path)), {"seconds": 3.0})
+    assert "virtual_tp" not in capsys.readouterr().err
 
 
 def test_a_dry_run_has_no_artifact_to_go_on_with(tmp_path, capsys):

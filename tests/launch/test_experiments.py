@@ -113,7 +113,7 @@ def test_rows_of_qllm(qllm, monkeypatch):
     }
     assert settings["qllm"]["correction"]["epochs"] == 1 and settings["qllm"]["correction"]["learning_rate"] == 5e-4
     assert settings["qllm"]["correction"]["mode"] == "merged" and settings["best"]["correction"]["mode"] == "none"
-    assert settings["best"]["weights"]["rotation"] == "learned" and "rotation" not in settings["qllm"]["weights"]
+    assert settings["best"]["weights"]["rotation"] == "learned" and settings["qllm"]["weights"]["rotation"] == "none"
     made = {path: path.stat().st_mtime_ns for path in (folder / "qllm").rglob("*.safetensors")}
     assert run_here(*command) == 0
     assert made == {path: path.stat().st_mtime_ns for path in (folder / "qllm").rglob("*.safetensors")}

@@ -304,11 +304,8 @@ def test_a_script_of_ones_own(lab, tmp_path, launcher):
     assert found == dict.fromkeys(["0-2-0", "1-2-0"], "some/folder --spec two words")
 
 
-REAL = [*SLOW, *real]
-
-
 class TestMegatronLm:
-    pytestmark = REAL
+    pytestmark = real
 
     def test_an_inference_script(self, lab, embedded_artifact, tmp_path):
         """configs/slurm/megatron_lm.yaml on two nodes of one rank, a pipeline of two stages: tokens of transformers."""

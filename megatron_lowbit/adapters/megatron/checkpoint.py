@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -51,6 +51,7 @@ from megatron_lowbit.layers.linear import QuantRowParallelLinear
 from megatron_lowbit.layers.reassembled_norm import Reassembly
 from megatron_lowbit.quant.reassembly_plan import ReassemblyPlan
 from megatron_lowbit.runtime.distributed import all_gather_values, on_rank_zero
+from megatron_lowbit.runtime.folder_progress import folder_progress
 from megatron_lowbit.temporary import beside, remove, remove_dead
 
 
@@ -76,6 +77,7 @@ def save_checkpoint(
 
     by_layer = not _alike(model)
     state = _sharded(model, by_layer)  # what it refuses leaves no folder behind
+    size = sum(all_gather_values(_bytes(state), dist.group.WORLD))
     first = megatron.model_chunks(model)[0]
     arguments = scripts.model_arguments(first, None if describe is None else str(whole.resolve()))
     state |= {
@@ -87,10 +89,11 @@ def save_checkpoint(
         state["lowbit"] = about
     partial = Path(on_rank_zero(prepare))
     try:
-        with _quiet():
+        written = partial / scripts.RELEASE
+        with folder_progress(written, size, "writing the checkpoint, percent", dist.get_rank()), _quiet():
             # Megatron's scripts ask for the tensors by the metadata that they find here.
             metadata = {"non_homogeneous_layers": by_layer}
-            dist_checkpointing.save(state, str(partial / scripts.RELEASE), content_metadata=metadata)
+            dist_checkpointing.save(state, str(written), content_metadata=metadata)
         if dist.get_rank() == 0:
             if describe is not None:
                 describe(partial)
@@ -187,6 +190,12 @@ def _sharded(model: Any, by_layer: bool) -> dict[str, Any]:
     if hasattr(chunks[0].pg_collection, "dp_cp"):
         metadata["dp_cp_group"] = chunks[0].pg_collection.dp_cp
     return {f"model{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)}
+
+
+def _bytes(state: dict[str, Any]) -> int:
+    """Return the bytes of the tensors that this rank writes: of those that several hold, one does."""
+    sharded = [item for item in nested_values(state) if isinstance(item, ShardedTensor | ShardedTensorFactory)]
+    return sum(item.data.nbytes for item in sharded if is_main_replica(item.replica_id))
 
 
 def stored_kind(folder: str | Path) -> Literal["full precision", "plans", "packed weights"]:
