@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_lowbit.kernels.library import Library
 from megatron_lowbit.kernels.linear import FLOAT_BITS
-from megatron_lowbit.kernels.packing import pack_bits, unpack_bits
+from megatron_lowbit.kernels.packing import pack_bits, packed_bytes, unpack_bits
 
 _SHAPE: list[Any] = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
 _PANELS: list[Any] = [ctypes.c_void_p, *_SHAPE, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
@@ -26,7 +26,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "lowbit_linear": [ctypes.c_void_p],
     "lowbit_linear_path": [],
     "lowbit_panel_bytes": _SHAPE,
-    "lowbit_pack_panels": _PANELS,
+    "lowbit_pack_panels": [ctypes.c_void_p, ctypes.c_int64, *_PANELS[1:]],
     "lowbit_unpack_panels": _PANELS,
     "lowbit_reassemble": [
         *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
@@ -60,15 +60,18 @@ def fits(num_bits: int, inputs: int, blocks: int) -> bool:
 def panels_of(packed_weight: Tensor, num_bits: int, inputs: int, blocks: int, pairs: bool) -> Tensor | None:
     """Return rows uint8 [outputs, row_bytes] as panels; None where the kernels cannot run.
 
-    blocks: of inputs, as blocks_of says; pairs: for activations that are not quantized.
+    blocks: of inputs, as blocks_of says; pairs: for activations that are not quantized. Raises ValueError for rows of
+    another length. The C++ function reads the rows: codes unpacked by torch left holes in the memory of a process.
     """
     library = linear_kernels.find() if packed_weight.device.type == "cpu" and fits(num_bits, inputs, blocks) else None
     if library is None:
         return None
-    codes = unpack_bits(packed_weight, num_bits, inputs)
-    shape = codes.shape[0], inputs, blocks, num_bits
+    rows, shape = packed_weight.contiguous(), (packed_weight.shape[0], inputs, blocks, num_bits)
+    if rows.shape[1] != packed_bytes(inputs, num_bits):
+        raise ValueError(f"rows of {rows.shape[1]} bytes do not hold {inputs} codes of {num_bits} bits")
     panels = torch.empty(library.lowbit_panel_bytes(*shape), dtype=torch.uint8)
-    library.lowbit_pack_panels(codes.data_ptr(), *shape, pairs, panels.data_ptr(), torch.get_num_threads())
+    threads = torch.get_num_threads()
+    library.lowbit_pack_panels(rows.data_ptr(), rows.shape[1], *shape, pairs, panels.data_ptr(), threads)
     return panels
 
 
