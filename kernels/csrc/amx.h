@@ -115,6 +115,7 @@ const uint8_t* expand(const uint8_t* step, int64_t step_bytes, int64_t steps, in
   for (int64_t s = 0; s < tiles * kSteps; ++s) {
     uint8_t* at = to + s / kSteps * kGroups * kTile + s % kSteps * kStepRows;
     if (s < steps) {
+      fetch_codes(step, step_bytes);
       Operand::expand(step, at);
       step += step_bytes;
     } else {

@@ -129,7 +129,8 @@ void* keep[] = {%s, (void*)pair_tile<4, 4>};
 
 @needs_x86
 def test_sums_stay_in_registers(tmp_path):
-    """No vector is stored to the stack inside the loop over a block, as GCC does when rows are a plain loop."""
+    """No vector is stored to the stack inside the loop over a block, as GCC does when rows are a plain loop; and codes
+    are fetched ahead of it."""
     source, library = tmp_path / "tiles.cpp", tmp_path / "tiles.so"
     objdump = shutil.which("objdump")
     if not objdump:
@@ -147,6 +148,7 @@ def test_sums_stay_in_registers(tmp_path):
     for function in functions:
         loop = innermost_loop(function, r"vpdpbusd|vdpbf16ps")
         assert len([line for line in loop if re.search(r"vpdpbusd|vdpbf16ps", line)]) >= 16
+        assert [line for line in loop if "prefetcht1" in line]
         assert not [line for line in loop if re.search(r"%[yz]mm\d+,-?(0x)?[0-9a-f]*\(%r[sb]p\)", line)], function[0]
 
 
