@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -76,19 +77,29 @@ def panels_of(packed_weight: Tensor, num_bits: int, inputs: int, blocks: int, pa
 
 
 def forget_pages(packed_weight: Tensor) -> None:
-    """Let Linux take back the memory of rows that are read no more: pages of a file, which an Artifact keeps open.
+    """Give back the memory of rows that are read no more: pages of a file, which an Artifact keeps open.
 
-    Whoever does read them gets them from the file again. Memory that is no file's is left alone.
+    Whoever does read them gets them from the file again. Memory that is no file's, or that was written to since it was
+    read, is left alone.
     """
     start, size = packed_weight.data_ptr(), packed_weight.numel()
+    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
     try:
         mapped = any(_of_file(line, start, size) for line in Path("/proc/self/maps").read_text().splitlines())
+        if mapped and first < last and not _written(first, last):
+            # Advice to page them out leaves what lies in large pages that reach beyond the rows.
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
     except OSError:  # not Linux
         return
-    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
-    if mapped and first < last:
-        pageout = 21  # MADV_PAGEOUT: harmless advice, of kernels from 5.4 on
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), pageout)
+
+
+def _written(first: int, last: int) -> bool:
+    """Return whether any page in [first, last) of a file's mapping is a copy of this process's own."""
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(first // mmap.PAGESIZE * 8)
+        flags = array("Q", file.read((last - first) // mmap.PAGESIZE * 8))
+    # Bits 63 and 62: in memory, or swapped out; bit 61: the file's.
+    return any(page >> 62 and not page >> 61 & 1 for page in flags)
 
 
 def _of_file(line: str, start: int, size: int) -> bool:
