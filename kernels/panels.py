@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-import sys
+from array import array
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_lowbit.kernels.library import Library
 from megatron_lowbit.kernels.linear import FLOAT_BITS
-from megatron_lowbit.kernels.packing import pack_bits, unpack_bits
+from megatron_lowbit.kernels.packing import pack_bits, packed_bytes, unpack_bits
 
 _SHAPE: list[Any] = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
 _PANELS: list[Any] = [ctypes.c_void_p, *_SHAPE, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
@@ -26,7 +26,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "lowbit_linear": [ctypes.c_void_p],
     "lowbit_linear_path": [],
     "lowbit_panel_bytes": _SHAPE,
-    "lowbit_pack_panels": _PANELS,
+    "lowbit_pack_panels": [ctypes.c_void_p, ctypes.c_int64, *_PANELS[1:]],
     "lowbit_unpack_panels": _PANELS,
     "lowbit_reassemble": [
         *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
@@ -60,38 +60,47 @@ def fits(num_bits: int, inputs: int, blocks: int) -> bool:
 def panels_of(packed_weight: Tensor, num_bits: int, inputs: int, blocks: int, pairs: bool) -> Tensor | None:
     """Return rows uint8 [outputs, row_bytes] as panels; None where the kernels cannot run.
 
-    blocks: of inputs, as blocks_of says; pairs: for activations that are not quantized.
+    blocks: of inputs, as blocks_of says; pairs: for activations that are not quantized. Raises ValueError for rows of
+    another length. The C++ function reads the rows: codes unpacked by torch left holes in the memory of a process.
     """
     library = linear_kernels.find() if packed_weight.device.type == "cpu" and fits(num_bits, inputs, blocks) else None
     if library is None:
         return None
-    codes = unpack_bits(packed_weight, num_bits, inputs)
-    shape = codes.shape[0], inputs, blocks, num_bits
+    rows, shape = packed_weight.contiguous(), (packed_weight.shape[0], inputs, blocks, num_bits)
+    if rows.shape[1] != packed_bytes(inputs, num_bits):
+        raise ValueError(f"rows of {rows.shape[1]} bytes do not hold {inputs} codes of {num_bits} bits")
     panels = torch.empty(library.lowbit_panel_bytes(*shape), dtype=torch.uint8)
-    library.lowbit_pack_panels(codes.data_ptr(), *shape, pairs, panels.data_ptr(), torch.get_num_threads())
+    threads = torch.get_num_threads()
+    library.lowbit_pack_panels(rows.data_ptr(), rows.shape[1], *shape, pairs, panels.data_ptr(), threads)
     return panels
 
 
 def forget_pages(packed_weight: Tensor) -> None:
-    """Let Linux take back the memory of rows that are read no more: pages of a file, which an Artifact keeps open.
+    """Give back the memory of rows that are read no more: pages of a file, which an Artifact keeps open.
 
-    Whoever does read them gets them from the file again. Memory that is no file's is left alone.
+    Whoever does read them gets them from the file again. Memory that is no file's, or that was written to since it was
+    read, is left alone.
     """
     start, size = packed_weight.data_ptr(), packed_weight.numel()
     first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
-    if first < last and _is_of_a_file(first):
-        pageout = 21  # MADV_PAGEOUT: harmless advice, of kernels from 5.4 on
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), pageout)
+    if first < last and _are_of_a_file(first, last):
+        # Advice to page them out would leave what lies in large pages that reach beyond the rows.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
-def _is_of_a_file(address: int) -> bool:
-    """Return whether a page in memory is a file's: bit 61 of its entry in /proc/self/pagemap (8 bytes a page)."""
+def _are_of_a_file(first: int, last: int) -> bool:
+    """Return whether some pages in [first, last) are in memory, and all of those are a file's, by /proc/self/pagemap.
+
+    A page that this process has written to is its own copy, which no file has, and so is memory of no file.
+    """
     try:
-        with open("/proc/self/pagemap", "rb", buffering=0) as pages:
-            pages.seek(address // mmap.PAGESIZE * 8)
-            return bool(int.from_bytes(pages.read(8), sys.byteorder) >> 61 & 1)
+        with open("/proc/self/pagemap", "rb") as file:
+            file.seek(first // mmap.PAGESIZE * 8)
+            flags = array("Q", file.read((last - first) // mmap.PAGESIZE * 8))
     except OSError:  # not Linux
         return False
+    present = [page for page in flags if page >> 62]  # bits 63 and 62: in memory, or swapped out
+    return bool(present) and all(page >> 61 & 1 for page in present)  # bit 61: the file's
 
 
 def codes_of(packed_weight: Tensor, outputs: int, num_bits: int, inputs: int, blocks: int, pairs: bool) -> Tensor:

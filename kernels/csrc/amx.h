@@ -115,6 +115,7 @@ const uint8_t* expand(const uint8_t* step, int64_t step_bytes, int64_t steps, in
   for (int64_t s = 0; s < tiles * kSteps; ++s) {
     uint8_t* at = to + s / kSteps * kGroups * kTile + s % kSteps * kStepRows;
     if (s < steps) {
+      fetch_codes(step, step_bytes);
       Operand::expand(step, at);
       step += step_bytes;
     } else {
@@ -263,18 +264,19 @@ struct Unfinished {
 };
 
 // All tokens with the panels [first, last), where tokens are many: weights are expanded once for all of them. A piece of
-// 32 tokens stays in the first-level cache while all the panels go by. Where a token is long and one block, the panels
-// are taken a part of their inputs at a time, more of them together: tokens are read less often, and their sums wait.
+// 32 tokens stays in the first-level cache while all the panels go by; where a token has several blocks, while one panel
+// does, because the sums have to stay there, too. Where a token is long and one block, the panels are taken a part of
+// their inputs at a time, more of them together: tokens are read less often, and their sums wait.
 template <class Operand>
 void multiply_wide(const Panels& panels, const AmxShape<Operand>& shape, const uint8_t* x, const Tokens& tokens,
                    const float* scale, const float* zero_point, int64_t weight_groups, int64_t first, int64_t last,
                    const Output& to) {
-  constexpr int64_t kPiece = 16;  // tiles
-  constexpr int64_t kShort = 8;   // tiles; the sums of a block are more bytes than its tokens
+  constexpr int64_t kMostPiece = 16;  // tiles
   const int64_t parts = shape.blocks == 1 ? (shape.tiles + kMostTiles - 1) / kMostTiles : 1;
   const int64_t part = (shape.tiles + parts - 1) / parts, part_bytes = shape.blocks * part * kGroups * kTile;
   const int64_t least = 2 * part_bytes <= kMostExpanded ? 2 : 1;
   const int64_t together = std::min(last - first, std::max(least, kExpanded / part_bytes));
+  const int64_t pieces = (part + kMostPiece - 1) / kMostPiece, piece_tiles = (part + pieces - 1) / pieces;
   const int64_t x_stride = kRows * shape.row_bytes(), pairs = up(shape.tokens, 2 * kRows) / (2 * kRows);
   ExpandedPanels<Operand> expanded(panels, part, together, weight_groups);
   const std::unique_ptr<Sums<kDots>[]> sums(new Sums<kDots>[together * kHalves]);  // not zeroed
@@ -298,7 +300,7 @@ void multiply_wide(const Panels& panels, const AmxShape<Operand>& shape, const u
         auto multiply = [&](int64_t half, int64_t b, int64_t tile, auto* dot, Sums<kDots>& sum) {
           const uint8_t* piece = x + token * shape.row_bytes() + (b * shape.tiles + tile) * kTile;
           const uint8_t* w = expanded.of(half, b, tile);
-          const int64_t tiles = std::min(kPiece, until - tile);
+          const int64_t tiles = std::min(piece_tiles, until - tile);
           const int share = static_cast<int>((2 * kRows + tiles - 1) / tiles);
           auto meanwhile = [&]() INLINE { unfinished.finish(share); };
           if (rows > kRows) multiply_two<Operand>(piece, x_stride, w, tiles, !tile, dot, meanwhile);
@@ -307,13 +309,15 @@ void multiply_wide(const Panels& panels, const AmxShape<Operand>& shape, const u
             unfinished.start(token, rows, reach[b], expanded.channels[half / kHalves], begin + half / kHalves, blocks[b],
                              static_cast<int>(half % kHalves * kColumns), dot, sum, panels.block());
         };
-        if (shape.tiles <= kShort) {
-          for (int64_t i = 0; i < halves * shape.blocks; ++i)
-            multiply(i / shape.blocks, i % shape.blocks, 0, pair_dots + i % 2 * kDots, sums[0]);
+        if (shape.blocks > 1 || shape.tiles == piece_tiles) {
+          for (int64_t panel = 0; panel < halves; panel += kHalves)
+            for (int64_t b = 0; b < shape.blocks; ++b)
+              for (int64_t tile = 0; tile < shape.tiles; tile += piece_tiles)
+                for (int64_t half = panel; half < panel + kHalves; ++half)
+                  multiply(half, b, tile, pair_dots + half % kHalves * kDots, sums[half % kHalves]);
         } else {
-          for (int64_t b = 0; b < shape.blocks; ++b)
-            for (int64_t tile = from; tile < until; tile += kPiece)
-              for (int64_t half = 0; half < halves; ++half) multiply(half, b, tile, pair_dots + half * kDots, sums[half]);
+          for (int64_t tile = from; tile < until; tile += piece_tiles)
+            for (int64_t half = 0; half < halves; ++half) multiply(half, 0, tile, pair_dots + half * kDots, sums[half]);
         }
       }
     }

@@ -26,6 +26,8 @@ inline Doubles to_doubles(const uint32_t* whole) {
 inline Doubles to_doubles(const float* values) { return __builtin_convertvector(load<HalfFloats>(values), Doubles); }
 inline Doubles to_doubles(const double* values) { return load<Doubles>(values); }
 
+inline Doubles eight_of(double value) { return Doubles{value, value, value, value, value, value, value, value}; }
+
 // A sum with a product, and a difference. Where float64 holds the product exactly, one fused operation rounds as the two
 // do, and takes half the time.
 template <bool Exact>
@@ -211,48 +213,55 @@ INLINE inline void store_sixteen(const Output& to, int64_t token, int64_t output
 }
 
 // Adds a block's dot products of `rows` tokens with `Count` outputs, a multiple of 16, and stores the outputs after the
-// last block. output: the first in the panel; dots, sums: [rows][Count].
+// last block. output: the first in the panel; dots, sums: [rows][Count]. What is the same for all rows is read once: the
+// compiler does not know that the sums, which are stored, are none of it.
 template <bool Exact, int Count, class Value>
 __attribute__((noinline)) void finish_rows(const Tokens& tokens, int64_t token, int rows, const Channels& channels,
                                            int64_t panel, const Block& block, int output, const Value* dots,
                                            RowSums sums, const Output& to) {
-  const int64_t group = block.group * kPanel + output;
-  const double *ones = channels.sums.get() + block.index * kPanel + output, *zeros = channels.zero.get() + group;
-  const double* scales = channels.scale.get() + group;
+  constexpr int kParts = Count / kHalf;
+  const int64_t group = block.group * kPanel + output, stride = tokens.blocks, t = token * stride + block.index;
+  const double *s = tokens.scale.get() + t, *z = tokens.zero.get() + t, *rest = tokens.rest.get() + t;
+  const double *of_ones = channels.sums.get() + block.index * kPanel + output, *of_zeros = channels.zero.get() + group;
+  Doubles ones[kParts], zeros[kParts];
+  each<kParts>([&](auto i) INLINE {
+    ones[i] = load<Doubles>(of_ones + i * kHalf);
+    zeros[i] = load<Doubles>(of_zeros + i * kHalf);
+  });
   auto by_row = [&](auto work) INLINE {
-    const int64_t stride = tokens.blocks, t = token * stride + block.index;
-    for (int r = 0; r < rows; ++r) {
-      const Doubles s = Doubles{} + tokens.scale.get()[t + r * stride], z = Doubles{} + tokens.zero.get()[t + r * stride];
-      const Doubles rest = Doubles{} + tokens.rest.get()[t + r * stride];
-      auto bracket = [&](int o) INLINE {
-        const Doubles whole = minus_product<true>(to_doubles(dots + r * Count + o), z, load<Doubles>(ones + o));
-        return minus_product<Exact>(whole, rest, load<Doubles>(zeros + o));
-      };
-      work(r, [&](int o, auto first) INLINE {
-        return plus_product<Exact>(first ? Doubles{} : load<Doubles>(sums.inner + r * Count + o), s, bracket(o));
+    const Value* row = dots;
+    for (int r = 0; r < rows; ++r, row += Count, s += stride, z += stride, rest += stride) {
+      const Doubles s_r = eight_of(*s), z_r = eight_of(*z), rest_r = eight_of(*rest);
+      work(r, [&](auto i, auto first) INLINE {
+        const Doubles whole = minus_product<true>(to_doubles(row + i * kHalf), z_r, ones[i]);
+        const Doubles bracket = minus_product<Exact>(whole, rest_r, zeros[i]);
+        return plus_product<Exact>(first ? Doubles{} : load<Doubles>(sums.inner + r * Count + i * kHalf), s_r, bracket);
       });
     }
   };
   auto add = [&](auto first) INLINE {
     by_row([&](int r, auto inner) INLINE {
-      each<Count / kHalf>([&](auto i) INLINE { store(sums.inner + r * Count + i * kHalf, inner(i * kHalf, first)); });
+      each<kParts>([&](auto i) INLINE { store(sums.inner + r * Count + i * kHalf, inner(i, first)); });
     });
   };
   if (!block.last) return block.first ? add(std::true_type()) : add(std::false_type());
+  const double* scales = channels.scale.get() + group;
+  const Output out = to;
+  const bool first_group = block.first_group, end = block.end;
   auto finish = [&](auto first) INLINE {
     by_row([&](int r, auto inner) INLINE {
-      auto total = [&](int o) INLINE {
-        const Doubles scale = load<Doubles>(scales + o), sum = inner(o, first);
+      auto total = [&](auto i) INLINE {
+        const Doubles scale = load<Doubles>(scales + i * kHalf), sum = inner(i, first);
         // Fused to a zero, the product is rounded once as well.
-        return block.first_group ? plus_product<true>(Doubles{}, sum, scale)
-                                 : load<Doubles>(sums.total + r * Count + o) + sum * scale;
+        return first_group ? plus_product<true>(Doubles{}, sum, scale)
+                           : load<Doubles>(sums.total + r * Count + i * kHalf) + sum * scale;
       };
-      each<Count / (2 * kHalf)>([&](auto i) INLINE {
-        const int o = i * 2 * kHalf;
-        const Doubles a = total(o), b = total(o + kHalf);
-        if (block.end) return store_sixteen(to, token + r, panel * kPanel + output + o, a, b);
-        store(sums.total + r * Count + o, a);
-        store(sums.total + r * Count + o + kHalf, b);
+      each<kParts / 2>([&](auto i) INLINE {
+        const Doubles a = total(std::integral_constant<int, 2 * i>());
+        const Doubles b = total(std::integral_constant<int, 2 * i + 1>());
+        if (end) return store_sixteen(out, token + r, panel * kPanel + output + i * 2 * kHalf, a, b);
+        store(sums.total + r * Count + i * 2 * kHalf, a);
+        store(sums.total + r * Count + i * 2 * kHalf + kHalf, b);
       });
     });
   };

@@ -295,10 +295,11 @@ int64_t lowbit_panel_bytes(int64_t outputs, int64_t inputs, int64_t blocks, int 
   return panels_of(nullptr, outputs, inputs, blocks, bits).bytes();
 }
 
-// codes: uint8 [outputs, inputs]; pairs: for activations that are not quantized.
-void lowbit_pack_panels(const uint8_t* codes, int64_t outputs, int64_t inputs, int64_t blocks, int bits, int pairs,
-                        uint8_t* to, int threads) {
-  pack_panels(codes, panels_of(to, outputs, inputs, blocks, bits), pairs ? kPairs : kQuads, to, threads);
+// rows: [outputs, row_bytes] of codes of `bits` bits; pairs: for activations that are not quantized.
+void lowbit_pack_panels(const uint8_t* rows, int64_t row_bytes, int64_t outputs, int64_t inputs, int64_t blocks,
+                        int bits, int pairs, uint8_t* to, int threads) {
+  const Panels panels = panels_of(to, outputs, inputs, blocks, bits);
+  pack_panels(Rows{rows, row_bytes, bits}, panels, pairs ? kPairs : kQuads, to, threads);
 }
 
 void lowbit_unpack_panels(const uint8_t* from, int64_t outputs, int64_t inputs, int64_t blocks, int bits, int pairs,

@@ -79,7 +79,7 @@ struct TileJob {
 template <int Bits, int Rows>
 __attribute__((noinline)) void tile(const TileJob& job, const int8_t* x, int64_t token, int64_t panel, int first) {
   constexpr int Columns = columns_of(Rows), kOutputs = kWide / 4;
-  constexpr int64_t kStepBytes = kStep * kPanel / 8 * Bits;
+  constexpr int64_t kStepBytes = kStep * kPanel / 8 * Bits, kColumnBytes = kStepBytes / kVectorsPerPanel;
   Sums<Rows * Columns * kOutputs> sums;
   const uint8_t* step = job.panels.panel(panel);
   for (int64_t block = 0; block < job.panels.blocks; ++block) {
@@ -89,6 +89,7 @@ __attribute__((noinline)) void tile(const TileJob& job, const int8_t* x, int64_t
       each<Rows>([&](auto r) INLINE { total[r * Columns + c] = start; });
     });
     for (int64_t s = 0; s < job.panels.steps(); ++s, step += kStepBytes, x += Rows * kStep) {
+      fetch_codes(step + first * kColumnBytes, Columns * kColumnBytes);
       each<4>([&](auto q) INLINE {
         Quads weights[Columns];
         each<Columns>([&](auto c) INLINE { weights[c] = quad<Bits, q>(step, first + c); });

@@ -83,7 +83,8 @@ __attribute__((noinline)) void pair_tile(const TileJob& job, const uint16_t* x, 
   for (int64_t b = 0; b < job.panels.blocks; ++b) {
     __m512 total[Rows * kGroups];
     each<Rows * kGroups>([&](auto i) INLINE { total[i] = _mm512_setzero_ps(); });
-    for (int64_t s = 0; s < job.panels.steps(); ++s, step += kStepBytes, x += kStep)
+    for (int64_t s = 0; s < job.panels.steps(); ++s, step += kStepBytes, x += kStep) {
+      fetch_codes(step, kStepBytes);
       each<kStep / 2>([&](auto p) INLINE {
         __m512bh weights[kGroups];
         each<kGroups>([&](auto g) INLINE { weights[g] = (__m512bh)as_bfloat16<Bits>(pair<Bits, p>(step, g)); });
@@ -96,6 +97,7 @@ __attribute__((noinline)) void pair_tile(const TileJob& job, const uint16_t* x, 
           });
         });
       });
+    }
     alignas(64) float dots[Rows * kPanel];
     each<Rows * kGroups>([&](auto i) INLINE { _mm512_store_ps(dots + i * 16, total[i]); });
     const Block block(b, job.channels);

@@ -223,9 +223,9 @@ class QuantizedWeight:
     def shard_in(self, rank: int, size: int) -> QuantizedWeight:
         """Return rank `rank`'s share of the input features (row-parallel).
 
-        Unpacked, sliced and repacked, since a shard boundary may split a packed byte. One scale per output channel
-        is the same on all ranks; group scales are sliced with their groups. Raises LowBitError where the
-        shard would split a group.
+        Unpacked, sliced and repacked, since a shard boundary may split a packed byte; of one rank the weight itself,
+        which stays where it is. One scale per output channel is the same on all ranks; group scales are sliced with
+        their groups. Raises LowBitError where the shard would split a group.
         """
         groups = self.scale.shape[1]
         if self.in_features % size:
@@ -234,6 +234,8 @@ class QuantizedWeight:
             raise LowBitError(
                 f"{groups} weight groups do not divide among {size} ranks; choose another weights.group_size"
             )
+        if size == 1:
+            return self
         return self.take_in(torch.arange(self.in_features).chunk(size)[rank])
 
     def take_in(self, inputs: Tensor) -> QuantizedWeight:

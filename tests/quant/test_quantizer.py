@@ -340,6 +340,12 @@ def test_shard_in_is_a_slice(bits, features, group_size, size):
         assert torch.equal(shard.dequantize(), whole[:, rank * width : (rank + 1) * width])
 
 
+def test_one_rank_copies_no_weight():
+    """An artifact's weights are pages of its file, which a copy would double."""
+    weight = QuantizedWeight.from_float(random_rows(3, 24), 4)
+    assert weight.shard_in(0, 1).packed_weight.data_ptr() == weight.packed_weight.data_ptr()
+
+
 def test_shard_in_does_not_split_a_group():
     weight = QuantizedWeight.from_float(random_rows(3, 24), 4, group_size=8)
     with pytest.raises(LowBitError, match="3 weight groups do not divide among 2 ranks"):
