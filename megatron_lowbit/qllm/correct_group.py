@@ -5,7 +5,8 @@
     loss       |F(h) - F~(h~)|^2 / (tokens * hidden)
 
 The last windows (correction.holdout) are not trained on: their loss after every epoch says which epoch's factors are
-kept, or that none are. Without such windows, the loss over all of them says whether the last epoch's are.
+kept, or that none are. Without such windows, the loss over all of them says whether the last epoch's are. Where GPTQ
+chooses the codes, it has its say after that (correct_before_gptq.py).
 
 The training itself (parameters, optimizer, gradients over ranks) is in low_rank.py.
 """
@@ -16,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,8 +41,9 @@ class CorrectionResult:
 
     losses: the mean over the training windows, of every epoch. held_out_losses: of the held-out windows after every
     epoch, where there are any. loss_before, loss_after: before the correction and with the epoch that was best, of the
-    held-out windows, or of all. kept_epoch: which one is deployed; None: none is.
-    ranks: {linear's fqn: its rank}, where they were chosen (correction.rank=auto).
+    held-out windows, or of all. kept_epoch: which one is deployed; None: none is. gptq_losses: of the same windows with
+    the codes that GPTQ chooses, without the correction and with it, where both were tried. ranks: {linear's fqn: its
+    rank}, where they were chosen (correction.rank=auto).
     """
 
     losses: list[float] = field(default_factory=list)
@@ -48,6 +51,7 @@ class CorrectionResult:
     loss_before: float | None = None
     loss_after: float | None = None
     kept_epoch: int | None = None
+    gptq_losses: list[float] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
 
 
@@ -59,34 +63,32 @@ def correct_group(
     config: QuantizeConfig,
     stored_dtype: torch.dtype,
     log: Callable[..., Any],
-) -> CorrectionResult:
+) -> tuple[CorrectionResult, TrainedGroup | None]:
     """Add A and B to the group's rounded linears and train them (and gains and ranges, if asked), in place.
 
     inputs, target: see above. stored_dtype: what gains are stored in. log: called with epoch=, correction_loss= and,
-    where windows are held out, held_out_loss= after every epoch. Does nothing for correction.mode=none. Raises
-    LowBitError where the loss is no longer finite.
+    where windows are held out, held_out_loss= after every epoch. Does nothing for correction.mode=none.
+
+    Returns the losses, and what was trained where that is kept. Raises LowBitError where the loss is no longer finite.
     """
     section = config.correction
     if section.mode == "none":
-        return CorrectionResult()
+        return CorrectionResult(), None
     ranks = choose_ranks(group, share, inputs, section)
     factors = add_low_rank(group.linears(), ranks, section.mode == "branch", config.seed)
     factors += group.own_parameters()
     trained = TrainedGroup(group.linears(), factors, trainable_norms(group.modules) if section.train_norms else [])
     if not trained.parameters:  # rounding has changed no weight
-        return CorrectionResult(ranks=ranks)
+        return CorrectionResult(ranks=ranks), None
     held_out = held_out_windows(len(share.all_mask), section.holdout)
     training = len(share.all_mask) - held_out
-
-    def judge() -> float:
-        return group_loss(group, share, inputs, target, training if held_out else 0)
-
+    judge = partial(judged_loss, group, share, inputs, target, section.holdout)
     before = judge()
     if config.weights.clipping == "learned":
         trained.add_clipping(group.input_ranges(), share.device)
-    untrained = trained.values()
+    trained.begin()
     result = CorrectionResult(loss_before=before, ranks=ranks if section.rank == "auto" else {})
-    best, kept = math.inf, untrained
+    best, kept = math.inf, trained.untrained
 
     def after_epoch(epoch: int, loss: float) -> None:
         nonlocal best, kept
@@ -107,17 +109,15 @@ def correct_group(
     ]
     seed = (config.seed * 1_000_003 + group.blocks[0].index) % 2**63
     batches = training_batches(group, share, inputs, target, section.batch_size, training)
-    trained.unfreeze()
     train(groups, batches, section.epochs, seed, share.dp_group, after_epoch)
     result.loss_after = best
     if best < before:
         trained.restore(kept)
         trained.deploy(stored_dtype)
-    else:  # never worse than without
-        result.kept_epoch = None
-        trained.restore(untrained)
-        trained.drop()
-    return result
+        return result, trained
+    result.kept_epoch = None  # never worse than without
+    trained.give_up()
+    return result, None
 
 
 class TrainedGroup:
@@ -129,6 +129,7 @@ class TrainedGroup:
         self.clipping: list[nn.Parameter] = []
         self.sites: list[tuple[InputRange, nn.Parameter, Clip]] = []  # with its logits, and its ratios before
         self.parameters = [*factors, *self.gains]
+        self.untrained: list[Tensor] = []
 
     def add_clipping(self, ranges: Sequence[InputRange], device: torch.device) -> None:
         """Train the ratios of the linears' ranges too, and those of their inputs: `ranges`."""
@@ -136,6 +137,11 @@ class TrainedGroup:
         self.sites = [(site, site.train_from(device), site.clip) for site in ranges]
         self.clipping += [logits for _, logits, _ in self.sites]
         self.parameters += self.clipping
+
+    def begin(self) -> None:
+        """Keep the values as they are before the training, and compute with the parameters from here on."""
+        self.untrained = self.values()
+        self.unfreeze()
 
     def values(self) -> list[Tensor]:
         """Return copies of all parameters."""
@@ -177,8 +183,9 @@ class TrainedGroup:
         self.restore(values)
         self.unfreeze()
 
-    def drop(self) -> None:
-        """Forget the factors and the ratios."""
+    def give_up(self) -> None:
+        """Put everything back as it was, and forget the factors and the ratios."""
+        self.restore(self.untrained)
         for linear in self.linears:
             linear.drop_low_rank()
         for site, _, clip in self.sites:
@@ -209,6 +216,14 @@ def training_batches(
                 yield output, wanted, share.mask[window : window + 1].to(output.device), values
 
     return Batches(read, -(-windows // batch_size), per_rank)
+
+
+def judged_loss(
+    group: BlockGroup, share: CalibrationShare, inputs: HiddenStream, target: HiddenStream, holdout: float
+) -> float:
+    """Return the loss of the held-out windows, or of all where none are held out, as the group computes now."""
+    held_out = held_out_windows(len(share.all_mask), holdout)
+    return group_loss(group, share, inputs, target, len(share.all_mask) - held_out if held_out else 0)
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ With weights.rotation=learned, a pass over the model comes first (learn_rotation
     1. load its blocks from disk                                                    block_group.py, block_source.py
     2. run the full-precision stream through them                                   group_streams.py, hidden_stream.py
     3. reassemble and round block by block                                          round_blocks.py, search.py
-    4. train the low-rank correction of the whole group                             correct_group.py, low_rank.py
+    4. train the low-rank correction of the whole group, and keep it where it gains
+       something                                    correct_group.py, low_rank.py, correct_before_gptq.py
     5. run the quantized stream through the result, and record the ranges of the
        partial sums for the communication plans                                     record_ranges.py
     6. write the group's part of the checkpoint, and the state                      pack_blocks.py, resume.py
@@ -39,7 +40,8 @@ from megatron_lowbit.io.fingerprint import fingerprint_fields, fingerprint_of
 from megatron_lowbit.qllm.block_group import BlockGroup, load_group
 from megatron_lowbit.qllm.block_source import BlockSource
 from megatron_lowbit.qllm.calibration_share import CalibrationShare, check_windows
-from megatron_lowbit.qllm.correct_group import correct_group
+from megatron_lowbit.qllm.correct_before_gptq import correct_before_gptq
+from megatron_lowbit.qllm.correct_group import correct_group, judged_loss
 from megatron_lowbit.qllm.group_streams import GroupStreams
 from megatron_lowbit.qllm.hidden_stream import HiddenStream
 from megatron_lowbit.qllm.learn_rotation import learn_rotation
@@ -79,6 +81,7 @@ class GroupResult:
     loss_before: float | None = None
     loss_after: float | None = None
     kept_epoch: int | None = None
+    gptq_losses: list[float] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
     reassembled: dict[str, int] = field(default_factory=dict)  # {module: channels added, on rank 0}
     layers: dict[str, dict[str, Any]] = field(
@@ -208,8 +211,13 @@ class BlockwiseQuantizer:
             attach_reducers(group, self.ranges, self.config)
         stored_dtype = self.source.stored_dtype or self.source.dtype
         log = partial(self.logger.log, group=number)
-        correction = correct_group(group, share, inputs, target, self.config, stored_dtype, log)
-        self.rounder.round_trained(group, inputs, scratch)
+        correct = partial(correct_group, group, share, inputs, target, self.config, stored_dtype, log)
+        if self.rounder.gptq_after_training:
+            choose_codes = partial(self.rounder.round_trained, group, inputs, scratch)
+            loss = partial(judged_loss, group, share, inputs, target, self.config.correction.holdout)
+            correction = correct_before_gptq(group.linears(), correct, choose_codes, loss)
+        else:
+            correction, _ = correct()
         for linear in group.linears():
             linear.freeze()
         outputs = self.streams.create_quantized()

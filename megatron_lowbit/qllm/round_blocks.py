@@ -73,12 +73,10 @@ class BlockRounder:
         return report
 
     def round_trained(self, group: BlockGroup, inputs: HiddenStream, scratch: Sequence[HiddenStream]) -> None:
-        """Choose the codes of weights that a merged correction has trained, where weights.rounding asks for more than
-        the nearest."""
-        if self._gptq_after_training:
-            for block, hidden in self._block_by_block(group, inputs, scratch, "rounding by GPTQ"):
-                for input_group in block.input_groups:
-                    self._round_by_gptq(block, input_group, hidden)
+        """Choose the codes of weights that a merged correction may have trained by GPTQ."""
+        for block, hidden in self._block_by_block(group, inputs, scratch, "rounding by GPTQ"):
+            for input_group in block.input_groups:
+                self._round_by_gptq(block, input_group, hidden)
 
     def _block_by_block(
         self, group: BlockGroup, inputs: HiddenStream, scratch: Sequence[HiddenStream], bar: str
@@ -93,7 +91,7 @@ class BlockRounder:
                 inputs = outputs
 
     @property
-    def _gptq_after_training(self) -> bool:
+    def gptq_after_training(self) -> bool:
         """Tell whether GPTQ waits for the training, which changes the weights of a merged correction."""
         return self.config.weights.rounding == "gptq" and self.config.correction.mode == "merged"
 
@@ -124,7 +122,7 @@ class BlockRounder:
                 importance = input_sums(block.module, group, forwards(), squares, share.dp_group)
                 for linear in sharded(block, group):
                     linear.clip(importance)
-            if weights.rounding == "gptq" and not self._gptq_after_training:
+            if weights.rounding == "gptq" and not self.gptq_after_training:
                 self._round_by_gptq(block, group, inputs)
             for linear in sharded(block, group):
                 linear.freeze()

@@ -47,6 +47,9 @@ Kind = Literal["column", "row"]
 Ratios = tuple[Tensor, Tensor]  # of the lower and the upper end of ranges, each [out, groups]
 
 
+Codes = list[tuple[Tensor, Tensor, Tensor]]  # of each shard, with scale and zero point
+
+
 class ShardedLinear(nn.Module):
     """Compute y = x W^T of this rank's shards.
 
@@ -81,7 +84,7 @@ class ShardedLinear(nn.Module):
         self.ratios: list[Ratios] | None = None  # of each shard's range to that of its weights (clipping.py)
         self.clip_logits: nn.ParameterList | None = None  # of ratios that are trained (learned_clipping.py)
         self._active: list[ReassemblyPlan | None] = []  # the plans that do anything
-        self._codes: list[tuple[Tensor, Tensor, Tensor]] | None = None  # with scale, zero point: as GPTQ chose
+        self._codes: Codes | None = None
         self._frozen: list[Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,6 +165,17 @@ class ShardedLinear(nn.Module):
             (gptq_codes(w, *pair, bits, factor), *pair)
             for w, pair, factor in zip(weights, qparams, per_shard, strict=True)
         ]
+        self.freeze()
+
+    def take_codes(self) -> Codes | None:
+        """Return what GPTQ has chosen, and round to nearest again."""
+        codes, self._codes = self._codes, None
+        self.freeze()
+        return codes
+
+    def put_codes(self, codes: Codes | None) -> None:
+        """Compute with what take_codes has returned."""
+        self._codes = codes
         self.freeze()
 
     def add_low_rank(self, rank: int, branch: bool, generator: torch.Generator) -> list[nn.Parameter]:

@@ -231,6 +231,7 @@ def test_generate_the_same_tokens_everywhere(ranks, generation, tmp_path, engine
 # A mixture of experts
 
 
+@pytest.mark.slow
 def test_experts_in_codes(ranks, tmp_path):
     """Quantized and calibrated by Megatron's ranks, it gives the figures and tokens of Hugging Face's virtual ones."""
     model, artifact = f"model={save_model('mixtral', tmp_path / 'model')}", tmp_path / "artifact"

@@ -13,6 +13,7 @@ import tiny_models
 from closeness import assert_equal_but_for_flips
 from commands import needs_megatron, run_here
 from safetensors.torch import load_file
+from slow_cases import slow_but
 from tiny_models import add_tokenizer, build, make_artifact, save_artifact
 
 import megatron_lowbit as lowbit
@@ -95,6 +96,7 @@ def test_ranks_that_share_experts_load_what_owners_saved(two_ranks, by_experts):
     assert_loaded(two_ranks.run(cases.loaded, 2, 1, three), 3)
 
 
+@pytest.mark.slow
 def test_owners_load_what_ranks_saved_that_share_experts(two_ranks, folders, tmp_path):
     given = jobs(folders, tmp_path, *THREE[:2])
     assert two_ranks.run(cases.save, 2, 1, given) == [["accepted"] * 2] * 2
@@ -115,7 +117,7 @@ def test_experts_that_do_not_fit(two_ranks, folders, by_experts, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", tiny_models.MIXTURES)
+@pytest.mark.parametrize("name", slow_but(["mixtral"], tiny_models.MIXTURES))
 def test_convert_there_and_back(folders, tmp_path, name):
     """Every tensor of the model's file, bit for bit; a script is told of the experts."""
     assert run_here("convert", f"model={folders[name]}", f"output_dir={tmp_path}") == 0
@@ -128,6 +130,7 @@ def test_convert_there_and_back(folders, tmp_path, name):
     assert all(before[key].dtype == after[key].dtype and before[key].equal(after[key]) for key in before)
 
 
+@pytest.mark.slow
 def test_a_converted_artifact_in_a_script(two_ranks, folders, tmp_path):
     """The spec that convert names, with --load: logits of transformers on two virtual ranks."""
     checkpoints, names = {}, {"W8A8 and a plan": "mixtral", "experts of one block": "qwen3_moe"}

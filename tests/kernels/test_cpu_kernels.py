@@ -84,6 +84,7 @@ def test_wide_rows_and_threads(dtype, per_token):
         torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_older_processors(monkeypatch, tmp_path):
     """Without AVX-512: what the compiler makes of the same source."""

@@ -215,6 +215,7 @@ def namespaces(owner: int) -> list[str]:
     return [line for line in listed.splitlines() if line.startswith(f"lowbit-{owner}-")]
 
 
+@pytest.mark.slow
 def test_a_link_holds_its_rate(needs_namespaces, tmp_path):
     use = ["--ranks", "2", "--sizes", "1MiB", "--rate", "1gbit", "algorithms=[one_shot]", *QUICK]
     with started(*COMMAND, "benchmark", "collectives", *use, f"output_dir={tmp_path}") as process:

@@ -316,6 +316,7 @@ def test_lm_eval_s_command_runs_our_model(layout, data, tmp_path, theirs):
     assert [found[name] for name in measures] == pytest.approx([expected[name] for name in measures])
 
 
+@pytest.mark.slow
 def test_names_of_local_tasks_are_not_lm_eval_s():
     from lm_eval.tasks import TaskManager
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import CALIBRATION_TEXT, COMMAND, run_here, run_there
+from slow_cases import slow
 from tiny_models import two_blocks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -42,7 +43,7 @@ def dry_run(folder: Path, *arguments: str) -> dict:
     return json.loads((folder / "quantize.json").read_text())["rows"][-1]
 
 
-@pytest.mark.parametrize("rank", ("4", "auto"))
+@pytest.mark.parametrize("rank", (slow("4"), "auto"))
 def test_operations_are_those_that_run(rank, tmp_path, monkeypatch):
     """torch counts what quantize multiplies. Our count knows nothing of low-rank products and norms' gains."""
     arguments = [f"model={two_blocks()}", "correction.blocks_per_group=1", *TEXT]

@@ -78,7 +78,7 @@ def test_what_does_not_help_is_dropped(model, tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [slow((2, 1)), slow((1, 2)), (2, 2)], ids=str)
-@pytest.mark.parametrize("how", ["learned", "untrained"])
+@pytest.mark.parametrize("how", ["learned", slow("untrained")])
 def test_ranks_write_the_same_files(how, ranks, model, request, tmp_path):
     tp, dp = ranks
     settings = LEARNED if how == "learned" else UNTRAINED

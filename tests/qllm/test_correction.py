@@ -69,7 +69,8 @@ class Toy:
 
     def correct(self, **correction: Any) -> CorrectionResult:
         config = QuantizeConfig(model="some", correction=correction)
-        return correct_group(self.group, self.share, *self.streams, config, torch.float32, self._log)
+        result, _ = correct_group(self.group, self.share, *self.streams, config, torch.float32, self._log)
+        return result
 
     def _log(self, **values: Any) -> None:
         self.factors.append(self.now())

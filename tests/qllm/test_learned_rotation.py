@@ -175,6 +175,7 @@ def test_ranks_write_the_same_files(ranks, whole, tmp_path):
     assert checksums(quantize(tmp_path, f"model={two_blocks()}", *SETTINGS, ranks)) == checksums(whole)
 
 
+@pytest.mark.slow
 def test_ranks_that_share_biases_write_the_same_files(tmp_path):
     """Biases of V are turned by the heads' matrix; four KV heads, two on each rank."""
     model = tiny_models.save_model("qwen2", tmp_path / "model")

@@ -17,6 +17,7 @@ from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import EvaluateConfig, load_config
 from megatron_lowbit.launch import qllm
 from megatron_lowbit.launch.engines.start import start_engine
+from megatron_lowbit.qllm import pipeline
 from megatron_lowbit.qllm.pipeline import BlockwiseQuantizer
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
@@ -277,6 +278,22 @@ def test_a_trained_norm_is_stored(tmp_path):
         for norm in ("input_layernorm", "post_attention_layernorm"):
             before, after = (checkpoints[t].tensors[f"model.layers.{layer}.{norm}.weight"] for t in (False, True))
             assert before.dtype == after.dtype and not torch.equal(before, after)
+
+
+def test_a_correction_that_gains_nothing_beside_gptq_is_dropped(tmp_path, monkeypatch):
+    """GPTQ's codes of the weights as they are, and of the corrected ones: the smaller loss decides."""
+    settings = [*SHORT, "weights.rounding=gptq", "reassembly.mode=none"]
+    kept = quantize(tmp_path / "kept", *settings)
+    losses = [group["gptq_losses"] for group in results(kept)["groups"]]
+    decided = [group["kept_epoch"] is not None for group in results(kept)["groups"] if group["gptq_losses"]]
+    assert decided == [after < before for before, after in filter(None, losses)] and any(decided)
+    untrained = quantize(tmp_path / "untrained", *settings, "correction.learning_rate=0.9")
+    assert all(not group["gptq_losses"] for group in results(untrained)["groups"]), "dropped before GPTQ"
+    grows = iter(range(100))
+    monkeypatch.setattr(pipeline, "judged_loss", lambda *_: next(grows))
+    worse = quantize(tmp_path / "worse", *settings)
+    assert all(group["kept_epoch"] is None for group in results(worse)["groups"])
+    assert description(worse)["files"] == description(untrained)["files"] != description(kept)["files"]
 
 
 def test_a_correction_that_makes_it_worse_is_dropped(tmp_path):

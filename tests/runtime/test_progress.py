@@ -62,7 +62,8 @@ def test_a_folder_that_fills(tmp_path, monkeypatch):
                 assert time.monotonic() < deadline
                 time.sleep(0.001)
             assert metrics._outer.tasks[0].completed == percent
-    assert metrics._outer is None and "63/100" in terminal.getvalue() and not elsewhere.getvalue()
+    assert metrics._outer is None and not elsewhere.getvalue()
+    assert "written" in terminal.getvalue()  # how often it is drawn, rich decides
 
 
 def test_writing_that_fails_ends_its_bar(screen, tmp_path):
