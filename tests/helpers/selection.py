@@ -2,7 +2,7 @@
 
 `quick` marks, by itself, every test that starts neither processes nor ranks (`pytest -m quick`, `make test-quick`).
 What takes longest begins first, so that the workers end together; tests marked `slow` come last, and with
-`--minutes N` those that would begin later than that are skipped. `-n 2 --dist loadgroup` gives a file to one worker,
+`--minutes N` those that would begin later than that are skipped. `-n 3 --dist loadgroup` gives a file to one worker,
 since its tests share what they have prepared; a slow test is by itself, unless `xdist_group` keeps several together.
 """
 
