@@ -72,8 +72,8 @@ def explain(stage: type[BaseModel], error: ValidationError) -> str:
         hint = f"; did you mean {near!r}?" if near else ""
         return f"{key}={shown(value)} is not one of {', '.join(choices)}{hint}"
     if problem["type"] == "tuple_type":
-        items = value if isinstance(value, str | int | float) else "..."
-        return f"{key}={shown(value)}: it is a list; write {key}=[{_cut(str(items), 200)}]"
+        item = value if isinstance(value, str) else shown(value)  # an int may have more digits than str() writes
+        return f"{key}={shown(value)}: it is a list; write {key}=[{_cut(item, 200)}]"
     message = _cut(problem["msg"].removeprefix("Value error, "), 300)
     if not key:  # a rule between settings names them itself
         return message

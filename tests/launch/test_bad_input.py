@@ -265,6 +265,7 @@ CASES = {
     "prompt beyond the context": (["generate", "model=embedded", "prompt=" + "word " * 300], ["256", "shorten"]),
     "a scheme in small letters": (["quantize", "model=embedded", "weights.scheme=w4a8"], ["did you mean 'W4A8'?"]),
     "a task that is no list": ([*EVALUATE, "evaluation.tasks=arc_easy"], ["write evaluation.tasks=[arc_easy]"]),
+    "a number of too many digits for a list": ([*EVALUATE, f"evaluation.tasks=0x{'f' * 5000}"], ["it is a list"]),
     "a slip in embedded": (["generate", "model=embeded"], ["model='embeded'", "did you mean 'embedded'?"]),
     "a key as an option": (["serve", "model=embedded", "--port", "8001"], ["--port", "no dashes", "port=VALUE"]),
     "a section's key as an option": (["quantize", "model=embedded", "--scheme=W4A8"], ["weights.scheme=VALUE"]),
