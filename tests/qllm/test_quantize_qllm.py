@@ -186,7 +186,10 @@ MODES = {
     "branch": ["correction.mode=branch"],
     "branches of chosen ranks": ["correction.mode=branch", "correction.rank=auto", "correction.rank_budget=1"],
     "trained norms": ["correction.train_norms=true"],
-    "trained norms and a branch": ["correction.train_norms=true", "correction.mode=branch", "weights.scheme=W6A6"],
+    "trained norms and a branch": [
+        *("correction.train_norms=true", "correction.mode=branch", "weights.scheme=W6A6"),
+        "correction.holdout=0",  # the one held-out window would drop it
+    ],
     "no reassembly": ["reassembly.mode=none"],
     "fixed": ["reassembly.mode=fixed", "reassembly.expansion=0.05"],
     "split alone": ["reassembly.mode=fixed", "reassembly.expansion=0.05", "reassembly.merge=false"],
