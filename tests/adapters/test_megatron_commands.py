@@ -9,16 +9,8 @@ from pathlib import Path
 import megatron_command_cases as cases
 import pytest
 import torch
-from commands import (
-    CALIBRATION,
-    COMMAND,
-    EVALUATION,
-    free_port,
-    needs_deepspeed,
-    needs_megatron,
-    run_here,
-    run_there,
-)
+from commands import CALIBRATION, COMMAND, EVALUATION, needs_deepspeed, needs_megatron, run_here, run_there
+from ports import free_port
 from rank_pool import RankPool
 from safetensors.torch import load_file
 from slow_cases import slow

@@ -16,8 +16,9 @@ from typing import Any
 import httpx
 import pytest
 import transformers
-from commands import free_port, run_here, started
+from commands import run_here, started
 from megatron_scripts import ON_CPU, PROMPTS, continued, find_script, generated, options, real
+from ports import free_port
 from tiny_models import embedded_folder, save_model
 
 from megatron_lowbit.adapters import megatron_script_on_cpu

@@ -9,7 +9,8 @@ import megatron_llm_cases as llm_cases
 import megatron_version_cases as cases
 import pytest
 import torch
-from commands import free_port, needs_megatron
+from commands import needs_megatron
+from ports import free_port
 from tiny_models import build, make_artifact
 
 pytestmark = needs_megatron

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -112,9 +111,3 @@ def alive_in_group(group: int) -> list[int]:
         if int(process_group) == group and state != "Z":
             alive.append(int(stat.parent.name))
     return alive
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

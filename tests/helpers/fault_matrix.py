@@ -24,7 +24,8 @@ import psutil
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONSAFEPATH": "1"}
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-from commands import CALIBRATION_TEXT, EVALUATION_TEXT, free_port
+from commands import CALIBRATION_TEXT, EVALUATION_TEXT
+from ports import free_port
 from tiny_models import embedded_folder, save_model
 from unfinished_runs import artifact_files, done, metrics, quantize, renamed
 

@@ -26,7 +26,7 @@ _without_gpu = ExitStack()
 
 def main(files: list[str]) -> None:
     """Run the files on both ranks; rank 0 prints."""
-    from commands import free_port
+    from ports import free_port
 
     root = Path(os.environ["MEGATRON_LM"])
     given = [str(root / "tests" / "unit_tests" / "dist_checkpointing" / file) for file in files]

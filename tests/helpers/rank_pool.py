@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import warm
+from ports import free_port
 
 PATIENCE = 3.0  # seconds that the other ranks get after one has failed, to say whether they failed by themselves
 
@@ -75,9 +75,7 @@ class RankPool:
         return outcomes
 
     def _start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         for rank in range(self.size):
             ours, theirs = warm.context().Pipe()
             process = warm.context().Process(target=_serve, args=(rank, self.size, port, theirs), daemon=True)

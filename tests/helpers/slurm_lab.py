@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from commands import free_port
+from ports import free_port
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "munge", "sbatch", "srun", "scontrol")
 PATH = f"{os.environ['PATH']}:/usr/sbin"

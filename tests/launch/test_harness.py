@@ -11,8 +11,9 @@ from pathlib import Path
 import harness_cases
 import numpy as np
 import pytest
-from commands import CALIBRATION_TEXT, EVALUATION_TEXT, free_port, needs_deepspeed, needs_megatron, run_here, run_there
+from commands import CALIBRATION_TEXT, EVALUATION_TEXT, needs_deepspeed, needs_megatron, run_here, run_there
 from harness_cases import requests
+from ports import free_port
 from rank_pool import RankPool
 from serving import served_there
 from task_files import PARADIGMS, lines, questions, write_tasks

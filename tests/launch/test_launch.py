@@ -10,17 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import (
-    COMMAND,
-    EVALUATION,
-    alive_in_group,
-    free_port,
-    needs_deepspeed,
-    ranks_of,
-    run_here,
-    run_there,
-    started,
-)
+from commands import COMMAND, EVALUATION, alive_in_group, needs_deepspeed, ranks_of, run_here, run_there, started
+from ports import free_port
 from tiny_models import embedded_folder
 
 from megatron_lowbit.runtime.preemption import REQUEUE

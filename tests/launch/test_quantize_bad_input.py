@@ -15,7 +15,8 @@ from pathlib import Path
 import preemption_cases
 import pytest
 import torch
-from commands import CALIBRATION_TEXT, COMMAND, free_port, run_here, run_there
+from commands import CALIBRATION_TEXT, COMMAND, run_here, run_there
+from ports import free_port
 from rank_pool import RankPool
 from safetensors.torch import load_file, save_file
 from tiny_models import save_model

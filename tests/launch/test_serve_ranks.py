@@ -13,7 +13,8 @@ from functools import partial
 import httpx
 import openai
 import pytest
-from commands import free_port, needs_deepspeed, needs_megatron, ranks_of, run_here, run_there
+from commands import needs_deepspeed, needs_megatron, ranks_of, run_here, run_there
+from ports import free_port
 from serving import at_once, complete, served_here, served_there, text_of, wait_until
 
 PROMPTS = ["def read_lines(path):", "import os", "class A:", "for i in range(", "return self", "x = [", "if not", "a"]

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import COMMAND, free_port, run_here, run_there, started
+from commands import COMMAND, run_here, run_there, started
 from forked import forked
+from ports import free_port
 from tiny_models import save_model
 from unfinished_runs import artifact_files, done, kill_when, metrics, quantize
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import warm
-from commands import SMALL_TEXT, free_port, run_here, run_there, started
+from commands import SMALL_TEXT, run_here, run_there, started
+from ports import free_port
 from tiny_models import save_model
 from unfinished_runs import artifact_files, done, quantize, renamed
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import preemption_cases as cases
 import pytest
-from commands import COMMAND, free_port, run_here, run_there, started
+from commands import COMMAND, run_here, run_there, started
 from forked import forked
+from ports import free_port
 from rank_pool import RankPool
 from tiny_models import save_model
 from unfinished_runs import artifact_files, done, killed_at, metrics, quantize, renamed

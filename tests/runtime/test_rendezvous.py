@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import free_port
 from forked import forked
+from ports import free_port
 from torch import distributed as dist
 
 from megatron_lowbit.config import LowBitError
