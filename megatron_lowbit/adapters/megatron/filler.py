@@ -126,7 +126,7 @@ def check_config(artifact: Artifact, config: Any) -> None:
             patching.shard_groups(artifact.checkpoint, name, config.tensor_model_parallel_size)
     if artifact.folder is None or not (artifact.folder / "config.json").exists():
         return
-    from megatron_lowbit.adapters.megatron.model import transformer_config
+    from megatron_lowbit.adapters.megatron.model_config import transformer_config
 
     quantized = transformer_config(hf_config_of(artifact), config.params_dtype)
     for key, option in (
@@ -205,7 +205,7 @@ def load_alone(model: Any, artifact: Artifact) -> None:
 
 def _check_rotary(model: Any, hf_config: Any, artifact: Artifact) -> None:
     """Raise LowBitError where a GPTModel turns its queries and keys otherwise than the artifact's model does."""
-    from megatron_lowbit.adapters.megatron.model import rotary
+    from megatron_lowbit.adapters.megatron.model_config import rotary
 
     wanted, here = rotary(hf_config), getattr(model, "rotary_pos_emb", None)
     told = ", ".join(f"{key}={value}" for key, value in wanted.items())
