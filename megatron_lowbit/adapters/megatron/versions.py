@@ -23,7 +23,6 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
-from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
@@ -96,10 +95,13 @@ def dynamic_wrapper(kind: type, model: Any, max_requests: int, length: int, buff
 
 def scale_rotary(context: DynamicInferenceContext, config: Any) -> None:
     """Have a dynamic context scale queries and keys that YaRN has turned, as attention without a cache does."""
-    factor = _yarn_get_concentration_factor_from_config(config)
-    if factor != 1.0:
-        for name in ("apply_rotary_emb_query", "apply_rotary_emb_key"):
-            setattr(context, name, partial(getattr(context, name), mscale=factor))
+    if not hasattr(config, "yarn_rotary_scaling_factor"):
+        return
+    from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding  # of a name that may change
+
+    factor = yarn_rotary_pos_embedding._yarn_get_concentration_factor_from_config(config)
+    for name in ("apply_rotary_emb_query", "apply_rotary_emb_key"):
+        setattr(context, name, partial(getattr(context, name), mscale=factor))
 
 
 def dynamic_engine(controller: Any, seed: int) -> DynamicInferenceEngine:
