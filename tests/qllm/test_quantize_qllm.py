@@ -283,6 +283,14 @@ def test_a_trained_norm_is_stored(tmp_path):
             assert before.dtype == after.dtype and not torch.equal(before, after)
 
 
+def test_a_dropped_correction_leaves_the_norms_as_they_were(tmp_path):
+    """Two trainings that fail in different ways leave the same files."""
+    settings = [*SHORT, "correction.train_norms=true", "reassembly.mode=none"]
+    made = [quantize(tmp_path / rate, *settings, f"correction.learning_rate={rate}") for rate in ("0.9", "0.7")]
+    assert all(group["kept_epoch"] is None for folder in made for group in results(folder)["groups"])
+    assert description(made[0])["files"] == description(made[1])["files"]
+
+
 def test_a_correction_that_gains_nothing_beside_gptq_is_dropped(tmp_path, monkeypatch):
     """GPTQ's codes of the weights as they are, and of the corrected ones: the smaller loss decides."""
     settings = [*SHORT, "weights.rounding=gptq", "reassembly.mode=none"]
