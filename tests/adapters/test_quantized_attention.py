@@ -14,6 +14,7 @@ from transformers import DynamicCache
 import megatron_lowbit as lowbit
 from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.adapters.huggingface import attention
+from megatron_lowbit.adapters.huggingface.cache import decode, encode, layer_classes
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import WeightsConfig
 from megatron_lowbit.kernels import packed_bytes
@@ -197,7 +198,7 @@ def test_cache_is_packed(architecture, head_dim, packed):
             continue  # without a config no layer knows its window, so none is Gemma's
         cache_of(model, ids[:, :5], cache)
         cache_of(model, ids[:, 5:], cache)
-        layers = [layer for layer in cache.layers if isinstance(layer, attention.packed_layer_class())]
+        layers = [layer for layer in cache.layers if isinstance(layer, layer_classes().packed)]
         assert len(layers) == packed and len(cache.layers) == 2
         for layer in layers:
             for rows in (layer.keys, layer.values):
@@ -217,7 +218,7 @@ def test_cache_holds_what_attention_reads():
     module.v_proj.register_forward_hook(lambda _, args, output: seen.append(output))
     layer = cache_of(model, ids).layers[0]
     values = rounded(seen[0].unflatten(-1, (-1, 8)).transpose(1, 2), 4)
-    decoded = attention._decode(layer.values, 4, 8)
+    decoded = decode(layer.values, 4, 8)
     torch.testing.assert_close(decoded.double(), values, rtol=1e-5, atol=1e-5)
     assert decoded.flatten(0, -2).unique(dim=0).shape[0] > 50, "rows differ, so it is known which is which"
 
@@ -259,7 +260,7 @@ def test_remove(architecture):
     lowbit.remove(model)
     assert model.config._attn_implementation == implementation
     assert torch.equal(tiny_models.logits(model, ids), before)
-    packed = attention.packed_layer_class()
+    packed = layer_classes().packed
     cache = cache_of(model, ids)
     assert not any(isinstance(layer, packed) for layer in cache.layers)
     assert all(layer.keys.dtype == torch.float32 for layer in cache.layers)
@@ -277,9 +278,9 @@ def test_remove(architecture):
 def test_encode_decode(bits, width):
     """The numbers of a fake quantization, to the last bit, in packed_bytes + 8 bytes a row; odd widths are padded."""
     x = 3 * normal(2, 4, 5, width, seed=bits) if width > 1 else normal(2, 4, 5, 1, seed=bits)
-    rows = attention._encode(x, bits)
+    rows = encode(x, bits)
     assert rows.dtype == torch.uint8 and rows.shape == (2, 4, 5, packed_bytes(width, bits) + 8)
-    decoded = attention._decode(rows, bits, width)
+    decoded = decode(rows, bits, width)
     assert decoded.dtype == torch.float32 and decoded.shape == x.shape
     if width == 1:  # a row of one value is constant, and comes back exactly
         assert torch.equal(decoded, x)
@@ -295,26 +296,26 @@ def test_encode_of_views_and_halves():
     """Transposed heads, as attention modules make them; bf16 and fp16 are quantized in float32."""
     x = normal(2, 5, 4, 16, seed=3)
     view = x.transpose(1, 2)
-    assert torch.equal(attention._encode(view, 4), attention._encode(view.contiguous(), 4))
+    assert torch.equal(encode(view, 4), encode(view.contiguous(), 4))
     for dtype in (torch.bfloat16, torch.float16):
-        assert torch.equal(attention._encode(view.to(dtype), 4), attention._encode(view.to(dtype).float(), 4))
+        assert torch.equal(encode(view.to(dtype), 4), encode(view.to(dtype).float(), 4))
 
 
 def test_encode_of_nothing():
     """No tokens: rows of the right width, to which others can be appended."""
-    rows = attention._encode(normal(2, 4, 0, 11), 3)
+    rows = encode(normal(2, 4, 0, 11), 3)
     assert rows.dtype == torch.uint8 and rows.shape == (2, 4, 0, packed_bytes(11, 3) + 8)
     x = normal(2, 4, 3, 11)
-    assert torch.equal(torch.cat([rows, attention._encode(x, 3)], -2), attention._encode(x, 3))
+    assert torch.equal(torch.cat([rows, encode(x, 3)], -2), encode(x, 3))
 
 
 def test_encode_constant_rows_and_nan():
     """Equal values come back exactly, zero among them; a row with NaN or Inf stays NaN and says so to no other."""
     x = torch.tensor([[0.0], [0.6], [-2.7], [1e-40]]).repeat(1, 8)
-    assert torch.equal(attention._decode(attention._encode(x[None], 4), 4, 8)[0], x)
+    assert torch.equal(decode(encode(x[None], 4), 4, 8)[0], x)
     x = normal(1, 3, 8, seed=4)
     x[0, 1, 2] = torch.nan
-    decoded = attention._decode(attention._encode(x, 4), 4, 8)
+    decoded = decode(encode(x, 4), 4, 8)
     assert decoded[0, 1].isnan().all() and torch.equal(decoded[0, ::2], fake_quantize(x[0, ::2], 4))
     x[0, 1, 2] = torch.inf
-    assert attention._decode(attention._encode(x, 4), 4, 8)[0, 1].isnan().all()
+    assert decode(encode(x, 4), 4, 8)[0, 1].isnan().all()

@@ -9,9 +9,8 @@ Registered with transformers as an attention function that wraps the model's own
 of bits from the attention module; a module without it computes as before. Families whose attention is code of their own
 (Bloom, GPT-J, ...) are not reached: a warning names them (possible_bits).
 
-While tokens are generated, K and V are packed in the cache: every DynamicLayer that an attention module meets empty is
-replaced by a PackedLayer. (Layers that keep a sliding window stay unpacked; their K and V are quantized when they are
-read.)
+While tokens are generated, K and V are packed in the cache (cache.py). (Layers that keep a sliding window stay
+unpacked; their K and V are quantized when they are read.)
 """
 
 from __future__ import annotations
@@ -24,15 +23,14 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from megatron_lowbit.adapters.huggingface.cache import QUANTIZED, layer_classes, replace_empty_layer
 from megatron_lowbit.adapters.patching import undo_with
-from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, unpack_bits
 from megatron_lowbit.kernels.hadamard import hadamard
-from megatron_lowbit.quant.affine import choose_qparams, fake_quantize, quantize
+from megatron_lowbit.quant.affine import fake_quantize
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
-from megatron_lowbit.quant.input_clipping import UNCLIPPED, WHOLE, Clip, Clips, attention_clips
+from megatron_lowbit.quant.input_clipping import UNCLIPPED, Clips, attention_clips
 from megatron_lowbit.runtime.launcher_env import env_rank
 
 logger = logging.getLogger("megatron_lowbit")
@@ -44,8 +42,6 @@ _BITS = "_lowbit_act_bits"  # on an attention module
 _ROTATED = "_lowbit_rotated"  # on an attention module: Q and K are rotated
 _CLIPS = "_lowbit_clips"  # on an attention module: ratios of the ranges of Q, K and V
 _QUANTIZERS = "_lowbit_quantizers"  # on an attention module whose ranges are trained
-_QUANTIZED = "_lowbit_quantized"  # on a K or V that comes from a PackedLayer
-_QPARAM_BYTES = 8  # a float32 scale and zero point
 
 
 class Quantized:
@@ -88,6 +84,19 @@ class Quantized:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         register(plain_name(self.config._attn_implementation))  # in a new process it is not known yet
+
+
+class Growing:
+    """Have these attention modules, which do not quantize, write K and V in place in caches; call it to undo."""
+
+    def __init__(self, modules: Iterable[nn.Module]):
+        self.handles = [
+            module.register_forward_pre_hook(_before_plain_attention, with_kwargs=True) for module in modules
+        ]
+
+    def __call__(self) -> None:
+        for handle in self.handles:
+            handle.remove()
 
 
 def takes_part(module: nn.Module) -> bool:
@@ -191,13 +200,13 @@ def _attention(
 
     act_bits = getattr(module, _BITS, 16)
     if getattr(module, _ROTATED, False):
-        query, key = (t if hasattr(t, _QUANTIZED) else hadamard(t, 1) for t in (query, key))
+        query, key = (t if hasattr(t, QUANTIZED) else hadamard(t, 1) for t in (query, key))
     if act_bits < 16:
         how: Sequence[Callable[[Tensor], Tensor]] = quantizers_of(module) or [
             partial(fake_quantize, num_bits=act_bits, clip=clip) for clip in getattr(module, _CLIPS, UNCLIPPED)
         ]
         query, key, value = (
-            t if hasattr(t, _QUANTIZED) else quantize(t) for t, quantize in zip((query, key, value), how, strict=True)
+            t if hasattr(t, QUANTIZED) else quantize(t) for t, quantize in zip((query, key, value), how, strict=True)
         )
     if implementation == "eager":  # every model brings its own, in its own file
         attend = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
@@ -209,96 +218,31 @@ def _attention(
 def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Prepare a run of an attention module: quantize whatever attention function has been chosen since the last run
     (model.set_attn_implementation), and have K and V packed in a cache layer that is still empty."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
     config: Any = getattr(module, "config", None)
     if config is not None:
         enable(config)
-    cache, index = kwargs.get("past_key_values"), getattr(module, "layer_idx", None)
-    if not isinstance(cache, DynamicCache) or index is None:
-        return
-    packed = packed_layer_class()
     how = getattr(module, _BITS), getattr(module, _ROTATED, False), getattr(module, _CLIPS, UNCLIPPED)[1:]
-    if index == len(cache.layers) and cache.layer_class_to_replicate is DynamicLayer:
-        cache.layers.append(packed(*how))
-    elif index < len(cache.layers):
-        layer = cache.layers[index]
-        if type(layer) is DynamicLayer and not layer.is_initialized:
-            cache.layers[index] = packed(*how)
+    replace_empty_layer(
+        kwargs.get("past_key_values"), getattr(module, "layer_idx", None), lambda: layer_classes().packed(*how)
+    )
 
 
-def packed_layer_class() -> type:
-    """Return the class PackedLayer: a DynamicLayer of uint8 rows [batch, heads, tokens, packed codes | scale | zero
-    point].
-
-    Whatever transformers does to a DynamicLayer along its first three dimensions (crop, reorder, repeat) it can do to
-    this one. The class is made on first use, because `import megatron_lowbit` must not import transformers.
-    """
-    global _packed_layer
-    if _packed_layer is not None:
-        return _packed_layer
-    from transformers.cache_utils import DynamicLayer
-
-    class PackedLayer(DynamicLayer):
-        def __init__(self, num_bits: int, rotated: bool = False, clips: tuple[Clip, Clip] = (WHOLE, WHOLE)):
-            super().__init__()
-            self.num_bits, self.rotated, self.clips = num_bits, rotated, clips
-
-        def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-            self.dtype, self.device = key_states.dtype, key_states.device
-            self.head_dim = key_states.shape[-1]
-            self.keys = _encode(key_states[..., :0, :], self.num_bits)
-            self.values = _encode(value_states[..., :0, :], self.num_bits)
-            self.value_dim = value_states.shape[-1]
-            self.is_initialized = True
-
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-            assert self.keys is not None and self.values is not None
-            if self.rotated:
-                key_states = hadamard(key_states, 1)
-            self.keys = torch.cat([self.keys, _encode(key_states, self.num_bits, self.clips[0])], dim=-2)
-            self.values = torch.cat([self.values, _encode(value_states, self.num_bits, self.clips[1])], dim=-2)
-            decoded = []
-            for rows, width in ((self.keys, self.head_dim), (self.values, self.value_dim)):
-                tensor = _decode(rows, self.num_bits, width).to(self.dtype)
-                setattr(tensor, _QUANTIZED, True)  # rounding twice would be another rounding
-                decoded.append(tensor)
-            return decoded[0], decoded[1]
-
-    _packed_layer = PackedLayer
-    return PackedLayer
-
-
-_packed_layer: type | None = None
-
-
-def _encode(x: Tensor, num_bits: int, clip: Clip = WHOLE) -> Tensor:
-    """Quantize and pack x [..., d] -> uint8 [..., packed codes | scale | zero point], one pair per row."""
-    if x.shape[-2] == 0:
-        return x.new_empty((*x.shape[:-1], packed_bytes(x.shape[-1], num_bits) + _QPARAM_BYTES), dtype=torch.uint8)
-    scale, zero_point = choose_qparams(x, num_bits, clip=clip)
-    codes = pack_bits(quantize(x, scale, zero_point, num_bits), num_bits)
-    return torch.cat([codes, scale.view(torch.uint8), zero_point.view(torch.uint8)], dim=-1)
-
-
-def _decode(rows: Tensor, num_bits: int, width: int) -> Tensor:
-    """Undo `_encode`: float32 [..., width]."""
-    packed = rows[..., :-_QPARAM_BYTES]
-    qparams = rows[..., -_QPARAM_BYTES:].clone(memory_format=torch.contiguous_format)  # floats lie at multiples of four
-    scale, zero_point = qparams.view(torch.float32).split(1, dim=-1)
-    return dequantize(unpack_bits(packed, num_bits, width), scale, zero_point)
+def _before_plain_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Have K and V written in place in a cache layer that is still empty."""
+    replace_empty_layer(
+        kwargs.get("past_key_values"), getattr(module, "layer_idx", None), lambda: layer_classes().growing()
+    )
 
 
 def quantize_attention(model: Any, checkpoint: LowBitCheckpoint, config: Any) -> None:
-    """Have the model's attention quantize Q, K and V and pack the cache; undone by `remove`."""
+    """Have the model's attention quantize Q, K and V and pack the cache, or else write it in place; undone by
+    `remove`."""
     act_bits = possible_bits(model, checkpoint.linears, checkpoint.attention_bits)
-    if act_bits == 16:
-        return
     owners = {name.rpartition(".")[0] for name in checkpoint.linears}
     modules = {name: m for name, m in model.named_modules() if name in owners and takes_part(m)}
+    if act_bits == 16:
+        undo_with(model, Growing(modules.values()))
+        return
     clips = [attention_clips(checkpoint.clipping, name) for name in modules]
     rotated = checkpoint.rotation is not None and checkpoint.rotation.attention
     undo_with(model, Quantized(modules.values(), config, act_bits, clips, rotated))
