@@ -17,7 +17,7 @@ from megatron_lowbit.kernels.hybrid import (
     hybrid_unpack_reduce_into,
     hybrid_unpack_reduce_requantize,
 )
-from megatron_lowbit.kernels.linear import FLOAT_BITS, quant_linear
+from megatron_lowbit.kernels.linear import FLOAT_BITS, quant_linear, rotated_linear
 from megatron_lowbit.kernels.packing import codes_per_word, pack_bits, packed_bytes, unpack_bits
 from megatron_lowbit.kernels.panels import blocks_of, codes_of, forget_pages, panels_of, rows_of
 from megatron_lowbit.kernels.quantizer import dequantize, quantize, quantize_tokens
@@ -52,6 +52,7 @@ __all__ = [
     "quantize",
     "quantize_tokens",
     "reassemble",
+    "rotated_linear",
     "rows_of",
     "squared_sizes",
     "unpack_bits",

@@ -7,13 +7,20 @@ are put in order at every call.
 
 from __future__ import annotations
 
-import ctypes
+import struct
 
 import torch
 from torch import Tensor
 
 from megatron_lowbit.kernels.hadamard import check_hadamard, factors, hadamard, hadamard_reference
-from megatron_lowbit.kernels.linear import FLOAT_BITS, check_linear, quant_linear, quant_linear_reference
+from megatron_lowbit.kernels.linear import (
+    FLOAT_BITS,
+    check_linear,
+    quant_linear,
+    quant_linear_reference,
+    rotated_linear,
+    rotated_linear_reference,
+)
 from megatron_lowbit.kernels.ops import kernel
 from megatron_lowbit.kernels.panels import blocks_of, linear_kernels, panels_of, rows_of
 from megatron_lowbit.kernels.quantizer import TokenQuantizer, quantize_tokens
@@ -22,30 +29,7 @@ from megatron_lowbit.kernels.reassembly import reassemble_op, reassemble_referen
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as in tokens.h
 
 
-class _Linear(ctypes.Structure):
-    """Linear of linear.cpp."""
-
-    _fields_ = [
-        ("x", ctypes.c_void_p),
-        ("tokens", ctypes.c_int64),
-        ("row_stride", ctypes.c_int64),
-        ("x_dtype", ctypes.c_int32),
-        ("y_dtype", ctypes.c_int32),
-        ("panels", ctypes.c_void_p),
-        ("outputs", ctypes.c_int64),
-        ("inputs", ctypes.c_int64),
-        ("scale", ctypes.c_void_p),
-        ("zero_point", ctypes.c_void_p),
-        ("weight_groups", ctypes.c_int64),
-        ("weight_bits", ctypes.c_int32),
-        ("act_bits", ctypes.c_int32),
-        ("act_groups", ctypes.c_int64),
-        ("y", ctypes.c_void_p),
-        ("threads", ctypes.c_int32),
-        ("low_ratio", ctypes.c_float),
-        ("high_ratio", ctypes.c_float),
-        ("padding", ctypes.c_int32),
-    ]
+_LINEAR = struct.Struct("PqqiiPqqPPqiiqPiffPd")  # Linear of linear.cpp; as bytes, which are made in no time
 
 
 @kernel(quant_linear, "cpu")
@@ -64,31 +48,84 @@ def _quant_linear(
     """Compute quant_linear with the C++ kernel."""
     acts = TokenQuantizer(act_bits, act_groups, low_ratio, high_ratio)
     check_linear(x, packed_weight, scale, zero_point, weight_bits, acts)
-    library, (outputs, groups), inputs = linear_kernels.find(), scale.shape, x.shape[1]
-    layout = weight_bits, inputs, blocks_of(act_bits, act_groups, groups), act_bits == FLOAT_BITS
+    y = _multiply(x, packed_weight, scale, zero_point, weight_bits, acts, dtype)
+    if y is not None:
+        return y
+    rows = rows_of(packed_weight, scale.shape[0], *_layout(x, scale, weight_bits, acts))
+    return quant_linear_reference(
+        x, rows, scale, zero_point, weight_bits, act_bits, act_groups, dtype, low_ratio, high_ratio
+    )
+
+
+@kernel(rotated_linear, "cpu")
+def _rotated_linear(
+    x: Tensor,
+    packed_weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight_bits: int,
+    act_bits: int,
+    act_groups: int,
+    dtype: torch.dtype,
+    low_ratio: float = 1.0,
+    high_ratio: float = 1.0,
+) -> Tensor:
+    """Compute rotated_linear with the C++ kernel, which quantizes a token right after it has rotated it."""
+    acts = TokenQuantizer(act_bits, act_groups, low_ratio, high_ratio)
+    check_linear(x, packed_weight, scale, zero_point, weight_bits, acts)
+    check_hadamard(x, act_groups)
+    y = None
+    if act_bits != FLOAT_BITS and x.dtype != torch.float64:  # which is rotated in float64
+        rotation = factors(x, act_groups)
+        y = _multiply(x, packed_weight, scale, zero_point, weight_bits, acts, dtype, rotation)
+    if y is not None:
+        return y
+    return rotated_linear_reference(
+        x, packed_weight, scale, zero_point, weight_bits, act_bits, act_groups, dtype, low_ratio, high_ratio
+    )
+
+
+def _layout(x: Tensor, scale: Tensor, weight_bits: int, acts: TokenQuantizer) -> tuple[int, int, int, bool]:
+    """Return what panels_of is told of a weight besides its rows."""
+    return weight_bits, x.shape[1], blocks_of(acts.bits, acts.groups, scale.shape[1]), acts.bits == FLOAT_BITS
+
+
+def _multiply(
+    x: Tensor,
+    packed_weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight_bits: int,
+    acts: TokenQuantizer,
+    dtype: torch.dtype,
+    rotation: tuple[Tensor, float] | None = None,
+) -> Tensor | None:
+    """Run the kernel on arguments that fit together; None where it cannot run.
+
+    rotation: hadamard's factors for x's slices, if they are rotated first.
+    """
+    library, (outputs, groups), (tokens, inputs) = linear_kernels.find(), scale.shape, x.shape
     good = library is not None and x.dtype in _DTYPES and dtype in _DTYPES and outputs > 0
-    good = good and scale.dtype == zero_point.dtype == torch.float32
-    panels: Tensor | None = packed_weight
-    if packed_weight.dim() == 2:
-        panels = panels_of(packed_weight, *layout) if good else None
-    if library is None or not good or panels is None:
-        rows = rows_of(packed_weight, outputs, *layout)
-        return quant_linear_reference(
-            x, rows, scale, zero_point, weight_bits, act_bits, act_groups, dtype, low_ratio, high_ratio
-        )
+    if library is None or not good or scale.dtype != torch.float32 or zero_point.dtype != torch.float32:
+        return None
+    layout = _layout(x, scale, weight_bits, acts)
+    panels = panels_of(packed_weight, *layout) if packed_weight.dim() == 2 else packed_weight
+    if panels is None:
+        return None
     if panels.numel() != library.lowbit_panel_bytes(outputs, inputs, layout[2], weight_bits):
         raise ValueError(f"panels of {panels.numel()} bytes are not those of a weight [{outputs}, {inputs}]")
     if x.stride(1) != 1:
         x = x.contiguous()
     scale, zero_point = scale.contiguous(), zero_point.contiguous()
-    y = x.new_empty((x.shape[0], outputs), dtype=dtype)
-    job = _Linear(
-        *(x.data_ptr(), x.shape[0], x.stride(0), _DTYPES[x.dtype], _DTYPES[dtype]),
+    matrix, factor = (0, 0.0) if rotation is None else (rotation[0].data_ptr(), rotation[1])
+    y = x.new_empty((tokens, outputs), dtype=dtype)
+    job = _LINEAR.pack(
+        *(x.data_ptr(), tokens, x.stride(0), _DTYPES[x.dtype], _DTYPES[dtype]),
         *(panels.data_ptr(), outputs, inputs, scale.data_ptr(), zero_point.data_ptr(), groups),
-        *(weight_bits, act_bits, act_groups, y.data_ptr(), torch.get_num_threads()),
-        *(low_ratio, high_ratio, 0),
+        *(weight_bits, acts.bits, acts.groups, y.data_ptr(), torch.get_num_threads()),
+        *(acts.low, acts.high, matrix, factor),
     )
-    library.lowbit_linear(ctypes.byref(job))
+    library.lowbit_linear(job)
     return y
 
 

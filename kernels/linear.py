@@ -17,10 +17,12 @@ they are float64; a backend may sum bf16 activations in float32, in an order tha
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_lowbit.kernels.hadamard import hadamard
 from megatron_lowbit.kernels.ops import define, fake
 from megatron_lowbit.kernels.packing import packed_bytes, unpack_bits
 from megatron_lowbit.kernels.quantizer import TokenQuantizer
@@ -128,13 +130,24 @@ def round_to(y: Tensor, dtype: torch.dtype) -> Tensor:
     return odd.view(torch.float64).to(torch.float32).to(dtype)
 
 
-quant_linear = define(
-    "quant_linear(Tensor x, Tensor packed_weight, Tensor scale, Tensor zero_point, int weight_bits, int act_bits, "
-    "int act_groups, ScalarType dtype, float low_ratio=1.0, float high_ratio=1.0) -> Tensor",
-    quant_linear_reference,
+def rotated_linear_reference(x: Tensor, *linear: Any) -> Tensor:
+    """Compute quant_linear of x whose act_groups slices are rotated first (hadamard.py), as the weight's inputs were
+    before it was quantized.
+
+    linear: the other arguments of quant_linear. Returns and raises what hadamard and quant_linear do.
+    """
+    return quant_linear(hadamard(x, linear[5]), *linear)
+
+
+_ARGUMENTS = (
+    "Tensor x, Tensor packed_weight, Tensor scale, Tensor zero_point, int weight_bits, int act_bits, int act_groups, "
+    "ScalarType dtype, float low_ratio=1.0, float high_ratio=1.0"
 )
+quant_linear = define(f"quant_linear({_ARGUMENTS}) -> Tensor", quant_linear_reference)
+rotated_linear = define(f"rotated_linear({_ARGUMENTS}) -> Tensor", rotated_linear_reference)
 
 
 @fake(quant_linear)
+@fake(rotated_linear)
 def _(x, packed_weight, scale, zero_point, weight_bits, act_bits, act_groups, dtype, low_ratio=1.0, high_ratio=1.0):
     return x.new_empty((x.shape[0], scale.shape[0]), dtype=dtype)

@@ -8,6 +8,8 @@
 #include "tiles.h"
 #include "weight_only.h"
 
+#include <optional>
+
 namespace {
 
 constexpr int kFloatBits = 16;  // of activations that are not quantized
@@ -27,7 +29,35 @@ struct Linear {
   void* y;  // [tokens, outputs]
   int32_t threads;
   float low_ratio, high_ratio;  // what is left of the ends of a token's range
-  int32_t padding;
+  const float* matrix;  // none, or C_m of hadamard.h: each of the act_groups slices of a token is rotated first
+  double rotation_factor;
+};
+
+// A linear, with the rotation of its slices, if there is one.
+struct Job : Linear {
+  const Rotation<float>* rotation;
+};
+
+// A token in float32, as it is or rotated; of those in 16 bits the rotated values are rounded to 16 bits, as the op
+// hadamard would store them.
+class Row {
+ public:
+  explicit Row(const Job& job) : row_(job.inputs), rotated_(job.rotation ? job.inputs + kRegister / 4 : 0) {}
+
+  const float* read(const Job& job, const void* x) {
+    const DType dtype = static_cast<DType>(job.x_dtype);
+    widen(x, dtype, row_.get(), job.inputs);
+    if (!job.rotation) return row_.get();
+    const int64_t group = job.inputs / job.act_groups;
+    for (int64_t g = 0; g < job.act_groups; ++g) job.rotation->apply(row_.get() + g * group, rotated_.get() + g * group);
+    if (dtype == kFloat32) return rotated_.get();
+    narrow(rotated_.get(), dtype, row_.get(), job.inputs);
+    widen(row_.get(), dtype, rotated_.get(), job.inputs);
+    return rotated_.get();
+  }
+
+ private:
+  Buffer<float> row_, rotated_;
 };
 
 int64_t common_multiple(int64_t a, int64_t b) {
@@ -36,14 +66,14 @@ int64_t common_multiple(int64_t a, int64_t b) {
   return multiple;
 }
 
-const void* row_of(const Linear& job, int64_t token) {
+const void* row_of(const Job& job, int64_t token) {
   return static_cast<const char*>(job.x) + token * job.row_stride * bytes_of(static_cast<DType>(job.x_dtype));
 }
 
 // Codes of a token, each block padded to whole units of inputs; fills in what the brackets need.
-void quantize_token(const Linear& job, const Panels& panels, int64_t token, int64_t unit, Tokens& tokens, float* row,
+void quantize_token(const Job& job, const Panels& panels, int64_t token, int64_t unit, Tokens& tokens, Row& room,
                     uint8_t* codes) {
-  widen(row_of(job, token), static_cast<DType>(job.x_dtype), row, job.inputs);
+  const float* row = room.read(job, row_of(job, token));
   const int64_t blocks_per_group = panels.blocks / job.act_groups, group = job.inputs / job.act_groups;
   const int64_t block = panels.block(), stride = up(block, unit);
   for (int64_t g = 0; g < job.act_groups; ++g) {
@@ -64,7 +94,7 @@ struct Share {
   Share(int64_t count, int thread, int threads) : first(count * thread / threads), last(count * (thread + 1) / threads) {}
 };
 
-int threads_of(const Linear& job, const Panels& panels) {
+int threads_of(const Job& job, const Panels& panels) {
   if (job.tokens * job.inputs * job.outputs < kMinParallel) return 1;
   return static_cast<int>(std::min<int64_t>(job.threads, std::max<int64_t>(panels.count(), 1)));
 }
@@ -91,7 +121,7 @@ void set_floats(const Panels& panels, int64_t token, const Value* row, Tokens& t
 }
 
 // A row of bf16 values, each block padded to `stride` values.
-void pad_floats(const Linear& job, const Panels& panels, int64_t token, int64_t stride, Tokens& tokens, uint16_t* to) {
+void pad_floats(const Job& job, const Panels& panels, int64_t token, int64_t stride, Tokens& tokens, uint16_t* to) {
   const uint16_t* row = static_cast<const uint16_t*>(row_of(job, token));
   for (int64_t b = 0; b < panels.blocks; ++b)
     std::memcpy(to + b * stride, row + b * panels.block(), panels.block() * sizeof *to);
@@ -100,7 +130,7 @@ void pad_floats(const Linear& job, const Panels& panels, int64_t token, int64_t 
 
 // prepare(first token, last token), then multiply(what a tile needs, panel) for every panel.
 template <class Prepare, class Multiply>
-void by_panels(const Linear& job, const Panels& panels, const Tokens& tokens, const Output& to, int64_t parts,
+void by_panels(const Job& job, const Panels& panels, const Tokens& tokens, const Output& to, int64_t parts,
                Prepare prepare, Multiply multiply) {
   const int threads = threads_of(job, panels);
   in_two_phases(
@@ -120,7 +150,7 @@ void by_panels(const Linear& job, const Panels& panels, const Tokens& tokens, co
 }
 
 template <int Bits>
-void by_tiles(const Linear& job, const Panels& panels, const Output& to) {
+void by_tiles(const Job& job, const Panels& panels, const Output& to) {
   constexpr int64_t kMost = most_rows(Bits);
   const int64_t count = (job.tokens + kMost - 1) / kMost, width = panels.blocks * panels.steps() * kStep;
   auto first_of = [&](int64_t part) { return job.tokens * part / count; };  // tiles of nearly the same height
@@ -130,12 +160,12 @@ void by_tiles(const Linear& job, const Panels& panels, const Output& to) {
   by_panels(
       job, panels, tokens, to, count,
       [&](int64_t begin, int64_t end) {
-        Buffer<float> row(job.inputs);
+        Row row(job);
         Buffer<uint8_t> codes(width);
         for (int64_t part = begin; part < end; ++part)
           for (int r = 0; r < rows_of(part); ++r) {
             const int64_t first = first_of(part);
-            quantize_token(job, panels, first + r, kStep, tokens, row.get(), codes.get());
+            quantize_token(job, panels, first + r, kStep, tokens, row, codes.get());
             interleave(codes.get(), width / kStep, r, rows_of(part), x.get() + first * width);
           }
       },
@@ -146,9 +176,9 @@ void by_tiles(const Linear& job, const Panels& panels, const Output& to) {
 }
 
 #ifdef LOWBIT_AMX
-// put(token, what the brackets need, room for `inputs` floats, the token's padded row)
+// put(token, what the brackets need, room for a token in float32, the token's padded row)
 template <class Operand, class Put>
-void by_amx(const Linear& job, const Panels& panels, const Output& to, Put put) {
+void by_amx(const Job& job, const Panels& panels, const Output& to, Put put) {
   const AmxShape<Operand> shape(panels, job.tokens);
   Tokens tokens(job.tokens, panels.blocks);
   Buffer<uint8_t> x(shape.x_bytes(), kAnything);  // what lies behind the last token becomes sums that nobody reads
@@ -156,11 +186,11 @@ void by_amx(const Linear& job, const Panels& panels, const Output& to, Put put) 
   in_two_phases(
       threads,
       [&](int thread) {
-        Buffer<float> room(job.inputs);
+        Row room(job);
         Buffer<uint8_t> row(shape.row_bytes());
         const Share share(job.tokens, thread, threads);
         for (int64_t token = share.first; token < share.last; ++token) {
-          put(token, tokens, room.get(), row.get());
+          put(token, tokens, room, row.get());
           shape.put_row(row.get(), token, x.get());
         }
       },
@@ -172,18 +202,18 @@ void by_amx(const Linear& job, const Panels& panels, const Output& to, Put put) 
 }
 
 template <int Bits>
-void codes_by_amx(const Linear& job, const Panels& panels, const Output& to) {
+void codes_by_amx(const Job& job, const Panels& panels, const Output& to) {
   using Operand = CodeOperand<Bits>;
-  by_amx<Operand>(job, panels, to, [&](int64_t token, Tokens& tokens, float* room, uint8_t* codes) {
+  by_amx<Operand>(job, panels, to, [&](int64_t token, Tokens& tokens, Row& room, uint8_t* codes) {
     quantize_token(job, panels, token, Operand::kInputs, tokens, room, codes);
   });
 }
 
 template <int Bits>
-void floats_by_amx(const Linear& job, const Panels& panels, const Output& to) {
+void floats_by_amx(const Job& job, const Panels& panels, const Output& to) {
   using Operand = Bfloat16Operand<Bits>;
   const int64_t stride = up(panels.block(), Operand::kInputs);
-  by_amx<Operand>(job, panels, to, [&](int64_t token, Tokens& tokens, float*, uint8_t* row) {
+  by_amx<Operand>(job, panels, to, [&](int64_t token, Tokens& tokens, Row&, uint8_t* row) {
     pad_floats(job, panels, token, stride, tokens, reinterpret_cast<uint16_t*>(row));
   });
 }
@@ -191,7 +221,7 @@ void floats_by_amx(const Linear& job, const Panels& panels, const Output& to) {
 
 // Weight-only, in float64: any dtype, any processor.
 template <int Bits>
-void floats_by_doubles(const Linear& job, const Panels& panels, const Output& to) {
+void floats_by_doubles(const Job& job, const Panels& panels, const Output& to) {
   Tokens tokens(job.tokens, panels.blocks);
   Buffer<double> x(job.tokens * job.inputs);
   by_panels(
@@ -216,7 +246,7 @@ void floats_by_doubles(const Linear& job, const Panels& panels, const Output& to
 
 #ifdef LOWBIT_BF16
 template <int Bits>
-void floats_by_pairs(const Linear& job, const Panels& panels, const Output& to) {
+void floats_by_pairs(const Job& job, const Panels& panels, const Output& to) {
   const int64_t stride = panels.steps() * kStep, width = panels.blocks * stride;
   Tokens tokens(job.tokens, panels.blocks);
   Buffer<uint16_t> x(job.tokens * width);
@@ -366,26 +396,29 @@ void lowbit_hadamard(const void* x, int dtype, int64_t tokens, int64_t row_strid
     rotate_all<float>(x, type, tokens, row_stride, width, groups, matrix, factor, y, threads);
 }
 
-void lowbit_linear(const Linear* job) {
-  if (!job->tokens) return;
-  const int64_t act_groups = job->act_bits == kFloatBits ? 1 : job->act_groups;
-  const int64_t blocks = common_multiple(act_groups, job->weight_groups);
-  const Panels panels = panels_of(job->panels, job->outputs, job->inputs, blocks, job->weight_bits);
-  const Output to{job->y, static_cast<DType>(job->y_dtype), job->outputs};
+void lowbit_linear(const Linear* given) {
+  if (!given->tokens) return;
+  std::optional<Rotation<float>> rotation;
+  if (given->matrix) rotation.emplace(given->inputs / given->act_groups, given->matrix, given->rotation_factor);
+  const Job job{*given, rotation ? &*rotation : nullptr};
+  const int64_t act_groups = job.act_bits == kFloatBits ? 1 : job.act_groups;
+  const int64_t blocks = common_multiple(act_groups, job.weight_groups);
+  const Panels panels = panels_of(job.panels, job.outputs, job.inputs, blocks, job.weight_bits);
+  const Output to{job.y, static_cast<DType>(job.y_dtype), job.outputs};
   with_bits(panels.bits, [&](auto bits) {
-    if (job->act_bits == kFloatBits) {
+    if (job.act_bits == kFloatBits) {
 #ifdef LOWBIT_AMX
-      if (job->x_dtype == kBfloat16 && amx_allowed()) return floats_by_amx<bits>(*job, panels, to);
+      if (job.x_dtype == kBfloat16 && amx_allowed()) return floats_by_amx<bits>(job, panels, to);
 #endif
 #ifdef LOWBIT_BF16
-      if (job->x_dtype == kBfloat16) return floats_by_pairs<bits>(*job, panels, to);
+      if (job.x_dtype == kBfloat16) return floats_by_pairs<bits>(job, panels, to);
 #endif
-      return floats_by_doubles<bits>(*job, panels, to);
+      return floats_by_doubles<bits>(job, panels, to);
     }
 #ifdef LOWBIT_AMX
-    if (job->tokens >= kLeastAmxTokens && amx_allowed()) return codes_by_amx<bits>(*job, panels, to);
+    if (job.tokens >= kLeastAmxTokens && amx_allowed()) return codes_by_amx<bits>(job, panels, to);
 #endif
-    by_tiles<bits>(*job, panels, to);
+    by_tiles<bits>(job, panels, to);
   });
 }
 }

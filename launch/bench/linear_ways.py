@@ -6,7 +6,7 @@
     qlinear       onednn.qlinear_pointwise: uint8 activations with one scale, int8 weights, float32 results
     int4pack      torch._weight_int4pack_mm_for_cpu: bf16 activations, 4-bit weights in groups of 128
     W4A8, ...     QuantLinear, as users run it: from bf16 to bf16, activations quantized in it; `x8`: in 8 groups;
-                  `rotated`: each group of the activations rotated first, the op hadamard counted
+                  `rotated`: each group of the activations rotated first, in the same pass
 
 int_mm and qlinear get activations that are quantized already and give no bf16, so their seconds leave out work that is
 part of ours.
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_lowbit.config import one_line
-from megatron_lowbit.kernels.hadamard import hadamard, hadamard_reference
+from megatron_lowbit.kernels.hadamard import hadamard_reference
 from megatron_lowbit.kernels.linear import FLOAT_BITS, quant_linear_reference
 from megatron_lowbit.layers.linear import QuantLinear
 from megatron_lowbit.quant.affine import QuantizedWeight, Scheme
@@ -116,8 +116,7 @@ def ours(scheme: str, groups: int, weight: QuantizedWeight, x: Tensor, rows: Ten
 
     def make(x: Tensor) -> Call:
         own = replace(weight, packed_weight=weight.packed_weight.clone())
-        linear = QuantLinear(own, None, act_bits, groups)
-        return (lambda: linear(hadamard(x, groups))) if rotated else partial(linear, x)
+        return partial(QuantLinear(own, None, act_bits, groups, rotated=rotated), x)
 
     parts = weight.packed_weight, weight.scale, weight.zero_point
     checked = hadamard_reference(x[rows], groups) if rotated else x[rows]

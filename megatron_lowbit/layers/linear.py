@@ -38,6 +38,7 @@ from megatron_lowbit.kernels import (
     panels_of,
     quant_linear,
     quantize_tokens,
+    rotated_linear,
     rows_of,
 )
 from megatron_lowbit.kernels.hadamard import hadamard
@@ -114,27 +115,32 @@ class QuantLinear(Float32QParams):
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Compute y = x^ W^T + b and the branch's share. dtype: of the result; None: x's."""
+        multiply = quant_linear
         if self.rotated:
             check_width(x, self.in_features if self.reassembly is None else self.reassembly.in_features)
-            x = hadamard(x, self.act_groups)
+            if self.reassembly is None and self.lora_a is None and not (torch.is_grad_enabled() and x.requires_grad):
+                multiply = rotated_linear  # nothing else reads the rotated input: each token is rotated and quantized
+            else:
+                x = hadamard(x, self.act_groups)
         if self.reassembly is not None:
             x = self.reassembly(x)
         check_width(x, self.in_features)
         rows = x.reshape(-1, self.in_features)
-        y = self._multiply(rows, dtype or x.dtype)
+        y = self._multiply(multiply, rows, dtype or x.dtype)
         if self.lora_a is not None and self.lora_b is not None:
             y = y + F.linear(F.linear(self._rounded(rows), self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
-    def _multiply(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    def _multiply(self, multiply: Callable[..., Tensor], rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Run quant_linear or rotated_linear on rows [tokens, in_features]."""
         if self._panels is None and rows.device.type == "cpu":
             self._order_for_kernels()
         packed = self.packed_weight if self._panels is None else self._panels
         weight = (packed, self.scale, self.zero_point, self.weight_bits)
         if torch.is_grad_enabled() and rows.requires_grad:
             return _QuantLinearFunction.apply(rows, *weight, self.act_bits, self.act_groups, dtype, *self.clip)
-        return quant_linear(rows, *weight, self.act_bits, self.act_groups, dtype, *self.clip)
+        return multiply(rows, *weight, self.act_bits, self.act_groups, dtype, *self.clip)
 
     def _rounded(self, rows: Tensor) -> Tensor:
         """Return x^, what the codes of x stand for, with the straight-through gradient; x itself where it has none."""

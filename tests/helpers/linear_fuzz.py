@@ -93,6 +93,11 @@ def product(chance: random.Random) -> str:
     ratios = chance.choice([(), (), (0.9, 0.75), (1.0, 2.0**-20)])
     y = kernels.quant_linear(x, ordered, scale, zero, weight_bits, act_bits, act_groups, out, *ratios)
     arguments = scale, zero, weight_bits, act_bits, act_groups
+    odd = kernels.hadamard_obstacle(inputs, act_groups) is None and inputs // act_groups < 300  # the reference is slow
+    if odd and act_bits < 16 and chance.random() < 0.3:
+        how = weight_bits, act_bits, act_groups, out, *ratios
+        wanted = kernels.quant_linear(hadamard_reference(x, act_groups), ordered, scale, zero, *how)
+        assert_same_bits(kernels.rotated_linear(x, ordered, scale, zero, *how), wanted)
     if act_bits == 16:
         weight_only(x, ordered, rows, arguments, y, out)
         return "weight only"

@@ -205,6 +205,37 @@ def test_what_is_not_a_row_of_floats(x):
         kernels.hadamard(x, 1)
 
 
+# In one pass with the product
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [8, 11, 88, 172])
+@pytest.mark.parametrize("act_bits", [8, 16])
+def test_rotated_linear(width, dtype, act_bits):
+    """The op hadamard, which rounds to x's dtype, and quant_linear behind it: the same bits, rows or panels, whatever
+    multiplies (five tokens in tiles, forty in tile registers where the processor has them)."""
+    generator = torch.Generator().manual_seed(width)
+    codes = torch.randint(16, (70, 3 * width), generator=generator, dtype=torch.uint8)
+    packed, scale = kernels.pack_bits(codes, 4), torch.rand(70, 1, generator=generator) + 0.1
+    zero_point = torch.randint(16, (70, 1), generator=generator).float()
+    panels = kernels.panels_of(packed, 4, 3 * width, kernels.blocks_of(act_bits, 3, 1), act_bits == 16)
+    for tokens in (1, 5, 40):
+        x = torch.randn(tokens, 6 * width, generator=generator).to(dtype)[:, ::2]
+        how = scale, zero_point, 4, act_bits, 3, dtype, 0.9, 1.0
+        for weight in (packed, *([] if panels is None else [panels])):
+            y = kernels.rotated_linear(x, weight, *how)
+            assert_same_bits(y, kernels.quant_linear(hadamard_reference(x, 3), weight, *how))
+            assert not torch.equal(y, kernels.quant_linear(x, weight, *how))
+
+
+def test_rotated_linear_says_what_does_not_fit():
+    packed, scale = torch.zeros(4, 1031, dtype=torch.uint8), torch.ones(4, 1)
+    with pytest.raises(ValueError, match="2 activation groups do not divide 1031 inputs"):
+        kernels.rotated_linear(torch.ones(1, 1031), packed, scale, scale, 8, 8, 2, torch.float32)
+    with pytest.raises(ValueError, match="1031 products a channel"):
+        kernels.rotated_linear(torch.ones(1, 1031), packed, scale, scale, 8, 8, 1, torch.float32)
+
+
 def test_torch_compile_keeps_the_op():
     """One node, with a gradient, and shapes by its fake."""
     seen = []
