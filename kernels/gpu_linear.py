@@ -1,4 +1,4 @@
-"""quantize_tokens, quant_linear and hadamard on CUDA devices, by Triton, which is imported at the first call.
+"""quantize_tokens, quant_linear, hadamard and reassemble on CUDA devices, by Triton, imported at the first call.
 
 The torch reference runs where triton is missing, which is said once, and where a kernel's integers would not hold the
 result. $MEGATRON_LOWBIT_KERNELS as in cpu.py; triton: these or an error.
@@ -19,6 +19,7 @@ from megatron_lowbit.kernels.hadamard import check_hadamard, hadamard, hadamard_
 from megatron_lowbit.kernels.linear import FLOAT_BITS, quant_linear, quant_linear_reference
 from megatron_lowbit.kernels.ops import kernel
 from megatron_lowbit.kernels.quantizer import TokenQuantizer, quantize_tokens, quantize_tokens_reference
+from megatron_lowbit.kernels.reassembly import reassemble_op, reassemble_reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 GRID = 2**16 - 1  # programs of a launch's second and third dimension
@@ -140,3 +141,29 @@ def _hadamard(x: Tensor, groups: int) -> Tensor:
         return hadamard_reference(x, groups)
     with torch.cuda.device(x.device):
         return kernels.hadamard(_rows(x.reshape(-1, x.shape[-1])), groups).view(x.shape)
+
+
+def reassembly_obstacle(
+    x: Tensor, src_idx: Tensor, dst_idx: Tensor, coefficient: Tensor, width: int, eps: float
+) -> str | None:
+    """Return why the kernel does not gather these channels, which the op does; None where it does."""
+    if x.dtype not in FLOATS or not x.dim() or not x.shape[-1]:
+        return f"tokens are {x.dtype} {list(x.shape)}"
+    if src_idx.dtype != torch.int64 or dst_idx.dtype != torch.int64 or coefficient.dtype != torch.float32:
+        return f"entries are {src_idx.dtype}, {dst_idx.dtype} and {coefficient.dtype}"
+    if not 0 < width <= len(src_idx) or not len(src_idx) == len(dst_idx) == len(coefficient):
+        return f"{len(src_idx)}, {len(dst_idx)} and {len(coefficient)} entries make {width} channels"
+    return f"{len(src_idx)} entries" if max(x.numel(), len(src_idx)) >= 2**31 else None
+
+
+@kernel(reassemble_op, "cuda")
+def _reassemble(x: Tensor, src_idx: Tensor, dst_idx: Tensor, coefficient: Tensor, width: int, eps: float) -> Tensor:
+    """Compute reassemble with the Triton kernel."""
+    arguments = src_idx, dst_idx, coefficient, width, eps
+    kernels = _kernels("triton_reassembly", reassembly_obstacle(x, *arguments))
+    if kernels is None:
+        return reassemble_reference(x, *arguments)
+    entries = src_idx.contiguous(), dst_idx.contiguous(), coefficient.contiguous()
+    with torch.cuda.device(x.device):
+        y = kernels.reassemble(_rows(x.reshape(-1, x.shape[-1])), *entries, width, eps)
+    return y.view(*x.shape[:-1], width)

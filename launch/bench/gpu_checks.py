@@ -12,8 +12,10 @@ from torch import distributed as dist
 from megatron_lowbit import kernels
 from megatron_lowbit.comm.codec import WireFormat
 from megatron_lowbit.kernels import hybrid
+from megatron_lowbit.kernels.hadamard import hadamard_reference
 from megatron_lowbit.kernels.linear import quant_linear_reference
 from megatron_lowbit.kernels.quantizer import quantize_tokens_reference
+from megatron_lowbit.kernels.reassembly import reassemble_reference
 from megatron_lowbit.launch.bench.kernels import SHARES, codec
 from megatron_lowbit.quant.affine import choose_qparams, quantize
 
@@ -38,6 +40,12 @@ def bits(device: str) -> Iterator[Row]:
             kernels.quantize_tokens(x.to(device), num_bits, 4), quantize_tokens_reference(x, num_bits, 4), strict=True
         )
         yield row(f"quantize_tokens A{num_bits}", all(torch.equal(ours.cpu(), theirs) for ours, theirs in pairs))
+    x, index = operands(33, 1, 1376, 4)[0], torch.arange(1408) % 1376
+    turned = kernels.hadamard(x.to(device), 2).cpu()
+    yield row("hadamard", torch.equal(turned, hadamard_reference(x, 2)))
+    merges = index, index, torch.rand(1408), 1376, 1e-5
+    gathered = kernels.reassemble(*on(device, (x, *merges))).cpu()
+    yield row("reassemble", torch.equal(gathered, reassemble_reference(x, *merges)))
     for act_bits, weight_bits in BITS:
         same = True
         for tokens, out, features, groups in SHAPES:

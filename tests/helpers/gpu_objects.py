@@ -20,7 +20,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from megatron_lowbit.kernels import Format, triton_hadamard, triton_hybrid, triton_linear, triton_quantize
+from megatron_lowbit.kernels import (
+    NO_NORM,
+    Format,
+    triton_hadamard,
+    triton_hybrid,
+    triton_linear,
+    triton_quantize,
+    triton_reassembly,
+)
 from megatron_lowbit.kernels.packing import packed_bytes
 from megatron_lowbit.kernels.quantizer import TokenQuantizer
 
@@ -152,6 +160,13 @@ def hadamard(width: int, groups: int, dtype=torch.bfloat16) -> None:
     triton_hadamard.hadamard(torch.empty((64, width), dtype=dtype, device="meta"), groups)
 
 
+def reassemble(eps: float, dtype=torch.bfloat16) -> None:
+    """Launch the gather behind a norm of LLaMA-2 7B: 4096 channels, 128 of them merged into others."""
+    x = torch.empty((64, 4096), dtype=dtype, device="meta")
+    index = torch.empty(4224, dtype=torch.int64, device="meta")
+    triton_reassembly.reassemble(x, index, index, torch.empty(4224, device="meta"), 4096, eps)
+
+
 def hybrid(per_token: bool, features: int = 4096) -> None:
     """Launch the three kernels of triton_hybrid.py."""
     tiers = [16, 64, 3, 1024, 6, 512, 5, features - 1600]
@@ -187,6 +202,9 @@ def launches(target: str) -> dict[str, Launch]:
         "W4A16 float32 16 tokens": lambda: linear(16, 4, 16, torch.float32),
         "W4A16 float32 1024 tokens": lambda: linear(1024, 4, 16, torch.float32),
         "quantize_tokens": quantize,
+        "norm and reassembly": lambda: reassemble(1e-5),
+        "reassembly without a norm": lambda: reassemble(NO_NORM),
+        "norm and reassembly, float32": lambda: reassemble(1e-5, torch.float32),
         "11008 channels in 8 groups": lambda: hadamard(11008, 8),
         "11008 channels in 1 group": lambda: hadamard(11008, 1),
         "16384 channels in 1 group": lambda: hadamard(16384, 1),

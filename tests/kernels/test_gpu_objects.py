@@ -70,6 +70,11 @@ def test_rotations(target):
     assert len(check(target, ["11008 channels in 8 groups", "128 channels in 1 group"])) == 2
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_reassembly(target):
+    assert len(check(target, ["norm and reassembly", "reassembly without a norm"])) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel(target):

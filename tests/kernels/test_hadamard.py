@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 from kernel_inputs import DTYPES, assert_same_bits
 from torch import Tensor
+from triton_process import needs_triton, run
 
 from megatron_lowbit import kernels
 from megatron_lowbit.kernels import gpu_linear
 from megatron_lowbit.kernels.hadamard import hadamard_reference, split_width
 
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-HELPERS = Path(__file__).parents[1] / "helpers"
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler is installed")
 
 # Slices of a power of two, of an odd number, and of both: LLaMA-2 7B (1376 in 8 shard groups), SmolLM2, Qwen2.5 (37).
@@ -118,29 +113,15 @@ def test_how_tokens_lie_in_memory(backend, monkeypatch):
     assert_same_bits(kernels.hadamard(one, 2), hadamard_reference(one.contiguous(), 2))
 
 
-def triton_cases(device: str) -> int:
-    """Return how many there were. In a process of its own: Triton looks at the variable when it is imported."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(HELPERS / "triton_hadamard_cases.py"), device],
-        env={**os.environ, "TRITON_INTERPRET": str(int(device == "cpu")), "PYTHONPATH": str(HELPERS)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
-
-
 @needs_triton
 def test_the_triton_kernel_makes_the_bits_of_the_definition():
-    assert triton_cases("cpu") >= 35
+    assert int(run("triton_hadamard_cases.py", "cpu")) >= 35
 
 
 @needs_triton
 @pytest.mark.gpu
 def test_the_triton_kernel_on_a_gpu():
-    assert triton_cases("cuda") >= 50
+    assert int(run("triton_hadamard_cases.py", "cuda")) >= 50
 
 
 @pytest.mark.parametrize(

@@ -2,51 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from triton_process import needs_triton, run
 
 from megatron_lowbit.comm.codec import Codec, WireFormat
-
-HELPERS = Path(__file__).parents[1] / "helpers"
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-
-
-def run(*arguments: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(HELPERS / "triton_cases.py"), *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @needs_triton
 def test_same_bits_as_the_reference_in_the_interpreter():
-    """Triton looks at the variable when it is imported, so in a process of its own. Every fifth case: kinds of values
-    come in sevens, so that each kind is met, and with either form of scales."""
-    assert int(run("cpu", "5", TRITON_INTERPRET="1")) >= 12
+    """Every fifth case: kinds of values come in sevens, so that each kind is met, and with either form of scales."""
+    assert int(run("triton_cases.py", "cpu", "5")) >= 12
 
 
 @needs_triton
 @pytest.mark.slow
 def test_same_bits_in_the_interpreter_in_every_case():
-    assert int(run("cpu", TRITON_INTERPRET="1")) >= 40
+    assert int(run("triton_cases.py", "cpu")) >= 40
 
 
 @needs_triton
 @pytest.mark.gpu
 def test_same_bits_as_the_reference_on_a_gpu():
-    assert int(run("cuda", TRITON_INTERPRET="0")) >= 40
+    assert int(run("triton_cases.py", "cuda")) >= 40
 
 
 def test_scales_of_bf16_features_are_infinite():

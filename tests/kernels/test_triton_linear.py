@@ -2,51 +2,33 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from triton_process import needs_triton, run
 
 from megatron_lowbit.kernels import gpu, gpu_linear, quant_linear, quantize_tokens
 from megatron_lowbit.kernels.quantizer import TokenQuantizer
 
-HELPERS = Path(__file__).parents[1] / "helpers"
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-
-
-def run(*arguments: str, interpret: bool = True, timeout: int = 300) -> str:
-    """In a process of its own: Triton looks at the variable when it is imported."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(HELPERS / "triton_linear_cases.py"), *arguments],
-        env={**os.environ, "TRITON_INTERPRET": str(int(interpret))},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+CASES = "triton_linear_cases.py"
 
 
 @needs_triton
 def test_same_bits_as_the_reference_in_the_interpreter():
-    assert int(run("cpu")) >= 60
+    assert int(run(CASES, "cpu")) >= 60
 
 
 @needs_triton
 @pytest.mark.slow
 def test_same_bits_in_the_whole_grid():
-    assert int(run("cpu", "all", timeout=3000)) >= 400
+    assert int(run(CASES, "cpu", "all", timeout=3000)) >= 400
 
 
 @needs_triton
 @pytest.mark.gpu
 def test_same_bits_on_a_gpu():
-    assert int(run("cuda", interpret=False)) >= 400
+    assert int(run(CASES, "cuda")) >= 400
 
 
 @needs_triton
@@ -56,7 +38,7 @@ def test_bytes_moved_are_near_the_ideal():
     codes and a row of ones are written and read again by each of 4 programs of 64 outputs, and every piece's products
     are written and read in 4 bytes. At these small widths that is a tenth of the weight, and the 2-bit weight of the
     last, a quarter as large, is multiplied with four tokens."""
-    for line in run("bytes").splitlines():
+    for line in run(CASES, "bytes").splitlines():
         tokens, out, features, bits, act_bits, moved, ideal = map(int, line.split())
         rows, item = (tokens, 2) if act_bits == 16 else (tokens + 1, 1)
         programs, pieces = out // 64, 2
