@@ -60,6 +60,8 @@ def candidates(shape: Problem, tokens: int) -> list[Tile]:
     """Return the tiles that are tried, the usual one first. Those of floats agree in the order of their sums."""
     usual = usual_tile(shape, tokens)
     deep = usual._replace(stages=usual.stages + 2)
+    if shape.exact_floats:
+        return [usual, deep]
     if is_split(tokens):
         tiles = [usual, deep, usual._replace(channels=128, warps=8)]
         return tiles if shape.floats or usual.warps > 4 else [*tiles, usual._replace(words=2 * usual.words)]

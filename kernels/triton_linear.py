@@ -294,6 +294,12 @@ class Problem(NamedTuple):
     def floats(self) -> bool:
         return self.act_bits == FLOAT_BITS
 
+    @property
+    def exact_floats(self) -> bool:
+        """Return whether the values are float32. A tile of 64 channels and more is multiplied in the tensor memory of
+        Blackwell, which takes float32 for tf32 (10 bits), whatever precision Triton 3.7 is asked for."""
+        return self.floats and self.dtype == torch.float32
+
 
 def problem(x: Tensor, scale: Tensor, weight_bits: int, act_bits: int, act_groups: int) -> Problem:
     """Return a product's shape. Blocks that begin inside a word are multiplied from unpacked codes, a byte each."""
@@ -310,14 +316,13 @@ def problem(x: Tensor, scale: Tensor, weight_bits: int, act_bits: int, act_group
 
 def usual_tile(problem: Problem, tokens: int) -> Tile:
     """Return a tile that compiles without spilling everywhere, for a product that nobody has timed (gpu_tiles.py)."""
-    words = plane_words(problem)
+    words, channels = plane_words(problem), 32 if problem.exact_floats else 64
     if is_split(tokens):
         rows = min(max(triton.next_power_of_2(tokens + (not problem.floats)), 16), 64)
-        wide = rows > 32 or (problem.floats and problem.dtype == torch.float32)
-        return Tile(64, rows, words, 8 if wide else 4, 3)
+        return Tile(channels, rows, words, 8 if rows > 32 or problem.exact_floats else 4, 3)
     # Of several blocks or pieces, float64 sums stay in registers meanwhile.
     if problem.blocks > 1 or problem.floats:
-        return Tile(64, 64, min(words, 32), 8, 3)
+        return Tile(channels, 64, min(words, 32), 8, 3)
     return Tile(128, 64, words, 8, 3)
 
 
