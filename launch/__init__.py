@@ -17,8 +17,8 @@ if sys.argv[:1] == ["-m"]:  # Python is on its way to a stage of ours: no signal
     preemption.install()
 STAGES = {
     "demo": "the whole pipeline on the embedded model, two ranks, no network",
-    "calibrate": "measure the ranges that the collective quantizes with; writes CommPlans",
-    "quantize": "quantize the weights; writes a LowBitCheckpoint (and CommPlans, given calibration.data)",
+    "calibrate": "measure the ranges of all partial sums; writes communication plans",
+    "quantize": "quantize the weights; writes an artifact (with communication plans, given calibration.data)",
     "evaluate": "perplexity, KL divergence, SQNR and bytes on the wire",
     "generate": "continue prompts",
     "serve": "an HTTP server with OpenAI's interface: completions, chat, metrics",
@@ -51,10 +51,10 @@ def _main(argv: list[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         width = max(map(len, STAGES))
-        print("usage: megatron-lowbit STAGE [options] [key.path=value ...]\n")
+        print("usage: megatron-lowbit COMMAND [options] [key.path=value ...]\n")
         for name, what in STAGES.items():
             print(textwrap.fill(what, 80, initial_indent=f"  {name:{width}}  ", subsequent_indent=" " * (width + 4)))
-        print("\nmegatron-lowbit STAGE --help lists the stage's keys; --version tells the version")
+        print("\nmegatron-lowbit COMMAND --help lists its keys; --version tells the version")
         return 0
     if argv[0] in VERSION:
         print(f"megatron-lowbit {version()}")

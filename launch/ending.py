@@ -51,7 +51,7 @@ def _next(stage: str, config: StageConfig) -> list[str]:
     folder = config.output_dir
     model = [] if config.model is None else [f"model={config.model}"]
     if stage == "demo":
-        return ["megatron-lowbit", "generate", f"artifact={Path(folder) / 'artifact'}", "prompt=def f("]
+        return ["megatron-lowbit", "generate", f"artifact={Path(folder) / 'artifact'}", "prompt=def read_lines(path):"]
     if stage in ("calibrate", "quantize") and not getattr(config, "dry_run", False):
         from megatron_lowbit.comm.plan import plan_sizes  # and with it torch, which `slurm` does without
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_lowbit.config import LOCAL_TASK, LowBitError, QuantizeConfig, StageConfig, one_line, shown
 from megatron_lowbit.config.errors import nearest
 from megatron_lowbit.io.gptq_text import PREFIX, parse_source
+from megatron_lowbit.io.hub import check_on_hub
 from megatron_lowbit.io.texts import check_source
 from megatron_lowbit.runtime.launcher_env import launched
 
@@ -63,6 +64,7 @@ def check_inputs(name: str, config: StageConfig) -> None:
             )
     if launched():
         return
+    ask_hub = not getattr(config, "dry_run", False)  # which reads no text, and no model whose shape is in the config
     checkpoint = getattr(config, "checkpoint", None)
     if checkpoint is not None and not os.path.isfile(os.path.join(checkpoint, "latest_checkpointed_iteration.txt")):
         raise LowBitError(
@@ -70,7 +72,9 @@ def check_inputs(name: str, config: StageConfig) -> None:
             "of a Megatron-LM script, or convert, wrote"
         )
     if config.model is not None:
-        model_name(config.model)
+        name_or_folder = model_name(config.model)
+        if ask_hub:
+            check_on_hub(name_or_folder, "model", "model")
     elif checkpoint is not None:
         if not os.path.isfile(os.path.join(checkpoint, "config.json")):
             raise LowBitError(f"{shown(checkpoint)} holds no config.json: give its Hugging Face folder as model=...")
@@ -81,8 +85,10 @@ def check_inputs(name: str, config: StageConfig) -> None:
     for key in ("calibration", "evaluation"):
         section = getattr(config, key, None)
         if section is not None and section.data is not None:
-            check = parse_source if section.data.startswith(PREFIX) else check_source
-            check(section.data, key)
+            if section.data.startswith(PREFIX):
+                parse_source(section.data, key)
+            else:
+                check_source(section.data, key, ask_hub=ask_hub)
         elif section is not None and key == {"calibrate": "calibration", "evaluate": "evaluation"}.get(name):
             raise LowBitError(no_data(key))
     if tasks:

@@ -21,6 +21,7 @@ from megatron_lowbit.config import (
 )
 from megatron_lowbit.io.hf_names import ModelWeights, lacking, prefix_mapping, untie, unties
 from megatron_lowbit.io.hf_weights import HFWeights, check_safetensors
+from megatron_lowbit.io.hub import check_on_hub
 from megatron_lowbit.launch.generation import load_generation_config
 from megatron_lowbit.launch.inputs import model_name
 from megatron_lowbit.launch.model_folder import check_config, download
@@ -44,6 +45,7 @@ def read_config(name: str | Path) -> Any:
     """Return the Hugging Face config of a causal LM's folder or hub id; LowBitError where there is none."""
     from transformers import AutoConfig
 
+    check_on_hub(str(name), "model", "model")
     with _loading(name):
         hf_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     check_config(hf_config, name)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lowbit.config import LowBitError, one_line, shown
+from megatron_lowbit.io.hub import check_on_hub
 
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt")
 OTHER_FORMATS = ("consolidated*", "original/*")  # the same weights once more
@@ -15,6 +16,7 @@ def download(name: str) -> str:
     """Return the folder of a model: itself, or the hub's files in the local cache."""
     if Path(name).is_dir():
         return name
+    check_on_hub(name, "model", "model")
     import huggingface_hub
 
     try:

@@ -188,6 +188,8 @@ def _percent(error: float | None, value: float) -> float | None:
 def explained(rows: list[dict[str, Any]]) -> str | None:
     """Return what the columns of errors, of SQNR and of bits and bytes hold, where they hold anything."""
     notes = []
+    if all(row["kl"] is None for row in rows):
+        notes.append("KL: none without full precision to compare with; model=MODEL beside the artifact adds it.")
     if any(row.get("perplexity_stderr") is not None for row in rows):
         notes.append("s.e.: standard error over the windows.")
     if any(row["sqnr_db"] is not None for row in rows):

@@ -32,7 +32,7 @@ SECTIONS = {  # {name: model} of all that a command takes
 }
 INTRODUCTION = """# Configuration
 
-This page is generated from the descriptions in the code, which `megatron-lowbit STAGE --help` prints too:
+This page is generated from the descriptions in the code, which `megatron-lowbit COMMAND --help` prints too:
 `python -m megatron_lowbit.launch.tools.configuration > docs/configuration.md`.
 
 A command takes its keys from a YAML file and from the command line; what stands later wins:

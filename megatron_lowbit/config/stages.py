@@ -27,7 +27,7 @@ class StageConfig(FrozenConfig):
     model: str | None = None
     """folder or hub id of a causal LM; "embedded" is the small Llama inside this package"""
     artifact: str | None = None
-    """folder of a LowBitCheckpoint and/or its CommPlans, as calibrate and quantize write it"""
+    """folder of quantized weights, communication plans, or both, as calibrate and quantize write it"""
     engine: EngineName = "huggingface"
     """framework that runs the model"""
     tp: int = Field(1, ge=1)

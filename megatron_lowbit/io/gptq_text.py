@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lowbit.config import LowBitError, one_line, shown
+from megatron_lowbit.io.hub import check_on_hub
 
 PREFIX = "gptq:"
 COLUMNS = {"wikitext2": "text", "ptb": "sentence", "c4": "text"}
+HUB = {"wikitext2": "Salesforce/wikitext", "c4": "allenai/c4"}
 C4_FILE, C4_WINDOWS = "en/c4-validation.00000-of-00008.json.gz", 256
 
 
@@ -105,10 +107,14 @@ def _rows(name: str, file: str | None) -> list[str]:
         return [line.strip() for line in lines] if name == "ptb" else [line if line.strip() else "" for line in lines]
     if file is not None:
         records: Any = read_rows(file, "evaluation")[0]
-    elif name == "c4":
-        records = datasets.load_dataset("allenai/c4", data_files={"validation": C4_FILE}, split="validation")
     else:
-        records = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
+        folder = HUB[name].replace("/", "___")
+        if not (Path(datasets.config.HF_DATASETS_CACHE) / folder).is_dir():  # else the library reads it from there
+            check_on_hub(HUB[name], "dataset", "evaluation.data")
+        if name == "c4":
+            records = datasets.load_dataset(HUB[name], data_files={"validation": C4_FILE}, split="validation")
+        else:
+            records = datasets.load_dataset(HUB[name], "wikitext-2-raw-v1", split="test")
     if column not in (records.column_names or ()):
         raise LowBitError(f"evaluation.data: {shown(file or name)} has no column {column!r}")
     return list(records[column])

@@ -19,7 +19,8 @@ PICKLES = ("pytorch_model*.bin", "model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def check_safetensors(folder: str | Path) -> None:
-    """Raise LowBitError for a folder that holds its weights as pickles only: reading those can run any code."""
+    """Raise LowBitError for a folder that holds its weights as pickles only, since reading those can run any code, and
+    for a file whose header does not fit its size, as a download that was cut short leaves it."""
     folder = Path(folder)
     found = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if found and not any(folder.glob("*.safetensors")):
@@ -28,6 +29,12 @@ def check_safetensors(folder: str | Path) -> None:
             "where you trust their author, load the model with transformers and save_pretrained it, which writes "
             "safetensors"
         )
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise LowBitError(f"{str(path)!r} is damaged ({one_line(error)}); download it again") from None
 
 
 class HFWeights:

@@ -22,6 +22,7 @@ from typing import Any
 
 from megatron_lowbit.config import LowBitError, one_line, shown
 from megatron_lowbit.io.columns import Column, choose_column, enough_rows, records_inside
+from megatron_lowbit.io.hub import check_on_hub
 
 RECORDS = {
     "json": "json",
@@ -114,8 +115,9 @@ def read_texts(
     return Texts(documents if apart else ["\n\n".join(documents)], apart, column.is_chat, about)
 
 
-def check_source(source: str, key: str) -> None:
-    """Raise LowBitError for what is no source at a glance: a missing or empty file, an archive, zstandard missing."""
+def check_source(source: str, key: str, ask_hub: bool = True) -> None:
+    """Raise LowBitError for what is no source at a glance: a missing or empty file, an archive, zstandard missing, a
+    dataset that the hub does not have."""
     path = Path(source)
     if source.startswith("stdlib:") or os.path.isdir(source):
         return
@@ -125,6 +127,8 @@ def check_source(source: str, key: str) -> None:
         name = source.partition(":")[0]
         if not os.path.isdir(name) and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
             raise LowBitError(f"{key}.data: file or folder {shown(name)} does not exist")
+        if ask_hub:
+            check_on_hub(name, "dataset", f"{key}.data")
         return
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""A model whose weights are pickles only is refused in one line of our own, wherever weights are read."""
+"""A model whose weights are pickles only, or a file cut short, is refused in one line, wherever weights are read."""
 
 from __future__ import annotations
 
@@ -41,6 +41,15 @@ def test_safetensors_beside_a_pickle_are_taken(model, tmp_path):
     folder = save_model("llama", tmp_path / "model", num_hidden_layers=2)
     (folder / "pytorch_model.bin").write_bytes(b"no pickle at all")
     assert run_here("quantize", "weights.scheme=W4A16", f"model={folder}", f"output_dir={tmp_path / 'out'}") == 0
+
+
+@pytest.mark.parametrize("command", [["quantize", "weights.scheme=W4A16"], ["generate"]], ids=["quantize", "generate"])
+def test_a_file_that_was_cut_short_is_named(command, tmp_path, capsys):
+    file = save_model("llama", tmp_path / "model", num_hidden_layers=2) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert run_here(*command, f"model={file.parent}", f"output_dir={tmp_path / 'out'}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"megatron-lowbit: {str(file)!r} is damaged (") and line.endswith("; download it again")
 
 
 def test_code_of_a_model_folder_is_not_run(tmp_path, capsys):

@@ -13,7 +13,7 @@ from megatron_lowbit.launch import benchmark, generate, parity
 from megatron_lowbit.launch.bench import collectives, kernels, linear
 from megatron_lowbit.launch.bench.config import BenchmarkCollectivesConfig, BenchmarkKernelsConfig
 from megatron_lowbit.launch.dry_run import report as dry_run
-from megatron_lowbit.launch.rows import print_rows
+from megatron_lowbit.launch.rows import explained, print_rows
 from megatron_lowbit.launch.studies import comm_ablation
 from megatron_lowbit.launch.tables import number
 
@@ -180,3 +180,9 @@ def test_benchmark_linear(capsys):
     assert [cell.strip() for cell in table[-1].split("|")[1:-1]] == [
         *("16384", "W4A8 x8 rotated", "123456", "12.34", "12.34", "9,999", "100 %", "123.4")
     ]
+
+
+def test_an_artifact_alone_says_how_to_get_its_kl():
+    alone = WIDE | {"kl": None, "sqnr_db": None}
+    assert "KL: none without full precision to compare with; model=MODEL" in (explained([alone]) or "")
+    assert "model=MODEL" not in (explained([WIDE | {"kl": 0.0}, alone]) or "")

@@ -184,8 +184,7 @@ def test_zstandard(tmp_path):
 def test_what_is_not_there(name):
     with pytest.raises(LowBitError, match=r"calibration\.data: file( or folder)? '.*' does not exist"):
         check_source(name, "calibration")
-    for hub in ("wikitext", "Salesforce/wikitext:wikitext-2-raw-v1:test", "stdlib:calibration"):
-        check_source(hub, "calibration")
+    check_source("stdlib:calibration", "calibration")
 
 
 # --- Columns
