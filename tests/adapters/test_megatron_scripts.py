@@ -15,8 +15,10 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 import transformers
-from commands import run_here, started
+from commands import needs_megatron, run_here, started
+from forked import forked
 from megatron_scripts import ON_CPU, PROMPTS, continued, find_script, generated, options, real
 from ports import free_port
 from tiny_models import embedded_folder, save_model
@@ -50,6 +52,23 @@ def test_a_script_needs_its_repository(monkeypatch, tmp_path, argv):
     monkeypatch.setenv("MEGATRON_LM", str(tmp_path))
     with pytest.raises(SystemExit, match="set MEGATRON_LM to Megatron-LM's folder"):
         megatron_script_on_cpu.main(argv)
+
+
+@needs_megatron
+def test_activations_are_recomputed_without_a_gpu():
+    """Megatron's checkpoint() keeps the GPU's random state."""
+
+    def gradient() -> None:
+        with megatron_script_on_cpu._no_gpu():
+            from megatron.core.tensor_parallel import random
+
+            x = torch.tensor([1.0, 2.0], requires_grad=True)
+            random.checkpoint(lambda x: x.sin() * x, False, x).sum().backward()
+            torch.testing.assert_close(x.grad, x.cos() * x + x.sin())
+
+    with forked(gradient) as child:  # it changes torch.cuda for good
+        code, printed = child.finish()
+    assert code == 0, printed
 
 
 @contextlib.contextmanager
