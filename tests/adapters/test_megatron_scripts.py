@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import megatron_unit_tests
 import pytest
 import torch
 import transformers
 from commands import needs_megatron, run_here, started
 from forked import forked
-from megatron_scripts import ON_CPU, PROMPTS, continued, find_script, generated, options, real
+from host_unit_tests import compare
+from megatron_scripts import ON_CPU, PROMPTS, ROOT, WHY, continued, find_script, generated, options, real
 from ports import free_port
 from tiny_models import embedded_folder, save_model
 
@@ -69,6 +71,16 @@ def test_activations_are_recomputed_without_a_gpu():
     with forked(gradient) as child:  # it changes torch.cuda for good
         code, printed = child.finish()
     assert code == 0, printed
+
+
+@needs_megatron
+@pytest.mark.slow
+@pytest.mark.skipif(ROOT is None, reason=WHY)
+def test_its_own_unit_tests_pass_on_our_layers():
+    """The same as without them, in full precision and rounded."""
+    assert (
+        compare(["transformer/test_transformer_block.py"], megatron_unit_tests.VARIANTS, megatron_unit_tests.run) == 0
+    )
 
 
 @contextlib.contextmanager
