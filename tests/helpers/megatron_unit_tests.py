@@ -77,16 +77,19 @@ def pytest_load_initial_conftests() -> None:
             options |= {name: size for name, (asked, size) in sizes.items() if options.get(name) == asked}
         configure(self, *args, **options)
 
-    local_spec = gpt_layer_specs.get_gpt_layer_local_spec
+    kind = "submodules" if hasattr(gpt_layer_specs, "get_gpt_layer_local_submodules") else "spec"  # 0.19, 0.16
+    local = getattr(gpt_layer_specs, f"get_gpt_layer_local_{kind}")
+    known = inspect.signature(local).parameters
 
-    @functools.wraps(local_spec)
+    @functools.wraps(local)
     def spec(*args: Any, **options: Any) -> Any:
-        found = local_spec(*args, **{key: value for key, value in options.items() if key != "use_te_op_fuser"})
+        found = local(*args, **{key: value for key, value in options.items() if key in known})
         return found if os.environ["LOWBIT"] == WITHOUT else _on_ours(found, os.environ["LOWBIT"])
 
     dist.init_process_group, parallel_state.initialize_model_parallel = on_cpus, fewer
     TransformerConfig.__init__ = of_these_groups
-    gpt_layer_specs.get_gpt_layer_local_spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec = spec
+    for name in ("local", "with_transformer_engine"):
+        setattr(gpt_layer_specs, f"get_gpt_layer_{name}_{kind}", spec)
     adam = optimizer.Adam  # torch's, which refuses the lr=None that Transformer Engine's takes
     optimizer.Adam = lambda *args, lr=None, **options: adam(*args, lr=lr or 0.0, **options)
     import tests.test_utils.python_scripts.download_unit_tests_dataset as assets
