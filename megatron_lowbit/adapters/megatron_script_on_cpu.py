@@ -61,7 +61,7 @@ def _no_gpu() -> Iterator[None]:
             "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             "get_device_properties": lambda *args: types.SimpleNamespace(major=9, minor=0, total_memory=2**33),
             "get_device_capability": lambda *args: (9, 0),
-            "get_rng_state": lambda *args: torch.get_rng_state(),
+            "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
             "Stream": _Stream,
             "current_stream": _Stream,
             "default_stream": _Stream,
@@ -75,6 +75,7 @@ def _no_gpu() -> Iterator[None]:
         }
         for name, answer in answers.items():
             setattr(cuda, name, answer)
+        cuda.random.get_rng_state = answers["get_rng_state"]  # what recomputing activations asks
         yield
 
 

@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import megatron_unit_tests
 import pytest
+import torch
 import transformers
-from commands import run_here, started
-from megatron_scripts import ON_CPU, PROMPTS, continued, find_script, generated, options, real
+from commands import needs_megatron, run_here, started
+from forked import forked
+from host_unit_tests import compare
+from megatron_scripts import ON_CPU, PROMPTS, ROOT, WHY, continued, find_script, generated, options, real
 from ports import free_port
 from tiny_models import embedded_folder, save_model
 
@@ -50,6 +54,33 @@ def test_a_script_needs_its_repository(monkeypatch, tmp_path, argv):
     monkeypatch.setenv("MEGATRON_LM", str(tmp_path))
     with pytest.raises(SystemExit, match="set MEGATRON_LM to Megatron-LM's folder"):
         megatron_script_on_cpu.main(argv)
+
+
+@needs_megatron
+def test_activations_are_recomputed_without_a_gpu():
+    """Megatron's checkpoint() keeps the GPU's random state."""
+
+    def gradient() -> None:
+        with megatron_script_on_cpu._no_gpu():
+            from megatron.core.tensor_parallel import random
+
+            x = torch.tensor([1.0, 2.0], requires_grad=True)
+            random.checkpoint(lambda x: x.sin() * x, False, x).sum().backward()
+            torch.testing.assert_close(x.grad, x.cos() * x + x.sin())
+
+    with forked(gradient) as child:  # it changes torch.cuda for good
+        code, printed = child.finish()
+    assert code == 0, printed
+
+
+@needs_megatron
+@pytest.mark.slow
+@pytest.mark.skipif(ROOT is None, reason=WHY)
+def test_its_own_unit_tests_pass_on_our_layers():
+    """The same as without them, in full precision and rounded."""
+    assert (
+        compare(["transformer/test_transformer_block.py"], megatron_unit_tests.VARIANTS, megatron_unit_tests.run) == 0
+    )
 
 
 @contextlib.contextmanager

@@ -1,49 +1,46 @@
-"""A pytest plugin that runs Megatron-LM's unit tests of distributed checkpoints on two CPU ranks, on our layers or not.
+"""Megatron-LM's own unit tests on two CPU ranks: without us and on our layers, and whether the same tests pass.
 
-    LOWBIT=1 MEGATRON_LM=DIR python tests/helpers/megatron_unit_tests.py models/test_gpt_model.py
+    MEGATRON_LM=DIR python tests/helpers/megatron_unit_tests.py transformer/test_mlp.py dist_checkpointing/models
 
-They want eight GPUs and Transformer Engine. Here a layout of eight ranks becomes one of two (TP 2 or PP 2), and every
-spec is the local one; with LOWBIT=1 our classes stand in it in place of Megatron's linears.
+They want eight GPUs and Transformer Engine. Here a layout of more ranks is cut down to two, and every spec is the local
+one, with our classes in the place of Megatron's linears, in full precision (none) and rounded in every forward pass
+(W4A8). This file is also the pytest plugin that does so.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import os
-import subprocess
 import sys
+import types
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from host_unit_tests import compare, count, sessions
+from ports import free_port
 
 RANKS = 2
-_built = {"layers": 0, "status": 0}
+WITHOUT = "without us"
+VARIANTS = (WITHOUT, "none", "W4A8")
+LAYOUT = tuple(f"{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "context", "expert_model"))
 _without_gpu = ExitStack()
 
 
-def main(files: list[str]) -> None:
-    """Run the files on both ranks; rank 0 prints."""
-    from ports import free_port
-
+def run(file: str, scheme: str, folder: str) -> None:
+    """Run a file's tests on both ranks, of which rank 0 prints."""
     root = Path(os.environ["MEGATRON_LM"])
-    given = [str(root / "tests" / "unit_tests" / "dist_checkpointing" / file) for file in files]
-    here = str(Path(__file__).parent)
     settings = {
-        "PYTHONPATH": os.pathsep.join([str(root), here, os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(root), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"},
-        **{"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)},
+        **{"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS), "LOWBIT": scheme},
     }
-    options = ["-p", "megatron_unit_tests", "-o", "addopts=", "-rs", "--tb=short"]
-    command = [sys.executable, "-m", "pytest", *options, *given]
-    ranks = []
-    for rank in map(str, range(RANKS)):
-        environment = {**os.environ, **settings, "RANK": rank, "LOCAL_RANK": rank}
-        output = None if rank == "0" else subprocess.DEVNULL
-        ranks.append(subprocess.Popen(command, cwd=root, env=environment, stdout=output, stderr=output))
-    sys.exit(max(rank.wait() for rank in ranks))
+    ranks = [{**settings, "RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(RANKS))]
+    options = ["-p", "megatron_unit_tests", "--tb=short"]
+    sessions(ranks, folder, root, *options, str(root / "tests" / "unit_tests" / file))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -52,72 +49,72 @@ def pytest_load_initial_conftests() -> None:
     import megatron.core.utils as core_utils
 
     core_utils.is_te_min_version = lambda *args, **kwargs: False
+    core_utils.is_fa_min_version = lambda *args, **kwargs: True  # cpu_shims has what the engines call of it
     from megatron_lowbit.adapters import megatron_script_on_cpu
 
     _without_gpu.enter_context(megatron_script_on_cpu._no_gpu())
-    from megatron.core import parallel_state
+    from megatron.core import optimizer, parallel_state
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer.transformer_config import TransformerConfig
     from torch import distributed as dist
 
     start, parallel = dist.init_process_group, parallel_state.initialize_model_parallel
-    configure = TransformerConfig.__init__
+    configure, signature, sizes = TransformerConfig.__init__, inspect.signature(parallel), {}
 
     def on_cpus(backend: str, **options: Any) -> None:
         start("gloo", **{**options, "timeout": timedelta(seconds=60)})
 
-    def fewer(tp: int = 1, pp: int = 1, *args: Any, **options: Any) -> None:
-        tp = min(tp, RANKS)
-        parallel(tp, min(pp, RANKS // tp), *args, **options)
+    def fewer(*args: Any, **options: Any) -> None:
+        given, free = signature.bind(*args, **options).arguments, RANKS
+        for name in LAYOUT:
+            asked = given.get(name) or 1
+            given[name] = min(asked, free)
+            sizes[name], free = (asked, given[name]), free // given[name]
+        parallel(**given)
 
     def of_these_groups(self: Any, *args: Any, **options: Any) -> None:
         if parallel_state.model_parallel_is_initialized():
-            sizes = {
-                "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
-                "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
-            }
-            options |= {name: size for name, size in sizes.items() if name in options}
+            options |= {name: size for name, (asked, size) in sizes.items() if options.get(name) == asked}
         configure(self, *args, **options)
 
-    local_spec = gpt_layer_specs.get_gpt_layer_local_spec
+    kind = "submodules" if hasattr(gpt_layer_specs, "get_gpt_layer_local_submodules") else "spec"  # 0.19, 0.16
+    local = getattr(gpt_layer_specs, f"get_gpt_layer_local_{kind}")
+    known = inspect.signature(local).parameters
 
-    @functools.wraps(local_spec)
+    @functools.wraps(local)
     def spec(*args: Any, **options: Any) -> Any:
-        found = local_spec(*args, **{key: value for key, value in options.items() if key != "use_te_op_fuser"})
-        return _on_ours(found) if os.environ.get("LOWBIT") == "1" else found
+        found = local(*args, **{key: value for key, value in options.items() if key in known})
+        return found if os.environ["LOWBIT"] == WITHOUT else _on_ours(found, os.environ["LOWBIT"])
 
     dist.init_process_group, parallel_state.initialize_model_parallel = on_cpus, fewer
     TransformerConfig.__init__ = of_these_groups
-    gpt_layer_specs.get_gpt_layer_local_spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec = spec
+    for name in ("local", "with_transformer_engine"):
+        setattr(gpt_layer_specs, f"get_gpt_layer_{name}_{kind}", spec)
+    adam = optimizer.Adam  # torch's, which refuses the lr=None that Transformer Engine's takes
+    optimizer.Adam = lambda *args, lr=None, **options: adam(*args, lr=lr or 0.0, **options)
     import tests.test_utils.python_scripts.download_unit_tests_dataset as assets
 
     assets.download_and_extract_asset = lambda **options: None
+    fp8: Any = types.ModuleType("transformer_engine.pytorch.fp8")  # which the tests of the dynamic engine import
+    fp8.check_fp8_support = lambda: (False, "no Transformer Engine")
+    sys.modules[fp8.__name__] = fp8
 
 
-def _on_ours(spec: Any) -> Any:
+def _on_ours(spec: Any, scheme: str) -> Any:
     from megatron_lowbit.adapters.megatron.spec import lowbit_spec
 
     _count_layers()
-    return lowbit_spec(spec)
+    return lowbit_spec(spec, scheme)
 
 
 @functools.cache
 def _count_layers() -> None:
-    """Have our layers counted when they are built."""
+    """Have our layers counted when they are built, and their forward passes."""
     from megatron_lowbit.adapters.megatron import layers
 
-    build = layers._LowBitLayer._full_precision
-
-    def counted(self: Any, *args: Any) -> None:
-        _built["layers"] += 1
-        build(self, *args)
-
-    layers._LowBitLayer._full_precision = counted
-
-
-def pytest_sessionfinish(exitstatus: int) -> None:
-    print(f"\nlow-bit layers built: {_built['layers']}")
-    _built["status"] = int(exitstatus)
+    count(layers._LowBitLayer, "_full_precision", "built")
+    for layer in (layers.LowBitColumnParallelLinear, layers.LowBitRowParallelLinear):
+        count(layer, "forward", "run")
 
 
 def pytest_unconfigure() -> None:
@@ -127,8 +124,8 @@ def pytest_unconfigure() -> None:
     if queue is not None:
         queue._manager.shutdown()  # its process would stay
     sys.stdout.flush()
-    os._exit(_built["status"])  # the threads of all these groups end slowly
+    os._exit(0)  # the threads of all these groups end slowly
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(compare(sys.argv[1:], VARIANTS, run))
