@@ -33,7 +33,6 @@ from megatron_lowbit.launch.report import PAGE
 from megatron_lowbit.runtime import launcher_env, preemption, presence
 from megatron_lowbit.runtime.distributed import PeerError, on_every_rank, on_rank_zero
 from megatron_lowbit.runtime.folder_lock import FolderLock
-from megatron_lowbit.runtime.heap import map_large_tensors
 from megatron_lowbit.runtime.launcher_env import env_rank, launched
 from megatron_lowbit.runtime.metrics import MetricLogger, environment
 from megatron_lowbit.runtime.preemption import REQUEUE, Preempted
@@ -116,7 +115,6 @@ def make_page(output: Path) -> Path | None:
 def run_rank(name: str, stage: Any, config: StageConfig) -> int:
     """Run a stage on one rank, from the first import to the exit code."""
     quiet()
-    map_large_tensors()
     code = 1
     try:
         record = perform(name, stage, config)

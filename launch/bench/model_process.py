@@ -30,7 +30,6 @@ from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import StageConfig
 from megatron_lowbit.io.files import write_json
 from megatron_lowbit.launch.loading import load_model, read_config
-from megatron_lowbit.runtime.heap import map_large_tensors
 
 
 class Settings(NamedTuple):
@@ -127,7 +126,6 @@ def reset_peak() -> bool:
 
 def measure(kind: str, settings: Settings) -> dict[str, Any]:
     torch.set_num_threads(settings.threads)
-    map_large_tensors()  # as every command does
     if kind == "empty":
         skeleton(read_config(settings.artifact), torch.bfloat16)
         return {"peak_bytes": peak_bytes()}

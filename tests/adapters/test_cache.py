@@ -37,9 +37,12 @@ def some(tokens: int, seed: int = 0, shape: tuple[int, int, int] = SHAPE) -> Ten
 
 
 def filled(tokens: int = 4) -> Any:
+    """A layer with room: it has been given a prompt, which gets none, and a token more."""
     layer = layer_classes().growing()
     with torch.no_grad():
-        layer.update(some(tokens, 1), some(tokens, 2))
+        for part, has_room in ((slice(tokens - 1), False), (slice(tokens - 1, tokens), True)):
+            layer.update(some(tokens, 1)[..., part, :], some(tokens, 2)[..., part, :])
+            assert (layer.key_room is not None) == has_room
     return layer
 
 
@@ -65,7 +68,7 @@ def test_logits_are_those_of_a_dynamic_cache(architecture):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_new_tokens_alone_are_written(packed):
-    """The tokens before stay where they are, until the room is full: then all are copied, once."""
+    """The tokens before stay where they are, but for the first one's, until the room is full: then all are copied."""
     layers = layer_classes()
     layer = layers.packed(8) if packed else layers.growing()
     places = []
@@ -116,6 +119,7 @@ def test_a_deep_copy_goes_on_by_itself():
 def test_a_cache_that_is_reset_begins_anew():
     layer = filled()
     layer.reset()
+    assert layer.key_room is layer.value_room is None, "its memory is free"
     with torch.no_grad():
         keys, _ = layer.update(some(2, 7, (1, 3, 5)), some(2, 7, (1, 3, 5)))
     assert torch.equal(keys, some(2, 7, (1, 3, 5)))
@@ -125,20 +129,20 @@ def test_outside_inference_mode_it_goes_on():
     with torch.inference_mode():
         layer = layer_classes().growing()
         layer.update(some(3), some(3))
+        layer.update(some(1, 1), some(1, 1))
     with torch.no_grad():
-        keys, _ = layer.update(some(1, 1), some(1, 1))
-    assert torch.equal(keys, torch.cat([some(3), some(1, 1)], -2))
+        keys, _ = layer.update(some(1, 2), some(1, 2))
+    assert torch.equal(keys, torch.cat([some(3), some(1, 1), some(1, 2)], -2))
 
 
 def test_a_backward_pass_sees_what_the_forward_saw():
     """With gradients K is copied, as ever: what autograd kept is not written to afterwards."""
-    layer, key = layer_classes().growing(), some(3).requires_grad_()
-    first, _ = layer.update(key, some(3))
-    loss = first.square().sum()
-    layer.update(some(1, 1), some(1, 1))
+    layer, key = filled(), some(1, 7).requires_grad_()
+    keys, _ = layer.update(key, some(1, 7))
+    loss = keys.square().sum()
     with torch.no_grad():
-        layer.update(some(1, 2), some(1, 2))
-        layer.update(some(1, 3), some(1, 3))
+        for seed in (8, 9):
+            layer.update(some(1, seed), some(1, seed))
     loss.backward()
     assert key.grad is not None and torch.equal(key.grad, 2 * key.detach())
 
