@@ -165,7 +165,7 @@ CASES = {
     "empty file": (of("empty file"), ["empty file"]),
     "no tokenizer": (of("no tokenizer"), ["tokenizer"]),
     "missing shard": (of("missing shard"), ["lacks the shard", "model-"]),
-    "truncated shard": (of("truncated shard"), [DOWN]),
+    "truncated shard": (of("truncated shard"), [".safetensors' is damaged (", "download it again"]),
     "broken index": (of("broken index"), ["broken index"]),
 }
 
