@@ -59,7 +59,8 @@ _LATER_KEYS = (
     "correction.clipping_rate",
 )
 STATE = 3  # counts the changes of what a state holds
-SAVE_EVERY = 60.0  # seconds of a calibration pass; more where saving itself takes long
+SAVE_EVERY = 60.0  # seconds of a calibration pass
+SAVE_SHARE = 1 / 20  # of the time, at most: where saving itself takes long, it is done less often
 
 
 class State:
@@ -236,7 +237,7 @@ class PassState(State):
         if answer != PreemptionCheck.GO:
             began = time.monotonic()
             self._save(observer_tensors())
-            self.watch.save_every = max(SAVE_EVERY, 20 * (time.monotonic() - began))
+            self.watch.save_every = max(SAVE_EVERY, (time.monotonic() - began) / SAVE_SHARE)
         if answer == PreemptionCheck.STOP:
             raise Preempted(f"after {self.done} of {self.total} batches; the same command continues there")
 

@@ -121,6 +121,7 @@ def calibrate_runs(root: Path, monkeypatch: Any) -> ResumeFuzz:
     """A calibration pass that saves after every batch."""
     model, saved = build("llama"), []
     monkeypatch.setattr(resume, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(resume, "SAVE_SHARE", float("inf"))  # however long that takes
     sites, fingerprint = huggingface.row_parallel_sites(model), huggingface.fingerprint(model)
 
     def run(folder: Path) -> dict[str, Any]:

@@ -93,6 +93,7 @@ def test_calibrate_stops_and_continues(model, tmp_path, capsys, monkeypatch):
     whole, folder = artifact_files(tmp_path / "whole"), tmp_path / "stopped"
     whole = {name: value for name, value in whole.items() if not name.startswith("calibrate.")}
     monkeypatch.setattr(resume, "SAVE_EVERY", 0.0)  # after every batch
+    monkeypatch.setattr(resume, "SAVE_SHARE", float("inf"))  # however long that takes
     killed_at("replace:state.json", 3, [*calibrate(model, folder)])
     monkeypatch.undo()
     killed = done(folder)
