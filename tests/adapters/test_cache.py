@@ -153,6 +153,20 @@ def test_tokens_of_another_batch_are_an_error():
         layer.update(some(1, 7, (1, 3, 5)), some(1, 7, (1, 3, 5)))
 
 
+def test_a_compiled_model_is_one_graph():
+    """The layers are transformers' own then, which torch.compile can trace."""
+    model, ids = patched_model("llama"), tiny_models.token_ids(1, 7)
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    logits = []
+    for run in (model, compiled):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            steps = [ids[:, :5], ids[:, 5:6], ids[:, 6:]]
+            out = [run(input_ids=step, past_key_values=cache, use_cache=True).logits for step in steps]
+        logits.append(torch.cat(out, 1))
+    assert torch.equal(*logits)
+
+
 def test_beams_and_remove():
     """Beam search reorders and repeats the cache at every token; afterwards caches are transformers' own again."""
     model, ids = patched_model("llama"), tiny_models.token_ids(2, 6)

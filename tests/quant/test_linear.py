@@ -9,7 +9,7 @@ from megatron_lowbit import kernels
 from megatron_lowbit.comm.virtual import VirtualReducer
 from megatron_lowbit.layers import linear
 from megatron_lowbit.layers.linear import QuantLinear, QuantRowParallelLinear, activation_groups
-from megatron_lowbit.quant.affine import QuantizedWeight, Scheme, choose_qparams, quantize
+from megatron_lowbit.quant.affine import LowRank, QuantizedWeight, Scheme, choose_qparams, quantize
 
 SCHEMES = ("W4A16", "W4A8", "W4A4", "W6A6", "W8A8")
 
@@ -107,6 +107,23 @@ def test_quant_linear_by_hand():
     for act_bits in (4, 16):
         y = kernels.quant_linear(x, packed, one, one, 4, act_bits, 1, torch.float32)
         assert y.tolist() == [[22.0, -24.0], [30.0, 0.0]]
+
+
+@pytest.mark.parametrize("branch", [False, True])
+def test_a_rotated_input_is_rotated_for_all_that_reads_it(branch):
+    """The result, the low-rank branch and the gradient are those of the same linear behind the rotation itself."""
+    weight = QuantizedWeight.from_float(normal(24, 88), 4)
+    low_rank = LowRank(normal(3, 88, seed=1).bfloat16(), normal(24, 3, seed=2).bfloat16()) if branch else None
+    rotated, plain = (QuantLinear(weight, None, 8, 2, low_rank=low_rank, rotated=rotated) for rotated in (True, False))
+    results, gradients = [], []
+    for run in (rotated, lambda x: plain(kernels.hadamard(x, 2))):
+        x = normal(5, 88, seed=3).requires_grad_()
+        with torch.no_grad():
+            results.append(run(x))
+        run(x).square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*results) and not torch.equal(results[0], plain(normal(5, 88, seed=3)))
+    assert gradients[0] is not None and torch.equal(*gradients) and gradients[0].any()
 
 
 def row_parallel_shards(weight: QuantizedWeight, act_bits: int, shard_groups: int, size: int) -> list:

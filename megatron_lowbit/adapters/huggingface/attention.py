@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from megatron_lowbit.adapters.huggingface.cache import QUANTIZED, layer_classes, replace_empty_layer
@@ -228,7 +229,9 @@ def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _before_plain_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Have K and V written in place in a cache layer that is still empty."""
+    """Have K and V written in place in a cache layer that is still empty; compiled models keep their own layers."""
+    if torch.compiler.is_compiling():
+        return
     replace_empty_layer(
         kwargs.get("past_key_values"), getattr(module, "layer_idx", None), lambda: layer_classes().growing()
     )
