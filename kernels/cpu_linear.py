@@ -8,6 +8,7 @@ are put in order at every call.
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,31 +59,17 @@ def _quant_linear(
 
 
 @kernel(rotated_linear, "cpu")
-def _rotated_linear(
-    x: Tensor,
-    packed_weight: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    weight_bits: int,
-    act_bits: int,
-    act_groups: int,
-    dtype: torch.dtype,
-    low_ratio: float = 1.0,
-    high_ratio: float = 1.0,
-) -> Tensor:
+def _rotated_linear(x: Tensor, *linear: Any) -> Tensor:
     """Compute rotated_linear with the C++ kernel, which quantizes a token right after it has rotated it."""
-    acts = TokenQuantizer(act_bits, act_groups, low_ratio, high_ratio)
+    packed_weight, scale, zero_point, weight_bits, act_bits, act_groups, dtype, *ratios = linear
+    acts = TokenQuantizer(act_bits, act_groups, *ratios)
     check_linear(x, packed_weight, scale, zero_point, weight_bits, acts)
     check_hadamard(x, act_groups)
     y = None
     if act_bits != FLOAT_BITS and x.dtype != torch.float64:  # which is rotated in float64
         rotation = factors(x, act_groups)
         y = _multiply(x, packed_weight, scale, zero_point, weight_bits, acts, dtype, rotation)
-    if y is not None:
-        return y
-    return rotated_linear_reference(
-        x, packed_weight, scale, zero_point, weight_bits, act_bits, act_groups, dtype, low_ratio, high_ratio
-    )
+    return rotated_linear_reference(x, *linear) if y is None else y
 
 
 def _layout(x: Tensor, scale: Tensor, weight_bits: int, acts: TokenQuantizer) -> tuple[int, int, int, bool]:

@@ -1,5 +1,7 @@
 """Plans and partial sums with all that is awkward, and what it means that two kernels agree on them."""
 
+from collections.abc import Callable
+
 import torch
 
 from megatron_lowbit.kernels import Format, hybrid, wire_format
@@ -66,3 +68,13 @@ def assert_same_bits(ours, reference):
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[ours.element_size()]
     ours, reference = (t.masked_fill(t.isnan(), 0).view(integers) for t in (ours, reference))
     assert torch.equal(ours, reference)
+
+
+def check_all(every: list, check: Callable[..., None]) -> None:
+    """Call check(*case) for each; prints how many there were, or ends with the first that differs, named."""
+    for case in every:
+        try:
+            check(*case)
+        except AssertionError as error:
+            raise AssertionError(case) from error
+    print(len(every))

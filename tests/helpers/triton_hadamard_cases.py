@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from kernel_inputs import DTYPES, assert_same_bits
+from kernel_inputs import DTYPES, assert_same_bits, check_all
 
 from megatron_lowbit.kernels import hadamard, triton_hadamard
 from megatron_lowbit.kernels.hadamard import hadamard_reference
@@ -33,16 +33,8 @@ def check(tokens: int, groups: int, channels: int, dtype: torch.dtype, device: s
     assert_same_bits(y.cpu(), hadamard_reference(x.cpu(), groups))
 
 
-def main(device: str) -> None:
-    every = [(*case, dtype) for case in SMALL for dtype in DTYPES]
-    every += [(*case, dtype) for case in LARGE for dtype in (DTYPES if device == "cuda" else [torch.bfloat16])]
-    for case in every:
-        try:
-            check(*case, device)
-        except AssertionError as error:
-            raise AssertionError(case) from error
-    print(len(every))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    device = sys.argv[1]
+    every = [(*case, dtype, device) for case in SMALL for dtype in DTYPES]
+    large = DTYPES if device == "cuda" else [torch.bfloat16]
+    check_all([*every, *((*case, dtype, device) for case in LARGE for dtype in large)], check)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from kernel_inputs import assert_same_bits
+from kernel_inputs import assert_same_bits, check_all
 
 from megatron_lowbit.kernels import NO_NORM, triton_reassembly
 from megatron_lowbit.kernels.reassembly import reassemble_op, reassemble_reference
@@ -34,15 +34,6 @@ def check(shape: tuple[int, int, int, int], dtype: torch.dtype, eps: float, devi
     assert_same_bits(y.cpu(), reassemble_reference(x, *arguments, width, eps))
 
 
-def main(device: str) -> None:
-    every = [(shape, dtype, eps) for shape in SHAPES for dtype in DTYPES for eps in (1e-5, NO_NORM)]
-    for case in every:
-        try:
-            check(*case, device)
-        except AssertionError as error:
-            raise AssertionError(case) from error
-    print(len(every))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    device = sys.argv[1]
+    check_all([(shape, dtype, eps, device) for shape in SHAPES for dtype in DTYPES for eps in (1e-5, NO_NORM)], check)
