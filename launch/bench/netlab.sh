@@ -17,10 +17,14 @@ remove() { # PATTERN of namespaces; links and queues go with them
   for namespace in $(ip netns list | awk '{print $1}' | grep -E "^$1\$"); do ip netns del "$namespace" || true; done
 }
 
+runs() { # PID; a zombie does not: in a container whose first process collects no orphans, one stays for good
+  [[ "$(sed 's/.*) //' "/proc/$1/stat" 2>/dev/null || true)" == [!ZX]* ]]
+}
+
 remove_abandoned() {
   local network
   for network in $(ip netns list | sed -nE 's/^(lowbit-[0-9]+)-.*/\1/p' | sort -u); do
-    [ -d "/proc/${network#lowbit-}" ] || remove "$network-.*"
+    runs "${network#lowbit-}" || remove "$network-.*"
   done
 }
 

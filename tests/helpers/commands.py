@@ -100,6 +100,14 @@ def ranks_of(process: subprocess.Popen[str], size: int, timeout: float = 300) ->
     raise AssertionError(f"no {size} ranks within {timeout} s (exit code {process.poll()})")
 
 
+def gone(pid: int) -> bool:
+    """Whether a process has ended: also as a zombie, which stays where the container's first process collects none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
 def alive_in_group(group: int) -> list[int]:
     """Processes of a process group that still run (zombies do not)."""
     alive = []

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import gone
 from forked import forked
 
 from megatron_lowbit.kernels import build
@@ -180,14 +181,6 @@ def test_a_compiler_that_hangs(cache, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="hangs took longer than 5 s"):
         build.load("hybrid")
     deadline = time.monotonic() + 60
-    while not ended(int(started.read_text())):
+    while not gone(int(started.read_text())):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def ended(process: int) -> bool:
-    """Return whether a process is no more, or a zombie that its parent has still to collect."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import COMMAND, run_here, run_there, started
+from commands import COMMAND, gone, run_here, run_there, started
 
 from megatron_lowbit.comm.cost import CostTable
 from megatron_lowbit.launch.bench import collectives, collectives_rank, netlab, peers
@@ -242,9 +242,9 @@ def test_nothing_is_left_behind(needs_namespaces, tmp_path, ending):
         os.kill(process.pid, ending)
         process.communicate(timeout=300)
         assert process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}[ending]
-        while time.monotonic() < deadline and any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        while time.monotonic() < deadline and not all(gone(rank) for rank in ranks):
             time.sleep(0.05)
-        assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
+        assert all(gone(rank) for rank in ranks)
         if ending == signal.SIGKILL:
             assert netlab.call("up", "1", "1gbit").returncode == 0
             assert netlab.call("down").returncode == 0
@@ -265,6 +265,18 @@ def told(pid: int | str, what: str) -> bytes:
         return Path(f"/proc/{pid}/{what}").read_bytes()
     except OSError:
         return b""
+
+
+def test_a_network_whose_owner_is_a_zombie_is_removed(needs_namespaces):
+    with subprocess.Popen(["sleep", "600"]) as owner:
+        environ = os.environ | {"NETLAB_NAME": f"lowbit-{owner.pid}"}
+        subprocess.run(["bash", str(netlab.NETLAB), "up", "1", "100mbit"], env=environ, check=True)
+        assert netlab.call("up", "1", "100mbit").returncode == 0 and len(namespaces(owner.pid)) == 2, "its owner runs"
+        owner.kill()  # a zombie until the `with` ends
+        while not gone(owner.pid):
+            time.sleep(0.01)
+        assert Path(f"/proc/{owner.pid}").exists() and netlab.call("up", "1", "100mbit").returncode == 0
+        assert not namespaces(owner.pid) and netlab.call("down").returncode == 0
 
 
 def test_taking_a_network_down_twice(needs_namespaces):

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import run_here
+from commands import gone, run_here
 from forked import forked
 from tiny_models import save_model
 from unfinished_runs import metrics, quantize
@@ -124,13 +124,6 @@ def ranks(tmp_path, monkeypatch):
         return [int(path.read_text()) for path in (tmp_path / "pids").iterdir()]
 
     return starts, pids
-
-
-def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True
 
 
 @pytest.mark.parametrize("to", ["the command", "everybody", "a rank"])
