@@ -1,8 +1,8 @@
 """Low-bit kernels: ops of PyTorch in the namespace `megatron_lowbit`.
 
-PyTorch's dispatcher chooses: `hybrid`, `exact`, `packing`, `quantizer`, `linear` and `hadamard` register the plain
-torch implementations for every device together with their fakes (shapes and dtypes for torch.compile and CUDA graphs);
-a faster kernel registers itself for its device type (`cpu`, `cpu_linear`, `gpu`, `gpu_linear`).
+PyTorch's dispatcher chooses: `hybrid`, `exact`, `packing`, `quantizer`, `token_rows`, `linear` and `hadamard` register
+the plain torch implementations for every device together with their fakes (shapes and dtypes for torch.compile and CUDA
+graphs); a faster kernel registers itself for its device type (`cpu`, `cpu_linear`, `gpu`, `gpu_linear`).
 """
 
 from megatron_lowbit.kernels import cpu as cpu  # registers its kernels
@@ -22,6 +22,7 @@ from megatron_lowbit.kernels.packing import codes_per_word, pack_bits, packed_by
 from megatron_lowbit.kernels.panels import blocks_of, codes_of, forget_pages, panels_of, rows_of
 from megatron_lowbit.kernels.quantizer import dequantize, quantize, quantize_tokens
 from megatron_lowbit.kernels.reassembly import NO_NORM, reassemble
+from megatron_lowbit.kernels.token_rows import decode_tokens, encode_tokens, round_tokens
 from megatron_lowbit.kernels.wire_format import BF16_BITS, Format, header_bytes, hybrid_row_bytes, squared_sizes
 
 __all__ = [
@@ -32,7 +33,9 @@ __all__ = [
     "blocks_of",
     "codes_of",
     "codes_per_word",
+    "decode_tokens",
     "dequantize",
+    "encode_tokens",
     "exact_decode",
     "exact_encode",
     "forget_pages",
@@ -53,6 +56,7 @@ __all__ = [
     "quantize_tokens",
     "reassemble",
     "rotated_linear",
+    "round_tokens",
     "rows_of",
     "squared_sizes",
     "unpack_bits",

@@ -1,4 +1,4 @@
-"""The ops of quantizer.py, reassembly.py, hadamard.py and linear.py on CPUs, in C++ (csrc/linear.cpp).
+"""The ops of quantizer.py, token_rows.py, reassembly.py, hadamard.py and linear.py on CPUs, in C++ (csrc/linear.cpp).
 
 Quantization and product are one call. The bits are the definition's (linear.py), but for weight-only products of bf16
 activations, which the CPU's bf16 instructions sum in float32. Weights in panels (panels.py) are read as they are; rows
@@ -26,6 +26,16 @@ from megatron_lowbit.kernels.ops import kernel
 from megatron_lowbit.kernels.panels import blocks_of, linear_kernels, panels_of, rows_of
 from megatron_lowbit.kernels.quantizer import TokenQuantizer, quantize_tokens
 from megatron_lowbit.kernels.reassembly import reassemble_op, reassemble_reference
+from megatron_lowbit.kernels.token_rows import (
+    check_rows,
+    decode_tokens,
+    decode_tokens_reference,
+    encode_tokens,
+    encode_tokens_reference,
+    round_tokens,
+    round_tokens_reference,
+    row_bytes,
+)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as in tokens.h
 
@@ -137,6 +147,65 @@ def _quantize_tokens(
         *(codes.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), torch.get_num_threads()),
     )
     return codes, scale, zero_point
+
+
+def _rows_for_kernels(x: Tensor) -> tuple[Any, Tensor] | None:
+    """Return (the kernels, x [..., width] as rows that they read); None where they cannot run."""
+    library = linear_kernels.find()
+    if library is None or x.dtype not in _DTYPES or x.dtype == torch.float64:
+        return None
+    rows = x.reshape(-1, x.shape[-1])
+    return library, rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+@kernel(encode_tokens, "cpu")
+def _encode_tokens(x: Tensor, num_bits: int, low_ratio: float = 1.0, high_ratio: float = 1.0) -> Tensor:
+    """Compute encode_tokens_reference with the C++ kernel."""
+    found = _rows_for_kernels(x)
+    if found is None:
+        return encode_tokens_reference(x, num_bits, low_ratio, high_ratio)
+    library, tokens = found
+    TokenQuantizer(num_bits, 1, low_ratio, high_ratio).check(tokens)
+    rows = x.new_empty((*x.shape[:-1], row_bytes(x.shape[-1], num_bits)), dtype=torch.uint8)
+    library.lowbit_encode_tokens(
+        *(tokens.data_ptr(), _DTYPES[x.dtype], tokens.shape[0], tokens.stride(0), tokens.shape[1], num_bits),
+        *(low_ratio, high_ratio, rows.data_ptr(), rows.shape[-1], torch.get_num_threads()),
+    )
+    return rows
+
+
+@kernel(decode_tokens, "cpu")
+def _decode_tokens(rows: Tensor, num_bits: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Compute decode_tokens_reference with the C++ kernel."""
+    library = linear_kernels.find()
+    if library is None or dtype not in _DTYPES or dtype == torch.float64 or rows.dim() < 2 or not rows.numel():
+        return decode_tokens_reference(rows, num_bits, width, dtype)
+    check_rows(rows, num_bits, width)
+    tokens = rows.reshape(-1, *rows.shape[-2:])  # a view of a cache whose room is not all used
+    if tokens.stride(2) != 1:
+        tokens = tokens.contiguous()
+    x = rows.new_empty((*rows.shape[:-1], width), dtype=dtype)
+    library.lowbit_decode_tokens(
+        *(tokens.data_ptr(), tokens.shape[0], tokens.stride(0), tokens.shape[1], tokens.stride(1), tokens.shape[2]),
+        *(num_bits, width, _DTYPES[dtype], x.data_ptr(), torch.get_num_threads()),
+    )
+    return x
+
+
+@kernel(round_tokens, "cpu")
+def _round_tokens(x: Tensor, num_bits: int, groups: int, low_ratio: float = 1.0, high_ratio: float = 1.0) -> Tensor:
+    """Compute round_tokens_reference with the C++ kernel."""
+    found = _rows_for_kernels(x)
+    if found is None:
+        return round_tokens_reference(x, num_bits, groups, low_ratio, high_ratio)
+    library, tokens = found
+    TokenQuantizer(num_bits, groups, low_ratio, high_ratio).check(tokens)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    library.lowbit_round_tokens(
+        *(tokens.data_ptr(), _DTYPES[x.dtype], tokens.shape[0], tokens.stride(0), tokens.shape[1], num_bits),
+        *(groups, low_ratio, high_ratio, y.data_ptr(), torch.get_num_threads()),
+    )
+    return y
 
 
 @kernel(reassemble_op, "cpu")

@@ -22,6 +22,7 @@ from megatron_lowbit.kernels.packing import pack_bits, packed_bytes, unpack_bits
 
 _SHAPE: list[Any] = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
 _PANELS: list[Any] = [ctypes.c_void_p, *_SHAPE, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
+_TOKENS: list[Any] = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
 _ARGUMENTS: dict[str, list[Any]] = {
     "lowbit_linear": [ctypes.c_void_p],
     "lowbit_linear_path": [],
@@ -37,9 +38,15 @@ _ARGUMENTS: dict[str, list[Any]] = {
         *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
         *(ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p, ctypes.c_int),
     ],
+    "lowbit_encode_tokens": [*_TOKENS, ctypes.c_float, ctypes.c_float, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int],
+    "lowbit_decode_tokens": [
+        *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
+        *(ctypes.c_int, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p, ctypes.c_int),
+    ],
+    "lowbit_round_tokens": [*_TOKENS, ctypes.c_int64, ctypes.c_float, ctypes.c_float, ctypes.c_void_p, ctypes.c_int],
     "lowbit_quantize_tokens": [
-        *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int64),
-        *(ctypes.c_float, ctypes.c_float, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
+        *(*_TOKENS, ctypes.c_int64, ctypes.c_float, ctypes.c_float),
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
     ],
 }
 linear_kernels = Library(

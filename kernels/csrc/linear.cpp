@@ -6,6 +6,7 @@
 #include "hadamard.h"
 #include "reassembly.h"
 #include "tiles.h"
+#include "token_rows.h"
 #include "weight_only.h"
 
 #include <optional>
@@ -295,6 +296,18 @@ void rotate_all(const void* x, DType dtype, int64_t tokens, int64_t row_stride, 
            Share(tokens * groups, part, threads));
 }
 
+// work(token rows of one thread, number of a token) for all tokens.
+template <class Work>
+void by_tokens(int64_t tokens, int64_t width, DType dtype, TokenBits how, int threads, Work work) {
+  if (tokens * width < kMinParallel / 16) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int part = 0; part < threads; ++part) {
+    TokenRows rows(width, dtype, how);
+    const Share share(tokens, part, threads);
+    for (int64_t token = share.first; token < share.last; ++token) work(rows, token);
+  }
+}
+
 Panels panels_of(const uint8_t* data, int64_t outputs, int64_t inputs, int64_t blocks, int bits) {
   return {data, outputs, inputs, blocks, stored_bits(bits)};
 }
@@ -341,25 +354,41 @@ void lowbit_unpack_panels(const uint8_t* from, int64_t outputs, int64_t inputs, 
 void lowbit_quantize_tokens(const void* x, int dtype, int64_t tokens, int64_t row_stride, int64_t features, int bits,
                             int64_t groups, float low_ratio, float high_ratio, uint8_t* codes, float* scale,
                             float* zero_point, int threads) {
-  const int64_t group = features / groups;
-  if (tokens * features < kMinParallel / 16) threads = 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int part = 0; part < threads; ++part) {
-    Buffer<float> row(features);
-    const Share share(tokens, part, threads);
-    for (int64_t token = share.first; token < share.last; ++token) {
-      const char* from = static_cast<const char*>(x) + token * row_stride * bytes_of(static_cast<DType>(dtype));
-      widen(from, static_cast<DType>(dtype), row.get(), features);
-      for (int64_t g = 0; g < groups; ++g) {
-        float low, high;
-        range_of(row.get() + g * group, group, &low, &high);
-        const QParams q = qparams_of(low * low_ratio, high * high_ratio, bits);
-        codes_of(row.get() + g * group, group, q, bits, codes + token * features + g * group);
-        scale[token * groups + g] = q.scale;
-        zero_point[token * groups + g] = q.zero_point;
-      }
-    }
-  }
+  by_tokens(tokens, features, static_cast<DType>(dtype), {bits, low_ratio, high_ratio}, threads,
+            [&](TokenRows& room, int64_t token) {
+              const char* from = static_cast<const char*>(x) + token * row_stride * bytes_of(static_cast<DType>(dtype));
+              const int64_t at = token * groups;
+              room.quantize(from, groups, codes + token * features, scale + at, zero_point + at);
+            });
+}
+
+// x: [tokens, width], not float64 -> rows: [tokens, row_bytes] (token_rows.h).
+void lowbit_encode_tokens(const void* x, int dtype, int64_t tokens, int64_t stride, int64_t width, int bits,
+                          float low_ratio, float high_ratio, uint8_t* rows, int64_t row_bytes, int threads) {
+  const DType type = static_cast<DType>(dtype);
+  by_tokens(tokens, width, type, {bits, low_ratio, high_ratio}, threads, [&](TokenRows& room, int64_t token) {
+    room.encode(static_cast<const char*>(x) + token * stride * bytes_of(type), rows + token * row_bytes, row_bytes);
+  });
+}
+
+// rows: [outer, tokens, row_bytes], the first two with strides -> x: [outer, tokens, width].
+void lowbit_decode_tokens(const uint8_t* rows, int64_t outer, int64_t outer_stride, int64_t tokens, int64_t stride,
+                          int64_t row_bytes, int bits, int64_t width, int dtype, void* x, int threads) {
+  const DType type = static_cast<DType>(dtype);
+  by_tokens(outer * tokens, width, type, {bits, 1, 1}, threads, [&](TokenRows& room, int64_t token) {
+    room.decode(rows + token / tokens * outer_stride + token % tokens * stride, row_bytes,
+                static_cast<char*>(x) + token * width * bytes_of(type));
+  });
+}
+
+// x: [tokens, width] -> y: [tokens, width], quantized in `groups` and brought back.
+void lowbit_round_tokens(const void* x, int dtype, int64_t tokens, int64_t stride, int64_t width, int bits,
+                         int64_t groups, float low_ratio, float high_ratio, void* y, int threads) {
+  const DType type = static_cast<DType>(dtype);
+  by_tokens(tokens, width, type, {bits, low_ratio, high_ratio}, threads, [&](TokenRows& room, int64_t token) {
+    room.round(static_cast<const char*>(x) + token * stride * bytes_of(type), groups,
+               static_cast<char*>(y) + token * width * bytes_of(type));
+  });
 }
 
 // x: [tokens, inputs] -> y: [tokens, width] of the same dtype, not float64; eps below 0: no norm before it. 1 for an

@@ -47,22 +47,4 @@ inline void normalize(float* x, int64_t count, double eps) {
   for (; i < count; ++i) x[i] *= factor;
 }
 
-// The inverse of widen, half to even.
-inline void narrow(const float* from, DType dtype, void* to, int64_t count) {
-  if (dtype == kFloat32) {
-    std::memcpy(to, from, count * sizeof(float));
-  } else if (dtype == kFloat16) {
-    convert(from, static_cast<Half*>(to), count);
-  } else {
-    uint16_t* words = static_cast<uint16_t*>(to);
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      Floats v = load<Floats>(from + i);
-      Lanes nan = (Lanes)(v != v), bits = (nan & 0x7fc00000u) | (~nan & round_to_bf16(v));
-      store(words + i, __builtin_convertvector(bits >> 16, HalfWords));
-    }
-    for (; i < count; ++i) words[i] = std::isnan(from[i]) ? 0x7fc0 : Bfloat16::word(from[i]);
-  }
-}
-
 }  // namespace

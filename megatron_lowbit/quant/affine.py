@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.io.tensors import check_scale, check_tensor, short_repr
-from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, quantize, quantizer, unpack_bits
+from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, quantize, quantizer, round_tokens, unpack_bits
 from megatron_lowbit.kernels.quantizer import unclamped_codes
 from megatron_lowbit.quant.input_clipping import WHOLE, Clip
 from megatron_lowbit.quant.range_gradient import scale_of, through_ranges, with_scale
@@ -125,6 +125,11 @@ def fake_quantize(
     real_zero: bool = False,
 ) -> Tensor:
     """Return dequantize(quantize(x)) in x's dtype, with the straight-through gradient (identity)."""
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or through_ranges())
+    if not (differentiable or symmetric or real_zero) and x.numel():
+        check_bits(num_bits)
+        groups = 1 if group_size is None else _grouped(x, group_size).shape[-2]
+        return round_tokens(x, num_bits, groups, *clip)
     with torch.no_grad():
         scale, zero_point = choose_qparams(x, num_bits, symmetric, group_size, clip, real_zero)
     if through_ranges() and not symmetric:

@@ -16,10 +16,10 @@ from transformers import DynamicCache
 
 import megatron_lowbit as lowbit
 from megatron_lowbit.adapters.huggingface import attention
-from megatron_lowbit.adapters.huggingface.cache import decode
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.io import files
+from megatron_lowbit.kernels import decode_tokens
 from megatron_lowbit.layers.linear import QuantLinear
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 from megatron_lowbit.quant.input_clipping import as_clip, attention_sites
@@ -106,7 +106,7 @@ def test_heads_by_hand():
     ids = tiny_models.token_ids(1, TOKENS)
     cached = model(ids, past_key_values=cache, use_cache=True).logits
     layer = cache.layers[1]
-    decoded = decode(layer.values, 4, 8)  # type: ignore[arg-type]
+    decoded = decode_tokens(layer.values, 4, 8, torch.float32)  # type: ignore[arg-type]
     split = values[0].unflatten(-1, (-1, 8)).transpose(1, 2)
     torch.testing.assert_close(decoded.double(), rounded(split, 4, clips[2]), rtol=1e-5, atol=1e-5)
     assert (cached - model(ids, use_cache=False).logits).abs().max() < FLOAT32_NOISE

@@ -14,11 +14,10 @@ from transformers import DynamicCache
 import megatron_lowbit as lowbit
 from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.adapters.huggingface import attention
-from megatron_lowbit.adapters.huggingface.cache import decode, encode, layer_classes
+from megatron_lowbit.adapters.huggingface.cache import layer_classes
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import WeightsConfig
-from megatron_lowbit.kernels import packed_bytes
-from megatron_lowbit.quant.affine import fake_quantize
+from megatron_lowbit.kernels import decode_tokens, packed_bytes
 from megatron_lowbit.quant.round_to_nearest import quantize_model
 
 MODELS = ("llama", "gemma2", "qwen3")  # sdpa with GQA; eager, softcapping and a window of 8; norms of q and k
@@ -218,7 +217,7 @@ def test_cache_holds_what_attention_reads():
     module.v_proj.register_forward_hook(lambda _, args, output: seen.append(output))
     layer = cache_of(model, ids).layers[0]
     values = rounded(seen[0].unflatten(-1, (-1, 8)).transpose(1, 2), 4)
-    decoded = decode(layer.values, 4, 8)
+    decoded = decode_tokens(layer.values, 4, 8, torch.float32)
     torch.testing.assert_close(decoded.double(), values, rtol=1e-5, atol=1e-5)
     assert decoded.flatten(0, -2).unique(dim=0).shape[0] > 50, "rows differ, so it is known which is which"
 
@@ -268,54 +267,3 @@ def test_remove(architecture):
     assert model.config._attn_implementation == implementation
     lowbit.apply_to_huggingface(model, artifact)
     assert torch.equal(tiny_models.logits(model, ids), first)
-
-
-# Rows
-
-
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("width", (1, 8, 11, 64))
-def test_encode_decode(bits, width):
-    """The numbers of a fake quantization, to the last bit, in packed_bytes + 8 bytes a row; odd widths are padded."""
-    x = 3 * normal(2, 4, 5, width, seed=bits) if width > 1 else normal(2, 4, 5, 1, seed=bits)
-    rows = encode(x, bits)
-    assert rows.dtype == torch.uint8 and rows.shape == (2, 4, 5, packed_bytes(width, bits) + 8)
-    decoded = decode(rows, bits, width)
-    assert decoded.dtype == torch.float32 and decoded.shape == x.shape
-    if width == 1:  # a row of one value is constant, and comes back exactly
-        assert torch.equal(decoded, x)
-        return
-    assert torch.equal(decoded, fake_quantize(x, bits))
-    # Half a step off, and half a step more where the rounded zero point cuts an end off; eq. 2's own numbers.
-    step = (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)) / (2**bits - 1)
-    assert ((decoded - x).abs() <= 1.001 * step).all()
-    torch.testing.assert_close(decoded.double(), rounded(x, bits), rtol=1e-5, atol=1e-6)
-
-
-def test_encode_of_views_and_halves():
-    """Transposed heads, as attention modules make them; bf16 and fp16 are quantized in float32."""
-    x = normal(2, 5, 4, 16, seed=3)
-    view = x.transpose(1, 2)
-    assert torch.equal(encode(view, 4), encode(view.contiguous(), 4))
-    for dtype in (torch.bfloat16, torch.float16):
-        assert torch.equal(encode(view.to(dtype), 4), encode(view.to(dtype).float(), 4))
-
-
-def test_encode_of_nothing():
-    """No tokens: rows of the right width, to which others can be appended."""
-    rows = encode(normal(2, 4, 0, 11), 3)
-    assert rows.dtype == torch.uint8 and rows.shape == (2, 4, 0, packed_bytes(11, 3) + 8)
-    x = normal(2, 4, 3, 11)
-    assert torch.equal(torch.cat([rows, encode(x, 3)], -2), encode(x, 3))
-
-
-def test_encode_constant_rows_and_nan():
-    """Equal values come back exactly, zero among them; a row with NaN or Inf stays NaN and says so to no other."""
-    x = torch.tensor([[0.0], [0.6], [-2.7], [1e-40]]).repeat(1, 8)
-    assert torch.equal(decode(encode(x[None], 4), 4, 8)[0], x)
-    x = normal(1, 3, 8, seed=4)
-    x[0, 1, 2] = torch.nan
-    decoded = decode(encode(x, 4), 4, 8)
-    assert decoded[0, 1].isnan().all() and torch.equal(decoded[0, ::2], fake_quantize(x[0, ::2], 4))
-    x[0, 1, 2] = torch.inf
-    assert decode(encode(x, 4), 4, 8)[0, 1].isnan().all()

@@ -1,4 +1,4 @@
-"""Random products and rotations of the C++ kernels against the oracle, bit for bit:
+"""Random products, rotations and token rows of the C++ kernels against the oracle, bit for bit:
 
     python linear_fuzz.py CALLS SEED [FLAG ...]
 
@@ -23,6 +23,11 @@ from torch import Tensor
 from megatron_lowbit import kernels
 from megatron_lowbit.kernels import build, linear, panels
 from megatron_lowbit.kernels.hadamard import hadamard_reference
+from megatron_lowbit.kernels.token_rows import (
+    decode_tokens_reference,
+    encode_tokens_reference,
+    round_tokens_reference,
+)
 
 SPECIAL = [float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 3e38, -6e4, 1e-40, 5e-324]
 
@@ -53,7 +58,25 @@ def activations(tokens: int, inputs: int, dtype: torch.dtype, chance: random.Ran
 
 def call(chance: random.Random) -> str:
     torch.manual_seed(chance.randrange(2**31))
-    return rotation(chance) if chance.random() < 0.1 else product(chance)
+    return chance.choices([product, rotation, token_rows], [8, 1, 1])[0](chance)
+
+
+def token_rows(chance: random.Random) -> str:
+    """Rows of bytes, and what they are decoded to, from a cache with room left; rounded in groups at once."""
+    groups, bits, dtype = chance.choice([1, 1, 2, 8]), chance.randint(2, 8), chance.choice(DTYPES)
+    tokens, width = chance.choice([1, 2, 5, 33, 300]), groups * chance.choice([1, 3, 8, 16, 63, 64, 65, 80, 128])
+    x = activations(tokens, width, dtype, chance)
+    ratios = chance.choice([(), (), (0.9, 0.75), (0.9, 0.9), (1.0, 2.0**-20)])
+    room = torch.full((tokens + 3, kernels.packed_bytes(width, bits) + 8), 255, dtype=torch.uint8)
+    room[:tokens] = rows = kernels.encode_tokens(x, bits, *ratios)
+    wanted = encode_tokens_reference(x, bits, *ratios)
+    assert torch.equal(rows[:, :-8], wanted[:, :-8])
+    mine, theirs = (t[:, -8:].reshape(-1).clone().view(torch.float32).nan_to_num() for t in (rows, wanted))
+    assert torch.equal(mine, theirs)  # whatever the sign of a zero
+    decoded = kernels.decode_tokens(room[:tokens], bits, width, dtype)
+    assert_same_bits(decoded, decode_tokens_reference(rows, bits, width, dtype))
+    assert_same_bits(kernels.round_tokens(x, bits, groups, *ratios), round_tokens_reference(x, bits, groups, *ratios))
+    return "token rows"
 
 
 def rotation(chance: random.Random) -> str:

@@ -36,7 +36,8 @@ def quantized_tokens(
                 if not np.isfinite(step):
                     step = offset = np.float32(np.nan)
                 scale[token, group], zero[token, group] = step, offset
-                values = np.rint(row[columns] / step) + offset
+                whole = np.rint(offset)  # all of it, but of a constant token
+                values = np.rint(row[columns] / step + (offset - whole)) + whole
             codes[token, columns] = np.nan_to_num(np.clip(values, 0, levels)).astype(np.int64)
     return codes, scale, zero
 

@@ -114,4 +114,7 @@ def test_fake_of_quant_linear(tokens, dtype):
     check_op(OPS.quant_linear, x, *weight, 4, 2, dtype, 0.5, 0.75)
     check_op(OPS.quantize_tokens, x, 4, 2)
     check_op(OPS.quantize_tokens, x, 4, 2, 0.5, 0.75)
+    check_op(OPS.round_tokens, x, 4, 2, 0.5, 0.75)
+    check_op(OPS.encode_tokens, x, 4, 0.5, 0.75)
+    check_op(OPS.decode_tokens, kernels.encode_tokens(x, 4), 4, 6, dtype)
     check_op(OPS.reassemble, x, torch.arange(6), torch.arange(6) % 4, torch.ones(6), 4, 1e-5)

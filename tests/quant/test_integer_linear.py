@@ -185,6 +185,18 @@ def test_quantize_tokens(bits, groups):
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_clipped_constant_tokens(backend, monkeypatch):
+    """Their zero points are not whole, and where little is left of a range, their codes are not 0."""
+    monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", backend)
+    x = torch.linspace(-40, 40, 161)[:, None].repeat(1, 24)
+    for ratios in ((0.9, 0.9), (0.9, 0.8), (0.8, 0.9)):
+        found = quantize_tokens(x, 4, 1, *ratios)
+        wanted = linear_oracle.quantized_tokens(x.numpy(), 4, 1, ratios)
+        assert all((mine.numpy() == theirs).all() for mine, theirs in zip(found, wanted, strict=True))
+    assert quantize_tokens(x, 4, 1, 0.9, 0.9)[0].any()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("groups", (1, 4))
 def test_clipped_tokens(groups, backend, monkeypatch):
     """The two ends of every range multiplied in float32 before all else, by ratios that float32 does not hold exactly;

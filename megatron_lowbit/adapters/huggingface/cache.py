@@ -16,14 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_lowbit.kernels import dequantize, pack_bits, packed_bytes, unpack_bits
+from megatron_lowbit.kernels import decode_tokens, encode_tokens
 from megatron_lowbit.kernels.hadamard import hadamard
-from megatron_lowbit.quant.affine import choose_qparams, quantize
 from megatron_lowbit.quant.input_clipping import WHOLE, Clip
 
 QUANTIZED = "_lowbit_quantized"  # on a K or V that comes from a PackedLayer
 SPARE_TOKENS = 64  # room for tokens to come: all of a cache is copied once in so many tokens, not for each
-_QPARAM_BYTES = 8  # a float32 scale and zero point
 
 
 class Room:
@@ -111,8 +109,8 @@ def layer_classes() -> Layers:
             return key_states, value_states
 
     class PackedLayer(GrowingLayer):
-        """uint8 rows [batch, heads, tokens, packed codes | scale | zero point] of K and V; attention reads them
-        decoded."""
+        """K and V as rows of bytes, uint8 [batch, heads, tokens, row_bytes] (kernels/token_rows.py); attention reads
+        them decoded."""
 
         def __init__(self, num_bits: int, rotated: bool = False, clips: tuple[Clip, Clip] = (WHOLE, WHOLE)):
             super().__init__()
@@ -126,7 +124,7 @@ def layer_classes() -> Layers:
             rows = super().update(key_states, value_states)
             decoded = []
             for packed, width in zip(rows, (self.head_dim, self.value_dim), strict=True):
-                tensor = decode(packed, self.num_bits, width).to(self.dtype)
+                tensor = decode_tokens(packed, self.num_bits, width, self.dtype)
                 setattr(tensor, QUANTIZED, True)  # rounding twice would be another rounding
                 decoded.append(tensor)
             return decoded[0], decoded[1]
@@ -134,7 +132,10 @@ def layer_classes() -> Layers:
         def rows_of(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
             if self.rotated:
                 key_states = hadamard(key_states, 1)
-            return encode(key_states, self.num_bits, self.clips[0]), encode(value_states, self.num_bits, self.clips[1])
+            of_keys, of_values = self.clips
+            return encode_tokens(key_states, self.num_bits, *of_keys), encode_tokens(
+                value_states, self.num_bits, *of_values
+            )
 
     return Layers(GrowingLayer, PackedLayer)
 
@@ -152,20 +153,3 @@ def replace_empty_layer(cache: Any, index: int | None, make: Callable[[], Any]) 
         layer = cache.layers[index]
         if type(layer) is DynamicLayer and not layer.is_initialized:
             cache.layers[index] = make()
-
-
-def encode(x: Tensor, num_bits: int, clip: Clip = WHOLE) -> Tensor:
-    """Quantize and pack x [..., d] -> uint8 [..., packed codes | scale | zero point], one pair per row."""
-    if x.shape[-2] == 0:
-        return x.new_empty((*x.shape[:-1], packed_bytes(x.shape[-1], num_bits) + _QPARAM_BYTES), dtype=torch.uint8)
-    scale, zero_point = choose_qparams(x, num_bits, clip=clip)
-    codes = pack_bits(quantize(x, scale, zero_point, num_bits), num_bits)
-    return torch.cat([codes, scale.view(torch.uint8), zero_point.view(torch.uint8)], dim=-1)
-
-
-def decode(rows: Tensor, num_bits: int, width: int) -> Tensor:
-    """Undo `encode`: float32 [..., width]."""
-    packed = rows[..., :-_QPARAM_BYTES]
-    qparams = rows[..., -_QPARAM_BYTES:].clone(memory_format=torch.contiguous_format)  # floats lie at multiples of four
-    scale, zero_point = qparams.view(torch.float32).split(1, dim=-1)
-    return dequantize(unpack_bits(packed, num_bits, width), scale, zero_point)
