@@ -39,7 +39,7 @@ from megatron_lowbit.adapters.megatron.layers import (
     full_weight,
     tp_group,
 )
-from megatron_lowbit.adapters.megatron.layout import COLUMN, NORMS, PATHS, final_norm, is_hybrid
+from megatron_lowbit.adapters.megatron.layout import COLUMN, GATED, NORMS, PATHS, final_norm, is_hybrid
 from megatron_lowbit.adapters.megatron.lowbit_experts import empty_experts
 from megatron_lowbit.adapters.megatron.norms import LowBitNorm
 from megatron_lowbit.adapters.megatron.sharded_state import Shape, check_bytes, empty_codec, empty_linear
@@ -358,9 +358,7 @@ def _empty_modules(
                 if hasattr(host, "layer_norm_weight")
                 else LowBitColumnParallelLinear
             )
-            replacement = kind.from_host(
-                host, shard, role == "linear_fc1" and host.config.gated_linear_unit, plans.get(1)
-            )
+            replacement = kind.from_host(host, shard, role in GATED and host.config.gated_linear_unit, plans.get(1))
         else:
             reducer = None
             if group is not None:
