@@ -107,6 +107,8 @@ class _LowBitLayer:
         self.weight, self.explicit_expert_comm = None, False
         self._full_precision(gated)
         self.low_bit, self.held = low_bit, megatron_training.is_held(source.weight)
+        if sharded_state.quantized_linear(self) is not None:
+            megatron_training.forget(host)
         self._register_load_state_dict_pre_hook(  # type: ignore[attr-defined]
             lambda state, prefix, *_: state.setdefault(f"{prefix}_extra_state")
         )
