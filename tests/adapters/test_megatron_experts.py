@@ -21,6 +21,7 @@ from torch import Tensor
 import megatron_lowbit as lowbit
 from megatron_lowbit.adapters.huggingface.experts import attach_experts
 from megatron_lowbit.artifact import Artifact
+from megatron_lowbit.comm.plan import CommPlan
 from megatron_lowbit.config import WeightsConfig
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
@@ -175,6 +176,30 @@ def test_shared_experts_that_are_computed_otherwise(two_ranks):
     for said in two_ranks.run(cases.refused_shared, artifact("qwen2_moe", "linears")):
         assert said.keys() == expected.keys()
         assert all(re.search(expected[what], line) and "\n" not in line for what, line in said.items()), said
+
+
+def under_other_names(given: Any) -> Any:
+    """An artifact, or a part of it, whose shared experts are called as DeepSeek and dots.llm1 call them."""
+    if isinstance(given, str):
+        return given.replace("mlp.shared_expert.", "mlp.shared_experts.")
+    if isinstance(given, dict):
+        return {under_other_names(key): under_other_names(value) for key, value in given.items()}
+    parts = {
+        Artifact: ("checkpoint", "plans"),
+        LowBitCheckpoint: ("linears", "fingerprint"),
+        CommPlan: ("sites", "fingerprint"),
+    }.get(type(given), ())
+    return replace(given, **{part: under_other_names(getattr(given, part)) for part in parts}) if parts else given
+
+
+def test_shared_experts_under_other_names(two_ranks):
+    """A GPTModel has one name for them: that of the artifact makes no difference."""
+    given = artifact("qwen2_moe", "experts of W8A8 and a plan")
+    artifacts = {"Qwen's": (given, None), "DeepSeek's": (under_other_names(given), None)}
+    assert any("shared_experts" in name for name in artifacts["DeepSeek's"][0].plan(2).sites)
+    for results in two_ranks.run(megatron_cases.applied, "qwen2_moe", False, artifacts):
+        assert torch.equal(results["DeepSeek's"], results["Qwen's"])
+        assert results["kinds"]["DeepSeek's"] == results["kinds"]["Qwen's"]
 
 
 def test_the_shared_expert_is_in_codes(two_ranks):
