@@ -178,6 +178,11 @@ def test_shared_experts_that_are_computed_otherwise(two_ranks):
         assert all(re.search(expected[what], line) and "\n" not in line for what, line in said.items()), said
 
 
+def test_the_shared_expert_of_a_spec_is_rounded_on_load(two_ranks):
+    for found in two_ranks.run(cases.rounded_on_load, "qwen2_moe"):
+        assert_equal_but_for_flips(found, reference("qwen2_moe", "linears", 2))
+
+
 def under_other_names(given: Any) -> Any:
     """An artifact, or a part of it, whose shared experts are called as DeepSeek and dots.llm1 call them."""
     if isinstance(given, str):

@@ -97,6 +97,17 @@ def refused(
         return found
 
 
+def rounded_on_load(rank: int, size: int, architecture: str) -> Tensor:
+    """Logits of a GPTModel of a low-bit spec, without an artifact, that full-precision weights have come to."""
+    with parallel(size):
+        from megatron_lowbit.adapters.megatron import model as megatron_model
+        from megatron_lowbit.adapters.megatron.spec import block_spec, lowbit_spec
+
+        hf = tiny_models.build(architecture)
+        spec = lowbit_spec(block_spec(megatron_model.transformer_config(hf.config)), "W4A8")
+        return logits(gpt_model(hf, spec=spec))
+
+
 def refused_shared(rank: int, size: int, artifact: Artifact) -> dict[str, str]:
     """{what is wrong with a shared expert: what is said}; asserts that the model stays as it is."""
     with parallel(size):
