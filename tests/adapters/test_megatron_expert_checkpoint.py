@@ -119,6 +119,12 @@ def test_experts_that_do_not_fit(two_ranks, folders, by_experts, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_shared_expert_whose_sums_are_sent_apart(two_ranks, folders, by_experts):
+    saved = next(folder for folder in by_experts if folder.name == "shared expert and a plan")
+    for line in two_ranks.run(cases.overlapped, folders["qwen2_moe"], saved):
+        assert line.startswith("moe_shared_expert_overlap=True sends") and "\n" not in line
+
+
 @pytest.mark.parametrize("name", slow_but(["mixtral"], tiny_models.MIXTURES))
 def test_convert_there_and_back(folders, tmp_path, name):
     """Every tensor of the model's file, bit for bit; a script is told of the experts."""

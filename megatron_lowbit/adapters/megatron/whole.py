@@ -48,7 +48,7 @@ def check_model(model: Any) -> None:
         kept: list[str] = []
         for path, module in layer.named_modules():
             if isinstance(module, BaseMoELayer):
-                _check_shared_expert(module, f"decoder.layers.{index}.{path}.shared_experts")
+                check_shared_expert(module, f"decoder.layers.{index}.{path}.shared_experts")
                 kept += [f"{path}.{name}" for name, _ in module.named_children() if name != "shared_experts"]
         for path, module in layer.named_modules():
             if id(module) in known:
@@ -61,8 +61,11 @@ def check_model(model: Any) -> None:
     _refuse([f"{path} ({kind.__name__})" for path, kind in left.items()], "model")
 
 
-def _check_shared_expert(mixture: Any, path: str) -> None:
-    """Raise LowBitError for a shared expert that does not call its linears as an MLP does."""
+def check_shared_expert(mixture: Any, path: str) -> None:
+    """Raise LowBitError for a shared expert that does not call its linears as an MLP does.
+
+    mixture: a MoELayer; path: of its shared expert.
+    """
     shared = mixture.shared_experts
     if shared is None:
         return
