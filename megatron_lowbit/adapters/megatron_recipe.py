@@ -12,12 +12,13 @@ numbers the layers of each pipeline stage from 0, so the file is for one stage.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_lowbit.adapters.megatron_names import PARTS, PATHS
+from megatron_lowbit.adapters.megatron_names import PARTS, PATHS, SHARED, SHARED_ELSEWHERE
 from megatron_lowbit.config import WeightsConfig
 from megatron_lowbit.io.files import discard, write_text
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
@@ -47,11 +48,11 @@ def recipe(checkpoint: LowBitCheckpoint, weights: WeightsConfig) -> dict[str, An
     configs: dict[str, dict[str, Any]] = {}
     matchers: dict[str, dict[str, Any]] = {}
     for name, weight in checkpoint.linears.items():
-        block, _, leaf = name.rpartition(".")
-        block, _, owner = block.rpartition(".")
-        number, role = block.rpartition(".")[2], roles.get(f"{owner}.{leaf}")
-        if role is None or not number.isdecimal():
+        found = re.fullmatch(r".*\.(\d+)\.(.+)", name)
+        role = None if found is None else roles.get(found[2].replace(SHARED_ELSEWHERE, SHARED))
+        if found is None or role is None:
             return None
+        number = found[1]
         scheme = f"W{weight.num_bits}A{checkpoint.scheme.act_bits}"
         configs[scheme] = {"scheme": scheme, **shared}
         matchers[f"layer_{number}_{role}"] = {

@@ -46,6 +46,7 @@ def models(tmp_path_factory):
         "layers": ("llama", {**CHANGES, "num_hidden_layers": 4}),
         "experts": ("mixtral", {}),
         "mixed": ("qwen3_moe", {"mlp_only_layers": [0]}),
+        "shared": ("qwen2_moe", {"mlp_only_layers": [0]}),
     }.items():
         build(architecture, **changes).save_pretrained(root / name)
     return {**{folder.name: folder for folder in root.iterdir()}, "embedded": embedded_folder()}
@@ -66,6 +67,7 @@ def jobs(models, two_ranks, tmp_path_factory):
         "biases": ("biases", make_artifact(biases, "W4A4", (2, 4))),
         "experts": ("experts", make_artifact(build("mixtral"), "W4A4", (2, 4))),
         "experts of one block": ("mixed", make_artifact(build("qwen3_moe", mlp_only_layers=[0]), "W4A16")),
+        "shared expert": ("shared", make_artifact(build("qwen2_moe", mlp_only_layers=[0]), "W4A8", (2, 4))),
         "qllm": ("embedded", Artifact.load(qllm)),
         "qllm in some blocks": ("embedded", in_some_blocks(Artifact.load(qllm))),
     }

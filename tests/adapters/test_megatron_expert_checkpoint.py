@@ -29,6 +29,7 @@ pytestmark = needs_megatron
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {}),
     "qwen3_moe": ("qwen3_moe", {"mlp_only_layers": [0]}),
+    "qwen2_moe": ("qwen2_moe", {"mlp_only_layers": [0]}),
     "fewer": ("mixtral", {"num_local_experts": 2}),
     "narrow": ("mixtral", {"intermediate_size": 64}),
     "odd": ("qwen3_moe", {"moe_intermediate_size": 42}),
@@ -39,6 +40,7 @@ ARTIFACTS = {
     "W4A16 in groups": ("mixtral", "W4A16", 8, False),
     "experts of one block": ("qwen3_moe", "W8A8", None, False),
     "odd": ("odd", "W4A16", None, False),
+    "shared expert and a plan": ("qwen2_moe", "W8A8", None, True),
 }
 
 
@@ -71,7 +73,7 @@ def jobs(folders: dict[str, Path], root: Path, *names: str) -> cases.Jobs:
     return {root / name: (folders[ARTIFACTS[name][0]], artifact(name)) for name in names}
 
 
-THREE = ("W8A8 and a plan", "W4A16 in groups", "experts of one block")
+FITTING = ("W8A8 and a plan", "W4A16 in groups", "experts of one block", "shared expert and a plan")
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +94,13 @@ def assert_loaded(ranks: list[dict[str, Any]], count: int) -> None:
 
 
 def test_ranks_that_share_experts_load_what_owners_saved(two_ranks, by_experts):
-    three = {folder: job for folder, job in by_experts.items() if folder.name in THREE}
-    assert_loaded(two_ranks.run(cases.loaded, 2, 1, three), 3)
+    given = {folder: job for folder, job in by_experts.items() if folder.name in FITTING}
+    assert_loaded(two_ranks.run(cases.loaded, 2, 1, given), 4)
 
 
 @pytest.mark.slow
 def test_owners_load_what_ranks_saved_that_share_experts(two_ranks, folders, tmp_path):
-    given = jobs(folders, tmp_path, *THREE[:2])
+    given = jobs(folders, tmp_path, *FITTING[:2])
     assert two_ranks.run(cases.save, 2, 1, given) == [["accepted"] * 2] * 2
     assert_loaded(two_ranks.run(cases.loaded, 1, 2, given), 2)
 
@@ -117,13 +119,22 @@ def test_experts_that_do_not_fit(two_ranks, folders, by_experts, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_shared_expert_whose_sums_are_sent_apart(two_ranks, folders, by_experts):
+    saved = next(folder for folder in by_experts if folder.name == "shared expert and a plan")
+    for line in two_ranks.run(cases.overlapped, folders["qwen2_moe"], saved):
+        assert line.startswith("moe_shared_expert_overlap=True sends") and "\n" not in line
+
+
 @pytest.mark.parametrize("name", slow_but(["mixtral"], tiny_models.MIXTURES))
 def test_convert_there_and_back(folders, tmp_path, name):
     """Every tensor of the model's file, bit for bit; a script is told of the experts."""
     assert run_here("convert", f"model={folders[name]}", f"output_dir={tmp_path}") == 0
     options = (tmp_path / "megatron" / "megatron_arguments.txt").read_text().splitlines()
-    frequency, count = {"mixtral": ("([1,1])", 4), "qwen3_moe": ("([0,1])", 6)}[name]
+    frequency, count = {"mixtral": ("([1,1])", 4), "qwen3_moe": ("([0,1])", 6), "qwen2_moe": ("([0,1])", 4)}[name]
     assert f"--moe-layer-freq {frequency}" in options and f"--num-experts {count}" in options
+    shared = [line for line in options if "shared-expert" in line]
+    told = ["--moe-shared-expert-intermediate-size 48", "--moe-shared-expert-gate"]
+    assert shared == (told if name == "qwen2_moe" else [])
     assert run_here("convert", f"checkpoint={tmp_path / 'megatron'}", f"output_dir={tmp_path}") == 0
     before, after = (load_file(f / "model.safetensors") for f in (folders[name], tmp_path / "huggingface"))
     assert before.keys() == after.keys() and any("experts" in key for key in before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 import megatron_lowbit as lowbit
 from megatron_lowbit.adapters.huggingface.experts import attach_experts
 from megatron_lowbit.artifact import Artifact
+from megatron_lowbit.comm.plan import CommPlan
 from megatron_lowbit.config import WeightsConfig
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
 
@@ -31,6 +33,7 @@ ARTIFACTS = {
     "experts of W4A16": ("W4A16", "W4A16", False),
     "experts of W8A8 and a plan": ("W8A8", "W8A8", True),
 }
+SPECS = {"mixtral": "mixtral", "qwen3_moe": "qwen3_moe", "qwen2_moe": "mixtral"}
 LAYOUTS = [(1, False), (2, False), (2, True)]
 
 
@@ -97,7 +100,7 @@ def test_experts_on_ranks_of_their_own(two_ranks, architecture):
     name = "experts of W8A8 and a plan"
     given = artifact(architecture, name)
     for results in two_ranks.run(cases.expert_parallel, architecture, given):
-        assert results["experts"] == {"mixtral": 2, "qwen3_moe": 3}[architecture] and results["back"]
+        assert results["experts"] == {"mixtral": 2, "qwen3_moe": 3, "qwen2_moe": 2}[architecture] and results["back"]
         assert_equal_but_for_flips(results["applied"], reference(architecture, name, 1))
         empty, bias = results["nothing to do"]
         assert empty.shape == (0, 64) and bias is None
@@ -121,10 +124,10 @@ def test_a_ready_spec_takes_the_artifact_in(two_ranks, tmp_path, architecture):
     hf.save_pretrained(tmp_path / "model")
     folder = tiny_models.save_artifact(artifact(architecture, name), tmp_path / "artifact")
     hf.config.save_pretrained(folder)
-    count = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}[architecture]
+    count = "num_local_experts" if architecture == "mixtral" else "num_experts"
     build(architecture, **{count: 5}).config.save_pretrained(tmp_path / "five")
     for results in two_ranks.run(
-        cases.by_spec, f"{architecture}_lowbit_spec", tmp_path / "model", tmp_path / "five", folder
+        cases.by_spec, f"{SPECS[architecture]}_lowbit_spec", tmp_path / "model", tmp_path / "five", folder
     ):
         assert_equal_but_for_flips(results["logits"], reference(architecture, name, 2))
         assert results["refused"].startswith(f"--num-experts is 5 here and {getattr(hf.config, count)} in the artifact")
@@ -161,6 +164,54 @@ def test_what_does_not_fit_leaves_the_model_as_it_is(two_ranks):
     for said in two_ranks.run(cases.refused, "mixtral", fitting, artifacts):
         assert all(expected[what] in line and "\n" not in line for what, line in said.items()), said
         assert said.keys() == expected.keys()
+
+
+def test_shared_experts_that_are_computed_otherwise(two_ranks):
+    expected = {
+        "overlap": "moe_shared_expert_overlap=True sends the sums of the shared expert apart from its linears",
+        "linear": "quantized only in part.* decoder.layers.1.mlp.shared_experts.linear_fc1 .TheirColumnParallelLinear.",
+        "fused": "decoder.layers.1.mlp.shared_experts is a FusedSharedExpertMLP, which does not call its linears",
+        "overlap by the spec": "moe_shared_expert_overlap=True sends the sums of the shared expert apart",
+    }
+    for said in two_ranks.run(cases.refused_shared, artifact("qwen2_moe", "linears")):
+        assert said.keys() == expected.keys()
+        assert all(re.search(expected[what], line) and "\n" not in line for what, line in said.items()), said
+
+
+def test_the_shared_expert_of_a_spec_is_rounded_on_load(two_ranks):
+    for found in two_ranks.run(cases.rounded_on_load, "qwen2_moe"):
+        assert_equal_but_for_flips(found, reference("qwen2_moe", "linears", 2))
+
+
+def under_other_names(given: Any) -> Any:
+    """An artifact, or a part of it, whose shared experts are called as DeepSeek and dots.llm1 call them."""
+    if isinstance(given, str):
+        return given.replace("mlp.shared_expert.", "mlp.shared_experts.")
+    if isinstance(given, dict):
+        return {under_other_names(key): under_other_names(value) for key, value in given.items()}
+    parts = {
+        Artifact: ("checkpoint", "plans"),
+        LowBitCheckpoint: ("linears", "fingerprint"),
+        CommPlan: ("sites", "fingerprint"),
+    }.get(type(given), ())
+    return replace(given, **{part: under_other_names(getattr(given, part)) for part in parts}) if parts else given
+
+
+def test_shared_experts_under_other_names(two_ranks):
+    """A GPTModel has one name for them: that of the artifact makes no difference."""
+    given = artifact("qwen2_moe", "experts of W8A8 and a plan")
+    artifacts = {"Qwen's": (given, None), "DeepSeek's": (under_other_names(given), None)}
+    assert any("shared_experts" in name for name in artifacts["DeepSeek's"][0].plan(2).sites)
+    for results in two_ranks.run(megatron_cases.applied, "qwen2_moe", False, artifacts):
+        assert torch.equal(results["DeepSeek's"], results["Qwen's"])
+        assert results["kinds"]["DeepSeek's"] == results["kinds"]["Qwen's"]
+
+
+def test_the_shared_expert_is_in_codes(two_ranks):
+    """Its linears are replaced, and its gate is not."""
+    (name, *_) = ARTIFACTS
+    for results in runs(lambda size: two_ranks, "qwen2_moe", 2, False):
+        assert results["kinds"][name] == {"LowBitColumnParallelLinear": 4, "LowBitRowParallelLinear": 4}
 
 
 def test_grouped_experts(two_ranks):

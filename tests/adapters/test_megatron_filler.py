@@ -60,12 +60,15 @@ def checkpoints(folders, two_ranks, tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("how", ["alone", "full precision", "low-bit"])
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (4, 1), (1, 2)])
 def test_the_model_is_filled(pools, folders, checkpoints, how, layout):
-    """By the artifact alone, or when a full-precision checkpoint has come in; a low-bit one needs no artifact."""
+    """By the artifact alone, or when a full-precision checkpoint has come in; a low-bit one needs no artifact. It is
+    said where weights come from, and nothing of the spec's own rounding, which has no effect then."""
     tp, pp = layout
     outcomes = pools[tp * pp].run(
         cases.filled, tp, pp, folders["model"], folders["artifact of model"], how, checkpoints
     )
+    assert any("come from" in line for line in outcomes[0]["warned"])
     for outcome in outcomes:
+        assert not any("low-bit linears of this rank" in line for line in outcome["warned"]), outcome["warned"]
         assert outcome["differing"] == [] and outcome["traits"] == [] and outcome["logits_equal"], outcome
 
 

@@ -98,6 +98,9 @@ def test_a_spec_is_never_rewritten_in_part():
     spec = cases.with_another(llama_spec(), "linear_fc2", cases.TheirRowParallelLinear)
     with pytest.raises(LowBitError, match=r"only in part.* mlp.linear_fc2 \(TheirRowParallelLinear\)"):
         lowbit_spec(spec, "W4A8")
+    mixture = cases.with_another(llama_spec(experts=True), "linear_fc2", cases.TheirRowParallelLinear)
+    with pytest.raises(LowBitError, match=r"know mlp.shared_experts.linear_fc2 \(TheirRowParallelLinear\); use"):
+        lowbit_spec(mixture, "W4A8")
     with pytest.raises(LowBitError, match="names no ColumnParallelLinear"):
         lowbit_spec(cases.with_another(spec, None, cases.TheirRowParallelLinear), "W4A8")
 

@@ -23,11 +23,11 @@ SHAPES = [
     (8, 2, 4, 24, 4),
     (4, 1, 2, 10, 2),
 ]
-HIDDEN = 40
+HIDDEN, SHARED = 40, 8
 
 
 def make(heads: int, groups: int, head_dim: int, ffn: int, tp: int) -> Layout:
-    return Layout(heads, groups, head_dim, ffn, HIDDEN, tp)
+    return Layout(heads, groups, head_dim, ffn, HIDDEN, tp, SHARED)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -36,7 +36,8 @@ def test_order_of_fused_rows(shape):
     layout = make(*shape)
     assert layout.order("linear_qkv").tolist() == oracles.fused_qkv_rows(heads, groups, head_dim)
     assert layout.order("linear_fc1").tolist() == oracles.fused_gate_up_rows(ffn, tp)
-    for role in ("linear_proj", "linear_fc2"):
+    assert layout.order("shared_fc1").tolist() == oracles.fused_gate_up_rows(SHARED, tp)
+    for role in ("linear_proj", "linear_fc2", "shared_fc2"):
         assert layout.order(role).tolist() == list(range(HIDDEN))
 
 
@@ -72,9 +73,11 @@ def test_sizes():
     layout = make(8, 2, 6, 172, 2)
     assert layout.part_rows("linear_qkv") == (48, 12, 12)
     assert layout.part_rows("linear_fc1") == (172, 172)
-    assert layout.part_rows("linear_proj") == layout.part_rows("linear_fc2") == (HIDDEN,)
+    assert layout.part_rows("shared_fc1") == (SHARED, SHARED)
+    assert all(layout.part_rows(role) == (HIDDEN,) for role in ("linear_proj", "linear_fc2", "shared_fc2"))
     widths = {role: layout.in_features(role) for role in PATHS}
-    assert widths == {"linear_qkv": HIDDEN, "linear_fc1": HIDDEN, "linear_proj": 48, "linear_fc2": 172}
+    wide = {"linear_proj": 48, "linear_fc2": 172, "shared_fc2": SHARED}
+    assert widths == dict.fromkeys(("linear_qkv", "linear_fc1", "shared_fc1"), HIDDEN) | wide
 
 
 def test_parts_are_fused_where_the_model_has_them_fused():
@@ -94,6 +97,17 @@ def test_parts_are_fused_where_the_model_has_them_fused():
     elsewhere = {f"model.layers.2.{leaf}" for leaf in ("self_attn.qkv_proj", "mlp.gate_up_proj")}
     assert parts("model.layers", 3, "linear_qkv", elsewhere)[0] == f"{block}.self_attn.q_proj"
     assert parts("model.layers", 3, "linear_fc1", ())[1] == f"{block}.mlp.up_proj"
+
+
+def test_names_of_a_shared_expert():
+    """Qwen2-MoE has one; DeepSeek and dots.llm1 may have several, written as one."""
+    for name in ("shared_expert", "shared_experts"):
+        leaves = {"shared_fc1": ("gate_proj", "up_proj"), "shared_fc2": ("down_proj",)}
+        known = {f"m.2.mlp.{name}.{leaf}" for role in leaves for leaf in leaves[role]} | {"m.1.mlp.down_proj"}
+        for role, found in leaves.items():
+            assert parts("m", 2, role, known) == tuple(f"m.2.mlp.{name}.{leaf}" for leaf in found)
+        assert parts("m", 1, "linear_fc2", known) == ("m.1.mlp.down_proj",)
+    assert parts("m", 2, "shared_fc2", ()) == ("m.2.mlp.shared_expert.down_proj",)
 
 
 def test_names_of_norms():

@@ -39,6 +39,7 @@ MODELS = {
     "biases of the attention alone": ("llama", {"attention_bias": True}),
     "experts": ("mixtral", {}),
     "experts of one block": ("qwen3_moe", {"mlp_only_layers": [0]}),
+    "a shared expert in one block": ("qwen2_moe", {"mlp_only_layers": [0]}),
     "experts whose shares sum to 1": ("qwen3_moe", {"norm_topk_prob": True}),
 }
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]  # (tp, pp)
@@ -204,7 +205,7 @@ REFUSED = {
         1,
         "gemma2",
         {},
-        ["'gemma2'", "llama, mistral, qwen2, qwen3, phi3, mixtral, qwen3_moe", "engine=huggingface"],
+        ["'gemma2'", "llama, mistral, qwen2, qwen3, phi3, mixtral, qwen2_moe, qwen3_moe", "engine=huggingface"],
     ),
     "activation": (2, 1, "llama", {"hidden_act": "gelu"}, ["hidden_act='gelu'", "silu"]),
     "rope": (2, 1, "llama", {"rope_parameters": {**ROPE, "rope_type": "dynamic"}}, ["rope_type 'dynamic'"]),
@@ -233,6 +234,10 @@ REFUSED = {
     "experts": (
         *(2, 1, "qwen3_moe", {"moe_intermediate_size": 27}),
         ["tp=2 does not divide the model's moe_intermediate_size=27; choose one of [1, 3, 9, 27]"],
+    ),
+    "shared expert": (
+        *(2, 1, "qwen2_moe", {"shared_expert_intermediate_size": 27}),
+        ["tp=2 does not divide the model's shared_expert_intermediate_size=27; choose one of [1, 3, 9, 27]"],
     ),
     "biases beside experts": (
         2,

@@ -159,10 +159,10 @@ class TestScripts:
         run_script(script, *given, "--output-path", tmp_path / "text.json", ranks=tp, **environment)
         assert generated(tmp_path / "text.json") == continued(artifact, tp)
 
-    @pytest.mark.parametrize("tp", [1, 2])
-    def test_a_mixture_of_experts(self, tmp_path, tp):
+    @pytest.mark.parametrize(("architecture", "tp"), [("mixtral", 1), ("mixtral", 2), ("qwen2_moe", 2)])
+    def test_a_mixture_of_experts(self, tmp_path, architecture, tp):
         """Its experts in codes, from a converted artifact."""
-        model, artifact = save_model("mixtral", tmp_path / "model"), tmp_path / "artifact"
+        model, artifact = save_model(architecture, tmp_path / "model"), tmp_path / "artifact"
         schemes = ["weights.scheme=W8A8", "weights.experts=W8A8", "weights.method=rtn"]
         assert run_here("quantize", f"model={model}", *schemes, f"output_dir={artifact}") == 0
         assert run_here("convert", f"artifact={artifact}", f"output_dir={tmp_path}") == 0

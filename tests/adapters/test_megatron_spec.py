@@ -157,13 +157,16 @@ def test_a_spec_without_linears_is_refused():
 
 
 def test_experts_and_router_stay(spec, one_rank):
-    """In the spec, and in the model that is built from it; the embedding and the output layer are no part of it."""
+    """In the spec, and in the model that is built from it; the embedding and the output layer are no part of it. The
+    shared expert, which no router chooses, is an MLP."""
     from megatron_lowbit.adapters.megatron.spec import lowbit_spec
 
     original = spec(num_experts=2)
     rewritten = lowbit_spec(original)
-    experts = [parts(inside(layer).mlp) for layer in (rewritten, original, spec(num_experts=2))]
-    assert experts[0] == experts[1] == experts[2]
+    mixtures = [inside(inside(layer).mlp) for layer in (rewritten, original, spec(num_experts=2))]
+    assert parts(mixtures[1]) == parts(mixtures[2])
+    assert parts(mixtures[0].experts) == parts(mixtures[1].experts)
+    assert parts(mixtures[0].shared_experts) != parts(mixtures[1].shared_experts)
     (classes,) = one_rank.run(megatron_spec_cases.moe)
     layer = "decoder.layers.0"
     assert classes[f"{layer}.self_attention.linear_qkv"] == "LowBitColumnParallelLinear"
@@ -171,6 +174,9 @@ def test_experts_and_router_stay(spec, one_rank):
     expected = {
         f"{layer}.mlp": "MoELayer",
         f"{layer}.mlp.router": "TopKRouter",
+        f"{layer}.mlp.shared_experts": "SharedExpertMLP",
+        f"{layer}.mlp.shared_experts.linear_fc1": "LowBitColumnParallelLinear",
+        f"{layer}.mlp.shared_experts.linear_fc2": "LowBitRowParallelLinear",
         "output_layer": "ColumnParallelLinear",
         "embedding.word_embeddings": "VocabParallelEmbedding",
     }

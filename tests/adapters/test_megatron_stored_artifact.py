@@ -32,6 +32,7 @@ MODELS = {
     "padded": ("qwen2", {"vocab_size": 131, "tie_word_embeddings": True}),
     "mixtral": ("mixtral", {}),
     "mixed": ("qwen3_moe", {"mlp_only_layers": [0]}),
+    "shared": ("qwen2_moe", {"mlp_only_layers": [0]}),
 }
 
 
@@ -70,6 +71,7 @@ def jobs(tmp_path_factory) -> dict[str, tuple[Path, Artifact]]:
         "biases": ("biases", make_artifact(models["biases"], "W4A4", (2,))),
         "padded": ("padded", make_artifact(models["padded"], "W8A8", (2,))),
         "reassembled": ("llama", with_branches(llama)),
+        "shared expert": ("shared", make_artifact(models["shared"], "W4A8", (2,))),
     }
     for name, experts in {"mixtral": {"experts": "W4A16", "group_size": 8}, "mixed": {"experts": "W8A8"}}.items():
         checkpoint = make_artifact(models[name], "W8A8").checkpoint

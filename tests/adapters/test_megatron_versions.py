@@ -54,6 +54,16 @@ def test_threads_of_a_server_find_the_stand_in():
     assert made() == "refused"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:cpu"])
+def test_a_device_that_is_made_of_its_name(name):
+    """0.19's engine compares the device of a prompt with f"cuda:{torch.cuda.current_device()}"."""
+    from megatron_lowbit.adapters.megatron import cpu_shims
+
+    with cpu_shims.cuda_is_cpu():
+        assert torch.device(name) == torch.zeros(1).device and torch.device("meta").type == "meta"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(llm_cases.lacking() is not None, reason=str(llm_cases.lacking()))
 def test_its_own_server_and_coordinator(two_ranks):

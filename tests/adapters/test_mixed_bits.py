@@ -155,6 +155,9 @@ def test_families_without_megatrons_names_get_no_recipe(tmp_path):
     linears = {names[name]: weight for name, weight in checkpoint.linears.items()}
     write_recipe(replace(checkpoint, linears=linears), WeightsConfig(scheme="autoA8", budget=5), tmp_path)
     assert not list(tmp_path.iterdir())
+    write_recipe(mixed_bits(tiny_models.build("qwen2_moe")), WeightsConfig(scheme="autoA8", budget=5), tmp_path)
+    written = (tmp_path / "quantization_recipe.yaml").read_text()
+    assert "decoder.layers.1.mlp.shared_experts.linear_fc2" in written
     groups = tiny_models.build("phi3")
     write_recipe(mixed_bits(groups), WeightsConfig(scheme="autoA8", budget=5), tmp_path)
     assert "linear_qkv" in (tmp_path / "quantization_recipe.yaml").read_text(), "fused in Hugging Face too"

@@ -60,6 +60,19 @@ def refused(rank: int, size: int, tp: int, jobs: dict[Path, Path]) -> list[str]:
         return found
 
 
+def overlapped(rank: int, size: int, model: Path, checkpoint: Path) -> str:
+    """What load_checkpoint says where a shared expert's sums go apart; asserts that the model stays as it is."""
+    from megatron_lowbit.adapters.megatron.checkpoint import load_checkpoint
+
+    with parallel(size):
+        gpt = plain(model)
+        before = module_ids(gpt)
+        with mock.patch.object(gpt.config, "moe_shared_expert_overlap", True):
+            line = said(load_checkpoint, gpt, checkpoint)
+        assert module_ids(gpt) == before
+        return line
+
+
 def in_a_script(rank: int, size: int, jobs: dict[str, tuple[Path, Path]]) -> dict[str, Any]:
     """Logits of {ready spec: (model, checkpoint)}, built and loaded as Megatron-LM's scripts do with --load."""
     with parallel(size):

@@ -97,6 +97,45 @@ def refused(
         return found
 
 
+def rounded_on_load(rank: int, size: int, architecture: str) -> Tensor:
+    """Logits of a GPTModel of a low-bit spec, without an artifact, that full-precision weights have come to."""
+    with parallel(size):
+        from megatron_lowbit.adapters.megatron import model as megatron_model
+        from megatron_lowbit.adapters.megatron.spec import block_spec, lowbit_spec
+
+        hf = tiny_models.build(architecture)
+        spec = lowbit_spec(block_spec(megatron_model.transformer_config(hf.config)), "W4A8")
+        return logits(gpt_model(hf, spec=spec))
+
+
+def refused_shared(rank: int, size: int, artifact: Artifact) -> dict[str, str]:
+    """{what is wrong with a shared expert: what is said}; asserts that the model stays as it is."""
+    with parallel(size):
+        from megatron.core.tensor_parallel.layers import RowParallelLinear
+
+        from megatron_lowbit.adapters.megatron.layers import LowBitRowParallelLinear
+
+        model = gpt_model(tiny_models.build("qwen2_moe"))
+        shared, ids = model.decoder.layers[1].mlp.shared_experts, module_ids(model)
+        found = {}
+        with mock.patch.object(model.config, "moe_shared_expert_overlap", True):
+            found["overlap"] = said(lowbit.apply_to_megatron, model, artifact)
+        kind = type(shared)
+        shared.linear_fc1.__class__ = type("TheirColumnParallelLinear", (torch.nn.Module,), {})
+        found["linear"] = said(lowbit.apply_to_megatron, model, artifact)
+        shared.linear_fc1.__class__ = type(model.decoder.layers[0].mlp.shared_experts.linear_fc1)
+        shared.__class__ = type("FusedSharedExpertMLP", (kind,), {})
+        found["fused"] = said(lowbit.apply_to_megatron, model, artifact)
+        assert module_ids(model) == ids
+        options = {"config": model.config, "init_method": torch.nn.init.zeros_, "bias": False}
+        linear = LowBitRowParallelLinear(8, 4, input_is_parallel=True, skip_bias_add=True, is_expert=False, **options)
+        assert isinstance(linear, RowParallelLinear)
+        linear.finish_init(None)
+        linear.explicit_expert_comm = True  # as a SharedExpertMLP with this overlap does
+        found["overlap by the spec"] = said(linear.finish_init, None)
+        return found
+
+
 class GroupedLinear(torch.nn.Module):
     """Holds the weights of all experts as Transformer Engine's GroupedLinear does, which is not installed."""
 

@@ -59,13 +59,19 @@ def filled(
 ) -> dict[str, Any]:
     """The filled model against apply_to_megatron. how: "alone", or which of the checkpoints is loaded."""
     with parallel(tp, pp):
+        from megatron_lowbit.adapters.megatron import training
+
         folder = checkpoints.get(how)
         environment = None if how == "low-bit" else artifact
-        with script(environment, load=None if folder is None else str(folder)):
+        with (
+            script(environment, load=None if folder is None else str(folder)),
+            mock.patch.object(training.logger, "warning") as warning,
+        ):
             gpt = built(model)
             if folder is not None:
                 load(gpt, folder)
-        return compare(gpt, applied(model, artifact), hf_config(model).vocab_size)
+            outcome = compare(gpt, applied(model, artifact), hf_config(model).vocab_size)
+        return outcome | {"warned": [str(call.args) for call in warning.call_args_list]}
 
 
 def save(rank: int, size: int, tp: int, jobs: dict[Path, tuple[Path, Path | None]]) -> None:

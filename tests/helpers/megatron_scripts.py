@@ -57,13 +57,17 @@ def options(folder: Path) -> list[str]:
 
 
 def continued(
-    artifact: Path, virtual_tp: int, begins: bool = False, folder: Path | None = None
+    artifact: Path,
+    virtual_tp: int,
+    begins: bool = False,
+    folder: Path | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, list[int]]:
     """{prompt: 16 tokens}, greedily, by transformers; begins: with <s> in front of the prompt, which Megatron's engines
     take away and its servers leave; folder: of the model, None: the embedded one."""
     folder = folder or embedded_folder()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     lowbit.apply_to_huggingface(model, artifact, virtual_tp=virtual_tp)
     found = {}
     for prompt in PROMPTS:

@@ -51,7 +51,7 @@ def built_by_name(rank: int, size: int, name: str, architecture: str) -> dict[st
 
 
 def moe(rank: int, size: int) -> dict[str, str]:
-    """{module: its class} of a GPTModel with two experts, built from a low-bit spec."""
+    """{module: its class} of a GPTModel with two experts and a shared one, built from a low-bit spec."""
     with parallel(size):
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
         from megatron.core.models.gpt.gpt_model import GPTModel
@@ -68,12 +68,13 @@ def moe(rank: int, size: int) -> dict[str, str]:
             num_moe_experts=2,
             moe_router_topk=2,
             moe_ffn_hidden_size=24,
+            moe_shared_expert_intermediate_size=16,
             add_bias_linear=False,
             use_cpu_initialization=True,
         )
         spec = lowbit_spec(get_gpt_layer_local_spec(num_experts=2), "W4A8")
         model = GPTModel(config, spec, vocab_size=32, max_sequence_length=16)
-        assert {role for _, role in find_linears(model)} == {"linear_qkv", "linear_proj"}
+        assert {role for _, role in find_linears(model)} == {"linear_qkv", "linear_proj", "shared_fc1", "shared_fc2"}
         return {name: type(module).__name__ for name, module in model.named_modules()}
 
 

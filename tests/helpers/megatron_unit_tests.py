@@ -36,6 +36,7 @@ def run(file: str, scheme: str, folder: str) -> None:
     settings = {
         "PYTHONPATH": os.pathsep.join([str(root), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"},
+        "TORCHDYNAMO_DISABLE": "1",  # the compiler asks the GPU, too; read when a function is decorated
         **{"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS), "LOWBIT": scheme},
     }
     ranks = [{**settings, "RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(RANKS))]
@@ -54,8 +55,11 @@ def pytest_load_initial_conftests() -> None:
 
     _without_gpu.enter_context(megatron_script_on_cpu._no_gpu())
     from megatron.core import optimizer, parallel_state
+    from megatron.core.models.bert import bert_layer_specs
     from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
     from torch import distributed as dist
 
     start, parallel = dist.init_process_group, parallel_state.initialize_model_parallel
@@ -83,28 +87,37 @@ def pytest_load_initial_conftests() -> None:
 
     @functools.wraps(local)
     def spec(*args: Any, **options: Any) -> Any:
-        found = local(*args, **{key: value for key, value in options.items() if key in known})
-        return found if os.environ["LOWBIT"] == WITHOUT else _on_ours(found, os.environ["LOWBIT"])
+        return _in_variant(local(*args, **{key: value for key, value in options.items() if key in known}))
 
+    describe = MLP.sharded_state_dict
+
+    def described(self: Any, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> Any:
+        return describe(self, prefix, sharded_offsets, ensure_metadata_has_dp_cp_group(metadata))
+
+    MLP.sharded_state_dict = described  # of an MLP alone; Transformer Engine's linears do this themselves
     dist.init_process_group, parallel_state.initialize_model_parallel = on_cpus, fewer
     TransformerConfig.__init__ = of_these_groups
+    bert = _in_variant(bert_layer_specs.bert_layer_local_spec)
     for name in ("local", "with_transformer_engine"):
         setattr(gpt_layer_specs, f"get_gpt_layer_{name}_{kind}", spec)
+        setattr(bert_layer_specs, f"bert_layer_{name}_spec", bert)
     adam = optimizer.Adam  # torch's, which refuses the lr=None that Transformer Engine's takes
     optimizer.Adam = lambda *args, lr=None, **options: adam(*args, lr=lr or 0.0, **options)
     import tests.test_utils.python_scripts.download_unit_tests_dataset as assets
 
     assets.download_and_extract_asset = lambda **options: None
-    fp8: Any = types.ModuleType("transformer_engine.pytorch.fp8")  # which the tests of the dynamic engine import
-    fp8.check_fp8_support = lambda: (False, "no Transformer Engine")
+    fp8: Any = types.ModuleType("transformer_engine.pytorch.fp8")  # which tests import
+    fp8.check_fp8_support, fp8.fp8_autocast = lambda: (False, "no Transformer Engine"), ExitStack
     sys.modules[fp8.__name__] = fp8
 
 
-def _on_ours(spec: Any, scheme: str) -> Any:
+def _in_variant(spec: Any) -> Any:
     from megatron_lowbit.adapters.megatron.spec import lowbit_spec
 
+    if os.environ["LOWBIT"] == WITHOUT:
+        return spec
     _count_layers()
-    return lowbit_spec(spec, scheme)
+    return lowbit_spec(spec, os.environ["LOWBIT"])
 
 
 @functools.cache

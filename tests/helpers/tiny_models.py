@@ -50,7 +50,8 @@ CONFIGS = {
     "phi3": (transformers.Phi3Config, {}),
 }
 ARCHITECTURES = list(CONFIGS)
-# {mixture of experts: the same}. Qwen3-MoE may have MLPs in some blocks, and its shares need not sum to 1.
+# {mixture of experts: the same}. Qwen's may have MLPs in some blocks, and their shares need not sum to 1. Qwen2-MoE has
+# a shared expert besides.
 MIXTURES = {
     "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": (
@@ -61,6 +62,15 @@ MIXTURES = {
             "num_experts_per_tok": 3,
             "moe_intermediate_size": 44,
             "norm_topk_prob": False,
+        },
+    ),
+    "qwen2_moe": (
+        transformers.Qwen2MoeConfig,
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
         },
     ),
 }

@@ -24,6 +24,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 import yaml
 from commands import CALIBRATION, EVALUATION, needs_deepspeed, run_here
 from megatron_scripts import ON_CPU, PROMPTS, continued, find_script, generated, real
@@ -307,8 +308,12 @@ def test_a_script_of_ones_own(lab, tmp_path, launcher):
 class TestMegatronLm:
     pytestmark = real
 
-    def test_an_inference_script(self, lab, embedded_artifact, tmp_path):
-        """configs/slurm/megatron_lm.yaml on two nodes of one rank, a pipeline of two stages: tokens of transformers."""
+    @pytest.mark.parametrize(
+        ("tp", "pp", "dtype"), [(1, 2, torch.float32), (2, 1, torch.bfloat16), (2, 2, torch.bfloat16)]
+    )
+    def test_an_inference_script(self, lab, embedded_artifact, tmp_path, tp, pp, dtype):
+        """configs/slurm/megatron_lm.yaml on two nodes, each a pipeline stage, a tensor-parallel rank, or a stage of two
+        ranks: tokens of transformers."""
         template = Path(__file__).resolve().parents[2] / "configs" / "slurm" / "megatron_lm.yaml"
         (stage,) = yaml.safe_load(template.read_text())["stages"].values()
         script = find_script(Path(stage["script"]).name)
@@ -319,15 +324,17 @@ class TestMegatronLm:
         for option, value in {
             "--load": folder,
             "--tokenizer-model": folder,
-            "--tensor-model-parallel-size": "1",
+            "--tensor-model-parallel-size": str(tp),
+            "--pipeline-model-parallel-size": str(pp),
             "--prompts": PROMPTS[0],
             "--output-path": str(tmp_path / "text.json"),
         }.items():
             words[words.index(option) + 1] = value
-        words.remove("--bf16")
+        if dtype is torch.float32:
+            words.remove("--bf16")
         words += [*ON_CPU.split(), "--top_k", "1", "--num-tokens-to-generate", "16", "--inference-max-seq-length", "64"]
         job = {"script": megatron_script_on_cpu.__file__, "arguments": [str(script), *words], "launcher": "torchrun"}
-        jobs = Jobs(lab, tmp_path / "jobs", {"inference": job}).submit()
+        jobs = Jobs(lab, tmp_path / "jobs", {"inference": job}, tasks_per_node=tp * pp // 2).submit()
         assert jobs.ended("inference") == ("COMPLETED", "0")
-        expected = continued(embedded_artifact, 1)
+        expected = continued(embedded_artifact, tp, dtype=dtype)
         assert generated(tmp_path / "text.json") == {PROMPTS[0]: expected[PROMPTS[0]]}

@@ -31,11 +31,12 @@ from megatron_lowbit.adapters.megatron.description import description
 from megatron_lowbit.adapters.megatron.experts import expert_sums, find_experts
 from megatron_lowbit.adapters.megatron.layers import weight_rows
 from megatron_lowbit.adapters.megatron.layout import (
-    NORMS,
+    COLUMN,
     find_linears,
     find_prefix,
     layout_of,
     model_chunks,
+    norm_before,
     norm_name,
     num_blocks,
     numbered_layers,
@@ -71,11 +72,10 @@ def fingerprint(model: Any, names: Iterable[str]) -> Fingerprint:
     sums: dict[str, Tensor] = {}
     prefix = find_prefix(sorted(names))
     for (layer, role), (_, module) in find_linears(model).items():
-        separate = parts(prefix, layer, role, ())
-        fused = parts(prefix, layer, role, names)
+        found = parts(prefix, layer, role, names)
         pieces = split_rows(weight_rows(module), layout, role, group_rank(model.pg_collection.tp))
-        for number, (name, piece) in enumerate(zip(separate, pieces, strict=True)):
-            key = name if fused == separate else fused[0]
+        for number, piece in enumerate(pieces):
+            key = found[number] if len(found) == len(pieces) else found[0]
             sums[key] = piece.sum() + (sums[key] if number and key in sums else 0)
     total = torch.stack([sums[name] for name in sorted(sums)])
     if world_size(model.pg_collection.tp) > 1:
@@ -226,7 +226,7 @@ def check_shapes(model: Any, artifact: Artifact) -> None:
     for layer, role in find_linears(model):
         names = parts(prefix, layer, role, checkpoint.linears)
         rows = layout.part_rows(role) if len(names) > 1 else (sum(layout.part_rows(role)),)
-        norms = [norm_name(prefix, layer, norm) for norm, (_, reader) in NORMS.items() if reader == role]
+        norms = [norm_name(prefix, layer, norm_before(role))] if role in COLUMN else []
         for name, out_features in zip(names, rows, strict=True):
             if name not in checkpoint.linears:
                 raise LowBitError(f"the artifact has no quantized weight for {name}; quantize this model again")

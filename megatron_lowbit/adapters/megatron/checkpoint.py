@@ -39,10 +39,11 @@ from megatron_lowbit.adapters.megatron.layers import (
     full_weight,
     tp_group,
 )
-from megatron_lowbit.adapters.megatron.layout import COLUMN, NORMS, PATHS, final_norm, is_hybrid
+from megatron_lowbit.adapters.megatron.layout import COLUMN, GATED, NORMS, PATHS, final_norm, is_hybrid
 from megatron_lowbit.adapters.megatron.lowbit_experts import empty_experts
 from megatron_lowbit.adapters.megatron.norms import LowBitNorm
 from megatron_lowbit.adapters.megatron.sharded_state import Shape, check_bytes, empty_codec, empty_linear
+from megatron_lowbit.adapters.megatron.whole import check_shared_expert
 from megatron_lowbit.comm.codec import Codec
 from megatron_lowbit.comm.plan import SitePlan
 from megatron_lowbit.comm.reducers import HybridReducer
@@ -358,9 +359,7 @@ def _empty_modules(
                 if hasattr(host, "layer_norm_weight")
                 else LowBitColumnParallelLinear
             )
-            replacement = kind.from_host(
-                host, shard, role == "linear_fc1" and host.config.gated_linear_unit, plans.get(1)
-            )
+            replacement = kind.from_host(host, shard, role in GATED and host.config.gated_linear_unit, plans.get(1))
         else:
             reducer = None
             if group is not None:
@@ -379,6 +378,9 @@ def _empty_modules(
             if plan is not None and not plan.is_identity:
                 shard.reassembly = Reassembly(plan)
         modules[path] = replacement
+    for here in find_experts(model):
+        if f"{here.path}.shared_experts.linear_fc2" in modules:
+            check_shared_expert(here.layer, f"{here.path}.shared_experts")
     modules |= _empty_norms(model, shapes, described) | _empty_experts(model, shapes, described)
     return modules, bits
 

@@ -100,6 +100,8 @@ class _CudaIsCpu(TorchFunctionMode):
             return args[0]
         if function is torch.Tensor.type and len(args) == 1 and not kwargs:
             return str(function(*args)).replace("torch.", "torch.cuda.", 1)
+        if function is torch.device and args and str(args[0]).startswith("cuda"):
+            return torch.device("cpu")  # also "cuda:cpu", with what current_device gives here
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = "cpu"
         kwargs.pop("pin_memory", None)

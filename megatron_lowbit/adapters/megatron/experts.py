@@ -4,11 +4,13 @@
     router.weight                                   gate.weight
     experts.local_experts.<j>.linear_fc1.weight     gate_up_proj[e]      rows, per rank [gate_r | up_r]
     experts.local_experts.<j>.linear_fc2.weight     down_proj[e]         columns
+    shared_experts.gate_weight                      shared_expert_gate.weight
 
 transformers keeps the experts of a block in one tensor per projection. Megatron's SequentialMLP has each in linears of
 its own, TEGroupedMLP in experts.linear_fc1.weight<j> and experts.linear_fc2.weight<j>. A rank has the experts e of its
 place in the expert-parallel group, and of each its share among the ranks of the expert-tensor-parallel group. Which
-tokens an expert sees, and the sum over these ranks, are the token dispatcher's.
+tokens an expert sees, and the sum over these ranks, are the token dispatcher's. The linears of a shared expert, which
+sees every token, are those of an MLP (layout.py); its gate is whole on every rank.
 
 The router of both takes the softmax over all experts and then the best k; or, which is the same as dividing those by
 their sum, the softmax over the best k alone (moe_router_pre_softmax=False).
@@ -33,7 +35,8 @@ from megatron_lowbit.config import LowBitError
 from megatron_lowbit.io.fingerprint import bit_sum
 from megatron_lowbit.runtime.distributed import all_gather_stack, group_rank, world_size
 
-MODEL_TYPES = ("mixtral", "qwen3_moe")
+MODEL_TYPES = ("mixtral", "qwen2_moe", "qwen3_moe")
+SHARED_GATE = "mlp.shared_expert_gate.weight"
 PROJECTIONS: dict[Role, str] = {"linear_fc1": "mlp.experts.gate_up_proj", "linear_fc2": "mlp.experts.down_proj"}
 
 
@@ -57,6 +60,11 @@ class Experts:
     def numbers(self) -> list[int]:
         """Return which experts of the whole model these are."""
         return list(self.layer.local_expert_indices)
+
+    @property
+    def shared_gate(self) -> Tensor | None:
+        """Return the weight [1, hidden] of the gate of the shared expert; None where there is none."""
+        return getattr(self.layer.shared_experts, "gate_weight", None)
 
     def name(self, prefix: str, role: Role) -> str:
         """Return the name of the Hugging Face tensor that holds a projection of all experts."""
@@ -117,6 +125,7 @@ def config_arguments(hf_config: Any) -> dict[str, Any]:
     normed = mixtral or hf_config.norm_topk_prob
     key = "intermediate_size" if mixtral else "moe_intermediate_size"
     width, blocks = getattr(hf_config, key), moe_blocks(hf_config)
+    shared = getattr(hf_config, "shared_expert_intermediate_size", None)
     elsewhere = "use engine=huggingface or deepspeed"
     if getattr(hf_config, "attention_bias", False):
         raise LowBitError(f"attention_bias=true would give the experts of Megatron's GPTModel biases, too; {elsewhere}")
@@ -128,15 +137,19 @@ def config_arguments(hf_config: Any) -> dict[str, Any]:
         raise LowBitError(f"no block of this {hf_config.model_type} has experts; use the model without them")
     tp = parallel_state.get_expert_tensor_parallel_world_size()
     ep = parallel_state.get_expert_model_parallel_world_size()
-    if width % tp:
-        sizes = [size for size in range(1, 65) if width % size == 0]
-        raise LowBitError(f"tp={tp} does not divide the model's {key}={width}; choose one of {sizes}")
+    whole = parallel_state.get_tensor_model_parallel_world_size()  # shares what every token sees
+    for name, value, ranks in ((key, width, tp), ("shared_expert_intermediate_size", shared or 0, whole)):
+        if value % ranks:
+            sizes = [size for size in range(1, 65) if value % size == 0]
+            raise LowBitError(f"tp={ranks} does not divide the model's {name}={value}; choose one of {sizes}")
     if count % ep:
         raise LowBitError(f"{ep} expert-parallel ranks do not divide the model's {count} experts; use fewer")
     return {
         "num_moe_experts": count,
         "moe_router_topk": chosen,
         "moe_ffn_hidden_size": width,
+        "moe_shared_expert_intermediate_size": shared,
+        "moe_shared_expert_gate": shared is not None,
         "moe_layer_freq": blocks,
         "moe_router_pre_softmax": not normed,
         "moe_router_load_balancing_type": "none",
@@ -168,7 +181,7 @@ def load_experts(
     skip: Callable[[str], None],
     packed: Collection[str] = (),
 ) -> None:
-    """Load routers and experts: put(parameter, its value) of all that this rank holds.
+    """Load routers, experts and the gates of shared ones: put(parameter, its value) of all that this rank holds.
 
     read(name, shape): returns a tensor of the Hugging Face model. packed: names of those that an artifact holds in
     codes; the parameters are handed to skip, and apply_to_megatron has to follow.
@@ -177,6 +190,9 @@ def load_experts(
         layout, rank = expert_layout(model)
         count, hidden = model.config.num_moe_experts, layout.hidden_size
         put(f"{experts.path}.router.weight", read(f"{prefix}.{experts.block}.mlp.gate.weight", (count, hidden)))
+        if experts.shared_gate is not None:
+            gate = read(f"{prefix}.{experts.block}.{SHARED_GATE}", (1, hidden))
+            put(f"{experts.path}.shared_experts.gate_weight", gate)
         for role in PROJECTIONS:
             name = experts.name(prefix, role)
             whole = None if name in packed else read(name, projection_shape(model, layout, role))
@@ -188,13 +204,15 @@ def load_experts(
 
 
 def export_experts(model: Any, prefix: str, routers_only: bool = False) -> dict[str, Tensor]:
-    """Return routers and experts under Hugging Face names, whole, on the CPU. A collective call of the ranks that share
-    them."""
+    """Return routers, experts and the gates of shared ones under Hugging Face names, whole, on the CPU. A collective
+    call of the ranks that share them."""
     state: dict[str, Tensor] = {}
     for experts in find_experts(model):
         layout, _ = expert_layout(model)
         tp, ep = (several(group) for group in (model.pg_collection.expt_tp, model.pg_collection.ep))
         state[f"{prefix}.{experts.block}.mlp.gate.weight"] = experts.layer.router.weight.detach().cpu()
+        if experts.shared_gate is not None:
+            state[f"{prefix}.{experts.block}.{SHARED_GATE}"] = experts.shared_gate.detach().cpu()
         for role in () if routers_only else PROJECTIONS:
             here = [
                 layout.whole(all_gather_stack(weight.detach().contiguous(), tp), role)

@@ -33,12 +33,13 @@ from megatron_lowbit.adapters.huggingface import apply as huggingface
 from megatron_lowbit.adapters.megatron import scripts
 from megatron_lowbit.adapters.megatron.apply import apply_to_megatron, refuse_head
 from megatron_lowbit.adapters.megatron.layout import find_linears
-from megatron_lowbit.adapters.megatron_names import PARTS
+from megatron_lowbit.adapters.megatron_names import PARTS, SHARED_ELSEWHERE
 from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.config import LowBitError, one_line
 
 ENVIRONMENT = "MEGATRON_LOWBIT_ARTIFACT"
-_ROWS = tuple(PARTS[role][1] for role in ("linear_proj", "linear_fc2"))  # names of row-parallel linears
+# Names of row-parallel linears.
+_ROWS = (*(PARTS[role][1] for role in ("linear_proj", "linear_fc2", "shared_fc2")), f"{SHARED_ELSEWHERE}down_proj")
 logger = logging.getLogger("megatron_lowbit")
 
 
@@ -136,6 +137,8 @@ def check_config(artifact: Artifact, config: Any) -> None:
         ("qk_layernorm", "--qk-layernorm"),
         ("num_moe_experts", "--num-experts"),
         ("moe_ffn_hidden_size", "--moe-ffn-hidden-size"),
+        ("moe_shared_expert_intermediate_size", "--moe-shared-expert-intermediate-size"),
+        ("moe_shared_expert_gate", "--moe-shared-expert-gate"),
         ("moe_router_topk", "--moe-router-topk"),
         ("moe_router_pre_softmax", "--moe-router-pre-softmax"),
     ):

@@ -46,6 +46,11 @@ from megatron_lowbit.io.fingerprint import row_bit_sums
 from megatron_lowbit.layers.linear import DenseShard, QuantLinear, QuantRowParallelLinear
 from megatron_lowbit.runtime.distributed import world_size
 
+OVERLAP = (
+    "moe_shared_expert_overlap=True sends the sums of the shared expert apart from its linears, in full precision; "
+    "set it to False"
+)
+
 
 def tp_group(host: Any) -> dist.ProcessGroup | None:
     """Return the tensor-parallel group of one of Megatron's or Transformer Engine's linears; None for a single rank."""
@@ -102,6 +107,8 @@ class _LowBitLayer:
         self.weight, self.explicit_expert_comm = None, False
         self._full_precision(gated)
         self.low_bit, self.held = low_bit, megatron_training.is_held(source.weight)
+        if sharded_state.quantized_linear(self) is not None:
+            megatron_training.forget(host)
         self._register_load_state_dict_pre_hook(  # type: ignore[attr-defined]
             lambda state, prefix, *_: state.setdefault(f"{prefix}_extra_state")
         )
@@ -110,8 +117,10 @@ class _LowBitLayer:
         """Take this layer's entry of Megatron's per-layer recipe file, or None; GPTModel calls it.
 
         The entry's keys are those of our `weights` section: scheme, group_size, symmetric, zero_point, shard_groups.
-        Raises LowBitError for other keys or values.
+        Raises LowBitError for other keys or values, and for a layer that a shared expert is to call without its sums.
         """
+        if self.explicit_expert_comm and not self.is_expert:
+            raise LowBitError(OVERLAP)
         if quantization_config is not None:
             self.recipe = parse_recipe(quantization_config)
 

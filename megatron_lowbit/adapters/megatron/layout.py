@@ -5,6 +5,8 @@
     self_attention.linear_proj      self_attn.o_proj
     mlp.linear_fc1                  mlp.{gate,up}_proj (or gate_up_proj)      per rank [gate_r | up_r]
     mlp.linear_fc2                  mlp.down_proj
+    mlp.shared_experts.linear_fc1   mlp.shared_expert.{gate,up}_proj          per rank [gate_r | up_r]
+    mlp.shared_experts.linear_fc2   mlp.shared_expert.down_proj
     input_layernorm                 input_layernorm
     pre_mlp_layernorm               post_attention_layernorm
     self_attention.{q,k}_layernorm  self_attn.{q,k}_norm
@@ -26,11 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lowbit.adapters.megatron_names import PARTS, PATHS, Role
+from megatron_lowbit.adapters.megatron_names import PARTS, PATHS, SHARED, SHARED_ELSEWHERE, Role
 from megatron_lowbit.config import LowBitError
 from megatron_lowbit.runtime.distributed import world_size
 
-COLUMN: tuple[Role, ...] = ("linear_qkv", "linear_fc1")
+COLUMN: tuple[Role, ...] = ("linear_qkv", "linear_fc1", "shared_fc1")
+GATED: tuple[Role, ...] = ("linear_fc1", "shared_fc1")  # [gate_r | up_r] where the MLP is gated
 # {norm of Megatron's layer: (its name in Hugging Face, the linear that reads it and may hold it)}
 NORMS: dict[str, tuple[str, Role | None]] = {
     "input_layernorm": ("input_layernorm", "linear_qkv"),
@@ -50,7 +53,10 @@ _HOSTS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Shape of one decoder layer and the number of tensor-parallel ranks that share it."""
+    """Shape of one decoder layer and the number of tensor-parallel ranks that share it.
+
+    shared_size: width of the shared expert; 0: there is none.
+    """
 
     num_heads: int
     num_groups: int
@@ -58,6 +64,7 @@ class Layout:
     ffn_size: int
     hidden_size: int
     tp_size: int
+    shared_size: int = 0
 
     def part_rows(self, role: Role) -> tuple[int, ...]:
         """Return the rows of each separate part of a fused linear, or the one linear's own."""
@@ -67,12 +74,15 @@ class Layout:
             "linear_fc1": (self.ffn_size, self.ffn_size),
             "linear_proj": (self.hidden_size,),
             "linear_fc2": (self.hidden_size,),
+            "shared_fc1": (self.shared_size, self.shared_size),
+            "shared_fc2": (self.hidden_size,),
         }
         return sizes[role]
 
     def in_features(self, role: Role) -> int:
         """Return the number of inputs of the whole (unsharded) linear."""
-        wide = {"linear_proj": self.num_heads * self.head_dim, "linear_fc2": self.ffn_size}
+        heads = self.num_heads * self.head_dim
+        wide = {"linear_proj": heads, "linear_fc2": self.ffn_size, "shared_fc2": self.shared_size}
         return wide.get(role, self.hidden_size)
 
     def order(self, role: Role) -> Tensor:
@@ -81,7 +91,7 @@ class Layout:
         if role == "linear_qkv":
             q, k, v = (part.view(self.num_groups, -1) for part in rows.split(self.part_rows(role)))
             return torch.cat([q, k, v], dim=1).flatten()
-        if role == "linear_fc1":
+        if role in GATED:
             gate, up = (part.view(self.tp_size, -1) for part in rows.split(self.part_rows(role)))
             return torch.cat([gate, up], dim=1).flatten()
         return rows
@@ -108,9 +118,12 @@ class Layout:
 
 
 def parts(prefix: str, layer: int, role: Role, known: Collection[str]) -> tuple[str, ...]:
-    """Hugging Face names of the linears that make up a role; `known` tells whether they are fused there."""
+    """Hugging Face names of the linears that make up a role; `known` tells whether they are fused there, and what a
+    shared expert is called."""
+    here = f"{prefix}.{layer}."
+    shared = SHARED_ELSEWHERE if f"{here}{SHARED_ELSEWHERE}down_proj" in known else SHARED
     separate, fused = (
-        tuple(f"{prefix}.{layer}.{leaf}" for leaf in leaves) for leaves in (PARTS[role][0], (PARTS[role][1],))
+        tuple(here + leaf.replace(SHARED, shared) for leaf in leaves) for leaves in (PARTS[role][0], (PARTS[role][1],))
     )
     return fused if fused[0] in known else separate
 
@@ -118,6 +131,11 @@ def parts(prefix: str, layer: int, role: Role, known: Collection[str]) -> tuple[
 def norm_name(prefix: str, layer: int, norm: str) -> str:
     """Hugging Face name of a norm of Megatron's layer."""
     return f"{prefix}.{layer}.{NORMS[norm][0]}"
+
+
+def norm_before(role: Role) -> str:
+    """Name of the norm of Megatron's layer that a column-parallel role reads."""
+    return "input_layernorm" if role == "linear_qkv" else "pre_mlp_layernorm"
 
 
 def find_prefix(names: Iterable[str]) -> str:
@@ -181,6 +199,7 @@ def layout_of(model: Any) -> Layout:
         config.ffn_hidden_size,
         config.hidden_size,
         world_size(model.pg_collection.tp),
+        config.moe_shared_expert_intermediate_size or 0,
     )
 
 

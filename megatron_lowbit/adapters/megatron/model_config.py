@@ -1,6 +1,6 @@
 """What Megatron is told of a Hugging Face decoder: its TransformerConfig, and GPTModel's arguments.
 
-Supported are the Llama-like ones: llama, mistral, qwen2, qwen3, phi3; and with experts mixtral, qwen3_moe.
+Supported are the Llama-like ones: llama, mistral, qwen2, qwen3, phi3; and with experts mixtral, qwen2_moe, qwen3_moe.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _has_bias(hf_config: Any, where: str) -> bool:
     """Return whether the q, k, v projections ("qkv"), or the output and MLP projections ("output") have biases."""
     attention = bool(getattr(hf_config, "attention_bias", False))
     if where == "qkv":
-        return attention or hf_config.model_type == "qwen2"
+        return attention or hf_config.model_type == "qwen2" or bool(getattr(hf_config, "qkv_bias", False))
     return attention or bool(getattr(hf_config, "mlp_bias", False))
 
 

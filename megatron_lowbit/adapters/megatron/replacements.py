@@ -23,12 +23,14 @@ from megatron_lowbit.adapters.megatron.layers import (
 )
 from megatron_lowbit.adapters.megatron.layout import (
     COLUMN,
+    GATED,
     NORMS,
     Role,
     final_norm,
     find_linears,
     find_prefix,
     layout_of,
+    norm_before,
     norm_name,
     numbered_layers,
     parts,
@@ -84,7 +86,7 @@ class Replacements:
         weight = fused_weight(weights, rows)
         branch = fused_branch([checkpoint.low_rank.get(name) for name in names], weights, self._branch_rank(role), rows)
         gather, holds_norm = self._gather(names[0], host), hasattr(host, "layer_norm_weight")
-        norm = norm_name(self.prefix, layer, next(norm for norm, (_, reader) in NORMS.items() if reader == role))
+        norm = norm_name(self.prefix, layer, norm_before(role))
         by_linear = role in self.reassembling
         plan = checkpoint.reassembly.get(names[0]) or (checkpoint.reassembly.get(norm) if by_linear else None)
         clip = checkpoint.clipping.get(names[0], WHOLE)
@@ -92,7 +94,7 @@ class Replacements:
             raise LowBitError(f"{names[0]} and the linears fused with it are clipped unlike; quantize this model again")
         linear = QuantLinear(weight, None, checkpoint.scheme.act_bits, 1, plan, branch, clip=clip)
         kind = LowBitLayerNormColumnParallelLinear if holds_norm else LowBitColumnParallelLinear
-        gated, threshold = role == "linear_fc1" and host.config.gated_linear_unit, self.reducers.drift_threshold
+        gated, threshold = role in GATED and host.config.gated_linear_unit, self.reducers.drift_threshold
         replacement = kind.from_host(host, linear, gated, gather, threshold)
         replacement.grouped = weight.scale.shape[1] > 1
         replacement.attention_bits = checkpoint.attention_bits if role == "linear_qkv" else 16
@@ -111,7 +113,7 @@ class Replacements:
         """Make a column-parallel layer in full precision (or rounded like the host) with a low-bit all-gather of its
         input."""
         kind = LowBitLayerNormColumnParallelLinear if hasattr(host, "layer_norm_weight") else LowBitColumnParallelLinear
-        gated, threshold = role == "linear_fc1" and host.config.gated_linear_unit, self.reducers.drift_threshold
+        gated, threshold = role in GATED and host.config.gated_linear_unit, self.reducers.drift_threshold
         return kind.from_host(host, dense_shard(host), gated, gather, threshold)
 
     def _row(self, layer: int, role: Role, host: Any) -> nn.Module:

@@ -100,6 +100,9 @@ def model_arguments(model: Any, tokenizer: str | None = None) -> dict[str, Any]:
             "moe_router_pre_softmax": config.moe_router_pre_softmax,
             "moe_grouped_gemm": config.moe_grouped_gemm,
         }
+        if config.moe_shared_expert_intermediate_size is not None:
+            arguments["moe_shared_expert_intermediate_size"] = config.moe_shared_expert_intermediate_size
+            arguments["moe_shared_expert_gate"] = config.moe_shared_expert_gate
     if is_hybrid(model):
         name = next(name for name in ("hybrid_layer_pattern", "hybrid_override_pattern") if hasattr(model, name))
         arguments[name] = getattr(model, name)

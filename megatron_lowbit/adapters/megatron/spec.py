@@ -99,10 +99,10 @@ def _rewrite(node: Any, table: Mapping[int, Any]) -> tuple[Any, int]:
         items = [_rewrite(value, table) for value in node]
         return type(node)(value for value, _ in items), sum(count for _, count in items)
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        if is_moe(node):  # experts stay as they are
-            return node, 0
         changed, total = {}, 0
         for field in dataclasses.fields(node):
+            if is_moe(node) and field.name != "shared_experts":  # experts that a router chooses stay as they are
+                continue
             value, count = _rewrite(getattr(node, field.name, None), table)
             if count:
                 changed[field.name], total = value, total + count

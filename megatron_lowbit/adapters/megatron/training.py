@@ -70,6 +70,11 @@ def mark_unreported(layer: Any) -> None:
     _unreported.add(layer)
 
 
+def forget(layer: Any) -> None:
+    """Have `report_rounding` say nothing of a layer whose place packed weights of an artifact have taken."""
+    _unreported.discard(layer)
+
+
 def report_when_loaded() -> None:
     """Call `report_rounding` if a checkpoint has come to all layers that it will speak of."""
     if all(layer.weight_loaded for layer in _unreported):

@@ -1,7 +1,7 @@
 """A rewrite is whole, or it is an error: the linears that would be left in full precision among low-bit ones.
 
-Left with intent are the experts of a mixture, the embedding, the output layer, and projections that every rank holds
-whole (TELinear, of multi-latent attention): nothing of theirs is shared among the ranks.
+Left with intent are the experts that a mixture's router chooses, the embedding, the output layer, and projections that
+every rank holds whole (TELinear, of multi-latent attention): nothing of theirs is shared among the ranks.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any
 
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import nn
 
+from megatron_lowbit.adapters.megatron.layers import OVERLAP
 from megatron_lowbit.adapters.megatron.layout import find_linears, numbered_layers
 from megatron_lowbit.adapters.megatron_names import PATHS
 from megatron_lowbit.config import LowBitError
@@ -29,7 +31,7 @@ def is_parallel(kind: type) -> bool:
 
 
 def is_moe(node: Any) -> bool:
-    """Tell whether a part of a spec holds the experts of a mixture."""
+    """Tell whether a part of a spec holds the experts of a mixture. Of these the shared one alone is replaced."""
     return type(node).__name__ == "MoESubmodules"
 
 
@@ -43,7 +45,11 @@ def check_model(model: Any) -> None:
     known = {id(module) for _, module in find_linears(model).values()}
     left: dict[str, type] = {}
     for index, _, layer in numbered_layers(model):
-        kept = [f"{path}." for path, module in layer.named_modules() if isinstance(module, BaseMoELayer)]
+        kept: list[str] = []
+        for path, module in layer.named_modules():
+            if isinstance(module, BaseMoELayer):
+                check_shared_expert(module, f"decoder.layers.{index}.{path}.shared_experts")
+                kept += [f"{path}.{name}" for name, _ in module.named_children() if name != "shared_experts"]
         for path, module in layer.named_modules():
             if id(module) in known:
                 kept.append(f"{path}.")  # what is inside a linear of ours that was packed on load is part of it
@@ -53,6 +59,23 @@ def check_model(model: Any) -> None:
                 left[f"decoder.layers.{index}.{path}"] = type(module)
                 kept.append(f"{path}.")
     _refuse([f"{path} ({kind.__name__})" for path, kind in left.items()], "model")
+
+
+def check_shared_expert(mixture: Any, path: str) -> None:
+    """Raise LowBitError for a shared expert that does not call its linears as an MLP does.
+
+    mixture: a MoELayer; path: of its shared expert.
+    """
+    shared = mixture.shared_experts
+    if shared is None:
+        return
+    if mixture.config.moe_shared_expert_overlap:
+        raise LowBitError(OVERLAP)
+    if type(shared) is not SharedExpertMLP:
+        raise LowBitError(
+            f"{path} is a {type(shared).__name__}, which does not call its linears; build the model with "
+            "use_grouped_gemm_for_shared_expert=False"
+        )
 
 
 def _left_in_spec(node: Any, path: str = "") -> Iterator[str]:
@@ -69,8 +92,10 @@ def _left_in_spec(node: Any, path: str = "") -> Iterator[str]:
     elif isinstance(node, dict):
         for value in node.values():
             yield from _left_in_spec(value, path)
-    elif dataclasses.is_dataclass(node) and not is_moe(node):
+    elif dataclasses.is_dataclass(node):
         for field in dataclasses.fields(node):
+            if is_moe(node) and field.name != "shared_experts":
+                continue
             inside = path if field.name in ("module", "submodules", "params") else f"{path}.{field.name}".lstrip(".")
             yield from _left_in_spec(getattr(node, field.name, None), inside)
 
