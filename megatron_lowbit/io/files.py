@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_lowbit.config import LowBitError, one_line
+from megatron_lowbit.config import LowBitError, one_line, unwritten
 from megatron_lowbit.temporary import beside, remove
 
 logger = logging.getLogger("megatron_lowbit")
@@ -59,7 +59,7 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text)
         os.replace(temporary, path)
     except OSError as error:
-        raise LowBitError(f"cannot write {str(path)!r}: {error.strerror}") from None
+        raise unwritten(path, error) from None
     finally:
         discard(temporary)
 
@@ -92,7 +92,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
         checksum = sha256(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise LowBitError(f"cannot write {str(path)!r}: {one_line(error)}") from None
+        raise unwritten(path, error) from None
     finally:
         remove(folder)
     return checksum
@@ -185,6 +185,38 @@ def complete(file: Path) -> Iterator[None]:
         raise LowBitError(f"{str(file)!r} is incomplete: it lacks {error.args[0]}; write it again") from None
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
         raise LowBitError(f"{str(file)!r}: {one_line(error)}; write it again") from None
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Surround other packages' code that writes `path`: what the system refuses is one LowBitError.
+
+    Packages in Rust (tokenizers, safetensors) raise an Exception of their own, with "(os error NUMBER)" in its text.
+    """
+    try:
+        yield
+    except LowBitError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) or "(os error " in str(error):
+            raise unwritten(path, error) from None
+        raise
+
+
+@contextlib.contextmanager
+def all_or_nothing(folder: str | Path) -> Iterator[None]:
+    """Surround the writing of files that belong together: where it fails, those that are new in `folder` are removed.
+
+    Files that were there before stay, as they were or written anew.
+    """
+    before = set(Path(folder).iterdir())
+    try:
+        yield
+    except LowBitError:
+        for path in set(Path(folder).iterdir()) - before:
+            if path.is_file():
+                discard(path)
+        raise
 
 
 def discard(temporary: Path) -> None:

@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_lowbit.config import LowBitError
+from megatron_lowbit.config import LowBitError, unwritten
 from megatron_lowbit.io.files import parse_json
 from megatron_lowbit.runtime.launcher_env import env_world_size
 from megatron_lowbit.runtime.say import say
@@ -70,7 +70,7 @@ class MetricLogger:
         try:
             self._file = open(path, "a")  # noqa: SIM115 (open for the logger's life)
         except OSError as error:
-            raise LowBitError(f"cannot write {str(path)!r}: {error.strerror}") from None
+            raise unwritten(path, error) from None
         if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
             self._file.write("\n")  # after a line that a kill has cut short
         self._write({"event": "start", "settings": settings, "environment": about})
@@ -142,7 +142,7 @@ class MetricLogger:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         except OSError as error:
-            raise LowBitError(f"cannot write {self._file.name!r}: {error.strerror}") from None
+            raise unwritten(self._file.name, error) from None
         return record
 
 
