@@ -124,13 +124,14 @@ def size_row(checkpoint: LowBitCheckpoint, folder: str, logger: MetricLogger) ->
     """Return the sizes: ideal_bytes is bits * parameters / 8 of the quantized linears, linear_bytes what they really
     take."""
     if env_rank() == 0:
-        linears, ratio = checkpoint.linear_bytes(), checkpoint.linear_bytes() / checkpoint.ideal_bytes()
+        linears = checkpoint.linear_bytes()
+        more = linears / checkpoint.ideal_bytes() - 1
         attention = "" if checkpoint.attention_bits == 16 else f", Q, K and V in {checkpoint.attention_bits} bits"
         head = "" if checkpoint.head is None else f", {checkpoint.head}"
         experts = "" if checkpoint.experts is None else f", experts in {checkpoint.experts.scheme}"
         say(
             f"wrote {len(checkpoint.linears)} linears in {checkpoint.scheme_name}{attention}{head}{experts}, "
-            f"{checkpoint.nbytes():,} bytes (linears {linears:,}, {ratio:.3f} of bits x parameters / 8)"
+            f"{checkpoint.nbytes():,} bytes (linears {linears:,}: codes, and {more:.1%} more for scales and the like)"
         )
         if checkpoint.allocation is not None:
             tell_bits(checkpoint)
