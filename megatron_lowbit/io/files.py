@@ -13,7 +13,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,19 @@ def ensure_writable(folder: str | Path) -> Path:
     except OSError as error:
         raise LowBitError(f"output_dir {str(folder)!r} is not writable ({error.strerror}); choose another") from None
     return folder
+
+
+def missing_folders(folder: str | Path) -> list[Path]:
+    """Return those of a folder and its parents that are not there, innermost first."""
+    folder = Path(folder)
+    return [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders that hold nothing, innermost first; the others stay."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def write_json(path: str | Path, value: Any) -> None:
