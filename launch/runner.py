@@ -27,6 +27,7 @@ from megatron_lowbit.io.files import discard, ensure_writable, missing_folders, 
 from megatron_lowbit.launch.arguments import BAD_INPUT, fail, parse
 from megatron_lowbit.launch.bench.netlab import FIRST_HOST, network, no_namespaces
 from megatron_lowbit.launch.ending import tell_ending
+from megatron_lowbit.launch.fitting import check_fitting
 from megatron_lowbit.launch.inputs import check_inputs
 from megatron_lowbit.launch.layout import check_layout, world_of
 from megatron_lowbit.launch.report import PAGE
@@ -48,6 +49,8 @@ def run_stage(name: str, argv: list[str]) -> int:
         config, nproc = parse(name, stage.CONFIG, argv)
         own = check_layout(name, config, nproc)
         check_inputs(name, config)
+        if not launched():
+            check_fitting(name, config)
         if launched() or own == 1 or (own is None and config.engine == "huggingface"):
             return run_rank(name, stage, config)
         new = missing_folders(config.output_dir)
