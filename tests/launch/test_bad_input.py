@@ -111,7 +111,7 @@ _DAMAGE = {
 
 # {what is wrong: (command line, what the line has to say)}
 CASES = {
-    "unknown stage": (["evaluat"], ["unknown stage 'evaluat'; did you mean 'evaluate'?"]),
+    "unknown command": (["evaluat"], ["unknown command 'evaluat'; did you mean 'evaluate'?"]),
     "unknown option": ([*EVALUATE, "--nope"], ["--nope"]),
     "unknown key": ([*EVALUATE, "comm.bitz=4"], ["'comm.bitz'", "did you mean 'comm.bits'?"]),
     "unknown section": ([*EVALUATE, "evaluatoin.samples=4"], ["'evaluatoin'", "did you mean 'evaluation"]),
