@@ -42,8 +42,9 @@ def ensure_writable(folder: str | Path) -> Path:
         probe = beside(folder / "write-probe")
         probe.touch(exist_ok=False)
         probe.unlink()
-    except OSError as error:
-        raise LowBitError(f"output_dir {str(folder)!r} is not writable ({error.strerror}); choose another") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        why = getattr(error, "strerror", None) or one_line(error)
+        raise LowBitError(f"output_dir {str(folder)!r} is not writable ({why}); choose another") from None
     return folder
 
 
@@ -56,7 +57,7 @@ def missing_folders(folder: str | Path) -> list[Path]:
 def remove_empty(folders: Iterable[Path]) -> None:
     """Remove folders that hold nothing, innermost first; the others stay."""
     for folder in folders:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in the name
             folder.rmdir()
 
 
