@@ -1,5 +1,5 @@
-"""Commands: `megatron-lowbit <stage> [--config FILE] [key.path=value ...]`, each stage also as
-`python -m megatron_lowbit.launch.<stage>` for launchers. Exit codes: 0 done; 2 bad input; 99 stopped by SIGUSR1 or
+"""Commands: `megatron-lowbit COMMAND [--config FILE] [key.path=value ...]`, each stage also as
+`python -m megatron_lowbit.launch.COMMAND` for launchers. Exit codes: 0 done; 2 bad input; 99 stopped by SIGUSR1 or
 SIGTERM, to be run again.
 """
 
@@ -26,7 +26,7 @@ STAGES = {
     "convert": "Hugging Face folder or artifact to a checkpoint that Megatron-LM's scripts load, and back",
     "parity": "one artifact on every engine and tensor-parallel size: logits and tokens compared",
     "report": "one HTML page of a run, or of several side by side: `report RUN [RUN ...] [--output FILE]`",
-    "slurm": "stages as jobs of a Slurm cluster: `slurm render FILE` writes the scripts, `slurm submit` sends them",
+    "slurm": "commands as jobs of a Slurm cluster: `slurm render FILE` writes the scripts, `slurm submit` sends them",
     "benchmark": "time patched against unpatched; `benchmark collectives|kernels|linear|model|gpu`: these alone",
 }
 WITHOUT_CONFIG = ("report", "slurm")  # they run no model, and read their arguments themselves
@@ -81,7 +81,7 @@ def _main(argv: list[str] | None) -> int:
     from megatron_lowbit.launch.arguments import check_arguments, fail
 
     if argv[0] not in STAGES:
-        return fail(f"unknown stage {shown(argv[0])}{suggest(argv[0], STAGES)}")
+        return fail(f"unknown command {shown(argv[0])}{suggest(argv[0], STAGES)}")
     code = check_arguments(argv[0], argv[1:])
     if code is not None:
         return code

@@ -103,7 +103,7 @@ def _cell(value: Any, form: str) -> str:
 
 def quantize(
     model: Any,
-    data: str | None = None,
+    data: str | Path | None = None,
     scheme: str = "W4A8",
     output_dir: str | Path = "runs/lowbit",
     tokenizer: Any = None,
@@ -138,14 +138,14 @@ def quantize(
     """
     given = nested(config)
     _put(given, "weights", scheme=scheme)
-    _put(given, "calibration", data=data)
+    _put(given, "calibration", data=_name("data", data))
     with _folder_of(model, tokenizer) as folder:
-        return _run("quantize", {**given, "model": folder, "output_dir": str(output_dir)})
+        return _run("quantize", {**given, "model": folder, "output_dir": _name("output_dir", output_dir)})
 
 
 def calibrate(
     model: Any,
-    data: str,
+    data: str | Path,
     tp_sizes: Sequence[int] | None = None,
     output_dir: str | Path = "runs/lowbit",
     tokenizer: Any = None,
@@ -178,16 +178,16 @@ def calibrate(
         2
     """
     given = nested(config)
-    _put(given, "calibration", data=data)
+    _put(given, "calibration", data=_name("data", data))
     if tp_sizes is not None:
         _put(given, "comm", tp_sizes=list(tp_sizes))
     with _folder_of(model, tokenizer) as folder:
-        return _run("calibrate", {**given, "model": folder, "output_dir": str(output_dir)})
+        return _run("calibrate", {**given, "model": folder, "output_dir": _name("output_dir", output_dir)})
 
 
 def evaluate(
     model: Any = None,
-    data: str | None = None,
+    data: str | Path | None = None,
     artifact: str | Path | None = None,
     output_dir: str | Path = "runs/lowbit",
     tokenizer: Any = None,
@@ -219,8 +219,8 @@ def evaluate(
         ('full precision', True)
     """
     given = nested(config)
-    _put(given, "evaluation", data=data)
-    given |= {"artifact": None if artifact is None else str(artifact), "output_dir": str(output_dir)}
+    _put(given, "evaluation", data=_name("data", data))
+    given |= {"artifact": _name("artifact", artifact), "output_dir": _name("output_dir", output_dir)}
     with _folder_of(model, tokenizer) as folder:
         return _run("evaluate", {**given, "model": folder})
 
@@ -254,8 +254,8 @@ def generate(
         4
     """
     given = nested(config)
-    given |= {"prompt": prompt, "artifact": None if artifact is None else str(artifact)}
-    given |= {"model": None if model is None else str(model), "output_dir": str(output_dir)}
+    given |= {"prompt": prompt, "artifact": _name("artifact", artifact)}
+    given |= {"model": _name("model", model), "output_dir": _name("output_dir", output_dir)}
     return _run("generate", given)
 
 
@@ -307,6 +307,15 @@ def _put(values: dict[str, Any], section: str, **keys: Any) -> None:
         there[key] = value
 
 
+def _name(key: str, value: Any) -> str | None:
+    """Return a folder, file or hub id as text, None as it is; LowBitError for what is neither text nor a Path."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    raise LowBitError(f"{key} is of type {type(value).__name__}: pass a string or a Path")
+
+
 @contextlib.contextmanager
 def _folder_of(model: Any, tokenizer: Any) -> Iterator[str | None]:
     """Yield the folder or hub id of a model; one that is in memory is saved for as long as the context lasts."""
@@ -315,6 +324,10 @@ def _folder_of(model: Any, tokenizer: Any) -> Iterator[str | None]:
             raise LowBitError("tokenizer goes with a model in memory; a folder or hub id has its own: leave it out")
         yield None if model is None else str(model)
         return
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise LowBitError(
+            f"tokenizer is a {type(tokenizer).__name__}: pass the one of AutoTokenizer.from_pretrained(FOLDER)"
+        )
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise LowBitError(f"model is a {type(model).__name__}: pass a folder, a hub id or a model of transformers")
     if tokenizer is None:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from megatron_lowbit.artifact import Artifact
-from megatron_lowbit.config import ConvertConfig, LowBitError, one_line
+from megatron_lowbit.config import ConvertConfig, LowBitError
+from megatron_lowbit.io.files import writing
 from megatron_lowbit.launch.engines.start import start_engine
 from megatron_lowbit.launch.generation import copy_generation_config
 from megatron_lowbit.launch.inputs import model_name
@@ -153,11 +154,10 @@ def write_folder(target: Path, save: Callable[[Path], None]) -> None:
         remove_dead([target.parent], prefix=f".{target.name}.")
         partial = beside(target)
         try:
-            partial.mkdir(parents=True)
-            save(partial)
-            os.replace(partial, target)
-        except OSError as error:
-            raise LowBitError(f"cannot write {str(target)!r}: {one_line(error)}") from None
+            with writing(target):
+                partial.mkdir(parents=True)
+                save(partial)
+                os.replace(partial, target)
         finally:
             remove(partial)
 

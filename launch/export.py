@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from megatron_lowbit.adapters import compressed_tensors
 from megatron_lowbit.adapters.huggingface.merge import merge
 from megatron_lowbit.artifact import Artifact
-from megatron_lowbit.config import ExportConfig, LowBitError, one_line
+from megatron_lowbit.config import ExportConfig, LowBitError
+from megatron_lowbit.io.files import writing
 from megatron_lowbit.launch.generation import copy_generation_config
 from megatron_lowbit.launch.loading import load_model, read_config, read_tokenizer
 from megatron_lowbit.launch.runner import run_stage
@@ -102,19 +103,18 @@ def _in_place(output: Path, write: Callable[[Path], None], tokenizer: Any, artif
     loads once that is there."""
     scratch = beside(output / "export")
     try:
-        scratch.mkdir(parents=True)
-        write(scratch)
-        tokenizer.save_pretrained(scratch)
-        copy_generation_config(artifact, scratch)
-        (output / "config.json").unlink(missing_ok=True)
-        for old in output.glob("model*.safetensors*"):
-            old.unlink()
-        files = sorted(scratch.iterdir(), key=lambda file: file.name == "config.json")
-        for file in files:
-            os.replace(file, output / file.name)
-        return [output / file.name for file in files]
-    except OSError as error:
-        raise LowBitError(f"cannot write to {str(output)!r}: {one_line(error)}") from None
+        with writing(output):
+            scratch.mkdir(parents=True)
+            write(scratch)
+            tokenizer.save_pretrained(scratch)
+            copy_generation_config(artifact, scratch)
+            (output / "config.json").unlink(missing_ok=True)
+            for old in output.glob("model*.safetensors*"):
+                old.unlink()
+            files = sorted(scratch.iterdir(), key=lambda file: file.name == "config.json")
+            for file in files:
+                os.replace(file, output / file.name)
+            return [output / file.name for file in files]
     finally:
         remove(scratch)
 

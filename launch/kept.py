@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_lowbit.config import LowBitError
+from megatron_lowbit.config import LowBitError, unwritten
 from megatron_lowbit.io.files import SEAL, read_json, seal_of, write_sealed
 
 
@@ -32,7 +32,7 @@ def write_kept(file: Path, settings: Mapping[str, Any], found: Any) -> Any:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise LowBitError(f"cannot write {str(file)!r}: {error.strerror}") from None
+        raise unwritten(file, error) from None
     write_sealed(file, {"settings": dict(settings), "found": found})
     return found
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from megatron_lowbit.adapters.compressed_tensors import check_settings
 from megatron_lowbit.adapters.megatron_recipe import write_recipe
-from megatron_lowbit.config import ExportConfig, LowBitError, QuantizeConfig, one_line
+from megatron_lowbit.config import ExportConfig, LowBitError, QuantizeConfig
+from megatron_lowbit.io.files import all_or_nothing, writing
 from megatron_lowbit.io.hf_names import untie
 from megatron_lowbit.launch.allocate import allocate, tell_bits
 from megatron_lowbit.launch.calibrate import usable_sizes, write_plans, written
@@ -95,16 +96,17 @@ def run_rtn(config: QuantizeConfig, logger: MetricLogger) -> list[dict[str, Any]
     rows: list[dict[str, Any]] = []
     sizes = usable_sizes(engine, config) if config.calibration.data is not None else []
     sizes = check_shard_groups(engine, checkpoint, sizes, given=config.comm.tp_sizes is not None)
-    if sizes:
-        stats = calibrate_engine(engine, config.calibration, sizes, logger, config.comm, windows=windows)
-        rows = write_plans(stats, config, config.output_dir, logger)
-    else:
-        if engine.plans:
-            refuse_rotated(engine)
-        for plan in engine.plans.values():
-            on_rank_zero(partial(plan.save, config.output_dir))
-    on_rank_zero(lambda: save_checkpoint(engine, checkpoint, config.output_dir))
-    on_rank_zero(lambda: write_recipe(checkpoint, config.weights, config.output_dir))
+    with all_or_nothing(config.output_dir):
+        if sizes:
+            stats = calibrate_engine(engine, config.calibration, sizes, logger, config.comm, windows=windows)
+            rows = write_plans(stats, config, config.output_dir, logger)
+        else:
+            if engine.plans:
+                refuse_rotated(engine)
+            for plan in engine.plans.values():
+                on_rank_zero(partial(plan.save, config.output_dir))
+        on_rank_zero(lambda: save_checkpoint(engine, checkpoint, config.output_dir))
+        on_rank_zero(lambda: write_recipe(checkpoint, config.weights, config.output_dir))
     return [size_row(checkpoint, config.output_dir, logger), *rows]
 
 
@@ -122,13 +124,14 @@ def size_row(checkpoint: LowBitCheckpoint, folder: str, logger: MetricLogger) ->
     """Return the sizes: ideal_bytes is bits * parameters / 8 of the quantized linears, linear_bytes what they really
     take."""
     if env_rank() == 0:
-        linears, ratio = checkpoint.linear_bytes(), checkpoint.linear_bytes() / checkpoint.ideal_bytes()
+        linears = checkpoint.linear_bytes()
+        more = linears / checkpoint.ideal_bytes() - 1
         attention = "" if checkpoint.attention_bits == 16 else f", Q, K and V in {checkpoint.attention_bits} bits"
         head = "" if checkpoint.head is None else f", {checkpoint.head}"
         experts = "" if checkpoint.experts is None else f", experts in {checkpoint.experts.scheme}"
         say(
             f"wrote {len(checkpoint.linears)} linears in {checkpoint.scheme_name}{attention}{head}{experts}, "
-            f"{checkpoint.nbytes():,} bytes (linears {linears:,}, {ratio:.3f} of bits x parameters / 8)"
+            f"{checkpoint.nbytes():,} bytes (linears {linears:,}: codes, and {more:.1%} more for scales and the like)"
         )
         if checkpoint.allocation is not None:
             tell_bits(checkpoint)
@@ -165,15 +168,13 @@ def check_shard_groups(engine: Engine, checkpoint: LowBitCheckpoint, sizes: list
 def save_checkpoint(engine: Engine, checkpoint: LowBitCheckpoint, folder: str | Path) -> None:
     """Save the checkpoint, and the model's config, generation config and tokenizer, so that the folder loads by
     itself."""
-    try:
+    with writing(folder):
         saved = copy.deepcopy(engine.hf_config)
         if checkpoint.rotation is not None and checkpoint.rotation.residual:
             untie(saved)
         saved.save_pretrained(folder)
         engine.tokenizer.save_pretrained(folder)
         copy_generation_config(engine.hf_config.name_or_path, folder)
-    except OSError as error:
-        raise LowBitError(f"cannot write to {str(folder)!r}: {one_line(error)}") from None
     checkpoint.save(folder)  # last: its JSON says that the artifact is whole
 
 

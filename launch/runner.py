@@ -23,10 +23,11 @@ import torch
 import yaml
 
 from megatron_lowbit.config import NOTICED, LowBitError, StageConfig, one_line
-from megatron_lowbit.io.files import discard, ensure_writable, write_json, write_text
+from megatron_lowbit.io.files import discard, ensure_writable, missing_folders, remove_empty, write_json, write_text
 from megatron_lowbit.launch.arguments import BAD_INPUT, fail, parse
 from megatron_lowbit.launch.bench.netlab import FIRST_HOST, network, no_namespaces
 from megatron_lowbit.launch.ending import tell_ending
+from megatron_lowbit.launch.fitting import check_fitting
 from megatron_lowbit.launch.inputs import check_inputs
 from megatron_lowbit.launch.layout import check_layout, world_of
 from megatron_lowbit.launch.report import PAGE
@@ -48,10 +49,16 @@ def run_stage(name: str, argv: list[str]) -> int:
         config, nproc = parse(name, stage.CONFIG, argv)
         own = check_layout(name, config, nproc)
         check_inputs(name, config)
+        if not launched():
+            check_fitting(name, config)
         if launched() or own == 1 or (own is None and config.engine == "huggingface"):
             return run_rank(name, stage, config)
+        new = missing_folders(config.output_dir)
         ensure_writable(config.output_dir)
-        return start_ranks(name, argv, own or world_of(config), getattr(config, "rate", None))
+        code = start_ranks(name, argv, own or world_of(config), getattr(config, "rate", None))
+        if code == BAD_INPUT:
+            remove_empty(new)
+        return code
     except LowBitError as error:
         return fail(str(error))
 
@@ -61,6 +68,7 @@ def perform(name: str, stage: Any, config: StageConfig) -> dict[str, Any]:
     returned."""
     rank, logger, code = env_rank(), None, 1
     start, lock = time.perf_counter(), FolderLock(config.output_dir)
+    new = missing_folders(config.output_dir) if rank == 0 else []
     try:
         if launched():
             join()
@@ -90,9 +98,11 @@ def perform(name: str, stage: Any, config: StageConfig) -> dict[str, Any]:
         raise
     finally:
         with contextlib.ExitStack() as leaving:  # all of it, whatever one of them raises
+            if code == BAD_INPUT:
+                leaving.callback(remove_empty, [Path(config.output_dir) / "resume", *new])
             leaving.callback(lock.release)
             if logger is not None:
-                leaving.callback(logger.close, code)
+                leaving.callback(logger.close, code, code == BAD_INPUT)
     return record
 
 

@@ -210,7 +210,7 @@ def _check_stage(name: str, command: str, arguments: list[str], nodes: int, task
     """Check what can be known before the job runs: the stage's keys, and its number of ranks."""
     if command not in STAGES or command == "slurm":
         stages = [stage for stage in STAGES if stage != "slurm"]
-        raise LowBitError(f"stages.{name}: unknown stage {command!r}{suggest(command, stages)}")
+        raise LowBitError(f"stages.{name}: unknown command {command!r}{suggest(command, stages)}")
     try:
         stage_config, _ = parse(command, CONFIGS[command], arguments)
         own = own_ranks(command, stage_config)

@@ -5,7 +5,7 @@
 sections.py and stages.py hold the keys with their descriptions, loading.py reads them, errors.py words what is wrong.
 """
 
-from megatron_lowbit.config.errors import NOTICED, LowBitError, one_line, shown
+from megatron_lowbit.config.errors import NOTICED, LowBitError, one_line, shown, unwritten
 from megatron_lowbit.config.fields import Key, Section, defaults, list_sections
 from megatron_lowbit.config.loading import load_config, old_name
 from megatron_lowbit.config.sections import (
@@ -74,4 +74,5 @@ __all__ = [
     "old_name",
     "one_line",
     "shown",
+    "unwritten",
 ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 import os
+import re
 import reprlib
 from collections.abc import Collection
 from functools import cache
@@ -45,6 +47,27 @@ def one_line(error: BaseException) -> str:
     """Return the first non-empty line of an error's message, cut where it is very long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return _cut(lines[0], 500) if lines else type(error).__name__
+
+
+def unwritten(path: str | os.PathLike[str], error: Exception) -> LowBitError:
+    """Return what to raise where `path` cannot be written: why, and what helps.
+
+    error: an OSError, or safetensors' own, which has the number of the system's error in its text alone.
+    """
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    why = os.strerror(number) if number is not None else one_line(error)
+    return LowBitError(f"cannot write {str(path)!r}: {why}; {_HELPS.get(number or 0, 'choose another output_dir')}")
+
+
+_HELPS = {
+    errno.ENOSPC: "free space, or set output_dir to a folder on another disk",
+    errno.EDQUOT: "delete files of yours, or set output_dir to a folder on another disk",
+    errno.EROFS: "set output_dir to a folder on a disk that can be written to",
+    errno.EACCES: "ask for the right to write there, or choose another output_dir",
+    errno.EPERM: "ask for the right to write there, or choose another output_dir",
+}
 
 
 def shown(value: Any) -> str:

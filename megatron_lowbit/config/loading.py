@@ -105,6 +105,9 @@ def _read_file(stage: type[BaseModel], file: str) -> dict[str, Any]:
     try:
         text = _text_of(file) if os.path.isfile(file) else _text_of_pipe(file)
         given = parse_yaml(text, kind_of)
+    except FileNotFoundError:
+        where = "" if os.path.isabs(file) else f" in {os.getcwd()!r}: give its path, or go to the folder that has it"
+        raise LowBitError(f"cannot read config file {shown(file)}: there is no such file{where}") from None
     except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
         raise LowBitError(f"cannot read config file {shown(file)}: {one_line(error)}") from None
     if given is None:

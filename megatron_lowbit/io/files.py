@@ -13,7 +13,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_lowbit.config import LowBitError, one_line
+from megatron_lowbit.config import LowBitError, one_line, unwritten
 from megatron_lowbit.temporary import beside, remove
 
 logger = logging.getLogger("megatron_lowbit")
@@ -42,9 +42,23 @@ def ensure_writable(folder: str | Path) -> Path:
         probe = beside(folder / "write-probe")
         probe.touch(exist_ok=False)
         probe.unlink()
-    except OSError as error:
-        raise LowBitError(f"output_dir {str(folder)!r} is not writable ({error.strerror}); choose another") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        why = getattr(error, "strerror", None) or one_line(error)
+        raise LowBitError(f"output_dir {str(folder)!r} is not writable ({why}); choose another") from None
     return folder
+
+
+def missing_folders(folder: str | Path) -> list[Path]:
+    """Return those of a folder and its parents that are not there, innermost first."""
+    folder = Path(folder)
+    return [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders that hold nothing, innermost first; the others stay."""
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in the name
+            folder.rmdir()
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -59,7 +73,7 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text)
         os.replace(temporary, path)
     except OSError as error:
-        raise LowBitError(f"cannot write {str(path)!r}: {error.strerror}") from None
+        raise unwritten(path, error) from None
     finally:
         discard(temporary)
 
@@ -92,7 +106,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
         checksum = sha256(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise LowBitError(f"cannot write {str(path)!r}: {one_line(error)}") from None
+        raise unwritten(path, error) from None
     finally:
         remove(folder)
     return checksum
@@ -185,6 +199,38 @@ def complete(file: Path) -> Iterator[None]:
         raise LowBitError(f"{str(file)!r} is incomplete: it lacks {error.args[0]}; write it again") from None
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
         raise LowBitError(f"{str(file)!r}: {one_line(error)}; write it again") from None
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Surround other packages' code that writes `path`: what the system refuses is one LowBitError.
+
+    Packages in Rust (tokenizers, safetensors) raise an Exception of their own, with "(os error NUMBER)" in its text.
+    """
+    try:
+        yield
+    except LowBitError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) or "(os error " in str(error):
+            raise unwritten(path, error) from None
+        raise
+
+
+@contextlib.contextmanager
+def all_or_nothing(folder: str | Path) -> Iterator[None]:
+    """Surround the writing of files that belong together: where it fails, those that are new in `folder` are removed.
+
+    Files that were there before stay, as they were or written anew.
+    """
+    before = set(Path(folder).iterdir())
+    try:
+        yield
+    except LowBitError:
+        for path in set(Path(folder).iterdir()) - before:
+            if path.is_file():
+                discard(path)
+        raise
 
 
 def discard(temporary: Path) -> None:

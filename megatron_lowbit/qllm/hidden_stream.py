@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_lowbit.config import LowBitError
+from megatron_lowbit.config import LowBitError, unwritten
 from megatron_lowbit.io.files import sha256
 
 
@@ -44,7 +44,7 @@ class HiddenStream:
                     os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             path.unlink(missing_ok=True)
-            raise LowBitError(f"cannot keep {size:,} bytes of activations in {str(path)!r}: {error.strerror}") from None
+            raise LowBitError(f"{size:,} bytes of activations: {unwritten(path, error)}") from None
         self.values = torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)
         self._sha = hashlib.sha256() if hashed and not existing else None
         self._hashed = 0  # windows, from the first one on

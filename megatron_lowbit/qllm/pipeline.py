@@ -33,9 +33,9 @@ from torch import distributed as dist
 
 from megatron_lowbit.adapters.huggingface import attention
 from megatron_lowbit.comm.plan import CalibrationStats, Ranges
-from megatron_lowbit.config import LowBitError, QuantizeConfig, one_line
+from megatron_lowbit.config import QuantizeConfig
 from megatron_lowbit.io.data import Windows
-from megatron_lowbit.io.files import complete
+from megatron_lowbit.io.files import all_or_nothing, complete, writing
 from megatron_lowbit.io.fingerprint import fingerprint_fields, fingerprint_of
 from megatron_lowbit.qllm.block_group import BlockGroup, load_group
 from megatron_lowbit.qllm.block_source import BlockSource
@@ -292,13 +292,12 @@ class BlockwiseQuantizer:
         tensors = self.source.rest(head.replaced if head else ())
         rest = CheckpointPart(tensors=tensors, head=head).save(self.state.part_path(name))
         merged = merge_parts([*self.parts, rest])
-        try:
-            save_beside(self.folder)
-        except OSError as error:
-            raise LowBitError(f"cannot write to {str(self.folder)!r}: {one_line(error)}") from None
         rotation = None if self.source.rotator is None else self.source.rotator.online()
         about = (weights.scheme, self.source.shard_groups, self.attention_bits, fingerprint, rotation, self.allocation)
-        write_checkpoint(self.folder, merged, *about, weights.experts if "experts" in merged else None)
+        with all_or_nothing(self.folder):
+            with writing(self.folder):
+                save_beside(self.folder)
+            write_checkpoint(self.folder, merged, *about, weights.experts if "experts" in merged else None)
 
     def _quantize_head(self, bits: int) -> tuple[QuantizedHead, int]:
         """Round the output projection, and measure its KL on the full-precision stream, now after the last block.

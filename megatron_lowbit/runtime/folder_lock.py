@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_lowbit.config import LowBitError
+from megatron_lowbit.config import LowBitError, unwritten
 from megatron_lowbit.io.files import discard, parse_json
 from megatron_lowbit.temporary import PATIENCE, beside, remove_dead, start_of, where
 
@@ -78,7 +78,7 @@ class FolderLock:
                 return False
             return True
         except OSError as error:
-            raise LowBitError(f"cannot write {str(path)!r}: {error.strerror}") from None
+            raise unwritten(path, error) from None
         finally:
             discard(whole)
 

@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_lowbit.config import LowBitError
+from megatron_lowbit.config import LowBitError, unwritten
 from megatron_lowbit.io.files import parse_json
 from megatron_lowbit.runtime.launcher_env import env_world_size
 from megatron_lowbit.runtime.say import say
@@ -67,13 +67,19 @@ class MetricLogger:
         self.run_id, records = _continued(path, stage, settings)
         self.step = 1 + max((record["step"] for record in records), default=-1)
         self._logged_before = Counter(_about(record) for record in records)
+        self._path, self._size = path, path.stat().st_size if path.exists() else None
+        self._measured = False
         try:
             self._file = open(path, "a")  # noqa: SIM115 (open for the logger's life)
         except OSError as error:
-            raise LowBitError(f"cannot write {str(path)!r}: {error.strerror}") from None
+            raise unwritten(path, error) from None
         if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
             self._file.write("\n")  # after a line that a kill has cut short
-        self._write({"event": "start", "settings": settings, "environment": about})
+        try:
+            self._write({"event": "start", "settings": settings, "environment": about})
+        except LowBitError:
+            self._withdraw()
+            raise
         if wandb != "off":
             require("wandb", "wandb")
             everything = {**config, "environment": about}
@@ -115,14 +121,28 @@ class MetricLogger:
         if self._run is not None:
             self._run.summary(**values)
 
-    def close(self, exit_code: int = 0) -> None:
+    def close(self, exit_code: int = 0, refused: bool = False) -> None:
+        """End the log. refused: whether the command's input was; where nothing was measured the file is then as before.
+
+        A run in W&B is kept: there are no steps in it, and its exit code says why.
+        """
         if self.active:
             with contextlib.suppress(LowBitError, OSError):  # a full disk was told when it was met
                 self._write({"event": "end", "exit_code": exit_code})
             with contextlib.suppress(OSError):
                 self._file.close()
+            if refused and not self._measured:
+                self._withdraw()
             if self._run is not None:
                 self._run.close(exit_code)
+
+    def _withdraw(self) -> None:
+        """Leave metrics.jsonl as this process found it."""
+        with contextlib.suppress(OSError):
+            if self._size is None:
+                self._path.unlink()
+            else:
+                os.truncate(self._path, self._size)
 
     def _record(self, values: dict[str, Any]) -> None:
         if not self.active:
@@ -131,6 +151,7 @@ class MetricLogger:
         if self._logged_before[_about(values)]:  # by an earlier process of this run
             self._logged_before[_about(values)] -= 1
             return
+        self._measured = True
         record = self._write({"step": self.step, **values})
         if self._run is not None:
             self._run.log(record)
@@ -142,7 +163,7 @@ class MetricLogger:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         except OSError as error:
-            raise LowBitError(f"cannot write {self._file.name!r}: {error.strerror}") from None
+            raise unwritten(self._file.name, error) from None
         return record
 
 

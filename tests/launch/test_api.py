@@ -101,6 +101,15 @@ def test_a_table_fits_a_terminal_and_a_notebook(tmp_path):
     assert "<td>&lt;b&gt;</td>" in result._repr_html_() and "<td>5.250</td>" in result._repr_html_()
 
 
+class AModel:
+    """What passes for a model of transformers."""
+
+    config = None
+
+    def save_pretrained(self, folder: str) -> None:
+        raise AssertionError("it is refused before it is saved")
+
+
 @pytest.mark.parametrize(
     "call, said",
     [
@@ -114,6 +123,16 @@ def test_a_table_fits_a_terminal_and_a_notebook(tmp_path):
         (lambda m, o: lowbit.evaluate(m, "stdlib:validation", output_dir=o, engine="deepspeed", tp=2), "torchrun"),
         (lambda m, o: lowbit.evaluate(m, output_dir=o), "evaluation.data"),
         (lambda m, o: lowbit.generate("", m, output_dir=o), "prompt"),
+        (lambda m, o: lowbit.quantize(m, scheme="W4A16", output_dir=None), "output_dir=None"),
+        (lambda m, o: lowbit.quantize(m, scheme="W4A16", output_dir=5), "output_dir is of type int"),
+        (
+            lambda m, o: lowbit.quantize(m, scheme="W4A16", output_dir="a\0b"),
+            "output_dir .* is not writable .*null byte",
+        ),
+        (lambda m, o: lowbit.quantize(m, data=["text"], output_dir=o), "data is of type list"),
+        (lambda m, o: lowbit.evaluate(m, Path("nowhere.txt"), output_dir=o), "file 'nowhere.txt' does not exist"),
+        (lambda m, o: lowbit.evaluate(m, "stdlib:validation", lowbit.Artifact(), o), "artifact is of type Artifact"),
+        (lambda m, o: lowbit.quantize(AModel(), output_dir=o, tokenizer="gpt2"), "tokenizer is a str"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(call, said, model, tmp_path):

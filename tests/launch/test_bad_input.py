@@ -111,7 +111,7 @@ _DAMAGE = {
 
 # {what is wrong: (command line, what the line has to say)}
 CASES = {
-    "unknown stage": (["evaluat"], ["unknown stage 'evaluat'; did you mean 'evaluate'?"]),
+    "unknown command": (["evaluat"], ["unknown command 'evaluat'; did you mean 'evaluate'?"]),
     "unknown option": ([*EVALUATE, "--nope"], ["--nope"]),
     "unknown key": ([*EVALUATE, "comm.bitz=4"], ["'comm.bitz'", "did you mean 'comm.bits'?"]),
     "unknown section": ([*EVALUATE, "evaluatoin.samples=4"], ["'evaluatoin'", "did you mean 'evaluation"]),
@@ -285,8 +285,12 @@ def only_line(stderr: str) -> str:
 
 
 def assert_nothing_written(output: Path) -> None:
-    left = {file.name for file in output.rglob("*") if file.is_file()} if output.is_dir() else set()
-    assert left <= {"metrics.jsonl"}, left
+    left = {file.name for file in output.rglob("*")} if output.is_dir() else set()
+    assert not left, left
+
+
+# Found after the first figures, which are kept.
+MEASURED = ("NaN while calibrating", "checkpoint of another model", "plan of another model")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -296,7 +300,18 @@ def test_bad_input(case, folder, tmp_path, capsys):
     assert run_here(stage, f"output_dir={tmp_path / 'output'}", *arguments) == 2
     line = only_line(capsys.readouterr().err)
     assert all(part in line for part in said), line
-    assert_nothing_written(tmp_path / "output")
+    if case in MEASURED:
+        assert [file.name for file in (tmp_path / "output").iterdir()] == ["metrics.jsonl"]
+    else:
+        assert not (tmp_path / "output").exists()
+
+
+def test_a_refused_command_leaves_a_folder_as_it_was(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "evaluate", "event": "end"}')  # a kill cut its newline off
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert run_here(*EVALUATE, "evaluation.sequence_length=100000", f"output_dir={tmp_path}") == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("command", [EVALUATE, [*EVALUATE, "engine=deepspeed", "tp=2"]])

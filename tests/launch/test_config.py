@@ -202,6 +202,11 @@ def test_missing_file(tmp_path):
         assert message.startswith(f"cannot read config file {str(path)!r}: ")
 
 
+def test_a_missing_file_is_told_with_the_folder_that_was_looked_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert f"there is no such file in {str(tmp_path)!r}: give its path" in refused(file="configs/nowhere.yaml")
+
+
 @pytest.mark.parametrize("text", ["123", "007", "1e3", "true", "[oops", "a: b", "2024-01-01", "key=value", "- x", "{"])
 def test_text_stays_what_was_typed(text):
     config = load_config(GenerateConfig, None, [f"prompt={text}", f"model={text}", f"calibration.data={text}"])

@@ -4,11 +4,13 @@ that never moved."""
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from commands import run_here
-from tiny_models import save_model
+from commands import needs_deepspeed, needs_megatron, run_here
+from tiny_models import make_artifact, save_artifact, save_model
+from transformers import AutoModelForCausalLM
 
 from megatron_lowbit.comm.build_plan import synthetic_plan
 from megatron_lowbit.comm.codec import WireFormat
@@ -46,6 +48,71 @@ def test_partial_sums_that_overflow_stop_calibration():
     steps.observe("down_proj puts out", observers, [[full], parts], torch.ones(1, 4, dtype=torch.bool))
     with pytest.raises(LowBitError, match="down_proj puts out NaN or Inf"):
         steps.finish()
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory) -> Path:
+    """A model of 8 heads and 4 KV heads, `artifact` with a plan for two ranks, and `weights` without plans."""
+    folder = save_model("llama", tmp_path_factory.mktemp("fitted"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for name, sizes in {"artifact": (2,), "weights": ()}.items():
+        save_artifact(make_artifact(model, "W4A8", tp_sizes=sizes), folder / name)
+        (folder / name / "config.json").write_bytes((folder / "config.json").read_bytes())
+    return folder
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    """No rank is started and no weight is read."""
+
+    def too_late(*arguments, **options):
+        raise AssertionError("too late")
+
+    monkeypatch.setattr("megatron_lowbit.launch.runner.start_ranks", too_late)
+    monkeypatch.setattr("megatron_lowbit.launch.runner.run_rank", too_late)
+
+
+HEADS = "tp=3 does not divide the model's num_attention_heads=8; choose one of ["
+NO_PLAN = "no communication plan for tp_size 4 (there are [2]); run calibrate with comm.tp_sizes=[4]"
+
+
+@needs_deepspeed
+@needs_megatron
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("evaluate model={folder} evaluation.data=stdlib:validation engine=deepspeed tp=3", HEADS),
+        ("generate artifact={folder}/artifact prompt=x engine=deepspeed tp=3", HEADS),
+        ("generate artifact={folder}/artifact prompt=x engine=megatron tp=3", HEADS),
+        ("quantize model={folder} weights.scheme=W4A8 engine=deepspeed tp=3", HEADS),
+        ("calibrate model={folder} calibration.data=stdlib:calibration engine=megatron tp=3", HEADS),
+        ("generate model={folder} prompt=x virtual_tp=3", f"virtual_{HEADS}"),
+        ("generate model={folder} artifact={folder}/artifact prompt=x engine=deepspeed tp=4", NO_PLAN),
+        ("generate artifact={folder}/artifact prompt=x engine=megatron tp=4", NO_PLAN),
+        ("generate artifact={folder}/artifact prompt=x virtual_tp=4", NO_PLAN),
+    ],
+)
+def test_what_does_not_fit_is_told_before_ranks_start(command, said, fitted, nothing_loads, tmp_path, capsys):
+    assert run_here(*command.format(folder=fitted).split(), f"output_dir={tmp_path / 'out'}") == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith(f"megatron-lowbit: {said}") and "\n" not in line
+    assert not (tmp_path / "out").exists()
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate model={folder} artifact={folder}/artifact prompt=x engine=deepspeed tp=2",
+        "generate model={folder} artifact={folder}/artifact prompt=x engine=deepspeed tp=4 comm.mode=bf16",
+        "generate model={folder} artifact={folder}/artifact prompt=x engine=deepspeed tp=4 comm.mode=one_shot "
+        "calibration.data=stdlib:calibration",
+        "generate artifact={folder}/weights prompt=x virtual_tp=4",
+    ],
+)
+def test_what_fits_goes_on(command, fitted, nothing_loads, tmp_path):
+    with pytest.raises(AssertionError, match="too late"):
+        run_here(*command.format(folder=fitted).split(), f"output_dir={tmp_path / 'out'}")
 
 
 @pytest.mark.parametrize("samples", [4, 400])

@@ -230,7 +230,7 @@ def test_an_export_that_fails_leaves_the_artifact(model, tmp_path, capsys):
     argv = [f"model={model}", *RTN, "weights.scheme=W4A16", f"output_dir={tmp_path}", "export=huggingface"]
     assert run_here("quantize", *argv) == 2
     said = capsys.readouterr().err
-    assert "the artifact is written, but not its export: cannot write to" in said and said.count("\n") == 1
+    assert "the artifact is written, but not its export: cannot write " in said and said.count("\n") == 1
     assert lowbit.Artifact.load(tmp_path).checkpoint is not None
 
 

@@ -290,6 +290,17 @@ def small_disk(tmp_path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", "--lazy", str(target)], check=True)
 
 
+@pytest.mark.parametrize("kilobytes", [20, 60])  # room for neither, for the tokenizer and not the weights
+def test_a_disk_without_room_for_an_artifact(kilobytes, folder, small_disk, capsys):
+    disk = small_disk(kilobytes)
+    arguments = [f"model={folder / 'llama'}", "weights.scheme=W8A8", "weights.method=rtn", f"output_dir={disk}"]
+    capsys.readouterr()
+    assert run_here("quantize", *arguments) == 2
+    line = only_line(capsys.readouterr().err)
+    assert "cannot write" in line and "free space, or set output_dir" in line
+    assert not list(disk.iterdir())
+
+
 @pytest.mark.parametrize("kilobytes", [100, 200, 400])
 def test_full_disk(kilobytes, folder, small_disk, tmp_path, capsys):
     """One line; the artifact that was there stays; with more room the same command finishes."""

@@ -282,7 +282,7 @@ BAD = {
         {"stages": {"train": {"script": "pretrain_gpt.py", "command": "evaluate"}}},
         "command=evaluate and script=pretrain_gpt.py are two things to run",
     ),
-    "no such stage": ([], {"stages": {"evaluat": {}}}, "unknown stage 'evaluat'"),
+    "no such command": ([], {"stages": {"evaluat": {}}}, "unknown command 'evaluat'"),
     "time": (["time=soon"], {}, "time='soon'"),
     "launcher": (["launcher=torchrn"], {}, "did you mean 'torchrun'?"),
     "container without image": (["container.runtime=pyxis"], {}, "need each other"),

@@ -1,5 +1,6 @@
 """Artifacts on disk: bit-exact round trips, and damage, strangers and half-written files refused in one line."""
 
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from megatron_lowbit.artifact import Artifact
 from megatron_lowbit.comm.codec import Codec
 from megatron_lowbit.comm.plan import CalibrationStats, CommPlan, FeatureRange, SitePlan
 from megatron_lowbit.config import LowBitError, WeightsConfig
-from megatron_lowbit.io.files import ensure_writable, read_json, write_json, write_sealed
+from megatron_lowbit.io.files import all_or_nothing, ensure_writable, read_json, write_json, write_sealed, writing
 from megatron_lowbit.io.fingerprint import check_fingerprint, model_fingerprint
 from megatron_lowbit.quant.affine import QuantizedWeight, Scheme
 from megatron_lowbit.quant.checkpoint import LowBitCheckpoint
@@ -345,6 +346,42 @@ def test_a_failed_write_keeps_the_old_artifact(tmp_path, monkeypatch):
     with pytest.raises(LowBitError, match="Input/output error"):
         CommPlan(make_plan().sites, 2, FINGERPRINT, "another").save(tmp_path)
     assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("number", "helps"),
+    [
+        (errno.ENOSPC, "free space"),
+        (errno.EDQUOT, "delete files of yours"),
+        (errno.EROFS, "a disk that can be written to"),
+        (errno.EACCES, "ask for the right to write there"),
+        (errno.EIO, "choose another output_dir"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["OSError", "Rust"])
+def test_what_cannot_be_written_is_told_with_what_helps(number, helps, kind, tmp_path):
+    """safetensors and tokenizers, which are in Rust, have the number in the text alone."""
+    error = OSError(number, "") if kind == "OSError" else Exception(f"I/O error: a text (os error {number})")
+    with pytest.raises(LowBitError) as raised, writing(tmp_path / "file"):
+        raise error
+    assert str(raised.value).startswith(f"cannot write '{tmp_path}/file': {os.strerror(number)}; ")
+    assert helps in str(raised.value)
+
+
+def test_other_errors_are_not_taken_for_a_disk_s(tmp_path):
+    with pytest.raises(ZeroDivisionError), writing(tmp_path):
+        raise ZeroDivisionError
+
+
+def test_files_that_belong_together_are_written_all_or_not_at_all(tmp_path):
+    (tmp_path / "before").touch()
+    with pytest.raises(LowBitError), all_or_nothing(tmp_path):
+        (tmp_path / "new").touch()
+        raise LowBitError("no room")
+    assert set(files(tmp_path)) == {"before"}
+    with all_or_nothing(tmp_path):
+        (tmp_path / "new").touch()
+    assert set(files(tmp_path)) == {"before", "new"}
 
 
 def test_a_folder_that_does_not_exist(tmp_path):
