@@ -128,7 +128,7 @@ CASES = {
     "no samples": ([*EVALUATE, "evaluation.samples=0"], ["evaluation.samples=0:"]),
     "seed beyond 64 bits": ([*EVALUATE, "seed=99999999999999999999999"], ["seed=99999999999999999999999"]),
     "wandb of another kind": ([*EVALUATE, "wandb=maybe"], ["wandb='maybe'", "offline"]),
-    "config file missing": ([*EVALUATE, "--config", "{folder}/none.yaml"], ["none.yaml", "No such file"]),
+    "config file missing": ([*EVALUATE, "--config", "{folder}/none.yaml"], ["none.yaml", "there is no such file"]),
     "config file broken": ([*EVALUATE, "--config", "{folder}/bad.yaml"], ["bad.yaml"]),
     "config file is a list": ([*EVALUATE, "--config", "{folder}/list.yaml"], ["list.yaml", "list"]),
     "no model": (["evaluate", *EVALUATION], ["model is not set"]),
