@@ -29,6 +29,7 @@ from megatron_lowbit.launch.arguments import fail
 from megatron_lowbit.launch.bench.config import BenchmarkCollectivesConfig
 from megatron_lowbit.launch.bench.peers import GroupInt4, StockAllReduce
 from megatron_lowbit.quality import sqnr_db
+from megatron_lowbit.runtime import preemption
 from megatron_lowbit.runtime.distributed import all_gather_values
 
 FEATURES = 1024
@@ -199,7 +200,11 @@ def bits_per_second(rate: str) -> float:
 
 
 def _end_with_the_parent() -> None:
-    """End this process with its parent, which holds the other end of our standard input and never writes to it."""
+    """End this process with its parent, which holds the other end of our standard input and never writes to it.
+
+    The thread alone would wait for a main thread that is in a call that keeps Python's lock; the kernel waits for none.
+    """
+    preemption.die_with_parent()
 
     def wait() -> None:
         sys.stdin.buffer.read()

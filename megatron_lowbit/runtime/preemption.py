@@ -86,10 +86,15 @@ def _end_with(parent: int) -> None:
     """Die with the parent, however it dies: its ranks would hold the output folder, and wait for nobody. Linux only."""
     global _parent_speaks
     _parent_speaks = True
+    if die_with_parent() and os.getppid() != parent:  # it died before that
+        os._exit(1)
+
+
+def die_with_parent() -> bool:
+    """Have the kernel kill this process when the thread that started it ends. Returns whether it will: on Linux."""
     with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before that
-            os._exit(1)
+        return ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) == 0
+    return False
 
 
 def _interrupt(number: int, frame: object) -> None:

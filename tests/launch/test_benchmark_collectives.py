@@ -244,7 +244,7 @@ def test_nothing_is_left_behind(needs_namespaces, tmp_path, ending):
         assert process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}[ending]
         while time.monotonic() < deadline and not all(gone(rank) for rank in ranks):
             time.sleep(0.05)
-        assert all(gone(rank) for rank in ranks)
+        assert all(gone(rank) for rank in ranks), [(told(rank, "stat"), told(rank, "wchan")) for rank in ranks]
         if ending == signal.SIGKILL:
             assert netlab.call("up", "1", "1gbit").returncode == 0
             assert netlab.call("down").returncode == 0
