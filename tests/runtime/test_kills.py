@@ -16,19 +16,19 @@ def faults(names: list[str], kills: int, tmp_path, seed: int = 7) -> list[str]:
 
 
 def test_a_few(tmp_path):
-    assert faults(["quantize rtn", "calibrate"], 4, tmp_path) == []
+    assert not (found := faults(["quantize rtn", "calibrate"], 4, tmp_path)), "\n".join(found)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_two_hundred(seed, tmp_path):
-    assert faults([*kill_matrix.OF_ONE_PROCESS], 30, tmp_path, seed) == []
+    assert not (found := faults([*kill_matrix.OF_ONE_PROCESS], 30, tmp_path, seed)), "\n".join(found)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_of_several_processes(seed, tmp_path):
-    assert faults([*kill_matrix.OF_SEVERAL_PROCESSES], 7, tmp_path, seed) == []
+    assert not (found := faults([*kill_matrix.OF_SEVERAL_PROCESSES], 7, tmp_path, seed)), "\n".join(found)
 
 
 def test_what_counts_as_the_same(tmp_path):
