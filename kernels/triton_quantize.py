@@ -80,8 +80,6 @@ def prepare_kernel(
         step, offset = _qparams(row, blocks * width, good, low_ratio, high_ratio, LEVELS, BLOCK)
         tl.store(scale + token * groups + group, step, good)
         tl.store(zero_point + token * groups + group, offset, good)
-        whole = _round(offset)
-        rest = offset - whole  # of a constant token
     for block in range(0, blocks):
         total = tl.zeros([BLOCK], tl.int32) if LEVELS else tl.zeros([BLOCK], tl.float64)
         for start in range(0, words, BLOCK):
@@ -91,7 +89,7 @@ def prepare_kernel(
                 here = (word < words) & (at < width)  # the last word may be longer than the row
                 value = tl.load(row + block * width + at, here & good, other=0)
                 if LEVELS:
-                    code = _round(tl.div_rn(value.to(tl.float32), step) + rest) + whole
+                    code = _round(tl.div_rn(value.to(tl.float32), step)) + offset
                     code = tl.minimum(tl.maximum(tl.where(code == code, code, 0.0), 0.0), LEVELS * 1.0).to(tl.int32)
                     total += tl.where(here, code, 0)
                     code = tl.where(good, code ^ FLIP, 1)
