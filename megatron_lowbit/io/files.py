@@ -221,16 +221,22 @@ def writing(path: str | Path) -> Iterator[None]:
 def all_or_nothing(folder: str | Path) -> Iterator[None]:
     """Surround the writing of files that belong together: where it fails, those that are new in `folder` are removed.
 
-    Files that were there before stay, as they were or written anew.
+    Files that were there before stay, as they were or written anew. A rank on a machine without the folder writes none.
     """
-    before = set(Path(folder).iterdir())
+    before = _files(folder)
     try:
         yield
     except LowBitError:
-        for path in set(Path(folder).iterdir()) - before:
-            if path.is_file():
-                discard(path)
+        for path in _files(folder) - before:
+            discard(path)
         raise
+
+
+def _files(folder: str | Path) -> set[Path]:
+    try:
+        return {path for path in Path(folder).iterdir() if path.is_file()}
+    except FileNotFoundError:
+        return set()
 
 
 def discard(temporary: Path) -> None:

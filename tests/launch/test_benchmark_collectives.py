@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +251,37 @@ def test_nothing_is_left_behind(needs_namespaces, tmp_path, ending):
             assert netlab.call("up", "1", "1gbit").returncode == 0
             assert netlab.call("down").returncode == 0
         assert not namespaces(process.pid) and not namespaces(os.getpid())
+
+
+BUSY_RANK = """
+import ctypes, os, pathlib, sys
+from megatron_lowbit.launch.bench.collectives_rank import _end_with_the_parent
+_end_with_the_parent()
+pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+ctypes.PyDLL(None).sleep(600)  # keeps Python's lock
+"""
+PARENT = "import subprocess, sys; subprocess.Popen([sys.executable, *sys.argv[1:]], stdin=subprocess.PIPE).wait()"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends it")
+def test_a_rank_that_keeps_pythons_lock_ends_with_its_parent(tmp_path):
+    told_pid = tmp_path / "pid"
+    with subprocess.Popen([sys.executable, "-c", PARENT, "-c", BUSY_RANK, str(told_pid)]) as parent:
+        until(lambda: told_pid.exists() and told_pid.read_text() != "", 300)
+        rank = int(told_pid.read_text())
+        parent.kill()
+    try:
+        until(lambda: gone(rank), 30)
+    finally:
+        if not gone(rank):
+            os.kill(rank, signal.SIGKILL)
+
+
+def until(ready: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def working(parent: int) -> list[int]:

@@ -382,6 +382,8 @@ def test_files_that_belong_together_are_written_all_or_not_at_all(tmp_path):
     with all_or_nothing(tmp_path):
         (tmp_path / "new").touch()
     assert set(files(tmp_path)) == {"before", "new"}
+    with pytest.raises(LowBitError, match="no room"), all_or_nothing(tmp_path / "of another machine"):
+        raise LowBitError("no room")
 
 
 def test_a_folder_that_does_not_exist(tmp_path):
