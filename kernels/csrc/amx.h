@@ -7,7 +7,7 @@
 
 #pragma once
 
-#include "brackets.h"
+#include "finish.h"
 
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__linux__)
 #define LOWBIT_AMX
@@ -22,8 +22,7 @@ namespace {
 
 constexpr int64_t kLeastAmxTokens = 5;         // below, tiles.h is faster: it does not expand
 constexpr int64_t kTile = 1024;                // bytes of a tile register
-constexpr int64_t kExpanded = 1 << 20;         // bytes of expanded weights, which the tokens share a 2 MiB cache with,
-constexpr int64_t kMostExpanded = 3 << 19;     // or those of two panels, rather than read the tokens once more
+constexpr int64_t kExpanded = 1 << 20;         // bytes of expanded weights, which the tokens share a 2 MiB cache with
 constexpr int64_t kMostTiles = 64;             // of a token that are multiplied at a time
 constexpr int kRows = 16;
 
@@ -125,24 +124,14 @@ const uint8_t* expand(const uint8_t* step, int64_t step_bytes, int64_t steps, in
   return step;
 }
 
-// Expanded weights come from the second-level cache, in which the hardware does not look far enough ahead for them.
-constexpr int kAhead = 2;
-inline void fetch(const uint8_t* w) {
-  each<16>([&](auto i) INLINE {
-    _mm_prefetch(reinterpret_cast<const char*>(w) + i * 64, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(w) + kTile + i * 64, _MM_HINT_T0);
-  });
-}
-
 constexpr int kColumns = 32;                     // outputs that are multiplied at once
 constexpr int kHalves = kPanel / kColumns;       // of a panel
 constexpr int64_t kDots = 2 * kRows * kColumns;
 
 // 32 tokens by 32 outputs, a piece of a block. x: the tiles of 16 tokens, the next 16 `x_stride` further; w: of two
-// groups; dots: [32][32], added to unless this is the first piece; meanwhile(): called at every tile.
-template <class Operand, class Meanwhile>
-inline void multiply_two(const uint8_t* x, int64_t x_stride, const uint8_t* w, int64_t tiles, bool first, void* dots,
-                         Meanwhile meanwhile) {
+// groups; dots: [32][32], added to unless this is the first piece.
+template <class Operand>
+inline void multiply_two(const uint8_t* x, int64_t x_stride, const uint8_t* w, int64_t tiles, bool first, void* dots) {
   char* to = static_cast<char*>(dots);
   fence();
   if (first) {
@@ -160,13 +149,11 @@ inline void multiply_two(const uint8_t* x, int64_t x_stride, const uint8_t* w, i
     _tile_loadd(4, x, 64);
     _tile_loadd(6, w, 64);
     Operand::template multiply<0, 4, 6>();
-    fetch(w + kAhead * kGroups * kTile);
     _tile_loadd(5, x + x_stride, 64);
     Operand::template multiply<2, 5, 6>();
     _tile_loadd(7, w + kTile, 64);
     Operand::template multiply<1, 4, 7>();
     Operand::template multiply<3, 5, 7>();
-    meanwhile();
   }
   _tile_stored(0, to, 128);
   _tile_stored(1, to + 64, 128);
@@ -176,9 +163,8 @@ inline void multiply_two(const uint8_t* x, int64_t x_stride, const uint8_t* w, i
 }
 
 // 16 tokens by 32 outputs.
-template <class Operand, class Meanwhile>
-inline void multiply_one(const uint8_t* x, const uint8_t* w, int64_t tiles, bool first, void* dots,
-                         Meanwhile meanwhile) {
+template <class Operand>
+inline void multiply_one(const uint8_t* x, const uint8_t* w, int64_t tiles, bool first, void* dots) {
   char* to = static_cast<char*>(dots);
   fence();
   if (first) {
@@ -194,7 +180,6 @@ inline void multiply_one(const uint8_t* x, const uint8_t* w, int64_t tiles, bool
     Operand::template multiply<0, 4, 6>();
     _tile_loadd(7, w + kTile, 64);
     Operand::template multiply<1, 4, 7>();
-    meanwhile();
   }
   _tile_stored(0, to, 128);
   _tile_stored(1, to + 64, 128);
@@ -233,59 +218,24 @@ struct ExpandedPanels {
   }
 };
 
-// A tile whose dot products wait for brackets.h. They are finished a few tokens at a time while the next tile is
-// multiplied: the processor has units for both at once.
-template <class Dot>
-struct Unfinished {
-  const Tokens& tokens;
-  const Output& to;
-  int64_t token = 0, panel = 0;
-  int rows = 0, done = 0, column = 0;
-  bool exact = false;
-  const Channels* channels = nullptr;
-  const Block* block = nullptr;
-  const Dot* dots = nullptr;
-  Sums<kDots>* sums = nullptr;
-
-  void start(int64_t of_token, int of_rows, double reach, const Channels& of_channels, int64_t of_panel,
-             const Block& of_block, int of_column, const Dot* of_dots, Sums<kDots>& of_sums, int64_t inputs) {
-    token = of_token, panel = of_panel, rows = of_rows, done = 0, column = of_column;
-    channels = &of_channels, block = &of_block, dots = of_dots, sums = &of_sums;
-    exact = is_exact(reach, *channels, *block, inputs);
-  }
-  void finish(int count) {
-    count = std::min(count, rows - done);
-    if (count <= 0) return;
-    auto finish_tokens = exact ? finish_rows<true, kColumns, Dot> : finish_rows<false, kColumns, Dot>;
-    finish_tokens(tokens, token + done, count, *channels, panel, *block, column, dots + done * kColumns,
-                  sums->from(done * kColumns), to);
-    done += count;
-  }
-};
-
 // All tokens with the panels [first, last), where tokens are many: weights are expanded once for all of them. A piece of
 // 32 tokens stays in the first-level cache while all the panels go by; where a token has several blocks, while one panel
-// does, because the sums have to stay there, too. Where a token is long and one block, the panels are taken a part of
-// their inputs at a time, more of them together: tokens are read less often, and their sums wait.
+// does, because their dot products have to stay in a cache, too. Where a token is long and one block, the panels are taken
+// a part of their inputs at a time, more of them together: tokens are read less often, and their dot products wait.
 template <class Operand>
 void multiply_wide(const Panels& panels, const AmxShape<Operand>& shape, const uint8_t* x, const Tokens& tokens,
                    const float* scale, const float* zero_point, int64_t weight_groups, int64_t first, int64_t last,
                    const Output& to) {
+  using Dot = typename Operand::Dot;
   constexpr int64_t kMostPiece = 16;  // tiles
-  const int64_t parts = shape.blocks == 1 ? (shape.tiles + kMostTiles - 1) / kMostTiles : 1;
-  const int64_t part = (shape.tiles + parts - 1) / parts, part_bytes = shape.blocks * part * kGroups * kTile;
-  const int64_t least = 2 * part_bytes <= kMostExpanded ? 2 : 1;
-  const int64_t together = std::min(last - first, std::max(least, kExpanded / part_bytes));
+  const int64_t blocks = shape.blocks, parts = blocks == 1 ? (shape.tiles + kMostTiles - 1) / kMostTiles : 1;
+  const int64_t part = (shape.tiles + parts - 1) / parts, part_bytes = blocks * part * kGroups * kTile;
+  const int64_t together = std::min(last - first, std::max<int64_t>(1, kExpanded / part_bytes));
   const int64_t pieces = (part + kMostPiece - 1) / kMostPiece, piece_tiles = (part + pieces - 1) / pieces;
   const int64_t x_stride = kRows * shape.row_bytes(), pairs = up(shape.tokens, 2 * kRows) / (2 * kRows);
+  const int64_t most_halves = together * kHalves, waiting = parts > 1 ? pairs : 1;  // pairs whose dot products are kept
   ExpandedPanels<Operand> expanded(panels, part, together, weight_groups);
-  const std::unique_ptr<Sums<kDots>[]> sums(new Sums<kDots>[together * kHalves]);  // not zeroed
-  const int64_t waiting = parts > 1 ? pairs : 1;  // pairs of 16 tokens whose sums are kept at a time
-  Buffer<typename Operand::Dot> dots(waiting * together * kHalves * kDots, kAnything);
-  Unfinished<typename Operand::Dot> unfinished{tokens, to};
-  std::vector<Block> blocks;
-  std::vector<double> reach(shape.blocks);
-  for (int64_t b = 0; b < shape.blocks; ++b) blocks.emplace_back(b, expanded.channels[0]);
+  Buffer<Dot> dots(waiting * most_halves * blocks * kDots, kAnything);
   for (int64_t begin = first; begin < last; begin += together) {
     const int64_t end = std::min(begin + together, last), halves = (end - begin) * kHalves;
     for (int64_t p = begin; p < end; ++p) expanded.channels[p - begin].read(panels, p, scale, zero_point);
@@ -295,33 +245,33 @@ void multiply_wide(const Panels& panels, const AmxShape<Operand>& shape, const u
       for (int64_t pair = 0; pair < pairs; ++pair) {
         const int64_t token = pair * 2 * kRows;
         const int rows = static_cast<int>(std::min<int64_t>(2 * kRows, shape.tokens - token));
-        auto* pair_dots = dots.get() + pair % waiting * halves * kDots;
-        for (int64_t b = 0; b < shape.blocks; ++b) reach[b] = reach_of(tokens, token, rows, b);
-        auto multiply = [&](int64_t half, int64_t b, int64_t tile, auto* dot, Sums<kDots>& sum) {
-          const uint8_t* piece = x + token * shape.row_bytes() + (b * shape.tiles + tile) * kTile;
-          const uint8_t* w = expanded.of(half, b, tile);
-          const int64_t tiles = std::min(piece_tiles, until - tile);
-          const int share = static_cast<int>((2 * kRows + tiles - 1) / tiles);
-          auto meanwhile = [&]() INLINE { unfinished.finish(share); };
-          if (rows > kRows) multiply_two<Operand>(piece, x_stride, w, tiles, !tile, dot, meanwhile);
-          else multiply_one<Operand>(piece, w, tiles, !tile, dot, meanwhile);
-          if (tile + tiles == shape.tiles)
-            unfinished.start(token, rows, reach[b], expanded.channels[half / kHalves], begin + half / kHalves, blocks[b],
-                             static_cast<int>(half % kHalves * kColumns), dot, sum, panels.block());
+        const double reach = reach_of(tokens, token, rows);
+        // Two halves at a time where there are several blocks, else all. of_half: dot products of a half.
+        auto multiply = [&](int64_t first_half, int64_t last_half, Dot* pair_dots) {
+          auto of_half = [&](int64_t half) { return pair_dots + (half - first_half) * blocks * kDots; };
+          for (int64_t b = 0; b < blocks; ++b)
+            for (int64_t tile = from; tile < until; tile += piece_tiles)
+              for (int64_t half = first_half; half < last_half; ++half) {
+                const uint8_t* piece = x + token * shape.row_bytes() + (b * shape.tiles + tile) * kTile;
+                const uint8_t* w = expanded.of(half, b, tile);
+                const int64_t tiles = std::min(piece_tiles, until - tile);
+                Dot* block_dots = of_half(half) + b * kDots;
+                if (rows > kRows) multiply_two<Operand>(piece, x_stride, w, tiles, !tile, block_dots);
+                else multiply_one<Operand>(piece, w, tiles, !tile, block_dots);
+                if (b + 1 < blocks || tile + tiles < shape.tiles) continue;
+                const Channels& channels = expanded.channels[half / kHalves];
+                const Finish how(reach, channels, panels.block(), to.dtype);
+                finish_rows<kColumns>(how, tokens, token, rows, channels, begin + half / kHalves,
+                                      static_cast<int>(half % kHalves * kColumns), Dots<Dot>{of_half(half), kDots}, to);
+              }
         };
-        if (shape.blocks > 1 || shape.tiles == piece_tiles) {
-          for (int64_t panel = 0; panel < halves; panel += kHalves)
-            for (int64_t b = 0; b < shape.blocks; ++b)
-              for (int64_t tile = 0; tile < shape.tiles; tile += piece_tiles)
-                for (int64_t half = panel; half < panel + kHalves; ++half)
-                  multiply(half, b, tile, pair_dots + half % kHalves * kDots, sums[half % kHalves]);
+        if (blocks > 1) {
+          for (int64_t half = 0; half < halves; half += kHalves) multiply(half, half + kHalves, dots.get());
         } else {
-          for (int64_t tile = from; tile < until; tile += piece_tiles)
-            for (int64_t half = 0; half < halves; ++half) multiply(half, 0, tile, pair_dots + half * kDots, sums[half]);
+          multiply(0, halves, dots.get() + pair % waiting * halves * kDots);
         }
       }
     }
-    unfinished.finish(2 * kRows);
   }
 }
 
@@ -330,11 +280,13 @@ template <class Operand>
 void multiply_narrow(const Panels& panels, const AmxShape<Operand>& shape, const uint8_t* x, const Tokens& tokens,
                      const float* scale, const float* zero_point, int64_t weight_groups, int64_t first, int64_t last,
                      const Output& to) {
-  constexpr int64_t kSteps = Operand::kInputs / kStep, kTogether = 4;
+  using Dot = typename Operand::Dot;
+  constexpr int64_t kSteps = Operand::kInputs / kStep, kTogether = 4, kBlockDots = kRows * kPanel;
   Buffer<uint8_t> expanded(kTogether * kGroups * kTile);
   Channels channels(panels.blocks, weight_groups);
-  auto sums = std::make_unique<Sums<kRows * kPanel>>();
-  alignas(64) typename Operand::Dot dots[kRows * kPanel];
+  Buffer<Dot> dots(shape.blocks * kBlockDots, kAnything);
+  const int rows = static_cast<int>(shape.tokens);
+  const double reach = reach_of(tokens, 0, rows);
   for (int64_t p = first; p < last; ++p) {
     channels.read(panels, p, scale, zero_point);
     const uint8_t *step = panels.panel(p), *tile = x;
@@ -361,19 +313,15 @@ void multiply_narrow(const Panels& panels, const AmxShape<Operand>& shape, const
         }
         fence();
       }
-      char* out = reinterpret_cast<char*>(dots);
+      char* out = reinterpret_cast<char*>(dots.get() + b * kBlockDots);
       _tile_stored(0, out, 256);
       _tile_stored(1, out + 64, 256);
       _tile_stored(2, out + 128, 256);
       _tile_stored(3, out + 192, 256);
       fence();
-      const Block block(b, channels);
-      const int rows = static_cast<int>(shape.tokens);
-      using Dot = typename Operand::Dot;
-      const bool exact = is_exact(reach_of(tokens, 0, rows, b), channels, block, panels.block());
-      auto finish = exact ? finish_rows<true, kPanel, Dot> : finish_rows<false, kPanel, Dot>;
-      finish(tokens, 0, rows, channels, p, block, 0, dots, sums->from(0), to);
     }
+    const Finish how(reach, channels, panels.block(), to.dtype);
+    finish_rows<kPanel>(how, tokens, 0, rows, channels, p, 0, Dots<Dot>{dots.get(), kBlockDots}, to);
   }
 }
 

@@ -52,27 +52,52 @@ inline double reach_of(double zero, int bits) {
                                       : std::numeric_limits<double>::infinity();
 }
 
-// What is known of the tokens, per block: s, z, x.1 - k z and the largest |x - z|; float64 [tokens, blocks].
+// A whole number as a product of 16-bit numbers takes it, two at once (vpdpwssd): v = low + 128 high, and its partner's
+// negative, by which low and high are multiplied. |v| < 2^22; |partner| <= 255.
+inline int32_t split(int64_t v) { return static_cast<int32_t>((v & 127) | (v >> 7) * 65536); }
+inline int32_t negative_twice(int64_t partner) { return static_cast<int32_t>((-partner & 0xffff) | -128 * partner * 65536); }
+
+constexpr double kQuickReach = 255;
+constexpr int64_t kQuickInputs = (1 << 22) / 255;  // of a block
+
+// What is known of the tokens, per block: s, z and x.1 - k z, float64 [tokens, blocks], and the same as finish.h's quick
+// way takes them, where |x - z| allows. reach: the largest |x - z| of a token.
 struct Tokens {
+  struct Quick {
+    int32_t zero, rest;
+    float scale;
+  };
   int64_t blocks;
   Buffer<double> scale, zero, rest, reach;
+  Buffer<Quick> quick;
 
   Tokens(int64_t tokens, int64_t blocks)
-      : blocks(blocks), scale(tokens * blocks), zero(tokens * blocks), rest(tokens * blocks), reach(tokens * blocks) {}
+      : blocks(blocks),
+        scale(tokens * blocks),
+        zero(tokens * blocks),
+        rest(tokens * blocks),
+        reach(tokens),
+        quick(tokens * blocks) {}
 
   void set(int64_t token, int64_t block, double s, double z, double sum, int64_t inputs, double reach_of_codes) {
     int64_t at = token * blocks + block;
     scale.get()[at] = s;
     zero.get()[at] = z;
     rest.get()[at] = sum - static_cast<double>(inputs) * z;
-    reach.get()[at] = reach_of_codes;
+    reach.get()[token] = std::max(reach.get()[token], reach_of_codes);
+    if (reach_of_codes <= kQuickReach && inputs <= kQuickInputs)
+      quick.get()[at] = {negative_twice(static_cast<int64_t>(z)), split(static_cast<int64_t>(rest.get()[at])),
+                         static_cast<float>(s)};
   }
 };
 
-// What is known of the 64 outputs of a panel: 1.w per block; S, Z and the largest |w - Z| per group of weights.
+// What is known of the 64 outputs of a panel: 1.w per block; S, Z and the largest |w - Z| per group of weights. The quick
+// ones are those of one group.
 struct Channels {
   int64_t blocks, groups;
   Buffer<double> sums, scale, zero, reach;
+  Buffer<int32_t> quick_sums, quick_zero;
+  Buffer<float> quick_scale;
 
   Channels(int64_t blocks, int64_t groups)
       : blocks(blocks),
@@ -80,19 +105,31 @@ struct Channels {
         sums(blocks * kPanel),
         scale(groups * kPanel),
         zero(groups * kPanel),
-        reach(groups) {}
+        reach(groups),
+        quick_sums(blocks * kPanel),
+        quick_zero(kPanel),
+        quick_scale(kPanel) {}
 
   // scale, zero_point: float32 [outputs, groups]
   void read(const Panels& panels, int64_t panel, const float* of_scale, const float* of_zero) {
     const int64_t first = panel * kPanel, outputs = std::min<int64_t>(kPanel, panels.outputs - first);
     for (int64_t b = 0; b < blocks; ++b)
-      for (int64_t o = 0; o < kPanel; ++o) sums.get()[b * kPanel + o] = panels.sums(b)[first + o];
+      for (int64_t o = 0; o < kPanel; ++o) {
+        const int32_t sum = panels.sums(b)[first + o];
+        sums.get()[b * kPanel + o] = sum;
+        quick_sums.get()[b * kPanel + o] = split(sum);
+      }
     std::fill_n(reach.get(), groups, 0.0);
     for (int64_t o = 0; o < outputs; ++o)
       for (int64_t h = 0; h < groups; ++h) {
+        const float z = of_zero[(first + o) * groups + h];
         scale.get()[h * kPanel + o] = of_scale[(first + o) * groups + h];
-        zero.get()[h * kPanel + o] = of_zero[(first + o) * groups + h];
-        reach.get()[h] = std::max(reach.get()[h], reach_of(of_zero[(first + o) * groups + h], panels.bits));
+        zero.get()[h * kPanel + o] = z;
+        reach.get()[h] = std::max(reach.get()[h], reach_of(z, panels.bits));
+        if (h == 0) {
+          quick_scale.get()[o] = of_scale[(first + o) * groups];
+          quick_zero.get()[o] = std::abs(z) <= kQuickReach ? negative_twice(static_cast<int64_t>(z)) : 0;
+        }
       }
   }
 };
@@ -141,43 +178,21 @@ INLINE inline void store_outputs(const Output& to, int64_t token, int64_t output
   put(static_cast<uint16_t*>(to.data), to_float16(round_to_odd(y)));
 }
 
-// The sums of a tile of tokens and outputs while its blocks go by: over g, and over h; float64 [tokens, outputs].
-struct RowSums {
-  double *inner, *total;
-};
-template <int Size>
-struct Sums {
-  alignas(64) double inner[Size], total[Size];
-  RowSums from(int at) { return {inner + at, total + at}; }
-};
-
-// A block on its way through the sums.
-struct Block {
-  int64_t index, group;       // of all; of weights
-  bool first, last, first_group, end;  // of its group; of all
-
-  Block(int64_t index, const Channels& channels) : index(index) {
-    const int64_t per_group = channels.blocks / channels.groups;
-    group = index / per_group;
-    first = index % per_group == 0;
-    last = (index + 1) % per_group == 0;
-    first_group = group == 0;
-    end = index + 1 == channels.blocks;
-  }
-};
-
-// The largest |x - z| of a block of `rows` tokens.
-inline double reach_of(const Tokens& tokens, int64_t token, int rows, int64_t block) {
+// The largest |x - z| of `rows` tokens.
+inline double reach_of(const Tokens& tokens, int64_t token, int rows) {
   double reach = 0;
-  for (int r = 0; r < rows; ++r) reach = std::max(reach, tokens.reach.get()[(token + r) * tokens.blocks + block]);
+  for (int r = 0; r < rows; ++r) reach = std::max(reach, tokens.reach.get()[token + r]);
   return reach;
+}
+
+// The largest bracket of blocks of `inputs` can be.
+inline double largest_bracket(double reach, const Channels& channels, int64_t inputs) {
+  return static_cast<double>(inputs) * reach * *std::max_element(channels.reach.get(), channels.reach.get() + channels.groups);
 }
 
 // Whether float64 holds every product on a bracket's way into the sums, but the last: brackets are whole and below 2^29,
 // and scales have 24 bits. (1.w and z, of 24 bits each, always have such products.)
-inline bool is_exact(double reach, const Channels& channels, const Block& block, int64_t inputs) {
-  return static_cast<double>(inputs) * reach * channels.reach.get()[block.group] < double{1 << 29};
-}
+inline bool is_exact(double largest) { return largest < double{1 << 29}; }
 
 #ifdef __AVX512BW__
 // 16 outputs with one rounding to bf16 for all: the same bits as store_outputs. A float32 that is cut off and then has
@@ -212,60 +227,37 @@ INLINE inline void store_sixteen(const Output& to, int64_t token, int64_t output
   store_outputs(to, token, output + kHalf, b);
 }
 
-// Adds a block's dot products of `rows` tokens with `Count` outputs, a multiple of 16, and stores the outputs after the
-// last block. output: the first in the panel; dots, sums: [rows][Count]. What is the same for all rows is read once: the
-// compiler does not know that the sums, which are stored, are none of it.
-template <bool Exact, int Count, class Value>
-__attribute__((noinline)) void finish_rows(const Tokens& tokens, int64_t token, int rows, const Channels& channels,
-                                           int64_t panel, const Block& block, int output, const Value* dots,
-                                           RowSums sums, const Output& to) {
-  constexpr int kParts = Count / kHalf;
-  const int64_t group = block.group * kPanel + output, stride = tokens.blocks, t = token * stride + block.index;
-  const double *s = tokens.scale.get() + t, *z = tokens.zero.get() + t, *rest = tokens.rest.get() + t;
-  const double *of_ones = channels.sums.get() + block.index * kPanel + output, *of_zeros = channels.zero.get() + group;
-  Doubles ones[kParts], zeros[kParts];
-  each<kParts>([&](auto i) INLINE {
-    ones[i] = load<Doubles>(of_ones + i * kHalf);
-    zeros[i] = load<Doubles>(of_zeros + i * kHalf);
-  });
-  auto by_row = [&](auto work) INLINE {
-    const Value* row = dots;
-    for (int r = 0; r < rows; ++r, row += Count, s += stride, z += stride, rest += stride) {
-      const Doubles s_r = eight_of(*s), z_r = eight_of(*z), rest_r = eight_of(*rest);
-      work(r, [&](auto i, auto first) INLINE {
-        const Doubles whole = minus_product<true>(to_doubles(row + i * kHalf), z_r, ones[i]);
-        const Doubles bracket = minus_product<Exact>(whole, rest_r, zeros[i]);
-        return plus_product<Exact>(first ? Doubles{} : load<Doubles>(sums.inner + r * Count + i * kHalf), s_r, bracket);
+// The dot products of a tile with all its blocks: [blocks][rows of the tile][outputs of the tile], `stride` from one block
+// to the next.
+template <class Value>
+struct Dots {
+  const Value* values;
+  int64_t stride;
+};
+
+// y of 16 outputs of a token, from `output` of the panel on. dots: of its first block with these outputs.
+template <bool Exact, class Value>
+__attribute__((noinline)) void finish_sixteen(const Tokens& tokens, int64_t token, const Channels& channels, int64_t panel,
+                                              int output, Dots<Value> dots, const Output& to) {
+  const int64_t per_group = channels.blocks / channels.groups;
+  const double* ones = channels.sums.get() + output;
+  Doubles total[2] = {};
+  int64_t t = token * tokens.blocks;
+  for (int64_t h = 0; h < channels.groups; ++h) {
+    const double *zeros = channels.zero.get() + h * kPanel + output, *scales = channels.scale.get() + h * kPanel + output;
+    Doubles inner[2] = {};
+    for (int64_t b = 0; b < per_group; ++b, ++t, ones += kPanel, dots.values += dots.stride) {
+      const Doubles s = eight_of(tokens.scale.get()[t]), z = eight_of(tokens.zero.get()[t]);
+      const Doubles rest = eight_of(tokens.rest.get()[t]);
+      each<2>([&](auto i) INLINE {
+        const Doubles whole = minus_product<true>(to_doubles(dots.values + i * kHalf), z, load<Doubles>(ones + i * kHalf));
+        const Doubles bracket = minus_product<Exact>(whole, rest, load<Doubles>(zeros + i * kHalf));
+        inner[i] = plus_product<Exact>(inner[i], s, bracket);
       });
     }
-  };
-  auto add = [&](auto first) INLINE {
-    by_row([&](int r, auto inner) INLINE {
-      each<kParts>([&](auto i) INLINE { store(sums.inner + r * Count + i * kHalf, inner(i, first)); });
-    });
-  };
-  if (!block.last) return block.first ? add(std::true_type()) : add(std::false_type());
-  const double* scales = channels.scale.get() + group;
-  const Output out = to;
-  const bool first_group = block.first_group, end = block.end;
-  auto finish = [&](auto first) INLINE {
-    by_row([&](int r, auto inner) INLINE {
-      auto total = [&](auto i) INLINE {
-        const Doubles scale = load<Doubles>(scales + i * kHalf), sum = inner(i, first);
-        // Fused to a zero, the product is rounded once as well.
-        return first_group ? plus_product<true>(Doubles{}, sum, scale)
-                           : load<Doubles>(sums.total + r * Count + i * kHalf) + sum * scale;
-      };
-      each<kParts / 2>([&](auto i) INLINE {
-        const Doubles a = total(std::integral_constant<int, 2 * i>());
-        const Doubles b = total(std::integral_constant<int, 2 * i + 1>());
-        if (end) return store_sixteen(out, token + r, panel * kPanel + output + i * 2 * kHalf, a, b);
-        store(sums.total + r * Count + i * 2 * kHalf, a);
-        store(sums.total + r * Count + i * 2 * kHalf + kHalf, b);
-      });
-    });
-  };
-  return block.first ? finish(std::true_type()) : finish(std::false_type());
+    each<2>([&](auto i) INLINE { total[i] += inner[i] * load<Doubles>(scales + i * kHalf); });
+  }
+  store_sixteen(to, token, panel * kPanel + output, total[0], total[1]);
 }
 
 }  // namespace

@@ -39,11 +39,18 @@ struct Job : Linear {
   const Rotation<float>* rotation;
 };
 
+// Of a group of a token's activations.
+struct Range {
+  float low, high;
+  QParams q;
+};
+
 // A token in float32, as it is or rotated; of those in 16 bits the rotated values are rounded to 16 bits, as the op
 // hadamard would store them.
 class Row {
  public:
-  explicit Row(const Job& job) : row_(job.inputs), rotated_(job.rotation ? job.inputs + kRegister / 4 : 0) {}
+  explicit Row(const Job& job)
+      : row_(job.inputs), rotated_(job.rotation ? job.inputs + kRegister / 4 : 0), ranges_(job.act_groups) {}
 
   const float* read(const Job& job, const void* x) {
     const DType dtype = static_cast<DType>(job.x_dtype);
@@ -57,8 +64,11 @@ class Row {
     return rotated_.get();
   }
 
+  Range* ranges() { return ranges_.get(); }
+
  private:
   Buffer<float> row_, rotated_;
+  Buffer<Range> ranges_;
 };
 
 int64_t common_multiple(int64_t a, int64_t b) {
@@ -71,21 +81,21 @@ const void* row_of(const Job& job, int64_t token) {
   return static_cast<const char*>(job.x) + token * job.row_stride * bytes_of(static_cast<DType>(job.x_dtype));
 }
 
-// Codes of a token, each block padded to whole units of inputs; fills in what the brackets need.
+// Codes of a token, each block padded to whole units of inputs; fills in what the brackets need. First the ranges of all
+// groups, then their scales, then the codes: a group would wait for its own.
 void quantize_token(const Job& job, const Panels& panels, int64_t token, int64_t unit, Tokens& tokens, Row& room,
                     uint8_t* codes) {
   const float* row = room.read(job, row_of(job, token));
   const int64_t blocks_per_group = panels.blocks / job.act_groups, group = job.inputs / job.act_groups;
   const int64_t block = panels.block(), stride = up(block, unit);
-  for (int64_t g = 0; g < job.act_groups; ++g) {
-    float low, high;
-    range_of(row + g * group, group, &low, &high);
-    const QParams q = qparams_of(low * job.low_ratio, high * job.high_ratio, job.act_bits);
-    const double reach = reach_of(q.zero_point, job.act_bits);
-    for (int64_t b = g * blocks_per_group; b < (g + 1) * blocks_per_group; ++b) {
-      int64_t sum = codes_of(row + b * block, block, q, job.act_bits, codes + b * stride);
-      tokens.set(token, b, q.scale, q.zero_point, static_cast<double>(sum), block, reach);
-    }
+  Range* ranges = room.ranges();
+  for (int64_t g = 0; g < job.act_groups; ++g) range_of(row + g * group, group, &ranges[g].low, &ranges[g].high);
+  for (int64_t g = 0; g < job.act_groups; ++g)
+    ranges[g].q = qparams_of(ranges[g].low * job.low_ratio, ranges[g].high * job.high_ratio, job.act_bits);
+  for (int64_t b = 0; b < panels.blocks; ++b) {
+    const QParams q = ranges[b / blocks_per_group].q;
+    const int64_t sum = codes_of(row + b * block, block, q, job.act_bits, codes + b * stride);
+    tokens.set(token, b, q.scale, q.zero_point, static_cast<double>(sum), block, reach_of(q.zero_point, job.act_bits));
   }
 }
 
@@ -129,9 +139,10 @@ void pad_floats(const Job& job, const Panels& panels, int64_t token, int64_t str
   set_floats(panels, token, row, tokens);
 }
 
-// prepare(first token, last token), then multiply(what a tile needs, panel) for every panel.
+// prepare(first token, last token), then multiply(what a tile needs, panel) for every panel. tile_bytes: of the dot
+// products of a tile with a block.
 template <class Prepare, class Multiply>
-void by_panels(const Job& job, const Panels& panels, const Tokens& tokens, const Output& to, int64_t parts,
+void by_panels(const Job& job, const Panels& panels, const Tokens& tokens, const Output& to, int64_t parts, int64_t tile_bytes,
                Prepare prepare, Multiply multiply) {
   const int threads = threads_of(job, panels);
   in_two_phases(
@@ -142,10 +153,11 @@ void by_panels(const Job& job, const Panels& panels, const Tokens& tokens, const
       },
       [&](int thread) {
         Channels channels(panels.blocks, job.weight_groups);
+        Buffer<char> dots(panels.blocks * tile_bytes, kAnything);
         const Share share(panels.count(), thread, threads);
         for (int64_t panel = share.first; panel < share.last; ++panel) {
           channels.read(panels, panel, job.scale, job.zero_point);
-          multiply(TileJob{panels, tokens, channels, to}, panel);
+          multiply(TileJob{panels, tokens, channels, to, dots.get()}, panel);
         }
       });
 }
@@ -159,7 +171,7 @@ void by_tiles(const Job& job, const Panels& panels, const Output& to) {
   Tokens tokens(job.tokens, panels.blocks);
   Buffer<int8_t> x(job.tokens * width);
   by_panels(
-      job, panels, tokens, to, count,
+      job, panels, tokens, to, count, kTileBytes,
       [&](int64_t begin, int64_t end) {
         Row row(job);
         Buffer<uint8_t> codes(width);
@@ -226,7 +238,7 @@ void floats_by_doubles(const Job& job, const Panels& panels, const Output& to) {
   Tokens tokens(job.tokens, panels.blocks);
   Buffer<double> x(job.tokens * job.inputs);
   by_panels(
-      job, panels, tokens, to, job.tokens,
+      job, panels, tokens, to, job.tokens, kDoubleBytes,
       [&](int64_t first, int64_t last) {
         Buffer<float> row(job.inputs);
         for (int64_t token = first; token < last; ++token) {
@@ -252,7 +264,7 @@ void floats_by_pairs(const Job& job, const Panels& panels, const Output& to) {
   Tokens tokens(job.tokens, panels.blocks);
   Buffer<uint16_t> x(job.tokens * width);
   by_panels(
-      job, panels, tokens, to, job.tokens,
+      job, panels, tokens, to, job.tokens, kTileBytes,
       [&](int64_t first, int64_t last) {
         for (int64_t token = first; token < last; ++token)
           pad_floats(job, panels, token, stride, tokens, x.get() + token * width);

@@ -5,7 +5,7 @@
 
 #pragma once
 
-#include "brackets.h"
+#include "finish.h"
 
 namespace {
 
@@ -74,13 +74,17 @@ struct TileJob {
   const Tokens& tokens;
   const Channels& channels;
   const Output& to;
+  void* dots;  // room for those of a tile with all blocks
 };
+
+constexpr int64_t kTileBytes = 12 * 2 * 16 * 4;  // of the dot products of a tile with a block, at most
 
 template <int Bits, int Rows>
 __attribute__((noinline)) void tile(const TileJob& job, const int8_t* x, int64_t token, int64_t panel, int first) {
   constexpr int Columns = columns_of(Rows), kOutputs = kWide / 4;
   constexpr int64_t kStepBytes = kStep * kPanel / 8 * Bits, kColumnBytes = kStepBytes / kVectorsPerPanel;
-  Sums<Rows * Columns * kOutputs> sums;
+  constexpr int kCount = Columns * kOutputs;
+  uint32_t* dots = static_cast<uint32_t*>(job.dots);
   const uint8_t* step = job.panels.panel(panel);
   for (int64_t block = 0; block < job.panels.blocks; ++block) {
     Quads total[Rows * Columns];
@@ -102,14 +106,11 @@ __attribute__((noinline)) void tile(const TileJob& job, const int8_t* x, int64_t
         });
       });
     }
-    alignas(64) uint32_t dots[Rows * Columns * kOutputs];
-    each<Rows * Columns>([&](auto i) INLINE { store(dots + i * kOutputs, total[i]); });
-    const Block here(block, job.channels);
-    constexpr int kCount = Columns * kOutputs;
-    const bool exact = is_exact(reach_of(job.tokens, token, Rows, block), job.channels, here, job.panels.block());
-    auto finish = exact ? finish_rows<true, kCount, uint32_t> : finish_rows<false, kCount, uint32_t>;
-    finish(job.tokens, token, Rows, job.channels, panel, here, first * kOutputs, dots, sums.from(0), job.to);
+    each<Rows * Columns>([&](auto i) INLINE { store(dots + (block * Rows * Columns + i) * kOutputs, total[i]); });
   }
+  const Finish how(reach_of(job.tokens, token, Rows), job.channels, job.panels.block(), job.to.dtype);
+  finish_rows<kCount>(how, job.tokens, token, Rows, job.channels, panel, first * kOutputs,
+                      Dots<uint32_t>{dots, Rows * kCount}, job.to);
 }
 
 // The whole panel for `rows` tokens, at most most_rows(Bits).

@@ -40,34 +40,38 @@ inline void expand_doubles(const uint8_t* step, double* to) {
     });
 }
 
+constexpr int64_t kDoubleTokens = 64;  // that are multiplied with a step of weights once it is expanded
+constexpr int64_t kDoubleBytes = kDoubleTokens * kPanel * sizeof(double);
+
 // x: float64 [tokens, inputs].
 template <int Bits>
 void multiply_doubles(const TileJob& job, const double* x, int64_t tokens, int64_t panel) {
   const Panels& panels = job.panels;
-  Buffer<double> dots(tokens * kPanel), inputs(kStep * kPanel);
-  auto sums = std::make_unique<Sums<kPanel>[]>(tokens);
-  const uint8_t* step = panels.panel(panel);
-  for (int64_t b = 0; b < panels.blocks; ++b) {
-    std::fill_n(dots.get(), tokens * kPanel, 0.0);
-    for (int64_t s = 0; s < panels.steps(); ++s, step += panels.step_bytes()) {
-      expand_doubles<Bits>(step, inputs.get());
-      const int64_t first = b * panels.block() + s * kStep, count = std::min<int64_t>(kStep, panels.block() - s * kStep);
-      for (int64_t token = 0; token < tokens; ++token) {
-        Doubles total[kPanel / kHalf];
-        each<kPanel / kHalf>([&](auto i) INLINE { total[i] = load<Doubles>(dots.get() + token * kPanel + i * kHalf); });
-        for (int64_t k = 0; k < count; ++k) {
-          const double value = x[token * panels.inputs + first + k];
-          each<kPanel / kHalf>([&](auto i) INLINE {
-            total[i] = total[i] + value * load<Doubles>(inputs.get() + k * kPanel + i * kHalf);
-          });
+  double* dots = static_cast<double*>(job.dots);
+  Buffer<double> inputs(kStep * kPanel);
+  for (int64_t token = 0; token < tokens; token += kDoubleTokens) {
+    const int rows = static_cast<int>(std::min(kDoubleTokens, tokens - token));
+    const int64_t stride = rows * kPanel;
+    std::fill_n(dots, panels.blocks * stride, 0.0);
+    const uint8_t* step = panels.panel(panel);
+    for (int64_t b = 0; b < panels.blocks; ++b)
+      for (int64_t s = 0; s < panels.steps(); ++s, step += panels.step_bytes()) {
+        expand_doubles<Bits>(step, inputs.get());
+        const int64_t first = b * panels.block() + s * kStep, count = std::min<int64_t>(kStep, panels.block() - s * kStep);
+        for (int r = 0; r < rows; ++r) {
+          double* row = dots + b * stride + r * kPanel;
+          Doubles total[kPanel / kHalf];
+          each<kPanel / kHalf>([&](auto i) INLINE { total[i] = load<Doubles>(row + i * kHalf); });
+          for (int64_t k = 0; k < count; ++k) {
+            const double value = x[(token + r) * panels.inputs + first + k];
+            each<kPanel / kHalf>([&](auto i) INLINE {
+              total[i] = total[i] + value * load<Doubles>(inputs.get() + k * kPanel + i * kHalf);
+            });
+          }
+          each<kPanel / kHalf>([&](auto i) INLINE { store(row + i * kHalf, total[i]); });
         }
-        each<kPanel / kHalf>([&](auto i) INLINE { store(dots.get() + token * kPanel + i * kHalf, total[i]); });
       }
-    }
-    const Block block(b, job.channels);
-    for (int64_t token = 0; token < tokens; ++token)
-      finish_rows<false, kPanel>(job.tokens, token, 1, job.channels, panel, block, 0, dots.get() + token * kPanel,
-                                 sums[token].from(0), job.to);
+    finish_rows<kPanel>(Finish(), job.tokens, token, rows, job.channels, panel, 0, Dots<double>{dots, stride}, job.to);
   }
 }
 
@@ -77,7 +81,7 @@ void multiply_doubles(const TileJob& job, const double* x, int64_t tokens, int64
 template <int Bits, int Rows>
 __attribute__((noinline)) void pair_tile(const TileJob& job, const uint16_t* x, int64_t width, int64_t token, int64_t panel) {
   constexpr int64_t kStepBytes = kStep * kPanel / 8 * Bits;
-  Sums<Rows * kPanel> sums;
+  float* dots = static_cast<float*>(job.dots);
   const uint8_t* step = job.panels.panel(panel);
   x += token * width;
   for (int64_t b = 0; b < job.panels.blocks; ++b) {
@@ -98,11 +102,9 @@ __attribute__((noinline)) void pair_tile(const TileJob& job, const uint16_t* x, 
         });
       });
     }
-    alignas(64) float dots[Rows * kPanel];
-    each<Rows * kGroups>([&](auto i) INLINE { _mm512_store_ps(dots + i * 16, total[i]); });
-    const Block block(b, job.channels);
-    finish_rows<false, kPanel>(job.tokens, token, Rows, job.channels, panel, block, 0, dots, sums.from(0), job.to);
+    each<Rows * kGroups>([&](auto i) INLINE { _mm512_store_ps(dots + (b * Rows * kGroups + i) * 16, total[i]); });
   }
+  finish_rows<kPanel>(Finish(), job.tokens, token, Rows, job.channels, panel, 0, Dots<float>{dots, Rows * kPanel}, job.to);
 }
 
 template <int Bits>

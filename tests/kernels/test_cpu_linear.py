@@ -22,6 +22,7 @@ from sanitizers import sanitized
 
 from megatron_lowbit import kernels
 from megatron_lowbit.kernels import build, panels, reassembly
+from megatron_lowbit.kernels.linear import quant_linear_reference
 from megatron_lowbit.layers.linear import QuantLinear
 from megatron_lowbit.quant.affine import QuantizedWeight
 
@@ -115,6 +116,37 @@ def test_long_tokens(act_bits, inputs, act_groups, monkeypatch):
         linear_fuzz.weight_only(x, ordered, rows, (scale, zero, 4, 16, 1), y, torch.bfloat16)
     else:
         assert_same_bits(y, linear_oracle.quant_linear(x, codes, scale, zero, 8, act_groups, torch.bfloat16))
+
+
+@pytest.mark.parametrize("act_groups", [1, 4])
+@pytest.mark.parametrize("tokens", [3, 16, 96])
+def test_outputs_near_a_tie(tokens, act_groups, monkeypatch):
+    """So many bf16 outputs that some lie nearer to a tie than float32 can tell, by way of which most are computed."""
+    monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", "cpu")
+    random = torch.Generator().manual_seed(act_groups)
+    outputs, inputs = 1_000_000 // tokens, 64
+    x = torch.randn(tokens, inputs, generator=random).to(torch.bfloat16)
+    codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8, generator=random)
+    scale = torch.rand(outputs, 1, generator=random)
+    zero = torch.randint(0, 16, (outputs, 1), generator=random).float()
+    linear = kernels.pack_bits(codes, 4), scale, zero, 4, 8, act_groups, torch.bfloat16
+    assert_same_bits(kernels.quant_linear(x, *linear), quant_linear_reference(x, *linear))
+
+
+@pytest.mark.parametrize("act_groups", [1, 4])
+@pytest.mark.parametrize("tokens", [3, 16, 40])
+def test_outputs_that_float32_does_not_hold(tokens, act_groups, monkeypatch):
+    """Scales of channels that make bf16 outputs subnormal, zero, infinite or NaN, beside common ones."""
+    monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", "cpu")
+    random = torch.Generator().manual_seed(5)
+    x = torch.randn(tokens, 128, generator=random).to(torch.bfloat16)
+    codes = torch.randint(0, 16, (70, 128), dtype=torch.uint8, generator=random)
+    scale = torch.tensor([1.0, 1e-41, 1e-45, 1e-38, 3e38, 1e36, float("inf"), float("nan")]).repeat(9)[:70, None]
+    zero = torch.full((70, 1), 7.0)
+    linear = kernels.pack_bits(codes, 4), scale, zero, 4, 8, act_groups, torch.bfloat16
+    y = kernels.quant_linear(x, *linear)
+    assert_same_bits(y, linear_oracle.quant_linear(x, codes, scale, zero, 8, act_groups, torch.bfloat16))
+    assert y.isinf().any() and y.isnan().any() and (y[:, 1].abs() < torch.finfo(torch.bfloat16).tiny).all()
 
 
 TILES = [(4, 1), (4, 4), (4, 12), (8, 12), (6, 10), (2, 6)]  # bits of weights, tokens
