@@ -80,6 +80,8 @@ def prepare_kernel(
         step, offset = _qparams(row, blocks * width, good, low_ratio, high_ratio, LEVELS, BLOCK)
         tl.store(scale + token * groups + group, step, good)
         tl.store(zero_point + token * groups + group, offset, good)
+        whole = _round(offset)
+        rest = offset - whole  # of a constant token
     for block in range(0, blocks):
         total = tl.zeros([BLOCK], tl.int32) if LEVELS else tl.zeros([BLOCK], tl.float64)
         for start in range(0, words, BLOCK):
@@ -89,7 +91,7 @@ def prepare_kernel(
                 here = (word < words) & (at < width)  # the last word may be longer than the row
                 value = tl.load(row + block * width + at, here & good, other=0)
                 if LEVELS:
-                    code = _round(tl.div_rn(value.to(tl.float32), step)) + offset
+                    code = _round(tl.div_rn(value.to(tl.float32), step) + rest) + whole
                     code = tl.minimum(tl.maximum(tl.where(code == code, code, 0.0), 0.0), LEVELS * 1.0).to(tl.int32)
                     total += tl.where(here, code, 0)
                     code = tl.where(good, code ^ FLIP, 1)
@@ -152,12 +154,16 @@ def _launch(
         FLIP=128 if acts.bits == 8 and with_sums else 0,
         PER=per,
         SUMS=with_sums,
-        **options(words),
+        **options(words, per, acts.bits),
     )
 
 
-def options(words: int) -> dict[str, int | bool]:
-    """Return how many words of a plane a program takes at once, and how it is compiled. Of the width alone: the order
-    of a sum of floats is then that of every batch."""
+def options(words: int, per: int, bits: int) -> dict[str, int | bool]:
+    """Return how many words of a plane a program takes at once, and how it is compiled: of the weight alone, so that
+    the order of a sum of floats is that of every batch. bits: of codes, or 0.
+
+    Codes of many planes, whose sums are whole numbers in any order, take twice the threads: with half of them sm_80
+    would have to store registers.
+    """
     block = min(max(triton.next_power_of_2(words), 32), 1024)
-    return {"BLOCK": block, "num_warps": NUM_WARPS, "enable_fp_fusion": False}
+    return {"BLOCK": block, "num_warps": NUM_WARPS * (2 if bits and per > 2 else 1), "enable_fp_fusion": False}
