@@ -129,9 +129,11 @@ constexpr int kHalves = kPanel / kColumns;       // of a panel
 constexpr int64_t kDots = 2 * kRows * kColumns;
 
 // 32 tokens by 32 outputs, a piece of a block. x: the tiles of 16 tokens, the next 16 `x_stride` further; w: of two
-// groups; dots: [32][32], added to unless this is the first piece.
-template <class Operand>
-inline void multiply_two(const uint8_t* x, int64_t x_stride, const uint8_t* w, int64_t tiles, bool first, void* dots) {
+// groups; dots: [32][32], rows `row` bytes apart, added to unless this is the first piece; meanwhile(): called at every
+// tile.
+template <class Operand, class Meanwhile>
+inline void multiply_two(const uint8_t* x, int64_t x_stride, const uint8_t* w, int64_t tiles, bool first, void* dots,
+                         int64_t row, Meanwhile meanwhile) {
   char* to = static_cast<char*>(dots);
   fence();
   if (first) {
@@ -140,10 +142,10 @@ inline void multiply_two(const uint8_t* x, int64_t x_stride, const uint8_t* w, i
     _tile_zero(2);
     _tile_zero(3);
   } else {
-    _tile_loadd(0, to, 128);
-    _tile_loadd(1, to + 64, 128);
-    _tile_loadd(2, to + 16 * 128, 128);
-    _tile_loadd(3, to + 16 * 128 + 64, 128);
+    _tile_loadd(0, to, row);
+    _tile_loadd(1, to + 64, row);
+    _tile_loadd(2, to + kRows * row, row);
+    _tile_loadd(3, to + kRows * row + 64, row);
   }
   for (int64_t t = 0; t < tiles; ++t, x += kTile, w += kGroups * kTile) {
     _tile_loadd(4, x, 64);
@@ -154,25 +156,27 @@ inline void multiply_two(const uint8_t* x, int64_t x_stride, const uint8_t* w, i
     _tile_loadd(7, w + kTile, 64);
     Operand::template multiply<1, 4, 7>();
     Operand::template multiply<3, 5, 7>();
+    meanwhile();
   }
-  _tile_stored(0, to, 128);
-  _tile_stored(1, to + 64, 128);
-  _tile_stored(2, to + 16 * 128, 128);
-  _tile_stored(3, to + 16 * 128 + 64, 128);
+  _tile_stored(0, to, row);
+  _tile_stored(1, to + 64, row);
+  _tile_stored(2, to + kRows * row, row);
+  _tile_stored(3, to + kRows * row + 64, row);
   fence();
 }
 
 // 16 tokens by 32 outputs.
-template <class Operand>
-inline void multiply_one(const uint8_t* x, const uint8_t* w, int64_t tiles, bool first, void* dots) {
+template <class Operand, class Meanwhile>
+inline void multiply_one(const uint8_t* x, const uint8_t* w, int64_t tiles, bool first, void* dots,
+                         int64_t row, Meanwhile meanwhile) {
   char* to = static_cast<char*>(dots);
   fence();
   if (first) {
     _tile_zero(0);
     _tile_zero(1);
   } else {
-    _tile_loadd(0, to, 128);
-    _tile_loadd(1, to + 64, 128);
+    _tile_loadd(0, to, row);
+    _tile_loadd(1, to + 64, row);
   }
   for (int64_t t = 0; t < tiles; ++t, x += kTile, w += kGroups * kTile) {
     _tile_loadd(4, x, 64);
@@ -180,9 +184,10 @@ inline void multiply_one(const uint8_t* x, const uint8_t* w, int64_t tiles, bool
     Operand::template multiply<0, 4, 6>();
     _tile_loadd(7, w + kTile, 64);
     Operand::template multiply<1, 4, 7>();
+    meanwhile();
   }
-  _tile_stored(0, to, 128);
-  _tile_stored(1, to + 64, 128);
+  _tile_stored(0, to, row);
+  _tile_stored(1, to + 64, row);
   fence();
 }
 
@@ -195,11 +200,11 @@ struct ExpandedPanels {
   int64_t first_tile = 0;
 
   // tiles: of a block, at most at a time; together: panels.
-  ExpandedPanels(const Panels& panels, int64_t tiles, int64_t together, int64_t weight_groups)
+  ExpandedPanels(const Panels& panels, int64_t tokens, int64_t tiles, int64_t together, int64_t weight_groups)
       : block_bytes(tiles * kGroups * kTile),
         panel_bytes(panels.blocks * block_bytes),
         weights(together * panel_bytes, kAnything) {
-    for (int64_t i = 0; i < together; ++i) channels.emplace_back(panels.blocks, weight_groups);
+    for (int64_t i = 0; i < together; ++i) channels.emplace_back(panels.blocks, weight_groups, tokens);
   }
 
   void expand_tiles(const Panels& panels, int64_t first, int64_t last, int64_t tile, int64_t tiles) {
@@ -218,6 +223,25 @@ struct ExpandedPanels {
   }
 };
 
+// A tile whose dot products wait for finish.h, which is called for a few of its tokens at a time while the next tile is
+// multiplied: the processor has units for both.
+template <class Dot>
+struct Unfinished {
+  Finish how;
+  int64_t token = 0, panel = 0;
+  int rows = 0, done = 0, output = 0;
+  const Channels* channels = nullptr;
+  const Dot* dots = nullptr;  // [rows][blocks][kColumns]
+
+  void finish(const Tokens& tokens, int count, const Output& to) {
+    count = std::min(count, rows - done);
+    if (count <= 0) return;
+    finish_rows<kColumns>(how, tokens, token + done, count, *channels, panel, output,
+                          dots + done * tokens.blocks * kColumns, to);
+    done += count;
+  }
+};
+
 // All tokens with the panels [first, last), where tokens are many: weights are expanded once for all of them. A piece of
 // 32 tokens stays in the first-level cache while all the panels go by; where a token has several blocks, while one panel
 // does, because their dot products have to stay in a cache, too. Where a token is long and one block, the panels are taken
@@ -227,15 +251,19 @@ void multiply_wide(const Panels& panels, const AmxShape<Operand>& shape, const u
                    const float* scale, const float* zero_point, int64_t weight_groups, int64_t first, int64_t last,
                    const Output& to) {
   using Dot = typename Operand::Dot;
-  constexpr int64_t kMostPiece = 16;  // tiles
+  constexpr int64_t kMostPiece = 16;     // tiles
+  constexpr int64_t kLeastFinished = 4;  // tokens
   const int64_t blocks = shape.blocks, parts = blocks == 1 ? (shape.tiles + kMostTiles - 1) / kMostTiles : 1;
   const int64_t part = (shape.tiles + parts - 1) / parts, part_bytes = blocks * part * kGroups * kTile;
   const int64_t together = std::min(last - first, std::max<int64_t>(1, kExpanded / part_bytes));
   const int64_t pieces = (part + kMostPiece - 1) / kMostPiece, piece_tiles = (part + pieces - 1) / pieces;
   const int64_t x_stride = kRows * shape.row_bytes(), pairs = up(shape.tokens, 2 * kRows) / (2 * kRows);
-  const int64_t most_halves = together * kHalves, waiting = parts > 1 ? pairs : 1;  // pairs whose dot products are kept
-  ExpandedPanels<Operand> expanded(panels, part, together, weight_groups);
-  Buffer<Dot> dots(waiting * most_halves * blocks * kDots, kAnything);
+  const int64_t waiting = parts > 1 ? pairs : 1;  // whose dot products are kept
+  const int64_t kept = blocks > 1 ? kHalves : waiting * together * kHalves;  // tiles
+  const int64_t row = blocks * kColumns * sizeof(Dot);  // bytes of a token's dot products
+  ExpandedPanels<Operand> expanded(panels, shape.tokens, part, together, weight_groups);
+  Buffer<Dot> dots(kept * blocks * kDots, kAnything);
+  Unfinished<Dot> unfinished;
   for (int64_t begin = first; begin < last; begin += together) {
     const int64_t end = std::min(begin + together, last), halves = (end - begin) * kHalves;
     for (int64_t p = begin; p < end; ++p) expanded.channels[p - begin].read(panels, p, scale, zero_point);
@@ -255,14 +283,17 @@ void multiply_wide(const Panels& panels, const AmxShape<Operand>& shape, const u
                 const uint8_t* piece = x + token * shape.row_bytes() + (b * shape.tiles + tile) * kTile;
                 const uint8_t* w = expanded.of(half, b, tile);
                 const int64_t tiles = std::min(piece_tiles, until - tile);
-                Dot* block_dots = of_half(half) + b * kDots;
-                if (rows > kRows) multiply_two<Operand>(piece, x_stride, w, tiles, !tile, block_dots);
-                else multiply_one<Operand>(piece, w, tiles, !tile, block_dots);
+                if (unfinished.dots == of_half(half)) unfinished.finish(tokens, 2 * kRows, to);
+                Dot* block_dots = of_half(half) + b * kColumns;
+                const int share = static_cast<int>(std::max(kLeastFinished, (2 * kRows + tiles - 1) / tiles));
+                auto meanwhile = [&]() INLINE { unfinished.finish(tokens, share, to); };
+                if (rows > kRows) multiply_two<Operand>(piece, x_stride, w, tiles, !tile, block_dots, row, meanwhile);
+                else multiply_one<Operand>(piece, w, tiles, !tile, block_dots, row, meanwhile);
                 if (b + 1 < blocks || tile + tiles < shape.tiles) continue;
+                unfinished.finish(tokens, 2 * kRows, to);
                 const Channels& channels = expanded.channels[half / kHalves];
-                const Finish how(reach, channels, panels.block(), to.dtype);
-                finish_rows<kColumns>(how, tokens, token, rows, channels, begin + half / kHalves,
-                                      static_cast<int>(half % kHalves * kColumns), Dots<Dot>{of_half(half), kDots}, to);
+                unfinished = {Finish(reach, channels, panels.block(), to.dtype), token, begin + half / kHalves, rows, 0,
+                              static_cast<int>(half % kHalves * kColumns), &channels, of_half(half)};
               }
         };
         if (blocks > 1) {
@@ -272,6 +303,7 @@ void multiply_wide(const Panels& panels, const AmxShape<Operand>& shape, const u
         }
       }
     }
+    unfinished.finish(tokens, 2 * kRows, to);
   }
 }
 
@@ -281,10 +313,11 @@ void multiply_narrow(const Panels& panels, const AmxShape<Operand>& shape, const
                      const float* scale, const float* zero_point, int64_t weight_groups, int64_t first, int64_t last,
                      const Output& to) {
   using Dot = typename Operand::Dot;
-  constexpr int64_t kSteps = Operand::kInputs / kStep, kTogether = 4, kBlockDots = kRows * kPanel;
+  constexpr int64_t kSteps = Operand::kInputs / kStep, kTogether = 4;
+  const int64_t row = shape.blocks * kPanel * sizeof(Dot);  // bytes of a token's dot products
   Buffer<uint8_t> expanded(kTogether * kGroups * kTile);
-  Channels channels(panels.blocks, weight_groups);
-  Buffer<Dot> dots(shape.blocks * kBlockDots, kAnything);
+  Channels channels(panels.blocks, weight_groups, shape.tokens);
+  Buffer<Dot> dots(kRows * shape.blocks * kPanel, kAnything);
   const int rows = static_cast<int>(shape.tokens);
   const double reach = reach_of(tokens, 0, rows);
   for (int64_t p = first; p < last; ++p) {
@@ -313,15 +346,15 @@ void multiply_narrow(const Panels& panels, const AmxShape<Operand>& shape, const
         }
         fence();
       }
-      char* out = reinterpret_cast<char*>(dots.get() + b * kBlockDots);
-      _tile_stored(0, out, 256);
-      _tile_stored(1, out + 64, 256);
-      _tile_stored(2, out + 128, 256);
-      _tile_stored(3, out + 192, 256);
+      char* out = reinterpret_cast<char*>(dots.get() + b * kPanel);
+      _tile_stored(0, out, row);
+      _tile_stored(1, out + 64, row);
+      _tile_stored(2, out + 128, row);
+      _tile_stored(3, out + 192, row);
       fence();
     }
     const Finish how(reach, channels, panels.block(), to.dtype);
-    finish_rows<kPanel>(how, tokens, 0, rows, channels, p, 0, Dots<Dot>{dots.get(), kBlockDots}, to);
+    finish_rows<kPanel>(how, tokens, 0, rows, channels, p, 0, dots.get(), to);
   }
 }
 

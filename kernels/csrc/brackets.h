@@ -54,11 +54,12 @@ inline double reach_of(double zero, int bits) {
 
 // A whole number as a product of 16-bit numbers takes it, two at once (vpdpwssd): v = low + 128 high, and its partner's
 // negative, by which low and high are multiplied. |v| < 2^22; |partner| <= 255.
-inline int32_t split(int64_t v) { return static_cast<int32_t>((v & 127) | (v >> 7) * 65536); }
-inline int32_t negative_twice(int64_t partner) { return static_cast<int32_t>((-partner & 0xffff) | -128 * partner * 65536); }
+inline int32_t split(int32_t v) { return (v & 127) | (v >> 7) * 65536; }
+inline int32_t negative_twice(int32_t partner) { return (-partner & 0xffff) | -128 * partner * 65536; }
 
 constexpr double kQuickReach = 255;
 constexpr int64_t kQuickInputs = (1 << 22) / 255;  // of a block
+constexpr int64_t kQuickTokens = 8;
 
 // What is known of the tokens, per block: s, z and x.1 - k z, float64 [tokens, blocks], and the same as finish.h's quick
 // way takes them, where |x - z| allows. reach: the largest |x - z| of a token.
@@ -86,27 +87,29 @@ struct Tokens {
     rest.get()[at] = sum - static_cast<double>(inputs) * z;
     reach.get()[token] = std::max(reach.get()[token], reach_of_codes);
     if (reach_of_codes <= kQuickReach && inputs <= kQuickInputs)
-      quick.get()[at] = {negative_twice(static_cast<int64_t>(z)), split(static_cast<int64_t>(rest.get()[at])),
+      quick.get()[at] = {negative_twice(static_cast<int32_t>(z)), split(static_cast<int32_t>(rest.get()[at])),
                          static_cast<float>(s)};
   }
 };
 
 // What is known of the 64 outputs of a panel: 1.w per block; S, Z and the largest |w - Z| per group of weights. The quick
-// ones are those of one group.
+// ones are those of one group; making them pays for several tokens only.
 struct Channels {
   int64_t blocks, groups;
+  bool quick;
   Buffer<double> sums, scale, zero, reach;
   Buffer<int32_t> quick_sums, quick_zero;
   Buffer<float> quick_scale;
 
-  Channels(int64_t blocks, int64_t groups)
+  Channels(int64_t blocks, int64_t groups, int64_t tokens)
       : blocks(blocks),
         groups(groups),
+        quick(groups == 1 && tokens >= kQuickTokens),
         sums(blocks * kPanel),
         scale(groups * kPanel),
         zero(groups * kPanel),
         reach(groups),
-        quick_sums(blocks * kPanel),
+        quick_sums(quick ? blocks * kPanel : 0),
         quick_zero(kPanel),
         quick_scale(kPanel) {}
 
@@ -114,23 +117,21 @@ struct Channels {
   void read(const Panels& panels, int64_t panel, const float* of_scale, const float* of_zero) {
     const int64_t first = panel * kPanel, outputs = std::min<int64_t>(kPanel, panels.outputs - first);
     for (int64_t b = 0; b < blocks; ++b)
-      for (int64_t o = 0; o < kPanel; ++o) {
-        const int32_t sum = panels.sums(b)[first + o];
-        sums.get()[b * kPanel + o] = sum;
-        quick_sums.get()[b * kPanel + o] = split(sum);
-      }
+      for (int64_t o = 0; o < kPanel; ++o) sums.get()[b * kPanel + o] = panels.sums(b)[first + o];
     std::fill_n(reach.get(), groups, 0.0);
     for (int64_t o = 0; o < outputs; ++o)
       for (int64_t h = 0; h < groups; ++h) {
-        const float z = of_zero[(first + o) * groups + h];
         scale.get()[h * kPanel + o] = of_scale[(first + o) * groups + h];
-        zero.get()[h * kPanel + o] = z;
-        reach.get()[h] = std::max(reach.get()[h], reach_of(z, panels.bits));
-        if (h == 0) {
-          quick_scale.get()[o] = of_scale[(first + o) * groups];
-          quick_zero.get()[o] = std::abs(z) <= kQuickReach ? negative_twice(static_cast<int64_t>(z)) : 0;
-        }
+        zero.get()[h * kPanel + o] = of_zero[(first + o) * groups + h];
+        reach.get()[h] = std::max(reach.get()[h], reach_of(of_zero[(first + o) * groups + h], panels.bits));
       }
+    if (!quick || reach.get()[0] > kQuickReach) return;
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t o = 0; o < kPanel; ++o) quick_sums.get()[b * kPanel + o] = split(panels.sums(b)[first + o]);
+    for (int64_t o = 0; o < outputs; ++o) {
+      quick_zero.get()[o] = negative_twice(static_cast<int32_t>(zero.get()[o]));
+      quick_scale.get()[o] = of_scale[first + o];
+    }
   }
 };
 
@@ -227,18 +228,18 @@ INLINE inline void store_sixteen(const Output& to, int64_t token, int64_t output
   store_outputs(to, token, output + kHalf, b);
 }
 
-// The dot products of a tile with all its blocks: [blocks][rows of the tile][outputs of the tile], `stride` from one block
-// to the next.
+// The dot products of a tile with all its blocks: [rows of the tile][blocks][outputs of the tile].
 template <class Value>
 struct Dots {
   const Value* values;
-  int64_t stride;
+  int64_t outputs;
 };
 
-// y of 16 outputs of a token, from `output` of the panel on. dots: of its first block with these outputs.
+// y of 16 outputs of a token, from `output` of the panel on. dots: of its first block with these outputs. Values that are
+// no codes' have s = 1 and z = 0.
 template <bool Exact, class Value>
-__attribute__((noinline)) void finish_sixteen(const Tokens& tokens, int64_t token, const Channels& channels, int64_t panel,
-                                              int output, Dots<Value> dots, const Output& to) {
+INLINE inline void finish_sixteen(const Tokens& tokens, int64_t token, const Channels& channels, int64_t panel, int output,
+                                  Dots<Value> dots, const Output& to) {
   const int64_t per_group = channels.blocks / channels.groups;
   const double* ones = channels.sums.get() + output;
   Doubles total[2] = {};
@@ -246,18 +247,34 @@ __attribute__((noinline)) void finish_sixteen(const Tokens& tokens, int64_t toke
   for (int64_t h = 0; h < channels.groups; ++h) {
     const double *zeros = channels.zero.get() + h * kPanel + output, *scales = channels.scale.get() + h * kPanel + output;
     Doubles inner[2] = {};
-    for (int64_t b = 0; b < per_group; ++b, ++t, ones += kPanel, dots.values += dots.stride) {
+    for (int64_t b = 0; b < per_group; ++b, ++t, ones += kPanel, dots.values += dots.outputs) {
       const Doubles s = eight_of(tokens.scale.get()[t]), z = eight_of(tokens.zero.get()[t]);
       const Doubles rest = eight_of(tokens.rest.get()[t]);
       each<2>([&](auto i) INLINE {
-        const Doubles whole = minus_product<true>(to_doubles(dots.values + i * kHalf), z, load<Doubles>(ones + i * kHalf));
-        const Doubles bracket = minus_product<Exact>(whole, rest, load<Doubles>(zeros + i * kHalf));
-        inner[i] = plus_product<Exact>(inner[i], s, bracket);
+        Doubles bracket = to_doubles(dots.values + i * kHalf);
+        if constexpr (std::is_same<Value, uint32_t>::value) {
+          bracket = minus_product<true>(bracket, z, load<Doubles>(ones + i * kHalf));
+          bracket = minus_product<Exact>(bracket, rest, load<Doubles>(zeros + i * kHalf));
+          inner[i] = plus_product<Exact>(inner[i], s, bracket);
+        } else {
+          inner[i] += bracket - rest * load<Doubles>(zeros + i * kHalf);
+        }
       });
     }
     each<2>([&](auto i) INLINE { total[i] += inner[i] * load<Doubles>(scales + i * kHalf); });
   }
   store_sixteen(to, token, panel * kPanel + output, total[0], total[1]);
+}
+
+// Outputs of `rows` tokens, [output, output + count) of the panel.
+template <bool Exact, class Value>
+__attribute__((noinline)) void finish_exactly(const Tokens& tokens, int64_t token, int rows, const Channels& channels,
+                                              int64_t panel, int output, int count, Dots<Value> dots, const Output& to) {
+  for (int r = 0; r < rows; ++r)
+    for (int i = 0; i < count; i += 2 * kHalf) {
+      const Value* values = dots.values + r * tokens.blocks * dots.outputs + i;
+      finish_sixteen<Exact>(tokens, token + r, channels, panel, output + i, Dots<Value>{values, dots.outputs}, to);
+    }
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // The outputs of a tile: tokens by outputs, from their dot products.
 //
-// Where outputs are bf16 and weights have one scale per output, most go by way of float32, in a fifth of the instructions.
+// Where outputs are bf16 and weights have one scale per output, most go by way of float32, in half the instructions or fewer.
 // A bracket is a whole number, and 32-bit integers that wrap around hold it. With u = 2^-24 and m the largest of the sums
 // over the blocks on their way, in float32 every step of the sum is off by less than u m (3 u m where a bracket needs more
 // than 24 bits), the product with S by u m S, and so are the two ends of the range that they leave. Where both ends round
@@ -54,9 +54,9 @@ struct QuickSum {
 
 template <int Count, bool OneBlock>
 void finish_quickly(const Tokens& tokens, int64_t token, int rows, const Channels& channels, int64_t panel, int output,
-                    Dots<uint32_t> dots, int error, bool exact, const Output& to) {
+                    const uint32_t* dots, int error, bool exact, const Output& to) {
   constexpr int kParts = Count / kLanes;
-  auto finish_exactly = exact ? finish_sixteen<true, uint32_t> : finish_sixteen<false, uint32_t>;
+  auto finish_in_doubt = exact ? finish_exactly<true, uint32_t> : finish_exactly<false, uint32_t>;
   const int32_t* of_ones = channels.quick_sums.get() + output;
   const int64_t blocks = OneBlock ? 1 : tokens.blocks;
   Lanes zeros[kParts];
@@ -67,17 +67,17 @@ void finish_quickly(const Tokens& tokens, int64_t token, int rows, const Channel
   });
   for (int r = 0; r < rows; ++r) {
     const Tokens::Quick* of_token = tokens.quick.get() + (token + r) * blocks;
-    const uint32_t* row = dots.values + r * Count;
+    const uint32_t* row = dots + r * blocks * Count;
     QuickSum<OneBlock> sums[kParts];
     for (int64_t b = 0; b < blocks; ++b)
       each<kParts>([&](auto i) INLINE {
-        sums[i].add(row + b * dots.stride + i * kLanes, of_token[b], of_ones + b * kPanel + i * kLanes, zeros[i]);
+        sums[i].add(row + b * Count + i * kLanes, of_token[b], of_ones + b * kPanel + i * kLanes, zeros[i]);
       });
     each<kParts>([&](auto i) INLINE {
       const int64_t first = panel * kPanel + output + i * kLanes;
       uint16_t* at = static_cast<uint16_t*>(to.data) + (token + r) * to.outputs + first;
       if (__builtin_expect(first + kLanes > to.outputs || !sums[i].store(at, scales[i], error), 0))
-        finish_exactly(tokens, token + r, channels, panel, output + i * kLanes, {row + i * kLanes, dots.stride}, to);
+        finish_in_doubt(tokens, token + r, 1, channels, panel, output + i * kLanes, kLanes, {row + i * kLanes, Count}, to);
     });
   }
 }
@@ -92,18 +92,17 @@ struct Finish {
   Finish(double reach, const Channels& channels, int64_t inputs, DType dtype) {
     const double largest = largest_bracket(reach, channels, inputs);
     exact = is_exact(largest);
-    const bool quick = dtype == kBfloat16 && channels.groups == 1 && inputs <= kQuickInputs &&
-                       reach <= kQuickReach && channels.reach.get()[0] <= kQuickReach;
+    const bool quick = dtype == kBfloat16 && channels.quick && inputs <= kQuickInputs && reach <= kQuickReach &&
+                       channels.reach.get()[0] <= kQuickReach;
     if (quick) error = static_cast<int>((largest <= 1 << 24 ? 1 : 3) * channels.blocks + 4);
   }
   Finish() = default;
 };
 
-// The outputs [output, output + Count) of the panel for `rows` tokens from `token` on. dots: of the first of these tokens
-// and outputs; a row has Count values.
+// The outputs [output, output + Count) of the panel for `rows` tokens from `token` on. dots: [rows][blocks][Count].
 template <int Count, class Value>
 void finish_rows(const Finish& how, const Tokens& tokens, int64_t token, int rows, const Channels& channels, int64_t panel,
-                 int output, Dots<Value> dots, const Output& to) {
+                 int output, const Value* dots, const Output& to) {
 #ifdef LOWBIT_QUICK
   if constexpr (std::is_same<Value, uint32_t>::value)
     if (how.error) {
@@ -111,10 +110,8 @@ void finish_rows(const Finish& how, const Tokens& tokens, int64_t token, int row
       return finish_quick(tokens, token, rows, channels, panel, output, dots, how.error, how.exact, to);
     }
 #endif
-  auto finish_exactly = how.exact ? finish_sixteen<true, Value> : finish_sixteen<false, Value>;
-  for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < Count; i += 2 * kHalf)
-      finish_exactly(tokens, token + r, channels, panel, output + i, {dots.values + r * Count + i, dots.stride}, to);
+  auto finish = how.exact ? finish_exactly<true, Value> : finish_exactly<false, Value>;
+  finish(tokens, token, rows, channels, panel, output, Count, {dots, Count}, to);
 }
 
 }  // namespace

@@ -152,7 +152,7 @@ void by_panels(const Job& job, const Panels& panels, const Tokens& tokens, const
         prepare(share.first, share.last);
       },
       [&](int thread) {
-        Channels channels(panels.blocks, job.weight_groups);
+        Channels channels(panels.blocks, job.weight_groups, job.tokens);
         Buffer<char> dots(panels.blocks * tile_bytes, kAnything);
         const Share share(panels.count(), thread, threads);
         for (int64_t panel = share.first; panel < share.last; ++panel) {

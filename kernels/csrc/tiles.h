@@ -106,11 +106,14 @@ __attribute__((noinline)) void tile(const TileJob& job, const int8_t* x, int64_t
         });
       });
     }
-    each<Rows * Columns>([&](auto i) INLINE { store(dots + (block * Rows * Columns + i) * kOutputs, total[i]); });
+    each<Rows>([&](auto r) INLINE {
+      uint32_t* row = dots + (r * job.panels.blocks + block) * kCount;
+      each<Columns>([&](auto c) INLINE { store(row + c * kOutputs, total[r * Columns + c]); });
+    });
   }
   const Finish how(reach_of(job.tokens, token, Rows), job.channels, job.panels.block(), job.to.dtype);
   finish_rows<kCount>(how, job.tokens, token, Rows, job.channels, panel, first * kOutputs,
-                      Dots<uint32_t>{dots, Rows * kCount}, job.to);
+                      dots, job.to);
 }
 
 // The whole panel for `rows` tokens, at most most_rows(Bits).

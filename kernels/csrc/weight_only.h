@@ -51,15 +51,14 @@ void multiply_doubles(const TileJob& job, const double* x, int64_t tokens, int64
   Buffer<double> inputs(kStep * kPanel);
   for (int64_t token = 0; token < tokens; token += kDoubleTokens) {
     const int rows = static_cast<int>(std::min(kDoubleTokens, tokens - token));
-    const int64_t stride = rows * kPanel;
-    std::fill_n(dots, panels.blocks * stride, 0.0);
+    std::fill_n(dots, rows * panels.blocks * kPanel, 0.0);
     const uint8_t* step = panels.panel(panel);
     for (int64_t b = 0; b < panels.blocks; ++b)
       for (int64_t s = 0; s < panels.steps(); ++s, step += panels.step_bytes()) {
         expand_doubles<Bits>(step, inputs.get());
         const int64_t first = b * panels.block() + s * kStep, count = std::min<int64_t>(kStep, panels.block() - s * kStep);
         for (int r = 0; r < rows; ++r) {
-          double* row = dots + b * stride + r * kPanel;
+          double* row = dots + (r * panels.blocks + b) * kPanel;
           Doubles total[kPanel / kHalf];
           each<kPanel / kHalf>([&](auto i) INLINE { total[i] = load<Doubles>(row + i * kHalf); });
           for (int64_t k = 0; k < count; ++k) {
@@ -71,7 +70,7 @@ void multiply_doubles(const TileJob& job, const double* x, int64_t tokens, int64
           each<kPanel / kHalf>([&](auto i) INLINE { store(row + i * kHalf, total[i]); });
         }
       }
-    finish_rows<kPanel>(Finish(), job.tokens, token, rows, job.channels, panel, 0, Dots<double>{dots, stride}, job.to);
+    finish_rows<kPanel>(Finish(), job.tokens, token, rows, job.channels, panel, 0, dots, job.to);
   }
 }
 
@@ -102,9 +101,12 @@ __attribute__((noinline)) void pair_tile(const TileJob& job, const uint16_t* x, 
         });
       });
     }
-    each<Rows * kGroups>([&](auto i) INLINE { _mm512_store_ps(dots + (b * Rows * kGroups + i) * 16, total[i]); });
+    each<Rows>([&](auto r) INLINE {
+      float* row = dots + (r * job.panels.blocks + b) * kPanel;
+      each<kGroups>([&](auto g) INLINE { _mm512_store_ps(row + g * 16, total[r * kGroups + g]); });
+    });
   }
-  finish_rows<kPanel>(Finish(), job.tokens, token, Rows, job.channels, panel, 0, Dots<float>{dots, Rows * kPanel}, job.to);
+  finish_rows<kPanel>(Finish(), job.tokens, token, Rows, job.channels, panel, 0, dots, job.to);
 }
 
 template <int Bits>
