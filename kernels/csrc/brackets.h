@@ -235,8 +235,23 @@ struct Dots {
   int64_t outputs;
 };
 
-// y of 16 outputs of a token, from `output` of the panel on. dots: of its first block with these outputs. Values that are
-// no codes' have s = 1 and z = 0.
+// What is known of a token and a block, for eight outputs at a time. Values that are no codes' have s = 1 and z = 0.
+struct TokenBlock {
+  Doubles s, z, rest;
+
+  TokenBlock(const Tokens& tokens, int64_t at)
+      : s(eight_of(tokens.scale.get()[at])), z(eight_of(tokens.zero.get()[at])), rest(eight_of(tokens.rest.get()[at])) {}
+
+  // sum + s bracket
+  template <bool Exact, class Value>
+  INLINE inline Doubles add(Doubles sum, const Value* dots, Doubles ones, Doubles zeros) const {
+    const Doubles dot = to_doubles(dots);
+    if constexpr (!std::is_same<Value, uint32_t>::value) return sum + (dot - rest * zeros);
+    return plus_product<Exact>(sum, s, minus_product<Exact>(minus_product<true>(dot, z, ones), rest, zeros));
+  }
+};
+
+// y of 16 outputs of a token, from `output` of the panel on. dots: of its first block with these outputs.
 template <bool Exact, class Value>
 INLINE inline void finish_sixteen(const Tokens& tokens, int64_t token, const Channels& channels, int64_t panel, int output,
                                   Dots<Value> dots, const Output& to) {
@@ -248,17 +263,10 @@ INLINE inline void finish_sixteen(const Tokens& tokens, int64_t token, const Cha
     const double *zeros = channels.zero.get() + h * kPanel + output, *scales = channels.scale.get() + h * kPanel + output;
     Doubles inner[2] = {};
     for (int64_t b = 0; b < per_group; ++b, ++t, ones += kPanel, dots.values += dots.outputs) {
-      const Doubles s = eight_of(tokens.scale.get()[t]), z = eight_of(tokens.zero.get()[t]);
-      const Doubles rest = eight_of(tokens.rest.get()[t]);
+      const TokenBlock block(tokens, t);
       each<2>([&](auto i) INLINE {
-        Doubles bracket = to_doubles(dots.values + i * kHalf);
-        if constexpr (std::is_same<Value, uint32_t>::value) {
-          bracket = minus_product<true>(bracket, z, load<Doubles>(ones + i * kHalf));
-          bracket = minus_product<Exact>(bracket, rest, load<Doubles>(zeros + i * kHalf));
-          inner[i] = plus_product<Exact>(inner[i], s, bracket);
-        } else {
-          inner[i] += bracket - rest * load<Doubles>(zeros + i * kHalf);
-        }
+        const Doubles of_ones = load<Doubles>(ones + i * kHalf), of_zeros = load<Doubles>(zeros + i * kHalf);
+        inner[i] = block.add<Exact>(inner[i], dots.values + i * kHalf, of_ones, of_zeros);
       });
     }
     each<2>([&](auto i) INLINE { total[i] += inner[i] * load<Doubles>(scales + i * kHalf); });
@@ -266,15 +274,41 @@ INLINE inline void finish_sixteen(const Tokens& tokens, int64_t token, const Cha
   store_sixteen(to, token, panel * kPanel + output, total[0], total[1]);
 }
 
+// The same of one block for several tokens: what is known of the outputs stays in registers.
+template <bool Exact, class Value>
+INLINE inline void finish_sixteen_of_one_block(const Tokens& tokens, int64_t token, int rows, const Channels& channels,
+                                               int64_t panel, int output, Dots<Value> dots, const Output& to) {
+  Doubles ones[2], zeros[2], scales[2];
+  each<2>([&](auto i) INLINE {
+    ones[i] = load<Doubles>(channels.sums.get() + output + i * kHalf);
+    zeros[i] = load<Doubles>(channels.zero.get() + output + i * kHalf);
+    scales[i] = load<Doubles>(channels.scale.get() + output + i * kHalf);
+  });
+  const Output out = to;
+  for (int r = 0; r < rows; ++r, dots.values += dots.outputs) {
+    const TokenBlock block(tokens, token + r);
+    Doubles y[2];
+    each<2>([&](auto i) INLINE {
+      // Fused to a zero, the product is rounded once as well.
+      y[i] = plus_product<true>(Doubles{}, block.add<Exact>(Doubles{}, dots.values + i * kHalf, ones[i], zeros[i]), scales[i]);
+    });
+    store_sixteen(out, token + r, panel * kPanel + output, y[0], y[1]);
+  }
+}
+
 // Outputs of `rows` tokens, [output, output + count) of the panel.
 template <bool Exact, class Value>
 __attribute__((noinline)) void finish_exactly(const Tokens& tokens, int64_t token, int rows, const Channels& channels,
                                               int64_t panel, int output, int count, Dots<Value> dots, const Output& to) {
-  for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < count; i += 2 * kHalf) {
-      const Value* values = dots.values + r * tokens.blocks * dots.outputs + i;
-      finish_sixteen<Exact>(tokens, token + r, channels, panel, output + i, Dots<Value>{values, dots.outputs}, to);
-    }
+  for (int i = 0; i < count; i += 2 * kHalf, dots.values += 2 * kHalf) {
+    if (tokens.blocks == 1)
+      finish_sixteen_of_one_block<Exact>(tokens, token, rows, channels, panel, output + i, dots, to);
+    else
+      for (int r = 0; r < rows; ++r) {
+        const Value* row = dots.values + r * tokens.blocks * dots.outputs;
+        finish_sixteen<Exact>(tokens, token + r, channels, panel, output + i, Dots<Value>{row, dots.outputs}, to);
+      }
+  }
 }
 
 }  // namespace

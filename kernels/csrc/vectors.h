@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -319,24 +321,74 @@ struct Largest {
 
 enum Content { kZeros, kAnything };
 
+// Large blocks of memory that a thread has used, for its next buffers: from the heap they would be new pages at every
+// call, and leave holes between what lives longer.
+class Blocks {
+ public:
+  static constexpr size_t kLeast = 64 << 10, kMost = 16 << 20;  // bytes of a block; of all that are kept
+
+  static Blocks& of_thread() {
+    thread_local Blocks blocks;
+    return blocks;
+  }
+  // bytes: a multiple of kLeast
+  void* take(size_t bytes) {
+    for (size_t i = kept_.size(); i-- > 0;)
+      if (kept_[i].second == bytes) {
+        void* data = kept_[i].first;
+        kept_.erase(kept_.begin() + i);
+        bytes_ -= bytes;
+        return data;
+      }
+    void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED) throw std::bad_alloc();
+    return data;
+  }
+  void give(void* data, size_t bytes) {
+    kept_.emplace_back(data, bytes);
+    bytes_ += bytes;
+    while (bytes_ > kMost) {  // the one that was given first
+      munmap(kept_.front().first, kept_.front().second);
+      bytes_ -= kept_.front().second;
+      kept_.erase(kept_.begin());
+    }
+  }
+  ~Blocks() {
+    for (auto& block : kept_) munmap(block.first, block.second);
+  }
+
+ private:
+  std::vector<std::pair<void*, size_t>> kept_;
+  size_t bytes_ = 0;
+};
+
 // Scratch memory with room for a vector read or written past its end.
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t size, Content content = kZeros) {
-    size_t bytes = size * sizeof(T) + 128;
-    data_ = static_cast<T*>(::operator new(bytes, std::align_val_t(64)));
-    if (content == kZeros) std::memset(static_cast<void*>(data_), 0, bytes);
+  explicit Buffer(int64_t size, Content content = kZeros) : bytes_(size * sizeof(T) + 128) {
+    if (bytes_ >= Blocks::kLeast) {
+      bytes_ = (bytes_ + Blocks::kLeast - 1) / Blocks::kLeast * Blocks::kLeast;
+      data_ = static_cast<T*>(Blocks::of_thread().take(bytes_));
+    } else {
+      data_ = static_cast<T*>(::operator new(bytes_, std::align_val_t(64)));
+    }
+    if (content == kZeros) std::memset(static_cast<void*>(data_), 0, bytes_);
   }
-  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  ~Buffer() {
+    if (!data_) return;
+    if (bytes_ >= Blocks::kLeast) Blocks::of_thread().give(data_, bytes_);
+    else ::operator delete(data_, std::align_val_t(64));
+  }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+  Buffer(Buffer&& other) noexcept : data_(other.data_), bytes_(other.bytes_) { other.data_ = nullptr; }
   T* get() { return data_; }
   const T* get() const { return data_; }
 
  private:
   T* data_;
+  size_t bytes_;
 };
 
 }  // namespace
