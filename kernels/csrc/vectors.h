@@ -325,7 +325,12 @@ enum Content { kZeros, kAnything };
 // call, and leave holes between what lives longer.
 class Blocks {
  public:
-  static constexpr size_t kLeast = 64 << 10, kMost = 16 << 20;  // bytes of a block; of all that are kept
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr size_t kLeast = ~size_t{0};  // none, because the sanitizer watches the heap
+#else
+  static constexpr size_t kLeast = 64 << 10;  // bytes of a block
+#endif
+  static constexpr size_t kMost = 16 << 20;  // of all that are kept
 
   static Blocks& of_thread() {
     thread_local Blocks blocks;
