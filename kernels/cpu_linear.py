@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from megatron_lowbit.kernels.hadamard import check_hadamard, factors, hadamard, hadamard_reference
 from megatron_lowbit.kernels.linear import (
@@ -38,6 +39,7 @@ from megatron_lowbit.kernels.token_rows import (
 )
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as in tokens.h
+_HALF_AND_SINGLE = {torch.float32, torch.bfloat16, torch.float16}  # which are rotated in float32
 
 
 _LINEAR = struct.Struct("PqqiiPqqPPqiiqPiffPd")  # Linear of linear.cpp; as bytes, which are made in no time
@@ -124,6 +126,67 @@ def _multiply(
     )
     library.lowbit_linear(job)
     return y
+
+
+class PreparedLinear:
+    """quant_linear, or rotated_linear, of one weight in panels: its part of the call is checked once, and torch's
+    dispatcher is left out, which together take longer than a product of one token.
+
+    The arguments and the result are those of the ops; x is [..., in], and y [..., out].
+    """
+
+    def __init__(
+        self, panels: Tensor, scale: Tensor, zero_point: Tensor, weight_bits: int, inputs: int, acts: TokenQuantizer,
+        rotated: bool,
+    ):  # fmt: skip
+        self.tensors, self.inputs, self.outputs = (panels, scale, zero_point), inputs, len(scale)
+        self.rotated = rotated
+        self._weight = (scale.shape[1], weight_bits, acts.bits, acts.groups)
+        self._acts = (acts.low, acts.high, 0, 0.0)
+        if rotated:
+            self._matrix, factor = factors(torch.empty((0, inputs)), acts.groups)
+            self._acts = (acts.low, acts.high, self._matrix.data_ptr(), factor)
+
+    @classmethod
+    def of(
+        cls, panels: Tensor, scale: Tensor, zero_point: Tensor, weight_bits: int, inputs: int, acts: TokenQuantizer,
+        rotated: bool,
+    ) -> PreparedLinear | None:  # fmt: skip
+        """Return one, or None for what the kernels do not take as it is."""
+        x = torch.empty((0, inputs))
+        check_linear(x, panels, scale, zero_point, weight_bits, acts)
+        of_float32 = scale.dtype == zero_point.dtype == torch.float32
+        library, blocks = linear_kernels.find(), blocks_of(acts.bits, acts.groups, scale.shape[1])
+        good = of_float32 and scale.is_contiguous() and zero_point.is_contiguous() and len(scale) > 0
+        if library is None or not good or (rotated and acts.bits == FLOAT_BITS):
+            return None
+        if panels.numel() != library.lowbit_panel_bytes(len(scale), inputs, blocks, weight_bits):
+            return None
+        return cls(panels, scale, zero_point, weight_bits, inputs, acts, rotated)
+
+    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Compute y in `dtype`; None where the op has to: for other tensors than plain ones side by side in memory on a
+        CPU, and where something listens to ops. The caller sees to autograd and torch.compile."""
+        library = linear_kernels.find()
+        if library is None or type(x) is not Tensor or x.device.type != "cpu" or not x.is_contiguous() or _listens():
+            return None
+        if x.dtype not in _HALF_AND_SINGLE or dtype not in _DTYPES or x.shape[-1] != self.inputs:
+            return None
+        y = torch.empty((*x.shape[:-1], self.outputs), dtype=dtype)
+        panels, scale, zero_point = self.tensors
+        job = _LINEAR.pack(
+            *(x.data_ptr(), x.numel() // self.inputs, self.inputs, _DTYPES[x.dtype], _DTYPES[dtype]),
+            *(panels.data_ptr(), self.outputs, self.inputs, scale.data_ptr(), zero_point.data_ptr(), *self._weight),
+            *(y.data_ptr(), torch.get_num_threads(), *self._acts),
+        )
+        library.lowbit_linear(job)
+        return y
+
+
+def _listens() -> bool:
+    """Tell whether something wants to see this thread's ops: a mode, torch.func or the profiler."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return transformed or is_in_torch_dispatch_mode() or torch._C._autograd._profiler_enabled()
 
 
 @kernel(quantize_tokens, "cpu")

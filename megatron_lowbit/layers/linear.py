@@ -41,7 +41,9 @@ from megatron_lowbit.kernels import (
     rotated_linear,
     rows_of,
 )
+from megatron_lowbit.kernels.cpu_linear import PreparedLinear
 from megatron_lowbit.kernels.hadamard import hadamard
+from megatron_lowbit.kernels.quantizer import TokenQuantizer
 from megatron_lowbit.layers.reassembled_norm import Reassembly, check_width
 from megatron_lowbit.quant.affine import (
     Float32QParams,
@@ -97,6 +99,7 @@ class QuantLinear(Float32QParams):
         self.weight_bits, self.act_bits, self.act_groups = weight.num_bits, act_bits, act_groups
         self.clip = clip
         self._panels: Tensor | None = None  # on a CPU, after the first forward, what takes the place of the rows
+        self._prepared: PreparedLinear | None = None  # of the panels
         self._buffers["packed_weight"] = weight.packed_weight
         self.register_buffer("scale", weight.scale)
         self.register_buffer("zero_point", weight.zero_point)
@@ -115,6 +118,9 @@ class QuantLinear(Float32QParams):
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Compute y = x^ W^T + b and the branch's share. dtype: of the result; None: x's."""
+        if (prepared := self._prepared_for(x)) is not None and (y := prepared(x, dtype or x.dtype)) is not None:
+            bias = self._parameters["bias"]
+            return y if bias is None else y + bias
         multiply = quant_linear
         if self.rotated:
             check_width(x, self.in_features if self.reassembly is None else self.reassembly.in_features)
@@ -131,6 +137,15 @@ class QuantLinear(Float32QParams):
             y = y + F.linear(F.linear(self._rounded(rows), self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+    def _prepared_for(self, x: Tensor) -> PreparedLinear | None:
+        """Return what computes y without torch's dispatcher, unless torch.compile or autograd have to see it."""
+        prepared = self._prepared
+        if torch.compiler.is_compiling() or prepared is None or (torch.is_grad_enabled() and x.requires_grad):
+            return None
+        (_, scale, zero_point), buffers = prepared.tensors, self._buffers  # may have become others since
+        same = buffers["scale"] is scale and buffers["zero_point"] is zero_point and prepared.rotated is self.rotated
+        return prepared if same and "reassembly" not in self._modules else None
 
     def _multiply(self, multiply: Callable[..., Tensor], rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Run quant_linear or rotated_linear on rows [tokens, in_features]."""
@@ -162,22 +177,32 @@ class QuantLinear(Float32QParams):
             rows = self._buffers.pop("packed_weight")
             assert rows is not None
             forget_pages(rows)
+            self._prepare()
+
+    def _prepare(self) -> None:
+        """Prepare the products with the panels, where nothing is done to x before them or with it beside them."""
+        if self._panels is not None and self.reassembly is None and self.lora_a is None:
+            acts = TokenQuantizer(self.act_bits, self.act_groups, *self.clip)
+            weight = (self._panels, self.scale, self.zero_point, self.weight_bits, self.in_features)
+            self._prepared = PreparedLinear.of(*weight, acts, self.rotated)
 
     def _order_as_rows(self) -> None:
         """Put the weight back into rows: for whatever stores it, loads it, moves it or looks at it."""
-        panels, self._panels = self._panels, None
+        panels, self._panels, self._prepared = self._panels, None, None
         if panels is not None:
             with torch.inference_mode(False):
                 rows = rows_of(panels, self.out_features, *self._layout())
             self._buffers = {"packed_weight": rows, **self._buffers}  # the first of them, as in every state dict
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        self._prepared = None
         if self._panels is not None:  # a move to where they are leaves them: patches are put in place by one
             if fn(self._panels.new_empty(0)).device.type == "cpu":
                 self._panels = fn(self._panels)
             else:
                 self._order_as_rows()
         super()._apply(fn, recurse)
+        self._prepare()
         return self
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
