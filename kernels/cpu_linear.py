@@ -129,8 +129,8 @@ def _multiply(
 
 
 class PreparedLinear:
-    """quant_linear, or rotated_linear, of one weight in panels: its part of the call is checked once, and torch's
-    dispatcher is left out, which together take longer than a product of one token.
+    """quant_linear, or rotated_linear, of one weight in panels without what takes longer than a product of one token:
+    torch's dispatcher, and the checks of a weight that has run through the op before.
 
     The arguments and the result are those of the ops; x is [..., in], and y [..., out].
     """
@@ -139,44 +139,30 @@ class PreparedLinear:
         self, panels: Tensor, scale: Tensor, zero_point: Tensor, weight_bits: int, inputs: int, acts: TokenQuantizer,
         rotated: bool,
     ):  # fmt: skip
-        self.tensors, self.inputs, self.outputs = (panels, scale, zero_point), inputs, len(scale)
-        self.rotated = rotated
+        self.tensors, self.rotated = (panels, scale, zero_point), rotated
+        of_float32 = scale.dtype == zero_point.dtype == torch.float32
+        self._good = of_float32 and scale.is_contiguous() and zero_point.is_contiguous() and len(scale) > 0
+        self._good = self._good and not (rotated and acts.bits == FLOAT_BITS)
+        self._inputs, self._outputs = inputs, len(scale)
         self._weight = (scale.shape[1], weight_bits, acts.bits, acts.groups)
         self._acts = (acts.low, acts.high, 0, 0.0)
         if rotated:
             self._matrix, factor = factors(torch.empty((0, inputs)), acts.groups)
             self._acts = (acts.low, acts.high, self._matrix.data_ptr(), factor)
 
-    @classmethod
-    def of(
-        cls, panels: Tensor, scale: Tensor, zero_point: Tensor, weight_bits: int, inputs: int, acts: TokenQuantizer,
-        rotated: bool,
-    ) -> PreparedLinear | None:  # fmt: skip
-        """Return one, or None for what the kernels do not take as it is."""
-        x = torch.empty((0, inputs))
-        check_linear(x, panels, scale, zero_point, weight_bits, acts)
-        of_float32 = scale.dtype == zero_point.dtype == torch.float32
-        library, blocks = linear_kernels.find(), blocks_of(acts.bits, acts.groups, scale.shape[1])
-        good = of_float32 and scale.is_contiguous() and zero_point.is_contiguous() and len(scale) > 0
-        if library is None or not good or (rotated and acts.bits == FLOAT_BITS):
-            return None
-        if panels.numel() != library.lowbit_panel_bytes(len(scale), inputs, blocks, weight_bits):
-            return None
-        return cls(panels, scale, zero_point, weight_bits, inputs, acts, rotated)
-
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Compute y in `dtype`; None where the op has to: for other tensors than plain ones side by side in memory on a
         CPU, and where something listens to ops. The caller sees to autograd and torch.compile."""
-        library = linear_kernels.find()
+        library = linear_kernels.find() if self._good else None
         if library is None or type(x) is not Tensor or x.device.type != "cpu" or not x.is_contiguous() or _listens():
             return None
-        if x.dtype not in _HALF_AND_SINGLE or dtype not in _DTYPES or x.shape[-1] != self.inputs:
+        if x.dtype not in _HALF_AND_SINGLE or dtype not in _DTYPES or x.shape[-1] != self._inputs:
             return None
-        y = torch.empty((*x.shape[:-1], self.outputs), dtype=dtype)
+        y = torch.empty((*x.shape[:-1], self._outputs), dtype=dtype)
         panels, scale, zero_point = self.tensors
         job = _LINEAR.pack(
-            *(x.data_ptr(), x.numel() // self.inputs, self.inputs, _DTYPES[x.dtype], _DTYPES[dtype]),
-            *(panels.data_ptr(), self.outputs, self.inputs, scale.data_ptr(), zero_point.data_ptr(), *self._weight),
+            *(x.data_ptr(), x.numel() // self._inputs, self._inputs, _DTYPES[x.dtype], _DTYPES[dtype]),
+            *(panels.data_ptr(), self._outputs, self._inputs, scale.data_ptr(), zero_point.data_ptr(), *self._weight),
             *(y.data_ptr(), torch.get_num_threads(), *self._acts),
         )
         library.lowbit_linear(job)

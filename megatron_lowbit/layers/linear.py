@@ -144,7 +144,9 @@ class QuantLinear(Float32QParams):
         if torch.compiler.is_compiling() or prepared is None or (torch.is_grad_enabled() and x.requires_grad):
             return None
         (_, scale, zero_point), buffers = prepared.tensors, self._buffers  # may have become others since
-        same = buffers["scale"] is scale and buffers["zero_point"] is zero_point and prepared.rotated is self.rotated
+        same = (
+            buffers["scale"] is scale and buffers["zero_point"] is zero_point and prepared.rotated is bool(self.rotated)
+        )
         return prepared if same and "reassembly" not in self._modules else None
 
     def _multiply(self, multiply: Callable[..., Tensor], rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -184,7 +186,7 @@ class QuantLinear(Float32QParams):
         if self._panels is not None and self.reassembly is None and self.lora_a is None:
             acts = TokenQuantizer(self.act_bits, self.act_groups, *self.clip)
             weight = (self._panels, self.scale, self.zero_point, self.weight_bits, self.in_features)
-            self._prepared = PreparedLinear.of(*weight, acts, self.rotated)
+            self._prepared = PreparedLinear(*weight, acts, bool(self.rotated))
 
     def _order_as_rows(self) -> None:
         """Put the weight back into rows: for whatever stores it, loads it, moves it or looks at it."""
