@@ -5,7 +5,7 @@
 // over the blocks on their way, in float32 every step of the sum is off by less than u m (3 u m where a bracket needs more
 // than 24 bits), the product with S by u m S, and so are the two ends of the range that they leave. Where both ends round
 // to the same bf16, the definition's float64 does too, because rounding keeps the order. The rest, one output in
-// thousands, NaN, infinity and numbers below 2^-126, are computed in float64.
+// 700 with eight blocks and fewer with one, NaN, infinity and numbers below 2^-126, are computed in float64.
 
 #pragma once
 
